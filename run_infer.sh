@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Draw: ./run_infer.sh --prompt "a handwritten seven" [--out seven.png] [--section.key value …]
+# Uses the newest checkpoint of the run that CONFIG_FILE describes; variables as in run_train.sh.
+set -euo pipefail
+repo=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+export PYTHONPATH="${repo}${PYTHONPATH:+:${PYTHONPATH}}"
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nproc_per_node="${NGPU:-1}" --rdzv_backend c10d --rdzv_endpoint=localhost:0 \
+    --local-ranks-filter "${LOG_RANK:-0}" \
+    -m torchtitan_flux.infer \
+    --job.config_file "${CONFIG_FILE:-train_configs/flux_digits.toml}" "$@"

@@ -1,0 +1,86 @@
+"""Small real parts for the tests of `data`: sources without sklearn, a byte tokenizer."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchtitan_flux.data.order import Order
+from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
+from torchtitan_flux.data.sources import Item, UnreadableItem
+from torchtitan_flux.flow_matching import TimeDensity
+from torchtitan_flux.latents import Geometry, ImageSize
+
+SIZE = ImageSize(6, 10)
+GEOMETRY = Geometry(channels=3, downscale=1, patch=2)
+
+
+class GraySource:
+    """`length` gray ramps of 14 x 7 pixels, from i to i + 104; SIZE has to crop them."""
+
+    name = "grays"
+
+    def __init__(self, length: int, unreadable: frozenset[int] = frozenset()):
+        self.length = length
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Item:
+        if index in self.unreadable:
+            raise UnreadableItem(f"grays/{index}", "made so")
+        columns = 8 * np.arange(14, dtype=np.uint8) + index % 100
+        pixels = np.broadcast_to(columns, (7, 14)).copy()
+        return Item(Image.fromarray(pixels), (f"gray {index}", f"no. {index}"), f"grays/{index}")
+
+
+def byte_tokens(caption: str) -> tuple[np.ndarray, np.ndarray]:
+    """UTF-8 bytes, zero-padded to 11 and 77."""
+    codes = caption.encode()[:11]
+    t5, clip = np.zeros(11, np.int64), np.zeros(77, np.int64)
+    t5[: len(codes)] = clip[: len(codes)] = list(codes)
+    return t5, clip
+
+
+@pytest.fixture
+def make_source() -> Callable[..., GraySource]:
+    return GraySource
+
+
+@pytest.fixture
+def make_samples() -> Callable[..., TrainingSamples]:
+    def make(
+        length: int = 7, seed: int = 5, cls=TrainingSamples, source=None, order=None, **changes
+    ):
+        source = source or GraySource(length)
+        arguments = {
+            "size": SIZE,
+            "geometry": GEOMETRY,
+            "channels": 3,
+            "tokenize": byte_tokens,
+            "time_density": TimeDensity(),
+            "dropout": CaptionDropout(0.5, "independent"),
+            "flip_prob": 0.5,
+            "stochastic": True,
+        }
+        order = order or Order(seed, len(source))
+        return cls(source=source, order=order, seed=seed, **(arguments | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_validation() -> Callable[..., ValidationSamples]:
+    def make(length: int = 7, seed: int = 5, source=None, **changes):
+        arguments = {
+            "size": SIZE,
+            "geometry": GEOMETRY,
+            "channels": 3,
+            "tokenize": byte_tokens,
+            "stochastic": True,
+        }
+        return ValidationSamples(source or GraySource(length), seed, **(arguments | changes))
+
+    return make

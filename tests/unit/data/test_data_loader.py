@@ -1,0 +1,287 @@
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader, positions_of
+from torchtitan_flux.data.samples import TrainingSamples
+
+G = 12
+
+
+@pytest.fixture
+def make_loader(make_samples):
+    loaders = []
+
+    def make(*args, samples=None, **kwargs) -> FluxDataLoader:
+        loaders.append(FluxDataLoader(samples or make_samples(length=97), *args, **kwargs))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def take(loader, batches: int) -> list[dict]:
+    return [next(loader) for _ in range(batches)]
+
+
+def joined(batches: list[dict]) -> dict:
+    return {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def run_of(make_loader, steps: int, local: int, world: int, start: int = 0, **kwargs) -> dict:
+    """All samples of some steps in the order of positions, whatever the ranks are."""
+    loaders = [make_loader(G, local, rank, world, **kwargs) for rank in range(world)]
+    for loader in loaders:
+        loader.load_state_dict({"position": start})
+    batches = []
+    for _ in range(steps):
+        for loader in loaders:
+            batches += take(loader, loader.microbatches)
+    return joined(batches)
+
+
+@pytest.mark.parametrize(("world", "local"), [(1, 12), (1, 3), (2, 6), (2, 2), (4, 3), (4, 1)])
+def test_ranks_cover_every_position_once_and_in_order(world, local):
+    seen = [
+        p
+        for step in range(3)
+        for rank in range(world)
+        for microbatch in range(G // (local * world))
+        for p in positions_of(
+            step,
+            microbatch,
+            rank,
+            global_batch_size=G,
+            local_batch_size=local,
+            dp_world_size=world,
+        )
+    ]
+    assert seen == list(range(3 * G))
+
+
+@pytest.mark.parametrize(("world", "local"), [(1, 3), (2, 6), (2, 2), (4, 3), (4, 1)])
+def test_same_data_on_any_number_of_ranks_and_with_accumulation(make_loader, world, local):
+    reference = run_of(make_loader, steps=3, local=12, world=1)
+    assert reference["position"].tolist() == list(range(3 * G))
+    assert_equal(run_of(make_loader, steps=3, local=local, world=world), reference)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_context_peers_get_bit_equal_batches(make_loader, num_workers):
+    # Context and tensor peers have the same data rank, but loaders (and workers) of their own.
+    a, b = (make_loader(G, 3, 1, 2, num_workers=num_workers) for _ in range(2))
+    for one, other in zip(take(a, 5), take(b, 5), strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(make_loader, num_workers):
+    alone = take(make_loader(G, 3, 1, 2), 6)
+    with_workers = take(make_loader(G, 3, 1, 2, num_workers=num_workers), 6)
+    for one, other in zip(alone, with_workers, strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "world", "local"), [(0, 1, 12), (0, 2, 3), (0, 4, 1), (2, 2, 3), (2, 1, 4)]
+)
+def test_resuming_continues_exactly_on_any_number_of_ranks(make_loader, num_workers, world, local):
+    reference = run_of(make_loader, steps=5, local=12, world=1)
+    # Workers have prefetched beyond what is handed out when the state is taken.
+    first = make_loader(
+        G, 3, 0, 2, num_workers=num_workers, prefetch_factor=4 if num_workers else None
+    )
+    take(first, 2 * first.microbatches)
+    state = first.state_dict()
+    assert state == {"position": 2 * G}
+    rest = run_of(
+        make_loader, 3, local, world, start=state["position"], num_workers=num_workers and 1
+    )
+    assert_equal(rest, {key: value[2 * G :] for key, value in reference.items()})
+
+
+def test_state_counts_whole_steps_that_were_handed_out(make_loader):
+    loader = make_loader(G, 2, 0, 2, num_workers=1, prefetch_factor=5)
+    seen = []
+    for _ in range(7):
+        next(loader)
+        seen.append(loader.state_dict()["position"])
+    assert seen == [0, 0, 12, 12, 12, 24, 24]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}]
+)
+def test_position_can_be_moved_in_the_midst_of_a_run(make_loader, options):
+    loader = make_loader(G, 4, **options)
+    take(loader, 4)
+    loader.load_state_dict({"position": 5 * G})
+    assert joined(take(loader, 3))["position"].tolist() == list(range(5 * G, 6 * G))
+    assert loader.position == 6 * G
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_closing_and_iterating_again_go_on_in_place(make_loader, num_workers):
+    loader = make_loader(G, 4, num_workers=num_workers)
+    seen = []
+    for batch in loader:
+        seen += batch["position"].tolist()
+        break
+    loader.close()
+    for batch in loader:
+        seen += batch["position"].tolist()
+        if len(seen) >= 2 * G:
+            break
+    assert seen == list(range(2 * G))
+
+
+def test_torch_s_random_numbers_are_left_alone(make_loader):
+    before = torch.get_rng_state()
+    take(make_loader(G, 4, num_workers=1), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batch_sizes_are_validated(make_loader):
+    for local, world in ((5, 1), (6, 4), (24, 1)):
+        with pytest.raises(ValueError, match=r"training\.global_batch_size 12 .*local_batch_size"):
+            make_loader(G, local, 0, world)
+    with pytest.raises(ValueError, match=r"training\.local_batch_size"):
+        make_loader(G, 0)
+    with pytest.raises(ValueError, match=r"position 13 .* training\.global_batch_size 12"):
+        make_loader(G, 4).load_state_dict({"position": 13})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_replacements_arrive_with_their_batches(
+    make_loader, make_samples, make_source, num_workers
+):
+    source = make_source(10, unreadable=frozenset({2, 3}))
+    loader = make_loader(G, 4, samples=make_samples(source=source), num_workers=num_workers)
+    take(loader, 6)
+    expected = make_samples(source=source)
+    for p in range(2 * G):
+        expected[p]
+    assert len(expected.replaced) >= 4
+    assert loader.replaced == expected.replaced
+
+
+class WorkerFacts(TrainingSamples):
+    """Samples that tell which process made them, and with how many threads."""
+
+    def __getitem__(self, position):
+        assert get_worker_info() is not None
+        facts = [os.getpid(), torch.get_num_threads()]
+        return super().__getitem__(position) | {"facts": torch.tensor(facts)}
+
+
+def test_workers_ignore_signals_and_use_one_thread(make_loader, make_samples):
+    loader = make_loader(G, 4, samples=make_samples(cls=WorkerFacts), num_workers=1)
+    pid, threads = next(loader)["facts"][0].tolist()
+    assert threads == 1
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.2)
+    for _ in range(6):  # more than was prefetched
+        assert next(loader)["facts"][0, 0] == pid
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_workers_end_with_the_loader(make_samples, how):
+    loader = FluxDataLoader(make_samples(cls=WorkerFacts), G, 4, num_workers=1)
+    pid = int(next(loader)["facts"][0, 0])
+    assert is_running(pid)
+    if how == "close":
+        loader.close()
+    else:
+        del loader
+        gc.collect()
+    assert not is_running(pid)
+
+
+EXIT_WITH_OPEN_LOADER = """
+import sys
+sys.path[:0] = [{tests!r}]
+from conftest import *
+from torchtitan_flux.data.loader import FluxDataLoader
+source = GraySource(7)
+samples = TrainingSamples(source, Order(1, 7), 1, SIZE, GEOMETRY, 3, byte_tokens, TimeDensity(),
+                          CaptionDropout(), stochastic=False)
+loader = FluxDataLoader(samples, 4, 2, num_workers=2)
+next(loader)
+import time
+print("exits", time.time(), flush=True)
+"""
+
+
+def test_interpreter_exits_at_once_with_an_open_loader():
+    # Workers ignore SIGTERM, by which multiprocessing would end them.
+    code = EXIT_WITH_OPEN_LOADER.format(tests=os.path.dirname(__file__))
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    assert time.time() - float(result.stdout.split()[1]) < 4
+    assert not result.stderr
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "world", "num_workers"),
+    [(12, 3, 2, 0), (13, 3, 2, 0), (13, 3, 2, 1), (5, 4, 3, 0), (1, 4, 2, 0)],
+)
+def test_validation_set_is_dealt_out_once(make_validation, length, batch, world, num_workers):
+    samples = make_validation(length)
+    per_rank = []
+    for rank in range(world):
+        loader = ValidationLoader(samples, batch, rank, world, num_workers=num_workers)
+        per_rank.append(list(loader))
+        assert len(per_rank[-1]) == len(loader)
+        again = list(loader)
+        assert_equal(joined(again), joined(per_rank[-1]))
+    assert len({len(batches) for batches in per_rank}) == 1
+    everything = joined([b for batches in per_rank for b in batches])
+    assert everything["weight"].sum() == length
+    assert all(len(b["index"]) == batch for batches in per_rank for b in batches)
+    counted = everything["index"][everything["weight"] == 1]
+    assert sorted(counted.tolist()) == list(range(length))
+    for i, index in enumerate(everything["index"]):  # repeats are real samples
+        assert torch.equal(everything["noise"][i], samples[int(index)]["noise"])
+
+
+def test_validation_loader_lists_unreadable_items(make_validation, make_source):
+    loader = ValidationLoader(make_validation(source=make_source(5, frozenset({1}))), 2)
+    weights = joined(list(loader))["weight"]
+    assert weights.tolist() == [1, 0, 1, 1, 1, 0]
+    assert [(r.position, r.item_id) for r in loader.replaced] == [(1, "grays/1")]
+
+
+def test_validation_arguments(make_validation):
+    with pytest.raises(ValueError, match=r"validation\.local_batch_size"):
+        ValidationLoader(make_validation(), 0)
+    with pytest.raises(ValueError, match=r"validation\.dataset"):
+        ValidationLoader(make_validation(length=0), 2)

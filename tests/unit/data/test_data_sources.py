@@ -1,0 +1,39 @@
+import pickle
+
+import pytest
+
+from torchtitan_flux.data.sources import Source, UnreadableItem, build_source
+from torchtitan_flux.latents import ImageSize
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes"])
+def test_builds_the_known_sources(name):
+    for split in ("train", "held_out"):
+        source = build_source(name, split, image_size=ImageSize(16, 24))
+        assert isinstance(source, Source)
+        assert source.name == name
+        assert source[0].captions
+    assert build_source("shapes", "train", image_size=ImageSize(16, 24))[0].image.size == (24, 16)
+    assert build_source("shapes", "train")[0].image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("split", "key"), [("train", "training.dataset"), ("held_out", "validation.dataset")]
+)
+def test_unknown_names_say_which_key_and_what_is_known(split, key):
+    with pytest.raises(ValueError, match=f"{key}: unknown data set 'digit'; known: digits, shapes"):
+        build_source("digit", split)
+    for name in ("cc12m-wds", "cc12m-test", "coco-validation"):
+        with pytest.raises(ValueError, match=f"{key}: data set '{name}' is not available yet"):
+            build_source(name, split)
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="known splits: train, held_out"):
+        build_source("digits", "test")
+
+
+def test_unreadable_item_survives_the_way_from_a_worker():
+    error = pickle.loads(pickle.dumps(UnreadableItem("folder/a.jpg", "truncated")))
+    assert (error.item_id, error.reason) == ("folder/a.jpg", "truncated")
+    assert str(error) == "folder/a.jpg: truncated"

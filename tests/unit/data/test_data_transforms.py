@@ -1,0 +1,143 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchtitan_flux.data.transforms import needs_crop, to_training_image, upright
+from torchtitan_flux.latents import ImageSize
+
+
+def ramp(width, height):
+    """Gray image whose pixel (x, y) has the value 10 x + y."""
+    values = 10 * np.arange(width)[None] + np.arange(height)[:, None]
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def bytes_of(array):
+    return np.round((array + 1) * 127.5).astype(int)
+
+
+def test_pixels_are_kept_when_the_size_matches():
+    image = ramp(7, 5)
+    result = to_training_image(image, ImageSize(5, 7), 1)
+    assert result.shape == (1, 5, 7)
+    assert result.dtype == np.float32
+    assert result.flags.c_contiguous
+    np.testing.assert_array_equal(bytes_of(result[0]), np.asarray(image))
+
+
+def test_range():
+    image = Image.fromarray(np.array([[0, 255]], np.uint8))
+    np.testing.assert_array_equal(to_training_image(image, ImageSize(1, 2), 1), [[[-1, 1]]])
+
+
+def test_rgb_channels_come_first():
+    image = Image.new("RGB", (3, 2), (255, 0, 51))
+    result = to_training_image(image, ImageSize(2, 3), 3)
+    assert result.shape == (3, 2, 3)
+    np.testing.assert_allclose(result[:, 0, 0], [1, -1, -0.6], atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "I", "F"]
+)
+def test_any_mode(mode, channels):
+    if mode == "RGBa":
+        image = Image.new("RGBA", (6, 4), "white").convert(mode)
+    elif mode == "PA":
+        image = Image.new("P", (6, 4), 0).convert("PA")
+    else:
+        image = Image.new(mode, (6, 4))
+    result = to_training_image(image, ImageSize(4, 6), channels)
+    assert result.shape == (channels, 4, 6)
+    assert np.isfinite(result).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_16_bit_gray_is_scaled(mode):
+    values = np.array([[0, 257 * 100, 65535]], np.uint16 if mode == "I;16" else np.int32)
+    image = Image.fromarray(values)
+    assert image.mode == mode
+    assert bytes_of(to_training_image(image, ImageSize(1, 3), 1)).tolist() == [[[0, 100, 255]]]
+
+
+def test_transparent_is_white():
+    for image in (
+        Image.new("RGBA", (4, 4), (0, 0, 0, 0)),
+        Image.new("LA", (4, 4), (0, 0)),
+    ):
+        assert (to_training_image(image, ImageSize(4, 4), 3) == 1).all()
+    palette = Image.new("P", (4, 4), 3)
+    palette.info["transparency"] = 3
+    assert (to_training_image(palette, ImageSize(4, 4), 1) == 1).all()
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    np.testing.assert_allclose(to_training_image(half, ImageSize(4, 4), 1), -4e-3, atol=8e-3)
+
+
+def test_exif_orientation():
+    image = Image.new("RGB", (8, 4), "black")
+    image.paste("white", (0, 0, 4, 4))  # left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: show it turned by 90 degrees clockwise
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    stored = Image.open(io.BytesIO(file.getvalue()))
+    assert upright(stored).size == (4, 8)
+    result = to_training_image(stored, ImageSize(8, 4), 3)
+    assert (result[:, :4] == 1).all()
+    assert (result[:, 4:] == -1).all()
+
+
+def test_crop_follows_the_draw_in_whole_pixels():
+    image, size = ramp(9, 4), ImageSize(4, 6)
+    lefts = [
+        bytes_of(to_training_image(image, size, 1, (u, 0.3)))[0, 0, 0] // 10
+        for u in np.arange(0, 1, 0.01)
+    ]
+    assert np.bincount(lefts).tolist() == [25, 25, 25, 25]
+    assert bytes_of(to_training_image(ramp(8, 4), size, 1))[0, 0, 0] == 10  # centre by default
+
+
+def test_resize_covers_and_crops_the_longer_side():
+    image = Image.new("L", (40, 10), 0)
+    image.paste(255, (30, 0, 40, 10))  # the right quarter
+    size = ImageSize(5, 5)
+    assert needs_crop(image, size)
+    assert (to_training_image(image, size, 1, (0.0, 0.5)) == -1).all()
+    assert (to_training_image(image, size, 1, (0.999999, 0.5))[:, :, 1:] == 1).all()
+    tall = image.transpose(Image.Transpose.ROTATE_270)  # the bottom quarter
+    assert (to_training_image(tall, size, 1, (0.5, 0.999999))[:, 1:] == 1).all()
+
+
+def test_resize_keeps_the_whole_image_when_the_ratio_matches():
+    assert not needs_crop(ramp(12, 8), ImageSize(4, 6))
+    pixels = np.full((8, 12), 40, np.uint8)
+    result = to_training_image(Image.fromarray(pixels), ImageSize(4, 6), 1, (0.9, 0.9))
+    assert (bytes_of(result) == 40).all()
+
+
+def test_shrinking_is_antialiased():
+    checker = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+    result = to_training_image(checker, ImageSize(8, 8), 1)
+    assert np.abs(result).max() < 0.05
+
+
+def test_enlarging():
+    assert to_training_image(ramp(4, 3), ImageSize(16, 16), 3, (0.7, 0.2)).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_flip(channels):
+    image, size = ramp(7, 5).convert("RGB"), ImageSize(5, 7)
+    flipped = to_training_image(image, size, channels, flip=True)
+    assert flipped.flags.c_contiguous
+    plain = to_training_image(image, size, channels)
+    np.testing.assert_array_equal(flipped, plain[:, :, ::-1])
+    assert not np.array_equal(flipped, plain)
+
+
+def test_other_channel_counts_are_refused():
+    with pytest.raises(ValueError, match="1 or 3 channels, not 4"):
+        to_training_image(ramp(4, 4), ImageSize(4, 4), 4)

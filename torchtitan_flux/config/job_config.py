@@ -1,0 +1,170 @@
+"""The sections that FLUX adds to torchtitan's JobConfig, or whose defaults differ here.
+
+torchtitan merges these dataclasses into its own, field by field, and reads their types at run
+time: no `from __future__ import annotations` in this file.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Job:
+    description: str = "FLUX pretraining"
+    """Description of the job"""
+
+
+@dataclass
+class Model:
+    name: str = "flux"
+    """Which model to train: FLUX"""
+    flavor: str = "flux-digits"
+    """flux-dev, flux-schnell, flux-debug, flux-mnist, flux-digits or flux-tiny"""
+
+
+@dataclass
+class Training:
+    dataset: str = "digits"
+    """Where images and captions come from: digits, shapes"""
+    img_size: int = 256
+    """Image height and width in pixels"""
+    img_height: int = 0
+    """Image height in pixels where images are not square; 0 takes img_size"""
+    img_width: int = 0
+    """Image width in pixels where images are not square; 0 takes img_size"""
+    classifier_free_guidance_prob: float = 0.0
+    """Probability of replacing a caption by the empty one"""
+    caption_dropout: Literal["independent", "joint"] = "independent"
+    """Whether each text encoding is dropped on its own, or both together"""
+    flip_prob: float = 0.0
+    """Probability of a horizontal flip"""
+    test_mode: bool = False
+    """torchtitan's test mode: here the tiny encoders of assets/tiny, loaded as any others"""
+
+
+@dataclass
+class Flow:
+    time_density: Literal["uniform", "logit_normal"] = "uniform"
+    """Density of training times"""
+    logit_mean: float = 0.0
+    """Mean of the normal behind logit_normal"""
+    logit_std: float = 1.0
+    """Standard deviation of the normal behind logit_normal"""
+    resolution_shift: bool = False
+    """Shift training times by the number of image tokens, as FLUX.1-dev samples"""
+    guidance: float = 1.0
+    """Constant guidance input of flavors with guidance embedding, when training"""
+
+
+@dataclass
+class Encoder:
+    t5_encoder: str = "assets/tiny/t5"
+    """T5 encoder: a local folder or a hub name"""
+    clip_encoder: str = "assets/tiny/clip"
+    """CLIP text encoder: a local folder or a hub name"""
+    autoencoder_path: str = "assets/tiny/ae.safetensors"
+    """BFL autoencoder file or diffusers vae folder; unused in pixel space"""
+    max_t5_encoding_len: int = 256
+    """Length of the T5 encoding in tokens, padding included"""
+    pixel_channels: Literal[1, 3] = 1
+    """Image channels of pixel-space flavors"""
+
+
+@dataclass
+class Validation:
+    dataset: str = ""
+    """Held-out data; empty means the held-out part of training.dataset"""
+    seed: int = 0
+    """Noise of a validation sample is a function of this seed and the item id"""
+    time_grid: Literal["midpoints", "mlperf"] = "midpoints"
+    """Times (i + 1/2) / 8, or MLPerf's i / 8; losses of the two are not comparable"""
+    all_timesteps: bool = False
+    """All eight times for every sample, instead of one in turn"""
+    enable_classifier_free_guidance: bool = False
+    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+    classifier_free_guidance_scale: float = 5.0
+    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+    denoising_steps: int = 50
+    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+    save_img_count: int = 1
+    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+    save_img_folder: str = "img"
+    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+
+
+@dataclass
+class Sampling:
+    enable: bool = False
+    """Draw a grid of pictures during training"""
+    freq: int = 100
+    """Draw every so many steps, and at the last"""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts of the grid, one row of pictures each"""
+    images_per_prompt: int = 4
+    """Pictures in a row"""
+    seed: int = 0
+    """The same seed starts every grid from the same noise"""
+    denoising_steps: int = 28
+    """Euler steps"""
+    classifier_free_guidance_scale: float = 1.0
+    """Scale of classifier-free guidance; 1 switches it off"""
+    guidance: float = 3.5
+    """Guidance input of flavors with guidance embedding, when sampling"""
+    schedule: Literal["auto", "dev", "schnell"] = "auto"
+    """dev: times shifted by the number of image tokens; schnell: evenly spaced; auto: dev for
+    flavors with guidance embedding, else schnell"""
+    folder: str = "samples"
+    """Folder below job.dump_folder"""
+
+
+@dataclass
+class Score:
+    enable: bool = False
+    """At the end, draw digits and let a classifier read them (dataset digits only)"""
+    count: int = 200
+    """How many digits"""
+    classifier_free_guidance_scale: float = 2.0
+    """Scale of classifier-free guidance"""
+    denoising_steps: int = 20
+    """Euler steps"""
+
+
+@dataclass
+class Inference:
+    save_img_folder: str = "inference_results"
+    """Folder below job.dump_folder for pictures"""
+    prompts_path: str = "torchtitan/models/flux/inference/prompts.txt"
+    """File with one prompt a line"""
+    local_batch_size: int = 2
+    """Pictures drawn at once by one rank"""
+    img_size: int = 0
+    """Picture height and width in pixels; 0 takes the size of training"""
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: Literal["selective", "full", "memory_budget", "none"] = "none"
+    """none or full"""
+
+
+@dataclass
+class Experimental:
+    custom_import: str = "torchtitan_flux.training.train_spec"
+    """Registers FLUX with torchtitan"""
+
+
+@dataclass
+class JobConfig:
+    """What is merged into torchtitan's JobConfig."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    flow: Flow = field(default_factory=Flow)
+    encoder: Encoder = field(default_factory=Encoder)
+    validation: Validation = field(default_factory=Validation)
+    sampling: Sampling = field(default_factory=Sampling)
+    score: Score = field(default_factory=Score)
+    inference: Inference = field(default_factory=Inference)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    experimental: Experimental = field(default_factory=Experimental)

@@ -1,0 +1,84 @@
+"""From the configuration to plain values: model arguments, sizes, settings."""
+
+from dataclasses import replace
+from typing import Any
+
+from torchtitan_flux.config.paths import locate
+from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
+from torchtitan_flux.encoders.text import text_widths
+from torchtitan_flux.flow_matching import TimeDensity
+from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
+
+
+def resolved_path(path: str) -> str:
+    """The local file or folder that `path` means, or `path` itself as a hub name."""
+    found = locate(path)
+    return path if found is None else str(found)
+
+
+def image_size(config: Any) -> ImageSize:
+    """Size of training images in pixels."""
+    t = config.training
+    return ImageSize(t.img_height or t.img_size, t.img_width or t.img_size)
+
+
+def resolve_model_args(config: Any) -> FluxModelArgs:
+    """The flavor with the widths of the configured encoders and codec.
+
+    flux-dev and flux-schnell have fixed widths, which the encoders must have; other flavors
+    follow the encoders.
+
+    Raises:
+        ValueError: naming the encoder key whose width does not fit a fixed flavor.
+    """
+    args = FLAVORS[config.model.flavor]
+    t5_width, clip_width = text_widths(
+        resolved_path(config.encoder.t5_encoder), resolved_path(config.encoder.clip_encoder)
+    )
+    if args.pixel_space:
+        channels, downscale = config.encoder.pixel_channels, 1
+    else:
+        channels, downscale = autoencoder_geometry(resolved_path(config.encoder.autoencoder_path))
+    features = channels * args.patch_size**2
+    if config.model.flavor not in FIXED_WIDTH_FLAVORS:
+        return replace(
+            args,
+            in_channels=features,
+            out_channels=features,
+            downscale=downscale,
+            context_in_dim=t5_width,
+            vec_in_dim=clip_width,
+        )
+    for key, have, want in (
+        ("t5_encoder", t5_width, args.context_in_dim),
+        ("clip_encoder", clip_width, args.vec_in_dim),
+        ("autoencoder_path", features, args.in_channels),
+    ):
+        if have != want:
+            raise ValueError(
+                f"encoder.{key}: width {have} does not fit model.flavor = "
+                f"{config.model.flavor!r}, which needs {want}"
+            )
+    return args
+
+
+def time_density(config: Any) -> TimeDensity:
+    """Density of training times."""
+    flow = config.flow
+    return TimeDensity(flow.time_density, flow.logit_mean, flow.logit_std, flow.resolution_shift)
+
+
+def sample_settings(config: Any, args: FluxModelArgs) -> SampleSettings:
+    """How pictures are drawn during training."""
+    s = config.sampling
+    dev = args.guidance_embed if s.schedule == "auto" else s.schedule == "dev"
+    return SampleSettings(
+        size=image_size(config),
+        steps=s.denoising_steps,
+        cfg=s.classifier_free_guidance_scale,
+        guidance=s.guidance if args.guidance_embed else None,
+        shifted=dev,
+        seed=s.seed,
+    )

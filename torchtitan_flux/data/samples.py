@@ -1,0 +1,282 @@
+"""From a position of the run to a training sample, from an index to a validation sample.
+
+Contract 1: everything random about a training sample is a function of (run seed, stream, position)
+and never of the item, so that the same picture meets a fresh time, noise, crop, caption and
+dropout in every epoch. Validation is the opposite: its noise belongs to the item.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchtitan_flux.data.order import Order
+from torchtitan_flux.data.sources import Item, Source, UnreadableItem
+from torchtitan_flux.data.transforms import CENTER, needs_crop, to_training_image, upright
+from torchtitan_flux.flow_matching import TimeDensity, standard_normal
+from torchtitan_flux.latents import Geometry, ImageSize
+from torchtitan_flux.randomness import Stream, generator
+
+MAX_CHOICES = 16
+"""Items tried for one position before the source counts as broken."""
+
+Tokenize = Callable[[str], tuple[Any, Any]]
+"""caption -> (T5 token ids int64 [L], CLIP token ids int64 [77]), numpy or torch."""
+
+
+class Replacement(NamedTuple):
+    """An item that could not be read: where it was wanted, which one it was, and why.
+
+    `position` is the position of the run; for validation, the index in the held-out set.
+    """
+
+    position: int
+    item_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CaptionDropout:
+    """How often text is replaced by the encoding of "", which guidance is trained with.
+
+    Attributes:
+        prob: probability in [0, 1].
+        mode: "joint" drops both encodings together; "independent" drops the T5 and the CLIP
+            encoding each with its own draw, as torchtitan's FLUX does.
+    """
+
+    prob: float = 0.0
+    mode: Literal["joint", "independent"] = "joint"
+
+    def __post_init__(self):
+        if not 0 <= self.prob <= 1:
+            raise ValueError(f"the probability of caption dropout is {self.prob}, not in [0, 1]")
+        if self.mode not in ("joint", "independent"):
+            raise ValueError(f"caption dropout is joint or independent, not {self.mode!r}")
+
+
+class _TokenCache:
+    """Remembers what the tokenizers said about the captions seen last."""
+
+    def __init__(self, tokenize: Tokenize, size: int = 4096):
+        self._tokenize = tokenize
+        self._size = size
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, caption: str) -> tuple[Tensor, Tensor]:
+        tokens = self._known.get(caption)
+        if tokens is None:
+            t5, clip = self._tokenize(caption)
+            tokens = (
+                torch.as_tensor(t5, dtype=torch.int64),
+                torch.as_tensor(clip, dtype=torch.int64),
+            )
+            if len(self._known) >= self._size:  # web captions never repeat: stay bounded
+                self._known.clear()
+            self._known[caption] = tokens
+        return tokens
+
+
+class TrainingSamples:
+    """The map from a position of the run to its training sample.
+
+    Args:
+        source: items to train on.
+        order: which item stands at a position; made for `len(source)`.
+        seed: the run's seed.
+        size: size of the training images in pixels.
+        geometry: how images of `size` become latents and tokens.
+        channels: image channels, 1 or 3.
+        tokenize: caption -> (T5 token ids [L], CLIP token ids [77]).
+        time_density: maps a uniform draw to a time.
+        dropout: how often captions are dropped.
+        flip_prob: probability of mirroring left and right.
+        stochastic: the codec samples a posterior, so samples carry `posterior_noise`.
+
+    A sample is a dictionary of tensors:
+        image: float32 [channels, H, W] in [-1, 1].
+        t5_tokens, clip_tokens: int64 [L] and [77]; shared between samples, not to be written to.
+        t: float32 [], time; 0 is data, 1 is noise.
+        noise: float32, of the shape of the latents.
+        posterior_noise: the same shape; only when stochastic.
+        position: int64 [].
+
+    Items that could not be read are appended to `replaced`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        seed: int,
+        size: ImageSize,
+        geometry: Geometry,
+        channels: int,
+        tokenize: Tokenize,
+        time_density: TimeDensity,
+        dropout: CaptionDropout,
+        *,
+        flip_prob: float = 0.0,
+        stochastic: bool,
+    ):
+        if order.length != len(source):
+            raise ValueError(f"the order is for {order.length} items, the source has {len(source)}")
+        self.source = source
+        self.order = order
+        self.seed = seed
+        self.size = size
+        self.channels = channels
+        self.time_density = time_density
+        self.dropout = dropout
+        self.flip_prob = flip_prob
+        self.stochastic = stochastic
+        self.replaced: list[Replacement] = []
+        self._latent_shape = geometry.latent_shape(size)
+        self._image_tokens = geometry.grid(size).tokens
+        self._tokens = _TokenCache(tokenize)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        item, image = self._readable_item(position)
+        t5_tokens, clip_tokens = self._text(item, position)
+        sample = {
+            "image": image,
+            "t5_tokens": t5_tokens,
+            "clip_tokens": clip_tokens,
+            "t": self._time(position),
+            "noise": standard_normal(self._rng(Stream.NOISE, position), self._latent_shape),
+            "position": torch.tensor(position),
+        }
+        if self.stochastic:
+            rng = self._rng(Stream.POSTERIOR, position)
+            sample["posterior_noise"] = standard_normal(rng, self._latent_shape)
+        return sample
+
+    def _rng(self, stream: Stream, position: int) -> np.random.Generator:
+        return generator(self.seed, stream, position)
+
+    def _readable_item(self, position: int) -> tuple[Item, Tensor]:
+        """The first choice for the position that can be read, and its image."""
+        failures = []
+        for choice in range(MAX_CHOICES):
+            try:
+                item = self.source[self.order.item(position, choice)]
+                image = self._image(item, position)
+            except UnreadableItem as error:
+                failures.append(Replacement(position, error.item_id, error.reason))
+                continue
+            self.replaced += failures
+            return item, image
+        last = failures[-1]
+        raise RuntimeError(
+            f"none of {MAX_CHOICES} items of {self.source.name!r} tried for position {position} "
+            f"can be read; the last one was {last.item_id}: {last.reason}"
+        )
+
+    def _image(self, item: Item, position: int) -> Tensor:
+        with _damage_is_unreadable(item):
+            image = upright(item.image)
+            crop, flip = CENTER, False
+            if needs_crop(image, self.size):
+                x, y = self._rng(Stream.CROP, position).random(2)
+                crop = (x, y)
+            if self.flip_prob:
+                flip = self._rng(Stream.FLIP, position).random() < self.flip_prob
+            return torch.from_numpy(to_training_image(image, self.size, self.channels, crop, flip))
+
+    def _text(self, item: Item, position: int) -> tuple[Tensor, Tensor]:
+        caption = item.captions[0]
+        if len(item.captions) > 1:
+            caption = item.captions[
+                self._rng(Stream.CAPTION, position).integers(len(item.captions))
+            ]
+        t5_tokens, clip_tokens = self._tokens(caption)
+        if self.dropout.prob:
+            drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout.prob
+            drop_t5, drop_clip = drop if self.dropout.mode == "independent" else (drop[0], drop[0])
+            empty_t5, empty_clip = self._tokens("")
+            t5_tokens = empty_t5 if drop_t5 else t5_tokens
+            clip_tokens = empty_clip if drop_clip else clip_tokens
+        return t5_tokens, clip_tokens
+
+    def _time(self, position: int) -> Tensor:
+        # The draw is in [0, 1); the density's inverse CDF wants (0, 1).
+        u = max(self._rng(Stream.TIME, position).random(), 2.0**-53)
+        t = self.time_density.times(np.array([u]), self._image_tokens)
+        return torch.tensor(t[0], dtype=torch.float32)
+
+
+class ValidationSamples:
+    """The map from an index of a held-out set to its validation sample, the same in every run.
+
+    Centre crop, no flip, no dropout, the first caption; noise is a function of (validation seed,
+    stream, item id). Arguments are those of `TrainingSamples`, except `seed`, the validation seed.
+
+    A sample holds what a training sample holds, without `t` and `position` (times come from the
+    validation grid), and:
+        index: int64 [].
+        weight: float32 [], 1; 0 for an item that cannot be read (its image is all zero), which
+            is then listed in `replaced`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        size: ImageSize,
+        geometry: Geometry,
+        channels: int,
+        tokenize: Tokenize,
+        *,
+        stochastic: bool,
+    ):
+        self.source = source
+        self.seed = seed
+        self.size = size
+        self.channels = channels
+        self.stochastic = stochastic
+        self.replaced: list[Replacement] = []
+        self._latent_shape = geometry.latent_shape(size)
+        self._tokens = _TokenCache(tokenize)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        try:
+            item = self.source[index]
+            with _damage_is_unreadable(item):
+                image = torch.from_numpy(to_training_image(item.image, self.size, self.channels))
+            item_id, caption, weight = item.item_id, item.captions[0], 1.0
+        except UnreadableItem as error:
+            # No substitute: it would count twice. The set gets smaller by one instead.
+            self.replaced.append(Replacement(index, error.item_id, error.reason))
+            image = torch.zeros(self.channels, self.size.height, self.size.width)
+            item_id, caption, weight = error.item_id, "", 0.0
+        t5_tokens, clip_tokens = self._tokens(caption)
+        sample = {
+            "image": image,
+            "t5_tokens": t5_tokens,
+            "clip_tokens": clip_tokens,
+            "noise": self._normal(Stream.NOISE, item_id),
+            "index": torch.tensor(index),
+            "weight": torch.tensor(weight),
+        }
+        if self.stochastic:
+            sample["posterior_noise"] = self._normal(Stream.POSTERIOR, item_id)
+        return sample
+
+    def _normal(self, stream: Stream, item_id: str) -> Tensor:
+        return standard_normal(generator(self.seed, stream, item_id), self._latent_shape)
+
+
+@contextmanager
+def _damage_is_unreadable(item: Item):
+    """Files are decoded lazily: what PIL raises while decoding means that the item is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError) as error:  # PIL's PNG reader raises SyntaxError
+        raise UnreadableItem(item.item_id, f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,229 @@
+"""The FLUX.1 autoencoder as a codec, and loading it from a file of BFL's or a diffusers folder."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers
+from torchtitan_flux.encoders.autoencoder_layers import (
+    NORM_GROUPS,
+    AutoencoderArgs,
+    Decoder,
+    Encoder,
+)
+from torchtitan_flux.encoders.codec import check_channels
+from torchtitan_flux.state_dict_keys import KeyMismatch
+
+__all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
+
+_KEY = "encoder.autoencoder_path"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
+
+
+class Autoencoder(nn.Module):
+    """The FLUX.1 autoencoder; a `Codec`. Computes in the dtype of its weights."""
+
+    stochastic: bool = True
+
+    def __init__(self, args: AutoencoderArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.channels = args.z_channels
+        self.downscale = args.downscale
+        self.encoder = Encoder(args)
+        self.decoder = Decoder(args)
+
+    @torch.no_grad()
+    def encode(
+        self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None = None
+    ) -> Float[Tensor, "b ch h w"]:
+        """Normalised latents: scale_factor * (z - shift_factor), z from the posterior.
+
+        z = mean + exp(logvar / 2) * noise, logvar clamped to [-30, 20] as in diffusers.
+
+        Args:
+            images: pixels in [-1, 1]; height and width multiples of `downscale`.
+            noise: standard normal numbers in the shape of the latents; None takes z = mean.
+
+        Returns:
+            Latents in the dtype of `images`.
+
+        Raises:
+            ValueError: other channels, or a size that is no multiple of `downscale`.
+        """
+        check_channels("images", images, self.args.in_channels)
+        if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
+            raise ValueError(
+                f"images of {images.shape[2]}x{images.shape[3]} pixels: the autoencoder needs "
+                f"multiples of {self.downscale}"
+            )
+        moments = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).to(images.dtype)
+        z, logvar = moments.chunk(2, dim=1)
+        if noise is not None:
+            logvar = logvar.clamp(_LOGVAR_MIN, _LOGVAR_MAX)
+            z = z + torch.exp(0.5 * logvar) * noise.to(z)
+        return self.args.scale_factor * (z - self.args.shift_factor)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c H W"]:
+        """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`.
+
+        Raises:
+            ValueError: latents with other than `channels` channels.
+        """
+        check_channels("latents", latents, self.channels)
+        z = latents / self.args.scale_factor + self.args.shift_factor
+        return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(latents.dtype)
+
+
+def load_autoencoder(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """A frozen autoencoder, in eval mode, from either of the two formats in use.
+
+    Args:
+        path: a file in Black Forest Labs' layout (`ae.safetensors`; its architecture is read off
+            the tensor shapes, scale and shift are those of FLUX.1), or a diffusers `vae` folder
+            with `config.json` and `diffusion_pytorch_model.safetensors`.
+        device: where the weights go.
+        dtype: of the weights and of the computation.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder that lacks one of the two files.
+        ValueError: not safetensors, not this architecture (KeyMismatch names the keys), or a
+            configuration this code does not implement.
+    """
+    path = Path(path)
+    args, weights = _read_args(path)
+    to_ours = from_bfl if weights == path else from_diffusers
+    try:
+        state_dict = to_ours(load_file(weights), args)
+    except KeyMismatch as error:
+        what = f"{_KEY}: {weights}"
+        raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
+    with torch.device("meta"):
+        autoencoder = Autoencoder(args)
+    state_dict = {name: value.to(device, dtype) for name, value in state_dict.items()}
+    autoencoder.load_state_dict(state_dict, assign=True)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
+    """(latent channels, pixels per latent cell) of what `load_autoencoder` would load.
+
+    Reads only the configuration or the safetensors header. Raises as `load_autoencoder` does.
+    """
+    args, _ = _read_args(Path(path))
+    return args.z_channels, args.downscale
+
+
+def _read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
+    """The architecture, and the file that holds the weights."""
+    if path.is_dir():
+        config, weights = path / "config.json", path / _WEIGHTS
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
+                "the file ae.safetensors itself"
+            )
+        if not weights.is_file():
+            raise FileNotFoundError(f"{_KEY}: the folder {path} has no {_WEIGHTS}")
+        return _args_from_config(config), weights
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{_KEY}: no file or folder {path}; give BFL's ae.safetensors or a diffusers vae folder"
+        )
+    return _args_from_shapes(path), path
+
+
+def _args_from_shapes(path: Path) -> AutoencoderArgs:
+    """Architecture of a file in BFL's layout, from the names and shapes in its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{_KEY}: {path} is not a safetensors file ({error})") from None
+    try:
+        conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
+        ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")
+        widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+        return AutoencoderArgs(
+            in_channels=conv_in[1],
+            ch=ch,
+            ch_mult=_multiples(widths, ch),
+            num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+            z_channels=shapes["decoder.conv_in.weight"][1],
+            out_ch=conv_out[0],
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{_KEY}: {path} is not an autoencoder in Black Forest Labs' layout ({error}); "
+            "for diffusers' layout give the vae folder with its config.json"
+        ) from None
+
+
+def _args_from_config(path: Path) -> AutoencoderArgs:
+    """Architecture of a diffusers AutoencoderKL, from its config.json."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        _check_supported(config)
+        widths = config["block_out_channels"]
+        return AutoencoderArgs(
+            in_channels=config["in_channels"],
+            ch=widths[0],
+            ch_mult=_multiples(widths, widths[0]),
+            num_res_blocks=config["layers_per_block"],
+            z_channels=config["latent_channels"],
+            scale_factor=config["scaling_factor"],
+            # null in autoencoders older than FLUX.1, which do not shift
+            shift_factor=config.get("shift_factor") or 0.0,
+            out_ch=config["out_channels"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{_KEY}: {path} has no entry {error}; not an AutoencoderKL?") from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{_KEY}: {path} does not describe a FLUX autoencoder: {error}") from None
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    """Refuse what AutoencoderKL can be and FLUX.1's autoencoder is not."""
+    levels = len(config["block_out_channels"])
+    only = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "norm_num_groups": NORM_GROUPS,
+        "mid_block_add_attention": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    # What AutoencoderKL takes an entry for that its configuration leaves out.
+    absent = {**only, "use_quant_conv": True, "use_post_quant_conv": True}
+    wrong = [
+        f"{name} is {config.get(name, absent[name])!r}, supported is {value!r}"
+        for name, value in only.items()
+        if config.get(name, absent[name]) != value
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _multiples(widths: list[int], ch: int) -> tuple[int, ...]:
+    if any(width % ch for width in widths):
+        raise ValueError(f"level widths {widths} are not multiples of the first, {ch}")
+    return tuple(width // ch for width in widths)
+
+
+def _count(names: Mapping[str, Any], pattern: str) -> int:
+    """How many different numbers the pattern's group takes among the names."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))})

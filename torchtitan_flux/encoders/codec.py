@@ -1,0 +1,74 @@
+"""What stands between pixels and latents: the codec protocol and the identity codec."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Maps images to latents and back. Frozen: no gradient flows through it.
+
+    Attributes:
+        channels: latent channels.
+        downscale: pixels per latent cell along each axis.
+        stochastic: whether `encode` samples a posterior, that is, has a use for noise.
+    """
+
+    channels: int
+    downscale: int
+    stochastic: bool
+
+    def encode(
+        self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None = None
+    ) -> Float[Tensor, "b ch h w"]:
+        """Latents of images in [-1, 1].
+
+        Args:
+            images: pixels in [-1, 1].
+            noise: standard normal numbers in the shape of the latents that pick a sample of the
+                posterior; None gives its mean. A codec that is not stochastic ignores it.
+
+        Returns:
+            Latents, normalised as the model sees them, in the dtype of `images`.
+        """
+        ...
+
+    def decode(self, latents: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c H W"]:
+        """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`."""
+        ...
+
+
+def check_channels(what: str, tensor: Tensor, channels: int) -> None:
+    """Raise ValueError unless `tensor` is a batch (b, channels, height, width)."""
+    if tensor.ndim != 4 or tensor.shape[1] != channels:
+        raise ValueError(
+            f"the codec takes {what} of shape (batch, {channels}, height, width), "
+            f"got {tuple(tensor.shape)}"
+        )
+
+
+class PixelCodec:
+    """The identity: the model works on pixels themselves."""
+
+    downscale: int = 1
+    stochastic: bool = False
+
+    def __init__(self, channels: int) -> None:
+        """`channels`: colour channels of the images, 1 (grey) or 3 (RGB)."""
+        if channels < 1:
+            raise ValueError(f"a pixel codec needs at least one channel, got {channels}")
+        self.channels = channels
+
+    def encode(
+        self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b c H W"] | None = None
+    ) -> Float[Tensor, "b c H W"]:
+        """The images themselves; ValueError when their channels are not `channels`."""
+        check_channels("images", images, self.channels)
+        return images
+
+    def decode(self, latents: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        """The latents themselves; ValueError when their channels are not `channels`."""
+        check_channels("latents", latents, self.channels)
+        return latents

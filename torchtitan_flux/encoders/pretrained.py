@@ -1,0 +1,97 @@
+"""Finding a transformers model: a local folder or a name on the Hugging Face hub.
+
+Which encoder a path stands for comes from the argument it was given for, never from its spelling;
+what the folder says about itself (`model_type` in config.json) is compared with that.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, CLIPTextConfig, PretrainedConfig, T5Config
+
+T5_KEY = "encoder.t5_encoder"
+CLIP_KEY = "encoder.clip_encoder"
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# One line of the reason is enough: what transformers raises goes on for a screen.
+_REASON_LENGTH = 300
+
+
+def locate(path: str | Path, key: str) -> dict[str, Any]:
+    """Keyword arguments that make `from_pretrained` read `path`, without the network if a folder.
+
+    Raises:
+        FileNotFoundError: no such folder, and it cannot be a name on the hub either.
+    """
+    if Path(path).is_dir():
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if Path(path).exists() or not _HUB_NAME.fullmatch(str(path)):
+        raise FileNotFoundError(
+            f"{key}: there is no folder {path} (a name on the Hugging Face hub would be owner/name)"
+        )
+    return {"pretrained_model_name_or_path": str(path)}
+
+
+def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> ValueError:
+    """The one error for a thing that does not load: key, path, what, and the reason in short."""
+    reason = " ".join(str(error).split())
+    if len(reason) > _REASON_LENGTH:
+        reason = reason[:_REASON_LENGTH] + " …"
+    return ValueError(f"{key}: cannot load the {what} from {path}: {reason}")
+
+
+def read_t5_config(path: str | Path) -> T5Config:
+    """Configuration of the T5 at `path`; FileNotFoundError or ValueError naming the TOML key."""
+    return _read_config(T5Config, path, T5_KEY, {"t5"})
+
+
+def read_clip_config(path: str | Path) -> CLIPTextConfig:
+    """Configuration of CLIP's text model at `path`, also out of a whole CLIP's.
+
+    Raises FileNotFoundError or ValueError naming the TOML key.
+    """
+    return _read_config(CLIPTextConfig, path, CLIP_KEY, {"clip", "clip_text_model"})
+
+
+def _read_config(kind: type, path: str | Path, key: str, model_types: set[str]) -> Any:
+    where = locate(path, key)
+    try:
+        found, _ = PretrainedConfig.get_config_dict(**where)
+        config = kind.from_pretrained(**where)
+    except (OSError, ValueError, TypeError) as error:
+        raise refusal(key, path, "configuration", error) from None
+    if found.get("model_type") not in model_types:
+        raise refusal(
+            key,
+            path,
+            "configuration",
+            f"its model_type is {found.get('model_type')!r}, needed is "
+            + " or ".join(repr(name) for name in sorted(model_types)),
+        )
+    return config
+
+
+def load_tokenizer(path: str | Path, key: str, diffusers_folder: str) -> Any:
+    """The tokenizer at `path`, else in the folder beside it that diffusers pipelines use.
+
+    Args:
+        path: folder or hub name of the encoder.
+        key: TOML key for the error message.
+        diffusers_folder: where a FLUX.1 repository in diffusers layout keeps the tokenizer of this
+            encoder: `tokenizer` beside `text_encoder`, `tokenizer_2` beside `text_encoder_2`.
+    """
+    where = locate(path, key)
+    beside = Path(path).parent / diffusers_folder
+    if Path(path).is_dir() and not _has_tokenizer(Path(path)) and _has_tokenizer(beside):
+        where = locate(beside, key)
+    try:
+        return AutoTokenizer.from_pretrained(**where, use_fast=True)
+    # transformers, tokenizers (plain Exception) and missing sentencepiece each raise their own kind
+    except Exception as error:
+        raise refusal(key, path, "tokenizer", error) from None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "spiece.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)

@@ -1,0 +1,90 @@
+"""Captions to the tokens of both text encoders."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY, load_tokenizer, refusal
+
+CLIP_LENGTH = 77
+"""Tokens that CLIP reads, start and end of text included."""
+
+_CACHED_CAPTIONS = 4096
+
+
+class CaptionTokenizer:
+    """Tokenises a caption for T5 and CLIP, padded and truncated to fixed lengths.
+
+    T5: pieces, end-of-sequence, then its padding token up to `max_t5_len`. CLIP: start of text,
+    tokens, end of text, then its padding token up to 77. When a caption is too long its end is cut
+    and the end token stays.
+
+    Can be pickled, for the workers of a data loader; repeated captions are remembered, the most
+    recent 4096 of them.
+    """
+
+    def __init__(self, t5_path: str | Path, clip_path: str | Path, max_t5_len: int) -> None:
+        """Load both tokenizers.
+
+        Args:
+            t5_path: local folder or hub name, `encoder.t5_encoder`.
+            clip_path: local folder or hub name, `encoder.clip_encoder`.
+            max_t5_len: tokens given to T5, end-of-sequence included.
+
+        Raises:
+            FileNotFoundError, ValueError: a tokenizer that cannot be loaded or is not of its kind,
+                naming the TOML key and the path.
+        """
+        if max_t5_len < 1:
+            raise ValueError(
+                f"encoder.max_t5_encoding_len: at least 1 token is needed, got {max_t5_len}"
+            )
+        t5 = load_tokenizer(t5_path, T5_KEY, "tokenizer_2")
+        clip = load_tokenizer(clip_path, CLIP_KEY, "tokenizer")
+        self.max_t5_len = max_t5_len
+        self._t5 = _fixed_length(t5, max_t5_len)
+        self._clip = _fixed_length(clip, CLIP_LENGTH)
+        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        # The empty caption shows whether the two are what they were given for.
+        if self._t5.encode("").ids[0] != t5.eos_token_id:
+            raise refusal(T5_KEY, t5_path, "tokenizer", "it does not end captions as T5's does")
+        if self._clip.encode("").ids[:2] != [clip.bos_token_id, clip.eos_token_id]:
+            raise refusal(
+                CLIP_KEY, clip_path, "tokenizer", "it does not start and end captions as CLIP's"
+            )
+
+    def __call__(self, caption: str) -> tuple[Int64[Tensor, " t5_len"], Int64[Tensor, "77"]]:
+        """(T5 tokens of shape [max_t5_len], CLIP tokens of shape [77]), the caller's own copies."""
+        tokens = self._cache.get(caption)
+        if tokens is None:
+            tokens = (
+                torch.tensor(self._t5.encode(caption).ids),
+                torch.tensor(self._clip.encode(caption).ids),
+            )
+            self._cache[caption] = tokens
+            if len(self._cache) > _CACHED_CAPTIONS:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(caption)
+        return tokens[0].clone(), tokens[1].clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": OrderedDict()}
+
+
+def _fixed_length(tokenizer: Any, length: int) -> Tokenizer:
+    """The tokenizers-library half of a transformers tokenizer, several times as fast as the whole.
+
+    A copy, since truncation and padding are settings of the object.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(length)
+    backend.enable_padding(
+        length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
+    )
+    return backend

@@ -1,0 +1,173 @@
+"""Prompts -> images with a model, text encoders and a codec. Grids, infer and scores call this."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+
+from torchtitan_flux.encoders.codec import Codec
+from torchtitan_flux.flow_matching import standard_normal
+from torchtitan_flux.latents import Geometry, ImageSize, image_ids, pack, text_ids, unpack
+from torchtitan_flux.randomness import Stream, generator
+from torchtitan_flux.sampling import Velocity, euler, guided, schedule
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """Encoded captions: `txt` [b, tokens, context] and pooled `vec` [b, width]."""
+
+    txt: Float[Tensor, "b tokens context"]
+    vec: Float[Tensor, "b width"]
+
+    def repeat(self, count: int) -> "TextConditioning":
+        """The conditioning of one caption, for `count` samples."""
+        return TextConditioning(self.txt.expand(count, -1, -1), self.vec.expand(count, -1))
+
+
+class TextEncoding(Protocol):
+    """Captions -> conditioning; the empty caption is what classifier-free guidance leaves out."""
+
+    def __call__(self, captions: Sequence[str]) -> TextConditioning: ...
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are drawn; written into each PNG.
+
+    Attributes:
+        size: pixels.
+        steps: Euler steps.
+        cfg: scale of classifier-free guidance; 1 switches it off.
+        guidance: guidance input of a model with guidance embedding, else None.
+        shifted: FLUX.1-dev's schedule; False for schnell's.
+        seed: noise of picture i is a function of (seed, i).
+    """
+
+    size: ImageSize
+    steps: int
+    cfg: float = 1.0
+    guidance: float | None = None
+    shifted: bool = False
+    seed: int = 0
+
+
+def initial_noise(geometry: Geometry, size: ImageSize, seed: int, index: int) -> Tensor:
+    """Starting noise [c, h, w] of picture `index`, float32, the same on every machine."""
+    return standard_normal(generator(seed, Stream.SAMPLE, index), geometry.latent_shape(size))
+
+
+def packed_velocity(
+    model: nn.Module,
+    text: TextConditioning,
+    geometry: Geometry,
+    size: ImageSize,
+    guidance: float | None,
+) -> Velocity:
+    """A velocity callable over packed tokens [b, tokens, features], conditioned on `text`."""
+    grid = geometry.grid(size)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        b = x.shape[0]
+        return model(
+            x,
+            image_ids(grid, b, x.device),
+            text.txt,
+            text_ids(text.txt.shape[1], b, x.device),
+            t,
+            text.vec,
+            None if guidance is None else torch.full_like(t, guidance),
+        )
+
+    return velocity
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    codec: Codec,
+    encode_text: TextEncoding,
+    geometry: Geometry,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    settings: SampleSettings,
+    negative_prompt: str = "",
+    device: torch.device | str = "cpu",
+    on_step: Callable[[], None] | None = None,
+) -> Float[Tensor, "b c H W"]:
+    """Draw one image for each prompt.
+
+    Args:
+        model: FluxModel, sharded or not; every rank that shares it must call with as many prompts.
+        codec: decodes latents to images.
+        encode_text: captions -> conditioning.
+        geometry: of the model's flavor.
+        prompts: one batch of captions.
+        indices: number of each picture; it starts from noise (settings.seed, index).
+        settings: size, steps, guidance, seed.
+        negative_prompt: what classifier-free guidance moves away from.
+        device: where the model is.
+        on_step: called after each Euler step.
+
+    Returns:
+        images in [-1, 1], float32.
+    """
+    size = settings.size
+    noise = torch.stack(
+        [initial_noise(geometry, size, settings.seed, index) for index in indices]
+    )
+    velocity = packed_velocity(model, encode_text(prompts), geometry, size, settings.guidance)
+    if settings.cfg != 1.0:
+        negative = encode_text([negative_prompt]).repeat(len(prompts))
+        velocity = guided(
+            velocity,
+            packed_velocity(model, negative, geometry, size, settings.guidance),
+            settings.cfg,
+        )
+    grid = geometry.grid(size)
+    times = schedule(settings.steps, grid.tokens, settings.shifted)
+    tokens = euler(velocity, pack(noise, geometry.patch).to(device), times, on_step)
+    return codec.decode(unpack(tokens, grid, geometry.patch)).float().clamp(-1, 1)
+
+
+def to_pil(image: Float[Tensor, "c H W"]) -> Image.Image:
+    """An image in [-1, 1] with 1 or 3 channels as an 8-bit PIL image."""
+    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1))
+
+
+def save_png(
+    image: Image.Image, path: Path, settings: SampleSettings, **facts: str | int | float
+) -> None:
+    """Write a PNG whose text metadata holds the settings and `facts` (prompt, step, …).
+
+    Written beside and renamed, so that a reader never sees half a picture.
+    """
+    metadata = PngImagePlugin.PngInfo()
+    for name, value in {**asdict(settings), "size": str(settings.size), **facts}.items():
+        metadata.add_text(name, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    image.save(scratch, format="PNG", pnginfo=metadata)
+    scratch.replace(path)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, enlarge_to: int = 48) -> Image.Image:
+    """Images of one size side by side with a thin gap, small ones enlarged without smoothing."""
+    width, height = images[0].size
+    factor = max(1, -(-enlarge_to // min(width, height)))
+    width, height = width * factor, height * factor
+    rows = -(-len(images) // columns)
+    gap = 2
+    sheet = Image.new(
+        images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
+    )
+    for i, image in enumerate(images):
+        place = ((i % columns) * (width + gap), (i // columns) * (height + gap))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet

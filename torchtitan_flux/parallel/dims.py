@@ -1,0 +1,32 @@
+"""Meshes: torchtitan's, with the data-parallel dimensions kept also where their size is one."""
+
+from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+from torchtitan.distributed import ParallelDims
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class FluxParallelDims(ParallelDims):
+    """ParallelDims whose (dp_replicate, fsdp) mesh always exists.
+
+    One call of fully_shard on that mesh is then one rank, DDP, FSDP and HSDP alike (contract 4).
+    torchtitan's own drops dimensions of size one, and with them mixed precision and the
+    synchronisation of replicas.
+    """
+
+    def _mesh_exist(self, name: str, degree: int) -> bool:
+        return name in ("dp_replicate", "fsdp") or super()._mesh_exist(name, degree)
+
+    @property
+    def data_mesh(self) -> DeviceMesh:
+        """The (dp_replicate, fsdp) mesh that parameters live on."""
+        return self.get_mesh(["dp_replicate", "fsdp"])
+
+    @property
+    def data_degree(self) -> int:
+        """Ranks that read different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank is; context and tensor peers share a number."""
+        return self.get_mesh("batch").get_local_rank() if self.dp_enabled else 0

@@ -1,0 +1,66 @@
+"""Sampling: schedules, classifier-free guidance, Euler. Knows no model, only a velocity callable.
+
+Times descend from 1 (noise) to 0 (data); on a straight path Euler is exact for any schedule.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from torchtitan_flux.flow_matching import resolution_mu, shift_times
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def schedule(steps: int, tokens: int, shifted: bool) -> np.ndarray:
+    """Times of a sampling run, steps + 1 float64 values from 1 down to 0.
+
+    Args:
+        steps: number of Euler steps, at least 1.
+        tokens: packed image tokens; FLUX.1-dev's shift depends on it.
+        shifted: True for the schedule of FLUX.1-dev, False for FLUX.1-schnell's (n - k) / n.
+
+    Raises:
+        ValueError: when steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"denoising steps must be at least 1, not {steps}")
+    times = np.linspace(1.0, 0.0, steps + 1)
+    return shift_times(times, resolution_mu(tokens)) if shifted else times
+
+
+def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance (arXiv:2207.12598): v_uncond + scale * (v_cond - v_uncond)."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        base = unconditional(x, t)
+        return base + scale * (conditional(x, t) - base)
+
+    return velocity
+
+
+@torch.no_grad()
+def euler(
+    velocity: Velocity,
+    noise: Float[Tensor, "b *rest"],
+    times: np.ndarray,
+    on_step: Callable[[], None] | None = None,
+) -> Float[Tensor, "b *rest"]:
+    """Integrate dx/dt = v from noise to data: x <- x + (t_next - t) v, in float32.
+
+    Args:
+        velocity: called as velocity(x, t) with t of shape [b].
+        noise: where the path begins, at times[0].
+        times: descending times, as from `schedule`.
+        on_step: called after each step, for a progress bar.
+    """
+    x = noise.float()
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        t_batch = torch.full((x.shape[0],), float(t), dtype=torch.float32, device=x.device)
+        x = x + float(t_next - t) * velocity(x, t_batch).float()
+        if on_step is not None:
+            on_step()
+    return x

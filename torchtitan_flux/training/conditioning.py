@@ -1,0 +1,90 @@
+"""The frozen parts around the model: text encoders and codec, built once, shared by all callers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from torchtitan_flux.config.resolve import resolved_path
+from torchtitan_flux.encoders.autoencoder import load_autoencoder
+from torchtitan_flux.encoders.codec import Codec, PixelCodec
+from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.generate import TextConditioning
+from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.parallelize import shard_text_encoder
+
+
+def build_tokenizer(config: Any) -> CaptionTokenizer:
+    """The tokenizers that belong to the two text encoders."""
+    encoder = config.encoder
+    return CaptionTokenizer(
+        resolved_path(encoder.t5_encoder),
+        resolved_path(encoder.clip_encoder),
+        encoder.max_t5_encoding_len,
+    )
+
+
+@dataclass
+class FrozenParts:
+    """Tokenizer, text encoders and codec on the training device."""
+
+    tokenizer: CaptionTokenizer
+    t5: T5Encoder
+    clip: ClipEncoder
+    codec: Codec
+    device: torch.device
+
+    @torch.no_grad()
+    def encode_tokens(
+        self, t5_tokens: Int[Tensor, "b length"], clip_tokens: Int[Tensor, "b 77"]
+    ) -> TextConditioning:
+        """Text features [b, length, context] and pooled vector [b, width]."""
+        return TextConditioning(
+            self.t5(t5_tokens.to(self.device)), self.clip(clip_tokens.to(self.device))
+        )
+
+    def encode_captions(self, captions: Sequence[str]) -> TextConditioning:
+        """Tokenise and encode captions; "" is the empty prompt of inference."""
+        t5_tokens, clip_tokens = zip(*map(self.tokenizer, captions), strict=True)
+        return self.encode_tokens(torch.stack(t5_tokens), torch.stack(clip_tokens))
+
+    @torch.no_grad()
+    def encode_images(
+        self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None
+    ) -> Float[Tensor, "b ch h w"]:
+        """Latents in float32: a posterior sample with `noise`, the mean without."""
+        noise = None if noise is None else noise.to(self.device)
+        return self.codec.encode(images.to(self.device), noise).float()
+
+
+def build_frozen_parts(
+    config: Any,
+    args: FluxModelArgs,
+    dims: FluxParallelDims,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FrozenParts:
+    """Load the encoders and the codec that the configuration names.
+
+    Args:
+        config: job configuration.
+        args: resolved model arguments.
+        dims: T5 is sharded over the data ranks where there are several.
+        device: where they run.
+        dtype: their weights' and compute dtype.
+    """
+    encoder = config.encoder
+    t5 = T5Encoder(resolved_path(encoder.t5_encoder), device=device, dtype=dtype)
+    if dims.data_mesh.size() > 1:
+        shard_text_encoder(t5, dims.data_mesh)
+    clip = ClipEncoder(resolved_path(encoder.clip_encoder), device=device, dtype=dtype)
+    codec: Codec = (
+        PixelCodec(encoder.pixel_channels)
+        if args.pixel_space
+        else load_autoencoder(resolved_path(encoder.autoencoder_path), device=device, dtype=dtype)
+    )
+    return FrozenParts(build_tokenizer(config), t5, clip, codec, device)

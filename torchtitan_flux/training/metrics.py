@@ -1,0 +1,206 @@
+"""Log lines, TensorBoard and the progress bar: images/s, tokens/s, TFLOP/s, memory, waiting."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+from torchtitan.components.metrics import (
+    LoggerContainer,
+    MetricsProcessor,
+    TensorBoardLogger,
+    _build_metric_logger,
+    build_device_memory_monitor,
+)
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from torchtitan_flux.config.resolve import image_size
+from torchtitan_flux.model import FluxModelArgs, flops_per_image
+
+
+class FluxMetrics(MetricsProcessor):
+    """torchtitan's metrics, counted in images.
+
+    Rates are of the whole job unless they say "per device". Time spent in validation and
+    sampling is taken out of them.
+    """
+
+    def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: FluxModelArgs):
+        # not super().__init__: it assumes an A100's peak on any device that it does not know
+        self.logger = _build_metric_logger(job_config, parallel_dims)
+        self.parallel_dims = parallel_dims
+        self.job_config = job_config
+        self.device_memory_monitor = build_device_memory_monitor()
+        plain = job_config.metrics.disable_color_printing or not sys.stdout.isatty()
+        self.color = utils.NoColor() if plain else utils.Color()
+        on_gpu = utils.device_type != "cpu"
+        name = self.device_memory_monitor.device_name
+        self.gpu_peak_flops = utils.get_peak_flops(name) if on_gpu else float("nan")
+        self.num_flops_per_token = -1
+        self.optimizers = None
+        self.lr_schedulers = None
+        self.model_parts = None
+
+        size, text_tokens = image_size(job_config), job_config.encoder.max_t5_encoding_len
+        self.tokens_per_image = model_args.geometry.grid(size).tokens + text_tokens
+        self.flops_per_image = flops_per_image(model_args, size, text_tokens)
+        self.images_since_last_log = 0
+        self.ntokens_since_last_log = 0
+        self.data_loading_times: list[float] = []
+        self.time_last_log = time.perf_counter()
+        self.steps_timed = 0
+        self.seconds_timed = 0.0
+        self.last_logged_step: int | None = None
+        self.bar: tqdm | None = None
+        self.device_memory_monitor.reset_peak_stats()
+
+    def start(self, step: int) -> None:
+        """Called when training starts, after a checkpoint was loaded."""
+        self.last_logged_step = step
+        self.time_last_log = time.perf_counter()
+        if torch.distributed.get_rank() == 0 and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.job_config.training.steps, initial=step, unit="step", leave=False
+            )
+            _log_through_bar()
+
+    def advance(self, images: int) -> None:
+        """Count one step of `images` images over all ranks."""
+        self.images_since_last_log += images
+        if self.bar is not None:
+            self.bar.update()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside (validation, sampling) does not count against throughput."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.time_last_log += time.perf_counter() - begin
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """One log line and one row in TensorBoard.
+
+        Args:
+            step: the step just done.
+            global_avg_loss: mean squared velocity error over the global batch.
+            global_max_loss: the largest mean of one rank.
+            grad_norm: before clipping.
+            extra_metrics: more scalars for TensorBoard.
+        """
+        assert self.last_logged_step is not None
+        seconds = time.perf_counter() - self.time_last_log
+        steps = step - self.last_logged_step
+        images_per_second = self.images_since_last_log / seconds
+        tokens_per_second = images_per_second * self.tokens_per_image
+        devices = self.parallel_dims.world_size
+        tflops = images_per_second * self.flops_per_image / devices / 1e12
+        mfu = 100 * tflops * 1e12 / self.gpu_peak_flops
+        waiting = 100 * sum(self.data_loading_times) / seconds
+        memory = self.device_memory_monitor.get_peak_stats()
+        left = self._time_left(step, steps, seconds)
+
+        metrics = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_max_loss": global_max_loss,
+            "grad_norm": grad_norm,
+            "throughput/images_per_second": images_per_second,
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/tflops_per_device": tflops,
+            "time_metrics/seconds_per_step": seconds / steps,
+            "time_metrics/data_wait(%)": waiting,
+            "memory/max_reserved(GiB)": memory.max_reserved_gib,
+            **(extra_metrics or {}),
+        }
+        if mfu == mfu:  # no figure on a CPU
+            metrics["mfu(%)"] = mfu
+        self.logger.log(metrics, step)
+
+        c = self.color
+        mfu_text = f"  mfu: {mfu:.1f}%" if mfu == mfu else ""
+        logger.info(
+            f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
+            f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.1f}  "
+            f"tokens/s: {tokens_per_second:,.0f}  {c.cyan}TFLOP/s: {tflops:,.3f}{mfu_text}  "
+            f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  "
+            f"{c.magenta}data wait: {waiting:.1f}%  left: {left}{c.reset}"
+        )
+        self._begin_interval(step)
+
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+    ) -> None:
+        """Validation loss, overall and (in extra_metrics) by time."""
+        metrics = {"validation_metrics/loss": loss, **(extra_metrics or {})}
+        self.logger.log(metrics, step)
+        c = self.color
+        logger.info(f"{c.yellow}validate step: {step:5d}  {c.green}loss: {loss:8.5f}{c.reset}")
+
+    def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """A picture [H, W] or [H, W, 3], uint8, into TensorBoard where that is on."""
+        loggers = self.logger._loggers if isinstance(self.logger, LoggerContainer) else []
+        for one in loggers:
+            if isinstance(one, TensorBoardLogger):
+                formats = "HW" if image.ndim == 2 else "HWC"
+                one.writer.add_image(tag, image, step, dataformats=formats)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        super().close()
+
+    def _begin_interval(self, step: int) -> None:
+        self.images_since_last_log = 0
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.last_logged_step = step
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    def _time_left(self, step: int, steps: int, seconds: float) -> str:
+        if step > 1:  # the first step warms up
+            self.steps_timed += steps
+            self.seconds_timed += seconds
+        if not self.steps_timed:
+            return "?"
+        left = self.job_config.training.steps - step
+        minutes, rest = divmod(round(left * self.seconds_timed / self.steps_timed), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _log_through_bar() -> None:
+    """Let log lines scroll above the progress bar instead of through it."""
+
+    class ThroughBar(logging.StreamHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stdout)
+
+    for handler in list(logger.handlers):
+        through = ThroughBar()
+        through.setFormatter(handler.formatter)
+        logger.removeHandler(handler)
+        logger.addHandler(through)
+
+
+def build_metrics_processor(
+    job_config: Any, parallel_dims: ParallelDims, model_args: Any, tag: str | None = None
+) -> FluxMetrics:
+    """torchtitan's MetricsProcessorBuilder."""
+    return FluxMetrics(job_config, parallel_dims, model_args)

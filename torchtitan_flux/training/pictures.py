@@ -1,0 +1,104 @@
+"""Drawing on all ranks: each takes its share of the pictures, every rank gets all of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from torchtitan_flux.generate import SampleSettings, generate, image_grid, save_png, to_pil
+from torchtitan_flux.latents import Geometry
+from torchtitan_flux.training.conditioning import FrozenParts
+
+
+class Painter:
+    """Draws pictures with a model that is shared by the data ranks.
+
+    Picture i starts from noise (seed, i), so the pictures do not depend on the number of ranks.
+
+    Args:
+        model: FluxModel after parallelize_flux.
+        parts: encoders, codec, device.
+        geometry: of the flavor.
+        data_rank, data_degree: this rank among those that draw different pictures.
+        group: those ranks, or None for one.
+        batch_size: pictures drawn at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: FrozenParts,
+        geometry: Geometry,
+        data_rank: int,
+        data_degree: int,
+        group: ProcessGroup | None,
+        batch_size: int = 64,
+    ):
+        self.model = model
+        self.parts = parts
+        self.geometry = geometry
+        self.data_rank = data_rank
+        self.data_degree = data_degree
+        self.group = group
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[str], settings: SampleSettings, negative_prompt: str = ""
+    ) -> Float[Tensor, "n c H W"]:
+        """One image in [-1, 1] for each prompt, on the CPU of every rank, in the prompts' order.
+
+        Sharded models communicate in every forward, so all ranks draw equally many: the last
+        share is filled up with repeats that are thrown away.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        share = -(-len(prompts) // self.data_degree)
+        mine = [
+            min(self.data_rank * share + i, len(prompts) - 1) for i in range(share)
+        ]
+        drawn = [
+            generate(
+                self.model,
+                self.parts.codec,
+                self.parts.encode_captions,
+                self.geometry,
+                [prompts[i] for i in indices],
+                indices,
+                settings,
+                negative_prompt=negative_prompt,
+                device=self.parts.device,
+            )
+            for indices in (
+                mine[at : at + self.batch_size] for at in range(0, share, self.batch_size)
+            )
+        ]
+        self.model.train(was_training)
+        images = torch.cat(drawn).contiguous()
+        if self.group is not None:
+            gathered = [torch.empty_like(images) for _ in range(self.data_degree)]
+            torch.distributed.all_gather(gathered, images, group=self.group)
+            images = torch.cat(gathered)
+        return images[: len(prompts)].cpu()
+
+
+def save_grid(
+    images: Float[Tensor, "n c H W"],
+    path: Path,
+    columns: int,
+    settings: SampleSettings,
+    **facts: str | int | float,
+) -> Tensor:
+    """Write a grid as PNG with its settings in the metadata.
+
+    Returns:
+        the grid's pixels, uint8 [H, W] or [H, W, 3], for TensorBoard.
+    """
+    sheet = image_grid([to_pil(image) for image in images], columns)
+    save_png(sheet, path, settings, **facts)
+    return torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(
+        sheet.height, sheet.width, *(() if sheet.mode == "L" else (3,))
+    )

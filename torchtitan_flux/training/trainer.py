@@ -1,0 +1,381 @@
+"""FluxTrainer: torchtitan's Trainer with FLUX's batch, loss, validation and pictures.
+
+    torchrun --nproc_per_node 1 -m torchtitan_flux.training.trainer \
+        --job.config_file train_configs/flux_digits.toml
+"""
+
+import copy
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+import time
+
+from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.train import Trainer
+import torch
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
+
+from torchtitan_flux.checkpoint.run_facts import RunFacts, newest_step, read_run_facts
+from torchtitan_flux.config.manager import load_config_or_exit
+from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
+from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
+from torchtitan_flux.flow_matching import flow_step
+from torchtitan_flux.generate import TextConditioning, packed_velocity
+from torchtitan_flux.latents import ImageSize, pack
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.randomness import draw_seed
+from torchtitan_flux.training.conditioning import build_frozen_parts
+from torchtitan_flux.training.data import build_validation_loader, global_batch_size
+from torchtitan_flux.training.metrics import FluxMetrics
+from torchtitan_flux.training.pictures import Painter, save_grid
+from torchtitan_flux.training.validator import TIME_GRIDS, FluxValidator
+
+Batch = dict[str, Tensor]
+
+
+class FluxTrainer(Trainer):
+    """Pretrains FLUX with a flow-matching loss on frozen encoders.
+
+    Args:
+        job_config: from `load_config`.
+
+    Raises:
+        ValueError: when the newest checkpoint belongs to another run than is configured.
+    """
+
+    metrics_processor: FluxMetrics
+    parallel_dims: FluxParallelDims
+
+    def __init__(self, job_config: Any):
+        self._start_process_group(job_config)
+        job_config, self.facts = settle(job_config)
+        super().__init__(job_config)
+        config: Any = self.job_config
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")  # torchtitan numbers it by the local rank
+        dims = self.parallel_dims
+        self.model_args = resolve_model_args(config)  # type: ignore[assignment]
+        self.geometry = self.model_args.geometry
+        self.parts = build_frozen_parts(
+            config,
+            self.model_args,
+            dims,
+            self.device,
+            TORCH_DTYPE_MAP[config.training.mixed_precision_param],
+        )
+        group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
+        self.painter = Painter(
+            self.model_parts[0],
+            self.parts,
+            self.geometry,
+            dims.data_rank,
+            dims.data_degree,
+            group,
+        )
+        self.validator = FluxValidator(  # type: ignore[assignment]
+            build_validation_loader(
+                dims.data_degree, dims.data_rank, self.parts.tokenizer, config
+            ),
+            self.sample_losses,
+            TIME_GRIDS[config.validation.time_grid](),
+            config.validation.all_timesteps,
+            group,
+            self.device,
+            config,
+            self._report_validation,
+        )
+
+    def _start_process_group(self, job_config: Any) -> None:
+        """Ahead of torchtitan, so that ranks can agree on a seed before anything is built."""
+        device = torch.device(f"{utils.device_type}:{os.environ['LOCAL_RANK']}")
+        utils.device_module.set_device(device)
+        dist_utils.init_distributed(
+            job_config.comm,
+            enable_cpu_backend=job_config.training.enable_cpu_offload,
+            base_folder=job_config.job.dump_folder,
+        )
+
+    def init_distributed(self) -> FluxParallelDims:
+        """Our meshes (torchtitan calls this)."""
+        p = self.job_config.parallelism
+        return FluxParallelDims(
+            dp_replicate=p.data_parallel_replicate_degree,
+            dp_shard=p.data_parallel_shard_degree,
+            cp=p.context_parallel_degree,
+            tp=p.tensor_parallel_degree,
+            pp=p.pipeline_parallel_degree,
+            ep=1,
+            etp=1,
+            world_size=torch.distributed.get_world_size(),
+        )
+
+    # ---- one step -------------------------------------------------------------------------
+
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:  # type: ignore[override]
+        """Batches of the loader, with the time spent waiting for them."""
+        self.metrics_processor.start(self.step)  # here, before the loop counts its first step
+        return self._timed(iter(data_iterable))
+
+    def _timed(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            begin = time.perf_counter()
+            batch = next(iterator)  # endless
+            self.metrics_processor.data_loading_times.append(time.perf_counter() - begin)
+            yield batch
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:  # type: ignore[override]
+        """One optimizer step over `training.global_batch_size` positions."""
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        elements, images = self._global_counts(microbatches)
+
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(microbatches):
+            self._sync_gradients(number == len(microbatches) - 1)
+            part = self.sample_losses(self.model_parts[0], batch, batch["t"]).sum() / elements
+            part.backward()
+            loss += part.detach()
+
+        grad_norm = dist_utils.clip_grad_norm_(
+            [p for model in self.model_parts for p in model.parameters()],
+            self.job_config.training.max_norm,
+            foreach=True,
+        )
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+
+        self.ntokens_seen += images * self.metrics_processor.tokens_per_image
+        self.metrics_processor.advance(images)
+        if self.metrics_processor.should_log(self.step):
+            self._log(loss, elements, microbatches, grad_norm, lr)
+        if self._should_draw():
+            with self.metrics_processor.pause():
+                self._draw_grid()
+
+    def sample_losses(self, model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
+        """Summed squared velocity error of each sample; training and validation share it.
+
+        Args:
+            model: FluxModel.
+            batch: collated samples (data/samples.py).
+            t: time of each sample [b].
+        """
+        parts, size = self.parts, self._image_size(batch)
+        latents = parts.encode_images(batch["image"], batch.get("posterior_noise"))
+        text = parts.encode_tokens(batch["t5_tokens"], batch["clip_tokens"])
+        patch = self.geometry.patch
+        return flow_step(
+            packed_velocity(model, text, self.geometry, size, self._guidance()),
+            pack(latents, patch),
+            pack(batch["noise"].to(self.device), patch),
+            t.to(self.device),
+        )
+
+    def _guidance(self) -> float | None:
+        config: Any = self.job_config
+        return config.flow.guidance if self.model_args.guidance_embed else None
+
+    def _image_size(self, batch: Batch) -> ImageSize:
+        height, width = batch["image"].shape[-2:]
+        return ImageSize(height, width)
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Communicate gradients in the last microbatch only."""
+        for model in self.model_parts:
+            assert isinstance(model, FSDPModule)
+            model.set_requires_gradient_sync(last)
+            model.set_is_last_backward(last)
+            model.set_reshard_after_backward(last)
+
+    def _global_counts(self, microbatches: list[Batch]) -> tuple[float, int]:
+        """Loss elements and images of the step over all ranks, before anything is sharded."""
+        counts = torch.tensor(
+            [
+                sum(batch["noise"].numel() for batch in microbatches),
+                sum(len(batch["noise"]) for batch in microbatches),
+            ],
+            dtype=torch.int64,
+        )
+        if self.parallel_dims.dp_enabled:
+            counts = counts.to(self.device)
+            group = self.parallel_dims.get_mesh("batch").get_group()
+            torch.distributed.all_reduce(counts, group=group)
+        elements, images = counts.tolist()
+        return float(elements), images
+
+    def _log(
+        self, loss: Tensor, elements: float, microbatches: list[Batch], grad_norm: Tensor, lr: float
+    ) -> None:
+        mine = sum(batch["noise"].numel() for batch in microbatches)
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        self.metrics_processor.log(
+            self.step,
+            dist_utils.dist_sum(loss, mesh),
+            dist_utils.dist_max(loss * elements / mine, mesh),
+            grad_norm.item(),
+            extra_metrics={"n_tokens_seen": self.ntokens_seen, "lr": lr},
+        )
+
+    # ---- pictures, validation, score ------------------------------------------------------
+
+    def _should_draw(self) -> bool:
+        config: Any = self.job_config
+        s = config.sampling
+        return s.enable and (self.step % s.freq == 0 or self.step == config.training.steps)
+
+    def _draw_grid(self) -> None:
+        """A row of pictures for each prompt, the same seeds every time."""
+        config: Any = self.job_config
+        s = config.sampling
+        settings = sample_settings(config, self.model_args)
+        prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
+        images = self.painter.draw(prompts, settings)
+        if torch.distributed.get_rank() == 0:
+            pixels = save_grid(
+                images,
+                self.grid_path(),
+                s.images_per_prompt,
+                settings,
+                prompts=" | ".join(s.prompts),
+                step=self.step,
+                flavor=config.model.flavor,
+            )
+            self.metrics_processor.log_image("samples", pixels.numpy(), self.step)
+
+    def grid_path(self) -> Path:
+        """Where the grid of this step lies."""
+        config: Any = self.job_config
+        return Path(config.job.dump_folder) / config.sampling.folder / f"step-{self.step}.png"
+
+    def _report_validation(self, loss: float, step: int, by_time: dict[str, float]) -> None:
+        self.metrics_processor.log_validation(loss, step, by_time)
+
+    def train(self) -> None:
+        """Train to the last step, then score where that is configured."""
+        super().train()
+        config: Any = self.job_config
+        lines = []
+        if config.score.enable:
+            prompts, labels = score_prompts(config.score.count)
+            settings = score_settings(config, self.model_args)
+            images = self.painter.draw(prompts, settings)
+            lines.append(score_line(images, labels))
+        if config.sampling.enable:
+            lines.append(f"grid: {self.grid_path()}")
+        self.metrics_processor.close()
+        if torch.distributed.get_rank() == 0:
+            print("\n".join(lines), flush=True)
+
+    # ---- what is stored with checkpoints ----------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **self.facts.as_state()}
+
+
+def settle(job_config: Any) -> tuple[Any, RunFacts]:
+    """The configuration with its seed settled, and what the run is tied to.
+
+    The newest checkpoint decides: its seed is kept. Without one, an unset seed is drawn on rank 0
+    and told to the others.
+
+    Raises:
+        ValueError: naming the key that differs from the run that is to be continued.
+    """
+    folder = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
+    step = newest_step(folder) if job_config.checkpoint.enable else None
+    stored = None if step is None else read_run_facts(folder / f"step-{step}")
+    if step is not None and stored is None:
+        raise ValueError(
+            f"{folder}/step-{step} holds only a model (checkpoint.last_save_model_only = true), so "
+            "this run is finished; set another job.dump_folder, or start a new run from it by "
+            "checkpoint.initial_load_path"
+        )
+    seed = job_config.debug.seed
+    if stored is not None:
+        if seed is not None and seed != stored.seed:
+            raise ValueError(
+                f"debug.seed = {seed}, but the run in {folder} was started with {stored.seed}; "
+                "remove the key to continue it, or set another job.dump_folder"
+            )
+        seed = stored.seed
+    elif seed is None:
+        box = [draw_seed()]
+        torch.distributed.broadcast_object_list(box, src=0)
+        seed = box[0]
+        logger.info(f"debug.seed was not set; this run's seed is {seed}")
+    config = copy.deepcopy(job_config)
+    config.debug.seed = seed
+
+    args = resolve_model_args(config)
+    facts = RunFacts(
+        seed=seed,
+        global_batch_size=global_batch_size(
+            config, torch.distributed.get_world_size()
+        ),
+        context_in_dim=args.context_in_dim,
+        vec_in_dim=args.vec_in_dim,
+        in_channels=args.in_channels,
+    )
+    if stored is not None:
+        _check_same_run(facts, stored, folder, config)
+    return config, facts
+
+
+def _check_same_run(now: RunFacts, stored: RunFacts, folder: Path, config: Any) -> None:
+    remedies = {
+        "context_in_dim": "encoder.t5_encoder",
+        "vec_in_dim": "encoder.clip_encoder",
+        "in_channels": "encoder.autoencoder_path / encoder.pixel_channels",
+        "randomness_version": "the version of torchtitan-flux",
+    }
+    if config.training.global_batch_size <= 0:
+        remedies["global_batch_size"] = (
+            "training.global_batch_size (set it to continue with another on purpose)"
+        )
+    for name, key in remedies.items():
+        if getattr(now, name) != getattr(stored, name):
+            raise ValueError(
+                f"{name} is {getattr(now, name)}, but the run in {folder} was started with "
+                f"{getattr(stored, name)}: see {key}"
+            )
+
+
+@record
+def main() -> None:
+    """Entry point of every rank."""
+    init_logger()
+    logging_of_libraries()
+    config = load_config_or_exit(sys.argv[1:])
+    __import__(config.experimental.custom_import)
+    trainer = FluxTrainer(config)
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            logger.info("Created seed checkpoint")
+        else:
+            trainer.train()
+    finally:
+        trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+def logging_of_libraries() -> None:
+    """torchtitan logs through the root logger; keep libraries' own chatter out of it."""
+    import logging
+
+    for name in ("httpx", "transformers", "torch.distributed.checkpoint", "PIL"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()
