@@ -7,10 +7,19 @@ text.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import Regex, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 WORDS = """
 a an the of on in at is are and or with to from by for no not it its this that
@@ -31,10 +40,10 @@ standing sitting walking running looking holding wearing riding playing flying
 old new young long short high low round flat open closed empty full many few some several
 day night morning evening summer winter hot cold wet dry
 hat shirt dress hand head face eye eyes hair
-""".split()
+""".split()  # noqa: SIM905 (a list of 200 quoted words is no easier to read)
 """Known to both tokenizers as whole words."""
 
-SUFFIXES = ["s", "es", "ed", "ing", "er", "ly", "y", "en", "est", "ness", "ment", "tion", "al"]
+SUFFIXES = ["es", "ed", "ing", "er", "ly", "en", "est", "ness", "ment", "tion", "al"]
 FURTHER_LETTERS = "àáâäãåæçèéêëìíîïñòóôöõøœßùúûüÿ–—‘’“”…°×"
 """Letters and punctuation beyond ASCII that English captions hold now and then."""
 
@@ -56,8 +65,11 @@ def t5_tokenizer() -> TinyTokenizer:
     characters = [chr(code) for code in range(33, 127)] + list(FURTHER_LETTERS)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
     # Scores are log probabilities: one whole word is always likelier than its letters.
-    pieces += [(f"▁{word}", -5.0 - rank / 128) for rank, word in enumerate([*WORDS, *capitals])]
-    pieces += [(suffix, -8.0) for suffix in SUFFIXES if len(suffix) > 1]
+    pieces += [
+        (f"▁{word}", -5.0 - rank / 128)
+        for rank, word in enumerate([*dict.fromkeys(WORDS), *capitals])
+    ]
+    pieces += [(suffix, -8.0) for suffix in SUFFIXES]
     pieces += [(character, -10.0) for character in characters]
 
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
@@ -87,7 +99,7 @@ def t5_tokenizer() -> TinyTokenizer:
 def clip_tokenizer() -> TinyTokenizer:
     """Byte-level BPE like CLIP's: lower case, words end in </w>, the two marks are the last ids."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _merges(bytes_)
+    merges = _merges()
     tokens = [*bytes_, *(byte + "</w>" for byte in bytes_), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -109,7 +121,10 @@ def clip_tokenizer() -> TinyTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     tokenizer.post_processor = processors.RobertaProcessing(
-        ("<|endoftext|>", end), ("<|startoftext|>", start), trim_offsets=False, add_prefix_space=False
+        ("<|endoftext|>", end),
+        ("<|startoftext|>", start),
+        trim_offsets=False,
+        add_prefix_space=False,
     )
     special = {
         "bos_token": "<|startoftext|>",
@@ -136,7 +151,7 @@ def clip_tokenizer() -> TinyTokenizer:
     return TinyTokenizer(files, len(tokens))
 
 
-def _clip_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def _clip_pre_tokenizer() -> pre_tokenizers.Sequence:
     """Contractions, runs of letters, single digits and runs of signs, then bytes, as CLIP's."""
     parts = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     return pre_tokenizers.Sequence(
@@ -147,18 +162,30 @@ def _clip_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _merges(alphabet: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, learned from WORDS until each of them is one token."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = _clip_pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10**6,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+def _merges() -> list[tuple[str, str]]:
+    """Byte-pair merges, learned from WORDS until each of them is one token.
+
+    The trainer of the tokenizers library breaks ties by chance; here the first pair in
+    alphabetical order wins.
+    """
+    words = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(WORDS)]
+    merges = []
+    while counts := Counter(pair for word in words for pair in pairwise(word)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        words = [_merged(word, best) for word in words]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for symbol in word:
+        # A symbol just merged is longer than the pair's first half, hence no part of a new pair.
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
 
 
 def _dump(content: object, indent: int | None = None) -> str:

@@ -118,9 +118,7 @@ def generate(
         images in [-1, 1], float32.
     """
     size = settings.size
-    noise = torch.stack(
-        [initial_noise(geometry, size, settings.seed, index) for index in indices]
-    )
+    noise = torch.stack([initial_noise(geometry, size, settings.seed, index) for index in indices])
     velocity = packed_velocity(model, encode_text(prompts), geometry, size, settings.guidance)
     if settings.cfg != 1.0:
         negative = encode_text([negative_prompt]).repeat(len(prompts))

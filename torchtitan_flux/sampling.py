@@ -4,6 +4,7 @@ Times descend from 1 (noise) to 0 (data); on a straight path Euler is exact for 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def euler(
         on_step: called after each step, for a progress bar.
     """
     x = noise.float()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         t_batch = torch.full((x.shape[0],), float(t), dtype=torch.float32, device=x.device)
         x = x + float(t_next - t) * velocity(x, t_batch).float()
         if on_step is not None:

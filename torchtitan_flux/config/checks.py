@@ -20,7 +20,9 @@ def problems(config: Any) -> list[str]:
     """
     found = [*_unsupported(config), *_paths(config)]
     if config.model.flavor not in FLAVORS:
-        found.append(f"model.flavor = {config.model.flavor!r} is unknown; known: {', '.join(FLAVORS)}")
+        found.append(
+            f"model.flavor = {config.model.flavor!r} is unknown; known: {', '.join(FLAVORS)}"
+        )
     elif not found:
         found += _fit(config)
     return found + _batches(config) + _evaluation(config)
@@ -73,9 +75,7 @@ def _unsupported(config: Any) -> list[str]:
         if config.training.enable_cpu_offload:
             found.append("training.enable_cpu_offload = true needs a GPU; set it to false")
         if config.checkpoint.async_mode == "async_with_pinned_mem":
-            found.append(
-                'checkpoint.async_mode = "async_with_pinned_mem" needs a GPU; use "async"'
-            )
+            found.append('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU; use "async"')
     return found
 
 
@@ -133,10 +133,11 @@ def _batches(config: Any) -> list[str]:
 
 def _evaluation(config: Any) -> list[str]:
     found = []
-    if config.validation.enable and not (config.validation.steps > 0 or config.validation.steps == -1):
-        found.append(f"validation.steps = {config.validation.steps} must be positive, or -1 for all")
-    if config.validation.enable and config.validation.freq < 1:
-        found.append(f"validation.freq = {config.validation.freq} must be at least 1")
+    v = config.validation
+    if v.enable and v.steps < 1 and v.steps != -1:
+        found.append(f"validation.steps = {v.steps} must be positive, or -1 for all")
+    if v.enable and v.freq < 1:
+        found.append(f"validation.freq = {v.freq} must be at least 1")
     if config.sampling.enable and not config.sampling.prompts:
         found.append("sampling.enable = true needs sampling.prompts, a list of captions")
     for section in ("sampling", "score"):
@@ -144,6 +145,6 @@ def _evaluation(config: Any) -> list[str]:
             found.append(f"{section}.denoising_steps must be at least 1")
     if config.score.enable and config.training.dataset != "digits":
         found.append(
-            "score.enable = true reads handwritten digits: it needs training.dataset = \"digits\""
+            'score.enable = true reads handwritten digits: it needs training.dataset = "digits"'
         )
     return found

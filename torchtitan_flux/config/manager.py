@@ -4,10 +4,11 @@ import importlib
 import sys
 from typing import Any
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
 from torchtitan.config import ConfigManager
 from torchtitan.tools.logging import logger
-import torch
 
 from torchtitan_flux.config.checks import problems
 from torchtitan_flux.config.job_config import JobConfig
@@ -41,9 +42,7 @@ class FluxConfigManager(ConfigManager):
         self.toml = super()._maybe_load_toml(args) or {}
         return self.toml
 
-    def _maybe_add_custom_config(
-        self, args: list[str], toml_values: dict[str, Any] | None
-    ) -> type:
+    def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type:
         merged = self._merge_configs(self.config_cls, JobConfig)
         module = (toml_values or {}).get("job", {}).get("custom_config_module", "")
         if module in OURS:

@@ -77,7 +77,7 @@ class DigitsSource:
         images, labels = load_digit_arrays(split)
         pixels = np.round(images * (255.0 / MAX_VALUE)).astype(np.uint8)
         self._items = [
-            Item(Image.fromarray(image), digit_captions(label), f"digits/{row:04d}")
+            Item(Image.fromarray(image), digit_captions(int(label)), f"digits/{row:04d}")
             for image, label, row in zip(pixels, labels, split_rows(split), strict=True)
         ]
 

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -225,6 +225,7 @@ class _PositionSampler:
                 step, microbatch = step + 1, 0
 
 
+@runtime_checkable
 class _Samples(Protocol):
     replaced: list[Replacement]
 

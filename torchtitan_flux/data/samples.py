@@ -8,7 +8,7 @@ dropout in every epoch. Validation is the opposite: its noise belongs to the ite
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class CaptionDropout:
     """
 
     prob: float = 0.0
-    mode: Literal["joint", "independent"] = "joint"
+    mode: str = "joint"
 
     def __post_init__(self):
         if not 0 <= self.prob <= 1:

@@ -43,7 +43,7 @@ def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> Va
 
 def read_t5_config(path: str | Path) -> T5Config:
     """Configuration of the T5 at `path`; FileNotFoundError or ValueError naming the TOML key."""
-    return _read_config(T5Config, path, T5_KEY, {"t5"})
+    return T5Config.from_dict(_read_config(path, T5_KEY, ("t5",)))
 
 
 def read_clip_config(path: str | Path) -> CLIPTextConfig:
@@ -51,24 +51,20 @@ def read_clip_config(path: str | Path) -> CLIPTextConfig:
 
     Raises FileNotFoundError or ValueError naming the TOML key.
     """
-    return _read_config(CLIPTextConfig, path, CLIP_KEY, {"clip", "clip_text_model"})
+    config = _read_config(path, CLIP_KEY, ("clip_text_model", "clip"))
+    return CLIPTextConfig.from_dict(config.get("text_config") or config)
 
 
-def _read_config(kind: type, path: str | Path, key: str, model_types: set[str]) -> Any:
+def _read_config(path: str | Path, key: str, model_types: tuple[str, ...]) -> dict[str, Any]:
     where = locate(path, key)
     try:
-        found, _ = PretrainedConfig.get_config_dict(**where)
-        config = kind.from_pretrained(**where)
-    except (OSError, ValueError, TypeError) as error:
+        config, _ = PretrainedConfig.get_config_dict(**where)
+    except (OSError, ValueError) as error:
         raise refusal(key, path, "configuration", error) from None
-    if found.get("model_type") not in model_types:
-        raise refusal(
-            key,
-            path,
-            "configuration",
-            f"its model_type is {found.get('model_type')!r}, needed is "
-            + " or ".join(repr(name) for name in sorted(model_types)),
-        )
+    if config.get("model_type") not in model_types:
+        needed = " or ".join(repr(name) for name in model_types)
+        found = f"its model_type is {config.get('model_type')!r}, needed is {needed}"
+        raise refusal(key, path, "configuration", found)
     return config
 
 

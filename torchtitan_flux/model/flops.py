@@ -28,8 +28,6 @@ def flops_per_image(
     embedders = img * args.in_channels * h + text_tokens * args.context_in_dim * h
     vectors = (256 * h + h * h) * (2 if args.guidance_embed else 1) + args.vec_in_dim * h + h * h
     final = img * h * args.out_channels + 2 * h * h
-    weights = (
-        args.depth * double + args.depth_single_blocks * single + embedders + vectors + final
-    )
+    weights = args.depth * double + args.depth_single_blocks * single + embedders + vectors + final
     attention = 12 * h * total * total * (args.depth + args.depth_single_blocks)
     return 6 * weights + attention

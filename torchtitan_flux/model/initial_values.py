@@ -30,9 +30,7 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def initial_rows(
-    seed: int, name: str, shape: tuple[int, ...], first_row: int, rows: int
-) -> Tensor:
+def initial_rows(seed: int, name: str, shape: tuple[int, ...], first_row: int, rows: int) -> Tensor:
     """Rows [first_row, first_row + rows) of a parameter's initial value, float32.
 
     Args:

@@ -120,9 +120,7 @@ def merge_heads(x: Float[Tensor, "b heads tokens dim"]) -> Float[Tensor, "b toke
 class DoubleStreamBlock(nn.Module):
     """Image and text each keep weights of their own and meet in joint attention, text first."""
 
-    def __init__(
-        self, hidden_size: int, head_dim: int, mlp_hidden: int, qkv_bias: bool
-    ):
+    def __init__(self, hidden_size: int, head_dim: int, mlp_hidden: int, qkv_bias: bool):
         super().__init__()
         self.img_mod = Modulation(hidden_size, sets=2)
         self.img_attn = SelfAttention(hidden_size, head_dim, qkv_bias)

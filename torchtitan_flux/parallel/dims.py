@@ -1,8 +1,9 @@
 """Meshes: torchtitan's, with the data-parallel dimensions kept also where their size is one."""
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
-from torchtitan.distributed import ParallelDims
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
 from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.distributed import ParallelDims
 
 
 class FluxParallelDims(ParallelDims):

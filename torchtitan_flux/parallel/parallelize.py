@@ -2,13 +2,14 @@
 
 import functools
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
-from torchtitan.distributed import ParallelDims
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.distributed import ParallelDims
 
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel

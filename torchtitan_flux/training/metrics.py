@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import numpy as np
+import torch
 from torchtitan.components.metrics import (
     LoggerContainer,
     MetricsProcessor,
@@ -18,8 +21,6 @@ from torchtitan.components.metrics import (
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from torchtitan_flux.config.resolve import image_size

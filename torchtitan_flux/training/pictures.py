@@ -57,9 +57,7 @@ class Painter:
         was_training = self.model.training
         self.model.eval()
         share = -(-len(prompts) // self.data_degree)
-        mine = [
-            min(self.data_rank * share + i, len(prompts) - 1) for i in range(share)
-        ]
+        mine = [min(self.data_rank * share + i, len(prompts) - 1) for i in range(share)]
         drawn = [
             generate(
                 self.model,

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+from torch import nn
 from torchtitan.components.loss import build_mse_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
-from torch import nn
 
 from torchtitan_flux.config.resolve import image_size, resolve_model_args
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image

@@ -7,38 +7,35 @@
 import copy
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-import time
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
-import torch
-from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_flux.checkpoint.run_facts import RunFacts, newest_step, read_run_facts
 from torchtitan_flux.config.manager import load_config_or_exit
 from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
 from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
-from torchtitan_flux.flow_matching import flow_step
-from torchtitan_flux.generate import TextConditioning, packed_velocity
-from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.data import build_validation_loader, global_batch_size
+from torchtitan_flux.training.losses import Batch, sample_losses
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.pictures import Painter, save_grid
-from torchtitan_flux.training.validator import TIME_GRIDS, FluxValidator
-
-Batch = dict[str, Tensor]
+from torchtitan_flux.training.validator import FluxValidator
 
 
 class FluxTrainer(Trainer):
@@ -81,16 +78,12 @@ class FluxTrainer(Trainer):
             group,
         )
         self.validator = FluxValidator(  # type: ignore[assignment]
-            build_validation_loader(
-                dims.data_degree, dims.data_rank, self.parts.tokenizer, config
-            ),
-            self.sample_losses,
-            TIME_GRIDS[config.validation.time_grid](),
-            config.validation.all_timesteps,
+            build_validation_loader(dims.data_degree, dims.data_rank, self.parts.tokenizer, config),
+            self._losses,
+            config,
             group,
             self.device,
-            config,
-            self._report_validation,
+            self.metrics_processor,
         )
 
     def _start_process_group(self, job_config: Any) -> None:
@@ -141,7 +134,7 @@ class FluxTrainer(Trainer):
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(microbatches):
             self._sync_gradients(number == len(microbatches) - 1)
-            part = self.sample_losses(self.model_parts[0], batch, batch["t"]).sum() / elements
+            part = self._losses(self.model_parts[0], batch, batch["t"]).sum() / elements
             part.backward()
             loss += part.detach()
 
@@ -162,32 +155,10 @@ class FluxTrainer(Trainer):
             with self.metrics_processor.pause():
                 self._draw_grid()
 
-    def sample_losses(self, model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
-        """Summed squared velocity error of each sample; training and validation share it.
-
-        Args:
-            model: FluxModel.
-            batch: collated samples (data/samples.py).
-            t: time of each sample [b].
-        """
-        parts, size = self.parts, self._image_size(batch)
-        latents = parts.encode_images(batch["image"], batch.get("posterior_noise"))
-        text = parts.encode_tokens(batch["t5_tokens"], batch["clip_tokens"])
-        patch = self.geometry.patch
-        return flow_step(
-            packed_velocity(model, text, self.geometry, size, self._guidance()),
-            pack(latents, patch),
-            pack(batch["noise"].to(self.device), patch),
-            t.to(self.device),
-        )
-
-    def _guidance(self) -> float | None:
+    def _losses(self, model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
         config: Any = self.job_config
-        return config.flow.guidance if self.model_args.guidance_embed else None
-
-    def _image_size(self, batch: Batch) -> ImageSize:
-        height, width = batch["image"].shape[-2:]
-        return ImageSize(height, width)
+        guidance = config.flow.guidance if self.model_args.guidance_embed else None
+        return sample_losses(model, self.parts, self.model_args, batch, t, guidance)
 
     def _sync_gradients(self, last: bool) -> None:
         """Communicate gradients in the last microbatch only."""
@@ -257,9 +228,6 @@ class FluxTrainer(Trainer):
         config: Any = self.job_config
         return Path(config.job.dump_folder) / config.sampling.folder / f"step-{self.step}.png"
 
-    def _report_validation(self, loss: float, step: int, by_time: dict[str, float]) -> None:
-        self.metrics_processor.log_validation(loss, step, by_time)
-
     def train(self) -> None:
         """Train to the last step, then score where that is configured."""
         super().train()
@@ -319,9 +287,7 @@ def settle(job_config: Any) -> tuple[Any, RunFacts]:
     args = resolve_model_args(config)
     facts = RunFacts(
         seed=seed,
-        global_batch_size=global_batch_size(
-            config, torch.distributed.get_world_size()
-        ),
+        global_batch_size=global_batch_size(config, torch.distributed.get_world_size()),
         context_in_dim=args.context_in_dim,
         vec_in_dim=args.vec_in_dim,
         in_channels=args.in_channels,

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from torchtitan_flux import engine  # noqa: F401, I001  (before torchtitan)
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from torchtitan_flux.data.loader import ValidationLoader
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
+from torchtitan_flux.training.metrics import FluxMetrics
 
 TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
     "midpoints": midpoint_times,
@@ -18,76 +18,96 @@ TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
 }
 
 
-class FluxValidator:
-    """Validation as a training step without a gradient.
+@torch.no_grad()
+def mean_loss(
+    loader: ValidationLoader,
+    losses: Callable[[dict[str, Tensor], Tensor], Tensor],
+    times: np.ndarray,
+    all_times: bool,
+    limit: int = -1,
+    group: ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[float, np.ndarray]:
+    """Mean squared velocity error over a fixed set, overall and at each time.
 
     Args:
-        loader: held-out samples of this data rank; repeats that fill up batches weigh nothing.
-        sample_losses: called as sample_losses(model, batch, t) -> summed squared error of each
-            sample [b]; the same flow step that trains.
+        loader: samples of this data rank; repeats that fill up batches weigh nothing.
+        losses: called as losses(batch, t) -> summed squared error of each sample [b].
         times: the fixed times.
         all_times: every time for each sample, or time (index mod count) in turn.
+        limit: batches to read, -1 for all.
         group: the data ranks, or None for one.
         device: where that group communicates.
-        job_config: freq, steps and the last step.
-        report: called as report(loss, step, {"validation_metrics/loss_t=…": …}).
+    """
+    count = len(times)
+    # rows: summed squared error and elements, both by time; float64 whatever the ranks
+    sums = torch.zeros(2, count, dtype=torch.float64)
+    for number, batch in enumerate(loader):
+        if number == limit:
+            break
+        elements = batch["noise"][0].numel()
+        for shift in range(count) if all_times else range(1):
+            which = (batch["index"] + shift) % count
+            t = torch.from_numpy(times)[which].float()
+            weight = batch["weight"].double()
+            sums[0].index_add_(0, which, losses(batch, t).double().cpu() * weight)
+            sums[1].index_add_(0, which, weight * elements)
+    if group is not None:
+        on_device = sums.to(device)
+        torch.distributed.all_reduce(on_device, group=group)
+        sums = on_device.cpu()
+    total = sums.sum(dim=1)
+    return float(total[0] / total[1]), (sums[0] / sums[1]).numpy()
+
+
+class FluxValidator:
+    """What torchtitan's loop calls to validate.
+
+    Args:
+        loader: held-out samples of this data rank.
+        losses: called as losses(model, batch, t), the flow step that trains.
+        config: sections validation and training.
+        group, device: the data ranks and where they communicate.
+        metrics: reports, and takes the time out of the throughput.
     """
 
     def __init__(
         self,
         loader: ValidationLoader,
-        sample_losses: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor],
-        times: np.ndarray,
-        all_times: bool,
+        losses: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor],
+        config: Any,
         group: ProcessGroup | None,
         device: torch.device,
-        job_config: Any,
-        report: Callable[[float, int, dict[str, float]], None],
+        metrics: FluxMetrics,
     ):
         self.loader = loader
-        self.sample_losses = sample_losses
-        self.times = times
-        self.all_times = all_times
+        self.losses = losses
+        self.config = config
         self.group = group
         self.device = device
-        self.job_config = job_config
-        self.report = report
+        self.metrics = metrics
 
     def should_validate(self, step: int) -> bool:
-        """Every `validation.freq` steps and at the last (torchtitan's trainer asks)."""
-        return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
+        """Every `validation.freq` steps and at the last."""
+        return step % self.config.validation.freq == 0 or step == self.config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and report; the same numbers on any number of ranks."""
-        loss, by_time = self.measure(model_parts[0])
-        by_name = {
-            f"validation_metrics/loss_t={t:.4f}": float(value)
-            for t, value in zip(self.times, by_time, strict=True)
-        }
-        self.report(loss, step, by_name)
-
-    @torch.no_grad()
-    def measure(self, model: nn.Module) -> tuple[float, np.ndarray]:
-        """Mean loss overall, and at each time."""
-        count = len(self.times)
-        # rows: summed squared error, elements, both by time; float64 on every rank
-        sums = torch.zeros(2, count, dtype=torch.float64)
-        limit = self.job_config.validation.steps
-        for number, batch in enumerate(self.loader):
-            if number == limit:
-                break
-            elements = batch["noise"][0].numel()
-            shifts = range(count) if self.all_times else range(1)
-            for shift in shifts:
-                which = (batch["index"] + shift) % count
-                t = torch.from_numpy(self.times)[which].float()
-                losses = self.sample_losses(model, batch, t).double().cpu()
-                weight = batch["weight"].double()
-                sums[0].index_add_(0, which, losses * weight)
-                sums[1].index_add_(0, which, weight * elements)
-        if self.group is not None:
-            on_device = sums.to(self.device)
-            torch.distributed.all_reduce(on_device, group=self.group)
-            sums = on_device.cpu()
-        total = sums.sum(dim=1)
-        return float(total[0] / total[1]), (sums[0] / sums[1]).numpy()
+        validation = self.config.validation
+        times = TIME_GRIDS[validation.time_grid]()
+        with self.metrics.pause():
+            loss, by_time = mean_loss(
+                self.loader,
+                lambda batch, t: self.losses(model_parts[0], batch, t),
+                times,
+                validation.all_timesteps,
+                validation.steps,
+                self.group,
+                self.device,
+            )
+            by_name = {
+                f"validation_metrics/loss_t={t:.4f}": float(value)
+                for t, value in zip(times, by_time, strict=True)
+                if value == value  # a short set in turn may miss a time
+            }
+            self.metrics.log_validation(loss, step, by_name)

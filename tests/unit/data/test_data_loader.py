@@ -228,7 +228,7 @@ from torchtitan_flux.data.loader import FluxDataLoader
 source = GraySource(7)
 samples = TrainingSamples(source, Order(1, 7), 1, SIZE, GEOMETRY, 3, byte_tokens, TimeDensity(),
                           CaptionDropout(), stochastic=False)
-loader = FluxDataLoader(samples, 4, 2, num_workers=2)
+loader = FluxDataLoader(samples, 4, 2, num_workers=1)
 next(loader)
 import time
 print("exits", time.time(), flush=True)

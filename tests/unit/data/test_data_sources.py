@@ -28,11 +28,6 @@ def test_unknown_names_say_which_key_and_what_is_known(split, key):
             build_source(name, split)
 
 
-def test_unknown_split():
-    with pytest.raises(ValueError, match="known splits: train, held_out"):
-        build_source("digits", "test")
-
-
 def test_unreadable_item_survives_the_way_from_a_worker():
     error = pickle.loads(pickle.dumps(UnreadableItem("folder/a.jpg", "truncated")))
     assert (error.item_id, error.reason) == ("folder/a.jpg", "truncated")

@@ -1,0 +1,10 @@
+"""Shared by all tests: shape annotations are checked at run time, threads are kept few."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))

@@ -1,0 +1,196 @@
+"""The autoencoder against diffusers' AutoencoderKL, and its loading from both formats."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from helpers import relative_l2
+from safetensors.torch import load_file, save_file
+
+from torchtitan_flux.checkpoint.autoencoder import from_bfl, from_diffusers, to_bfl
+from torchtitan_flux.encoders.autoencoder import (
+    Autoencoder,
+    AutoencoderArgs,
+    autoencoder_geometry,
+    load_autoencoder,
+)
+from torchtitan_flux.state_dict_keys import KeyMismatch
+
+FLUX_NARROW = AutoencoderArgs(ch=32)
+"""FLUX.1's autoencoder at a quarter of its width; the widths change at two levels."""
+UNLIKE = AutoencoderArgs(
+    ch=32, ch_mult=(3, 1), num_res_blocks=1, z_channels=5, scale_factor=0.7, shift_factor=-0.2
+)
+"""Everything other than in FLUX.1, the first level wider than conv_in among it."""
+
+
+def images(height: int = 40, width: int = 24) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(3)
+    return torch.rand(2, 3, height, width, generator=rng) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def kl():
+    return build_kl(FLUX_NARROW)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(kl, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("anything")
+    kl.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bfl_file(kl, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vae") / "weights"  # neither name tells the format
+    save_file(to_bfl(from_diffusers(kl.state_dict(), FLUX_NARROW), FLUX_NARROW), path)
+    return path
+
+
+def test_agrees_with_diffusers(kl, vae_folder: Path):
+    autoencoder = load_autoencoder(vae_folder)
+    assert autoencoder.args == FLUX_NARROW
+    posterior = kl.encode(images()).latent_dist
+    latents = (posterior.mode() - 0.1159) * 0.3611
+    assert relative_l2(autoencoder.encode(images()), latents) <= 5e-6
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    sample = (posterior.mean + posterior.std * noise - 0.1159) * 0.3611
+    assert relative_l2(sample, latents) > 0.1  # the noise is seen
+    assert relative_l2(autoencoder.encode(images(), noise), sample) <= 5e-6
+    decoded = kl.decode(latents / 0.3611 + 0.1159).sample
+    assert relative_l2(autoencoder.decode(latents), decoded) <= 1e-5
+
+
+def test_agrees_with_diffusers_at_another_shape():
+    kl = build_kl(UNLIKE, block_out_channels=(32, 64), layers_per_block=3)
+    args = AutoencoderArgs(
+        ch=32,
+        ch_mult=(1, 2),
+        num_res_blocks=3,
+        z_channels=5,
+        scale_factor=0.7,
+        shift_factor=-0.2,
+    )
+    autoencoder = Autoencoder(args)
+    autoencoder.load_state_dict(from_diffusers(kl.state_dict(), args))
+    latents = autoencoder.encode(images(10, 6))
+    assert latents.shape == (2, 5, 5, 3)
+    assert relative_l2(latents, (kl.encode(images(10, 6)).latent_dist.mode() + 0.2) * 0.7) <= 5e-6
+    assert relative_l2(autoencoder.decode(latents), kl.decode(latents / 0.7 - 0.2).sample) <= 1e-5
+
+
+def test_log_variance_is_clamped(vae_folder: Path):
+    autoencoder = load_autoencoder(vae_folder)
+    noise = torch.ones(2, 16, 5, 3)
+    for logvar, bound in ((1e4, 20.0), (-1e4, -30.0)):
+        autoencoder.encoder.conv_out.weight[16:] = 0.0
+        autoencoder.encoder.conv_out.bias[16:] = logvar
+        z = (autoencoder.encode(images(), noise) / 0.3611).double()
+        spread = (z - autoencoder.encode(images()).double() / 0.3611).mean().item()
+        expected = np.exp(bound / 2)
+        assert spread == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_bfl_file_and_diffusers_folder_load_the_same(vae_folder: Path, bfl_file: Path):
+    a, b = load_autoencoder(vae_folder), load_autoencoder(str(bfl_file))
+    assert a.args == b.args == FLUX_NARROW
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+def test_every_shape_is_inferred_from_a_bfl_file(tmp_path: Path):
+    with torch.device("cpu"):
+        weights = Autoencoder(UNLIKE).state_dict()
+    save_file(weights, tmp_path / "ae.safetensors")
+    args = load_autoencoder(tmp_path / "ae.safetensors").args
+    constants = {"scale_factor": 0.3611, "shift_factor": 0.1159}
+    assert args == AutoencoderArgs(
+        ch=32, ch_mult=(3, 1), num_res_blocks=1, z_channels=5, **constants
+    )
+
+
+def test_loaded_frozen_in_the_dtype_asked_for(vae_folder: Path):
+    autoencoder = load_autoencoder(vae_folder, dtype=torch.bfloat16)
+    assert not autoencoder.training
+    assert {p.dtype for p in autoencoder.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in autoencoder.parameters())
+    exact = load_autoencoder(vae_folder)
+    latents = autoencoder.encode(images().requires_grad_())
+    assert latents.dtype == torch.float32
+    assert not latents.requires_grad
+    assert relative_l2(latents, exact.encode(images())) <= 5e-2
+    assert relative_l2(autoencoder.decode(latents), exact.decode(latents)) <= 5e-2
+    assert autoencoder.encode(images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_geometry_reads_no_weights(vae_folder: Path, bfl_file: Path, monkeypatch):
+    monkeypatch.setattr("torchtitan_flux.encoders.autoencoder.load_file", None)
+    assert autoencoder_geometry(vae_folder) == (16, 8)
+    assert autoencoder_geometry(bfl_file) == (16, 8)
+
+
+def test_images_that_do_not_fit_are_refused(vae_folder: Path):
+    autoencoder = load_autoencoder(vae_folder)
+    with pytest.raises(ValueError, match=r"images of shape \(batch, 3,"):
+        autoencoder.encode(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        autoencoder.encode(torch.zeros(1, 3, 8, 12))
+    with pytest.raises(ValueError, match=r"latents of shape \(batch, 16,"):
+        autoencoder.decode(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("read", [load_autoencoder, autoencoder_geometry])
+def test_what_is_not_an_autoencoder_is_refused(read, vae_folder: Path, tmp_path: Path):
+    def refused(path: Path, error: type, because: str) -> None:
+        with pytest.raises(error, match=because) as caught:
+            read(path)
+        assert "encoder.autoencoder_path" in str(caught.value)
+        assert str(path) in str(caught.value)
+
+    refused(tmp_path / "none.safetensors", FileNotFoundError, "no file or folder")
+    refused(tmp_path, FileNotFoundError, r"no config\.json")
+    (tmp_path / "text").write_text("not weights at all")
+    refused(tmp_path / "text", ValueError, "not a safetensors file")
+    diffusers_weights = vae_folder / "diffusion_pytorch_model.safetensors"
+    refused(diffusers_weights, ValueError, "give the vae folder")
+
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    config = json.loads((vae_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, FileNotFoundError, r"no diffusion_pytorch_model\.safetensors")
+    (folder / diffusers_weights.name).write_bytes(diffusers_weights.read_bytes())
+    for change, because in (
+        ({"use_quant_conv": True}, "use_quant_conv is True"),
+        ({"_class_name": "FluxTransformer2DModel"}, "_class_name is"),
+        ({"norm_num_groups": 16}, "norm_num_groups is 16"),
+        ({"block_out_channels": [64, 96, 128, 128]}, "not multiples"),
+        ({"latent_channels": None}, "does not describe"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        if change.get("latent_channels", 16) is not None:
+            refused(folder, ValueError, because)
+    del config["latent_channels"]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, ValueError, "no entry 'latent_channels'")
+    (folder / "config.json").write_text("{")
+    refused(folder, ValueError, "does not describe a FLUX autoencoder")
+
+
+def test_incomplete_weights_are_named(bfl_file: Path, tmp_path: Path):
+    weights = load_file(bfl_file)
+    weights["decoder.extra.weight"] = weights.pop("decoder.conv_out.bias")
+    save_file(weights, tmp_path / "ae.safetensors")
+    with pytest.raises(KeyMismatch, match=r"ae\.safetensors") as caught:
+        load_autoencoder(tmp_path / "ae.safetensors")
+    assert caught.value.missing == ["decoder.conv_out.bias"]
+    assert caught.value.unknown == ["decoder.extra.weight"]
+
+
+def test_from_bfl_is_the_identity(bfl_file: Path):
+    weights = load_file(bfl_file)
+    assert from_bfl(weights, FLUX_NARROW).keys() == weights.keys()

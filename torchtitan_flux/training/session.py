@@ -1,0 +1,122 @@
+"""A trained model and its frozen parts, ready to draw or to be measured, without a trainer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
+
+from torchtitan_flux.checkpoint.run_facts import newest_step
+from torchtitan_flux.config.resolve import resolve_model_args
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts
+from torchtitan_flux.training.pictures import Painter
+
+
+@dataclass
+class Session:
+    """What `open_session` returns.
+
+    Attributes:
+        config: the run's configuration.
+        args: resolved model arguments.
+        model: the trained model, sharded over the ranks.
+        parts: encoders and codec.
+        painter: draws with them.
+        checkpoint: where the weights came from.
+    """
+
+    config: Any
+    args: FluxModelArgs
+    model: FluxModel
+    parts: FrozenParts
+    painter: Painter
+    checkpoint: Path
+
+
+def open_session(config: Any, batch_size: int = 64) -> Session:
+    """Load the checkpoint that `checkpoint.load_step` names (-1: the newest) of a run.
+
+    Works under torchrun on any number of ranks, and in a plain process as one rank.
+
+    Args:
+        config: from `load_config`.
+        batch_size: pictures that one rank draws at once.
+
+    Raises:
+        FileNotFoundError: naming the folder that holds no checkpoint.
+    """
+    checkpoint = find_checkpoint(config)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        torch.distributed.init_process_group(
+            "gloo" if utils.device_type == "cpu" else "nccl",
+            store=torch.distributed.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+    else:
+        dist_utils.init_distributed(config.comm, base_folder=config.job.dump_folder)
+    index = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu" if utils.device_type == "cpu" else f"{utils.device_type}:{index}")
+    utils.device_module.set_device(device)
+    p = config.parallelism
+    dims = FluxParallelDims(
+        dp_replicate=p.data_parallel_replicate_degree,
+        dp_shard=p.data_parallel_shard_degree,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=1,
+        etp=1,
+        world_size=torch.distributed.get_world_size(),
+    )
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+    args = resolve_model_args(config)
+    with torch.device("meta"):
+        model = FluxModel(args)
+    shard_model(model, dims.data_mesh, param_dtype=dtype)
+    model.to_empty(device=device)
+    weights = get_model_state_dict(model)
+    dcp.load(weights, checkpoint_id=str(checkpoint))
+    set_model_state_dict(model, weights)
+    model.eval().requires_grad_(False)
+
+    parts = build_frozen_parts(config, args, dims, device, dtype)
+    group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
+    painter = Painter(
+        model, parts, args.geometry, dims.data_rank, dims.data_degree, group, batch_size
+    )
+    return Session(config, args, model, parts, painter, checkpoint)
+
+
+def find_checkpoint(config: Any) -> Path:
+    """The checkpoint folder that `checkpoint.load_step` means, or the newest.
+
+    Raises:
+        FileNotFoundError: naming the folder, and the keys that lead to it.
+    """
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    step = config.checkpoint.load_step
+    if step == -1:
+        newest = newest_step(folder)
+        if newest is None:
+            raise FileNotFoundError(
+                f"no checkpoint in {folder} (job.dump_folder, checkpoint.folder): train first with "
+                "./run_train.sh, or name the run's dump folder"
+            )
+        step = newest
+    checkpoint = folder / f"step-{step}"
+    if not (checkpoint / ".metadata").is_file():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint} (checkpoint.load_step = {step})")
+    return checkpoint
