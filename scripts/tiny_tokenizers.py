@@ -44,7 +44,7 @@ hat shirt dress hand head face eye eyes hair
 """Known to both tokenizers as whole words."""
 
 SUFFIXES = ["es", "ed", "ing", "er", "ly", "en", "est", "ness", "ment", "tion", "al"]
-FURTHER_LETTERS = "àáâäãåæçèéêëìíîïñòóôöõøœßùúûüÿ–—‘’“”…°×"
+FURTHER_LETTERS = "àáâäãåæçèéêëìíîïñòóôöõøœßùúûüÿ–—‘’“”…°×£€"
 """Letters and punctuation beyond ASCII that English captions hold now and then."""
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,10 +29,8 @@ class TextConditioning:
         return TextConditioning(self.txt.expand(count, -1, -1), self.vec.expand(count, -1))
 
 
-class TextEncoding(Protocol):
-    """Captions -> conditioning; the empty caption is what classifier-free guidance leaves out."""
-
-    def __call__(self, captions: Sequence[str]) -> TextConditioning: ...
+TextEncoding = Callable[[Sequence[str]], TextConditioning]
+"""Captions -> conditioning; the empty caption is what classifier-free guidance leaves out."""
 
 
 @dataclass(frozen=True)

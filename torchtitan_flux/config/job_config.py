@@ -125,7 +125,7 @@ class Score:
     """How many digits"""
     classifier_free_guidance_scale: float = 2.0
     """Scale of classifier-free guidance"""
-    denoising_steps: int = 20
+    denoising_steps: int = 16
     """Euler steps"""
 
 

@@ -58,7 +58,7 @@ class FluxDataLoader:
     """An endless iterator over the batches of one data rank.
 
     It is its own iterator: `iter()` goes on where the last batch was handed out, and
-    `load_state_dict` moves it, in the midst of a run too.
+    `load_state_dict` moves it, in the midst of a run too; steps then count from there.
 
     Args:
         samples: map from position to sample.
@@ -115,7 +115,7 @@ class FluxDataLoader:
     @property
     def position(self) -> int:
         """Global position of the first step that was not handed out completely."""
-        return self._step * self.global_batch_size
+        return self._sampler.origin + self._step * self.global_batch_size
 
     def __iter__(self) -> "FluxDataLoader":
         return self
@@ -133,15 +133,13 @@ class FluxDataLoader:
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at `state_dict["position"]`, a multiple of the global batch size."""
+        """Go on at `state_dict["position"]`, also where the global batch size was another."""
         position = int(state_dict["position"])
-        if position < 0 or position % self.global_batch_size:
-            raise ValueError(
-                f"position {position} of the checkpoint is not a multiple of "
-                f"training.global_batch_size {self.global_batch_size}"
-            )
-        self._step, self._microbatch = position // self.global_batch_size, 0
-        self._sampler.start = (self._step, self._microbatch)
+        if position < 0:
+            raise ValueError(f"position {position} of the checkpoint is negative")
+        self._step, self._microbatch = 0, 0
+        self._sampler.origin = position
+        self._sampler.start = (0, 0)
         self._batches.restart()
 
     def close(self) -> None:
@@ -214,12 +212,14 @@ class _PositionSampler:
     def __init__(self, positions: Callable[[int, int], range], microbatches: int):
         self._positions = positions
         self._microbatches = microbatches
+        self.origin = 0  # position that step 0 begins at: where a checkpoint was continued
         self.start: tuple[int, int] = (0, 0)  # step, microbatch
 
     def __iter__(self) -> Iterator[range]:
         step, microbatch = self.start
         while True:
-            yield self._positions(step, microbatch)
+            local = self._positions(step, microbatch)
+            yield range(self.origin + local.start, self.origin + local.stop)
             microbatch += 1
             if microbatch == self._microbatches:
                 step, microbatch = step + 1, 0

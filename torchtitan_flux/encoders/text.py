@@ -92,6 +92,10 @@ class ClipEncoder(nn.Module):
         # OpenAI's own configurations name end-of-text 2, which is not what their tokenizer writes:
         # there it is the highest id, 49407. transformers makes the same exception.
         eos = config.eos_token_id
+        if not isinstance(eos, int):
+            raise refusal(
+                CLIP_KEY, path, "text model", f"its eos_token_id is {eos!r}, not a number"
+            )
         self.eos_token_id: int = config.vocab_size - 1 if eos == _LEGACY_EOS else eos
         self.model = _load(CLIPTextModel, config, path, CLIP_KEY, device, dtype)
         self.requires_grad_(False).eval()
@@ -124,7 +128,7 @@ def _load(
     key: str,
     device: torch.device | str,
     dtype: torch.dtype,
-) -> nn.Module:
+) -> Any:
     """`kind.from_pretrained`, refusing weights that are missing: they would be random."""
     try:
         model, info = kind.from_pretrained(

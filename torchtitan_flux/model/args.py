@@ -67,8 +67,11 @@ class FluxModelArgs:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
             )
-        if self.mlp_hidden != self.hidden_size * self.mlp_ratio:
-            raise ValueError(f"hidden_size * mlp_ratio = {self.hidden_size * self.mlp_ratio}")
+        if self.mlp_hidden < 1 or self.mlp_hidden != self.hidden_size * self.mlp_ratio:
+            raise ValueError(
+                f"hidden_size * mlp_ratio must be a positive integer, not "
+                f"{self.hidden_size * self.mlp_ratio}"
+            )
         if self.mlp_hidden % self.num_heads:
             raise ValueError(
                 f"hidden_size * mlp_ratio = {self.mlp_hidden} is not divisible by "

@@ -161,8 +161,15 @@ def test_batch_sizes_are_validated(make_loader):
             make_loader(G, local, 0, world)
     with pytest.raises(ValueError, match=r"training\.local_batch_size"):
         make_loader(G, 0)
-    with pytest.raises(ValueError, match=r"position 13 .* training\.global_batch_size 12"):
-        make_loader(G, 4).load_state_dict({"position": 13})
+
+
+def test_a_run_goes_on_with_another_global_batch_size(make_loader):
+    """No position is left out and none comes twice, though 2 G is no multiple of the new size."""
+    loader = make_loader(15, 5)
+    loader.load_state_dict({"position": 2 * G})
+    seen = joined(take(loader, 6))["position"].tolist()
+    assert seen == list(range(2 * G, 2 * G + 30))
+    assert loader.state_dict() == {"position": 2 * G + 30}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

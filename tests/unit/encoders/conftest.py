@@ -1,5 +1,6 @@
 """The tiny encoders, and diffusers autoencoders to compare with."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,28 +19,32 @@ def tiny() -> Path:
     return TINY
 
 
-def build_kl(args: AutoencoderArgs, **changes: object) -> AutoencoderKL:
-    """diffusers' autoencoder of this shape; every parameter random, none zero."""
-    levels = len(args.ch_mult)
-    config = {
-        "in_channels": args.in_channels,
-        "out_channels": args.out_ch,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": args.widths,
-        "layers_per_block": args.num_res_blocks,
-        "latent_channels": args.z_channels,
-        "norm_num_groups": 32,
-        "scaling_factor": args.scale_factor,
-        "shift_factor": args.shift_factor,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        **changes,
-    }
-    rng = torch.Generator().manual_seed(7)
-    kl = AutoencoderKL(**config).eval().requires_grad_(False)
-    for parameter in kl.parameters():
-        noise = torch.randn(parameter.shape, generator=rng)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
-        parameter.copy_((parameter if parameter.ndim == 1 else 0) + noise / fan_in**0.5)
-    return kl
+@pytest.fixture(scope="session")
+def build_kl() -> Callable[[AutoencoderArgs], AutoencoderKL]:
+    """Builds diffusers' autoencoder of a shape; every parameter random, none zero."""
+
+    def build(args: AutoencoderArgs) -> AutoencoderKL:
+        levels = len(args.ch_mult)
+        kl = AutoencoderKL(
+            in_channels=args.in_channels,
+            out_channels=args.out_ch,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=args.widths,
+            layers_per_block=args.num_res_blocks,
+            latent_channels=args.z_channels,
+            norm_num_groups=32,
+            scaling_factor=args.scale_factor,
+            shift_factor=args.shift_factor,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        rng = torch.Generator().manual_seed(7)
+        for name, parameter in kl.requires_grad_(False).named_parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
+            start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter.copy_(start + noise / fan_in**0.5)
+        return kl.eval()
+
+    return build

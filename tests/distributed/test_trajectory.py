@@ -1,0 +1,151 @@
+"""The trajectory is the same on any number of ranks, with accumulation, and when continued."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranks import run_ranks
+from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.training.metrics import FluxMetrics
+from torchtitan_flux.training.trainer import FluxTrainer
+
+import torchtitan_flux.training.train_spec  # noqa: F401  isort: skip
+
+STEPS = 20
+GLOBAL_BATCH = 8
+
+
+def arguments(dump: Path, local_batch: int, *more: str) -> list[str]:
+    """flux-tiny in latent space on shapes, fp32, everything random switched on."""
+    return [
+        "--job.config_file", "train_configs/debug_model.toml",
+        "--job.dump_folder", str(dump),
+        "--model.flavor", "flux-tiny",
+        "--training.img_size", "64",
+        "--encoder.max_t5_encoding_len", "32",
+        "--training.global_batch_size", str(GLOBAL_BATCH),
+        "--training.local_batch_size", str(local_batch),
+        "--training.steps", str(STEPS),
+        "--training.flip_prob", "0.5",
+        "--optimizer.lr", "8e-4",
+        "--lr_scheduler.warmup_steps", "4",
+        "--activation_checkpoint.mode", "none",
+        "--debug.seed", "7",
+        "--metrics.log_freq", "1",
+        "--checkpoint.enable",
+        "--checkpoint.interval", "10",
+        "--checkpoint.no-last_save_model_only",
+        *more,
+    ]  # fmt: skip
+
+
+def train(argv: list[str]) -> dict[int, float]:
+    """Loss by step of one run, as logged."""
+    losses: dict[int, float] = {}
+    log = FluxMetrics.log
+
+    def recorded(self, step, loss, *args, **kwargs):
+        losses[step] = loss
+        log(self, step, loss, *args, **kwargs)
+
+    FluxMetrics.log = recorded
+    trainer = FluxTrainer(load_config(argv))
+    trainer.train()
+    trainer.close()
+    return losses
+
+
+def loss_series(ranks: int, argv: list[str]) -> dict[int, float]:
+    series = run_ranks(ranks, train, argv)
+    assert all(one == series[0] for one in series), "ranks disagree on the loss"
+    return series[0]
+
+
+def worst(series: dict[int, float], reference: dict[int, float]) -> float:
+    """Largest relative difference over the steps of `series`."""
+    return max(abs(series[s] - reference[s]) / abs(reference[s]) for s in series)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> tuple[dict[int, float], Path]:
+    dump = tmp_path_factory.mktemp("one")
+    series = loss_series(1, arguments(dump, GLOBAL_BATCH))
+    assert list(series) == list(range(1, STEPS + 1))
+    assert series[STEPS] < 0.98 * series[1], "nothing was learnt: the comparison would be empty"
+    return series, dump
+
+
+@pytest.mark.parametrize(
+    ("ranks", "local_batch", "mesh"),
+    [
+        pytest.param(1, 2, (), id="1 rank, 4 microbatches"),
+        pytest.param(2, 4, (), id="FSDP 2"),
+        pytest.param(2, 2, (), id="FSDP 2, 2 microbatches"),
+        pytest.param(2, 4, ("replicate", 2), id="DDP 2"),
+        pytest.param(4, 2, (), id="FSDP 4"),
+        pytest.param(4, 1, ("replicate", 2), id="HSDP 2x2, 2 microbatches"),
+    ],
+)
+def test_same_losses_on_any_mesh(one_rank, tmp_path, ranks, local_batch, mesh):
+    reference, _ = one_rank
+    more = ("--parallelism.data_parallel_replicate_degree", str(mesh[1])) if mesh else ()
+    series = loss_series(ranks, arguments(tmp_path, local_batch, *more))
+    assert series.keys() == reference.keys()
+    assert worst(series, reference) <= 1e-5
+
+
+@pytest.mark.parametrize(("ranks", "local_batch"), [(1, GLOBAL_BATCH), (1, 4), (2, 4), (4, 2)])
+def test_continued_from_step_10(one_rank, tmp_path, ranks, local_batch):
+    reference, dump = one_rank
+    shutil.copytree(dump / "checkpoint" / "step-10", tmp_path / "checkpoint" / "step-10")
+    series = loss_series(ranks, arguments(tmp_path, local_batch))
+    assert list(series) == list(range(11, STEPS + 1))
+    if (ranks, local_batch) == (1, GLOBAL_BATCH):
+        assert series == {s: reference[s] for s in series}, "the same mesh continues bit by bit"
+    assert worst(series, reference) <= 1e-5
+
+
+def refusal(argv: list[str]) -> str:
+    with pytest.raises(ValueError) as error:
+        FluxTrainer(load_config(argv))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (("--debug.seed", "8"), "debug.seed"),
+        (("--training.global_batch_size", "-1"), "training.global_batch_size"),
+    ],
+)
+def test_another_run_is_refused_by_name(one_rank, changes, named):
+    _, dump = one_rank
+    (message,) = run_ranks(1, refusal, arguments(dump, 4, *changes))
+    assert named in message
+    assert str(dump) in message
+
+
+def test_an_unset_seed_is_kept_when_the_run_is_continued(tmp_path):
+    argv = [a for a in arguments(tmp_path, GLOBAL_BATCH) if a not in ("--debug.seed", "7")]
+    first = loss_series(2, [*argv, "--training.local_batch_size", "4"])
+    shutil.rmtree(tmp_path / "checkpoint" / "step-20")
+    second = loss_series(1, argv)
+    assert list(second) == list(range(11, STEPS + 1))
+    assert worst(second, first) <= 1e-5
+
+
+def test_bf16_compute_keeps_fp32_parameters(tmp_path):
+    def run(argv):
+        trainer = FluxTrainer(load_config(argv))
+        dtypes = {p.dtype for p in trainer.model_parts[0].parameters()}
+        trainer.train()
+        return dtypes, float(trainer.model_parts[0].final_layer.linear.weight.full_tensor().norm())
+
+    argv = arguments(
+        tmp_path, 4, "--training.mixed_precision_param", "bfloat16", "--training.steps", "3"
+    )
+    (dtypes, norm), _ = run_ranks(2, run, argv)
+    assert dtypes == {torch.float32}
+    assert norm > 0
