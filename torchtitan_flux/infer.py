@@ -22,6 +22,7 @@ from torchtitan_flux.config.resolve import sample_settings
 from torchtitan_flux.generate import SampleSettings, save_png, to_pil
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.session import open_session
 
 
@@ -110,6 +111,7 @@ def _slug(prompt: str) -> str:
 def main() -> None:
     """Entry point of every rank."""
     init_logger()
+    quieten_libraries()
     options, rest = parse(sys.argv[1:])
     config = load_config_or_exit(rest)
     try:
@@ -122,14 +124,14 @@ def main() -> None:
         sys.exit(2)
     images = session.painter.draw(prompts, settings, options.negative)
     if torch.distributed.get_rank() == 0:
-        for image, prompt, path in zip(images, prompts, paths, strict=True):
+        for index, (image, prompt, path) in enumerate(zip(images, prompts, paths, strict=True)):
             save_png(
                 to_pil(image),
                 path,
                 settings,
                 prompt=prompt,
                 negative_prompt=options.negative,
-                index=prompts.index(prompt),
+                index=index,
                 flavor=config.model.flavor,
                 checkpoint=str(session.checkpoint),
             )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ranks import run_ranks
+
 from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.trainer import FluxTrainer
@@ -108,9 +108,11 @@ def test_continued_from_step_10(one_rank, tmp_path, ranks, local_batch):
 
 
 def refusal(argv: list[str]) -> str:
-    with pytest.raises(ValueError) as error:
+    try:
         FluxTrainer(load_config(argv))
-    return str(error.value)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
 
 
 @pytest.mark.parametrize(

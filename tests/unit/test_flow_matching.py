@@ -128,9 +128,7 @@ def test_flow_step_carries_gradients_and_is_zero_for_the_right_velocity():
     scale = torch.tensor(0.7, requires_grad=True)
     losses = flow_step(lambda _x, _t: scale * (noise - data), data, noise, t)
     (gradient,) = torch.autograd.grad(losses.sum(), scale)
-    assert gradient.item() == pytest.approx(
-        -0.6 * (noise - data).square().sum().item(), rel=1e-5
-    )
+    assert gradient.item() == pytest.approx(-0.6 * (noise - data).square().sum().item(), rel=1e-5)
     assert (flow_step(lambda _x, _t: noise - data, data, noise, t) == 0).all()
 
 

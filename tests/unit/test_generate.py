@@ -13,10 +13,10 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from helpers import nonzero_model, relative_l2
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from helpers import nonzero_model, relative_l2
 from torchtitan_flux.checkpoint import to_diffusers
 from torchtitan_flux.encoders.autoencoder import Autoencoder, load_autoencoder
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder

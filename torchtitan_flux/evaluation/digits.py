@@ -73,8 +73,8 @@ def score_settings(config: Any, args: FluxModelArgs, cfg: float | None = None) -
 
 
 def reader() -> SVC:
-    """The classifier, not yet fitted; gamma is scikit-learn's own choice for these digits."""
-    return SVC(gamma=0.001, C=10.0)
+    """The classifier, not yet fitted; gamma is the one of scikit-learn's digits example."""
+    return SVC(gamma=0.001, C=10.0)  # type: ignore[arg-type]
 
 
 def reader_accuracy() -> float:

@@ -1,7 +1,10 @@
 """Meshes: torchtitan's, with the data-parallel dimensions kept also where their size is one."""
 
+from typing import Any
+
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
@@ -17,6 +20,25 @@ class FluxParallelDims(ParallelDims):
     def _mesh_exist(self, name: str, degree: int) -> bool:
         return name in ("dp_replicate", "fsdp") or super()._mesh_exist(name, degree)
 
+    @classmethod
+    def of(cls, parallelism: Any, world_size: int) -> "FluxParallelDims":
+        """The dimensions that section [parallelism] asks for."""
+        return cls(
+            dp_replicate=parallelism.data_parallel_replicate_degree,
+            dp_shard=parallelism.data_parallel_shard_degree,
+            cp=parallelism.context_parallel_degree,
+            tp=parallelism.tensor_parallel_degree,
+            pp=parallelism.pipeline_parallel_degree,
+            ep=1,
+            etp=1,
+            world_size=world_size,
+        )
+
+    @property
+    def fsdp_enabled(self) -> bool:
+        """fully_shard is applied on any number of ranks, so torchtitan's AMP path never is."""
+        return True
+
     @property
     def data_mesh(self) -> DeviceMesh:
         """The (dp_replicate, fsdp) mesh that parameters live on."""
@@ -31,3 +53,8 @@ class FluxParallelDims(ParallelDims):
     def data_rank(self) -> int:
         """Which of them this rank is; context and tensor peers share a number."""
         return self.get_mesh("batch").get_local_rank() if self.dp_enabled else 0
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that read different samples, or None where there is one."""
+        return self.get_mesh("batch").get_group() if self.dp_enabled else None

@@ -9,6 +9,7 @@ from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, Valida
 from torchtitan_flux.data.sources import build_source
 from torchtitan_flux.encoders.text import CaptionTokenizer
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.parallel.dims import FluxParallelDims
 
 
 def image_channels(config: Any, args: FluxModelArgs) -> int:
@@ -52,7 +53,7 @@ def build_dataloader(
 
 
 def build_validation_loader(
-    dp_world_size: int, dp_rank: int, tokenizer: CaptionTokenizer, job_config: Any
+    dims: FluxParallelDims, tokenizer: CaptionTokenizer, job_config: Any
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
     validation, training = job_config.validation, job_config.training
@@ -76,8 +77,8 @@ def build_validation_loader(
     return ValidationLoader(
         samples,
         batch_size=validation.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
+        dp_rank=dims.data_rank,
+        dp_world_size=dims.data_degree,
     )
 
 

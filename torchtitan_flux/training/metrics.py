@@ -1,6 +1,7 @@
 """Log lines, TensorBoard and the progress bar: images/s, tokens/s, TFLOP/s, memory, waiting."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -35,16 +36,15 @@ class FluxMetrics(MetricsProcessor):
     """
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: FluxModelArgs):
-        # not super().__init__: it assumes an A100's peak on any device that it does not know
+        # not super().__init__: ours counts in images, and colours a terminal only
         self.logger = _build_metric_logger(job_config, parallel_dims)
         self.parallel_dims = parallel_dims
         self.job_config = job_config
         self.device_memory_monitor = build_device_memory_monitor()
         plain = job_config.metrics.disable_color_printing or not sys.stdout.isatty()
         self.color = utils.NoColor() if plain else utils.Color()
-        on_gpu = utils.device_type != "cpu"
-        name = self.device_memory_monitor.device_name
-        self.gpu_peak_flops = utils.get_peak_flops(name) if on_gpu else float("nan")
+        # not a number on a CPU, and then there is no MFU
+        self.gpu_peak_flops = utils.get_peak_flops(self.device_memory_monitor.device_name)
         self.num_flops_per_token = -1
         self.optimizers = None
         self.lr_schedulers = None
@@ -129,12 +129,13 @@ class FluxMetrics(MetricsProcessor):
             "memory/max_reserved(GiB)": memory.max_reserved_gib,
             **(extra_metrics or {}),
         }
-        if mfu == mfu:  # no figure on a CPU
+        has_mfu = not math.isnan(mfu)
+        if has_mfu:
             metrics["mfu(%)"] = mfu
         self.logger.log(metrics, step)
 
         c = self.color
-        mfu_text = f"  mfu: {mfu:.1f}%" if mfu == mfu else ""
+        mfu_text = f"  mfu: {mfu:.1f}%" if has_mfu else ""
         logger.info(
             f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
             f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.1f}  "

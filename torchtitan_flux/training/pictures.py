@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from torchtitan_flux.generate import SampleSettings, generate, image_grid, save_png, to_pil
 from torchtitan_flux.latents import Geometry
+from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.training.conditioning import FrozenParts
 
 
@@ -22,8 +22,7 @@ class Painter:
         model: FluxModel after parallelize_flux.
         parts: encoders, codec, device.
         geometry: of the flavor.
-        data_rank, data_degree: this rank among those that draw different pictures.
-        group: those ranks, or None for one.
+        dims: data ranks draw different pictures.
         batch_size: pictures drawn at once.
     """
 
@@ -32,17 +31,13 @@ class Painter:
         model: nn.Module,
         parts: FrozenParts,
         geometry: Geometry,
-        data_rank: int,
-        data_degree: int,
-        group: ProcessGroup | None,
+        dims: FluxParallelDims,
         batch_size: int = 64,
     ):
         self.model = model
         self.parts = parts
         self.geometry = geometry
-        self.data_rank = data_rank
-        self.data_degree = data_degree
-        self.group = group
+        self.dims = dims
         self.batch_size = batch_size
 
     @torch.no_grad()
@@ -56,8 +51,8 @@ class Painter:
         """
         was_training = self.model.training
         self.model.eval()
-        share = -(-len(prompts) // self.data_degree)
-        mine = [min(self.data_rank * share + i, len(prompts) - 1) for i in range(share)]
+        share = -(-len(prompts) // self.dims.data_degree)
+        mine = [min(self.dims.data_rank * share + i, len(prompts) - 1) for i in range(share)]
         drawn = [
             generate(
                 self.model,
@@ -76,9 +71,9 @@ class Painter:
         ]
         self.model.train(was_training)
         images = torch.cat(drawn).contiguous()
-        if self.group is not None:
-            gathered = [torch.empty_like(images) for _ in range(self.data_degree)]
-            torch.distributed.all_gather(gathered, images, group=self.group)
+        if (group := self.dims.data_group) is not None:
+            gathered = [torch.empty_like(images) for _ in range(self.dims.data_degree)]
+            torch.distributed.all_gather(gathered, images, group=group)
             images = torch.cat(gathered)
         return images[: len(prompts)].cpu()
 

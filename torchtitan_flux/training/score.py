@@ -20,6 +20,7 @@ from torchtitan_flux.evaluation.digits import (
     score_prompts,
     score_settings,
 )
+from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import image_channels
 from torchtitan_flux.training.losses import sample_losses
 from torchtitan_flux.training.session import Session, open_session
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="digits at each CFG scale")
     options, rest = parser.parse_known_args()
     init_logger()
+    quieten_libraries()
     if not any(arg.startswith("--job.config") for arg in rest):
         rest = ["--job.config_file", "train_configs/flux_digits.toml", *rest]
     config = load_config_or_exit(rest)

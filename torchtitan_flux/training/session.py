@@ -1,6 +1,5 @@
 """A trained model and its frozen parts, ready to draw or to be measured, without a trainer."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools import utils
 
 from torchtitan_flux.checkpoint.run_facts import newest_step
 from torchtitan_flux.config.resolve import resolve_model_args
@@ -21,6 +18,7 @@ from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
 from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts
 from torchtitan_flux.training.pictures import Painter
+from torchtitan_flux.training.process import start_process_group
 
 
 @dataclass
@@ -57,30 +55,8 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
         FileNotFoundError: naming the folder that holds no checkpoint.
     """
     checkpoint = find_checkpoint(config)
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        torch.distributed.init_process_group(
-            "gloo" if utils.device_type == "cpu" else "nccl",
-            store=torch.distributed.HashStore(),
-            rank=0,
-            world_size=1,
-        )
-    else:
-        dist_utils.init_distributed(config.comm, base_folder=config.job.dump_folder)
-    index = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu" if utils.device_type == "cpu" else f"{utils.device_type}:{index}")
-    utils.device_module.set_device(device)
-    p = config.parallelism
-    dims = FluxParallelDims(
-        dp_replicate=p.data_parallel_replicate_degree,
-        dp_shard=p.data_parallel_shard_degree,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=1,
-        etp=1,
-        world_size=torch.distributed.get_world_size(),
-    )
+    device = start_process_group(config)
+    dims = FluxParallelDims.of(config.parallelism, torch.distributed.get_world_size())
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     args = resolve_model_args(config)
     with torch.device("meta"):
@@ -93,10 +69,7 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
     model.eval().requires_grad_(False)
 
     parts = build_frozen_parts(config, args, dims, device, dtype)
-    group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
-    painter = Painter(
-        model, parts, args.geometry, dims.data_rank, dims.data_degree, group, batch_size
-    )
+    painter = Painter(model, parts, args.geometry, dims, batch_size)
     return Session(config, args, model, parts, painter, checkpoint)
 
 

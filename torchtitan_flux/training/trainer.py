@@ -5,7 +5,7 @@
 """
 
 import copy
-import os
+import importlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
@@ -28,13 +27,16 @@ from torchtitan_flux.checkpoint.run_facts import RunFacts, newest_step, read_run
 from torchtitan_flux.config.manager import load_config_or_exit
 from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
 from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
+from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.conditioning import build_frozen_parts
+from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader, global_batch_size
 from torchtitan_flux.training.losses import Batch, sample_losses
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.pictures import Painter, save_grid
+from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.validator import FluxValidator
 
 
@@ -50,65 +52,40 @@ class FluxTrainer(Trainer):
 
     metrics_processor: FluxMetrics
     parallel_dims: FluxParallelDims
+    model_args: FluxModelArgs  # type: ignore[assignment]
 
     def __init__(self, job_config: Any):
-        self._start_process_group(job_config)
+        self.results: list[str] = []
+        """Lines that a finished run ends with."""
+        device = start_process_group(job_config)
         job_config, self.facts = settle(job_config)
         super().__init__(job_config)
         config: Any = self.job_config
-        if self.device.type == "cpu":
-            self.device = torch.device("cpu")  # torchtitan numbers it by the local rank
-        dims = self.parallel_dims
-        self.model_args = resolve_model_args(config)  # type: ignore[assignment]
-        self.geometry = self.model_args.geometry
+        self.device = device  # torchtitan numbers even the CPU by the local rank
+        self.model_args = resolve_model_args(config)
         self.parts = build_frozen_parts(
             config,
             self.model_args,
-            dims,
+            self.parallel_dims,
             self.device,
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         )
-        group = dims.get_mesh("batch").get_group() if dims.dp_enabled else None
         self.painter = Painter(
-            self.model_parts[0],
-            self.parts,
-            self.geometry,
-            dims.data_rank,
-            dims.data_degree,
-            group,
+            self.model_parts[0], self.parts, self.model_args.geometry, self.parallel_dims
         )
-        self.validator = FluxValidator(  # type: ignore[assignment]
-            build_validation_loader(dims.data_degree, dims.data_rank, self.parts.tokenizer, config),
-            self._losses,
-            config,
-            group,
-            self.device,
-            self.metrics_processor,
-        )
-
-    def _start_process_group(self, job_config: Any) -> None:
-        """Ahead of torchtitan, so that ranks can agree on a seed before anything is built."""
-        device = torch.device(f"{utils.device_type}:{os.environ['LOCAL_RANK']}")
-        utils.device_module.set_device(device)
-        dist_utils.init_distributed(
-            job_config.comm,
-            enable_cpu_backend=job_config.training.enable_cpu_offload,
-            base_folder=job_config.job.dump_folder,
-        )
+        if config.validation.enable:
+            self.validator = FluxValidator(  # type: ignore[assignment]
+                build_validation_loader(self.parallel_dims, self.parts.tokenizer, config),
+                self._losses,
+                config,
+                self.parallel_dims.data_group,
+                self.device,
+                self.metrics_processor,
+            )
 
     def init_distributed(self) -> FluxParallelDims:
         """Our meshes (torchtitan calls this)."""
-        p = self.job_config.parallelism
-        return FluxParallelDims(
-            dp_replicate=p.data_parallel_replicate_degree,
-            dp_shard=p.data_parallel_shard_degree,
-            cp=p.context_parallel_degree,
-            tp=p.tensor_parallel_degree,
-            pp=p.pipeline_parallel_degree,
-            ep=1,
-            etp=1,
-            world_size=torch.distributed.get_world_size(),
-        )
+        return FluxParallelDims.of(self.job_config.parallelism, torch.distributed.get_world_size())
 
     # ---- one step -------------------------------------------------------------------------
 
@@ -127,7 +104,7 @@ class FluxTrainer(Trainer):
     def train_step(self, data_iterator: Iterator[Batch]) -> None:  # type: ignore[override]
         """One optimizer step over `training.global_batch_size` positions."""
         self.optimizers.zero_grad()
-        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         elements, images = self._global_counts(microbatches)
 
@@ -177,9 +154,8 @@ class FluxTrainer(Trainer):
             ],
             dtype=torch.int64,
         )
-        if self.parallel_dims.dp_enabled:
+        if (group := self.parallel_dims.data_group) is not None:
             counts = counts.to(self.device)
-            group = self.parallel_dims.get_mesh("batch").get_group()
             torch.distributed.all_reduce(counts, group=group)
         elements, images = counts.tolist()
         return float(elements), images
@@ -232,17 +208,18 @@ class FluxTrainer(Trainer):
         """Train to the last step, then score where that is configured."""
         super().train()
         config: Any = self.job_config
-        lines = []
         if config.score.enable:
             prompts, labels = score_prompts(config.score.count)
-            settings = score_settings(config, self.model_args)
-            images = self.painter.draw(prompts, settings)
-            lines.append(score_line(images, labels))
+            images = self.painter.draw(prompts, score_settings(config, self.model_args))
+            self.results.append(score_line(images, labels))
         if config.sampling.enable:
-            lines.append(f"grid: {self.grid_path()}")
-        self.metrics_processor.close()
-        if torch.distributed.get_rank() == 0:
-            print("\n".join(lines), flush=True)
+            self.results.append(f"grid: {self.grid_path()}")
+
+    def close(self) -> None:
+        """End loader workers, checkpoint threads and loggers."""
+        if getattr(self, "dataloader", None) is not None:
+            self.dataloader.close()  # type: ignore[union-attr]
+        super().close()
 
     # ---- what is stored with checkpoints ----------------------------------------------------
 
@@ -320,9 +297,9 @@ def _check_same_run(now: RunFacts, stored: RunFacts, folder: Path, config: Any) 
 def main() -> None:
     """Entry point of every rank."""
     init_logger()
-    logging_of_libraries()
+    quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
-    __import__(config.experimental.custom_import)
+    importlib.import_module(config.experimental.custom_import)
     trainer = FluxTrainer(config)
     try:
         if config.checkpoint.create_seed_checkpoint:
@@ -332,15 +309,10 @@ def main() -> None:
             trainer.train()
     finally:
         trainer.close()
+    rank = torch.distributed.get_rank()
     torch.distributed.destroy_process_group()
-
-
-def logging_of_libraries() -> None:
-    """torchtitan logs through the root logger; keep libraries' own chatter out of it."""
-    import logging
-
-    for name in ("httpx", "transformers", "torch.distributed.checkpoint", "PIL"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    if rank == 0:
+        print("\n".join(trainer.results), flush=True)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,6 @@ class FluxValidator:
             by_name = {
                 f"validation_metrics/loss_t={t:.4f}": float(value)
                 for t, value in zip(times, by_time, strict=True)
-                if value == value  # a short set in turn may miss a time
+                if not np.isnan(value)  # a short set in turn may miss a time
             }
             self.metrics.log_validation(loss, step, by_name)

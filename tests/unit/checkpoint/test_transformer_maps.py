@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-
 from helpers import nonzero_model
+
 from torchtitan_flux.checkpoint import (
     KeyMismatch,
     from_bfl,

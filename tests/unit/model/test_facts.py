@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import model_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import model_inputs
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.model import (
     FIXED_WIDTH_FLAVORS,

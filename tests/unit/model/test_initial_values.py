@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from helpers import model_inputs
+
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import BLOCK, canonical_name, initial_rows
 

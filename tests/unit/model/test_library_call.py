@@ -5,8 +5,8 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
-
 from helpers import model_inputs, nonzero_model, randomize, relative_l2
+
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 
 # Two sets of points with 2 and 4 features, each point with three integer coordinates.

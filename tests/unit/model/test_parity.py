@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-
 from helpers import model_inputs, nonzero_model, relative_l2
+
 from torchtitan_flux.checkpoint import from_diffusers, to_diffusers
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from helpers import nonzero_model
+
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.rope import apply_rope, rope_table, sinusoid
 
