@@ -102,7 +102,10 @@ def test_pictures_from_prompts_on_any_number_of_ranks(trained):
         )
         assert status == 0, output
     for name in ("0000-three.png", "0001-a-handwritten-nine.png"):
-        with Image.open(folder / "drawn1" / name) as one, Image.open(folder / "drawn2" / name) as two:
+        with (
+            Image.open(folder / "drawn1" / name) as one,
+            Image.open(folder / "drawn2" / name) as two,
+        ):
             assert one.size == (8, 8)
             assert one.tobytes() == two.tobytes()
             facts = one.text  # type: ignore[attr-defined]

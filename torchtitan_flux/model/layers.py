@@ -20,7 +20,14 @@ from torchtitan_flux.model.rope import apply_rope
 NORM_EPS = 1e-6
 
 
-class CastingLinear(nn.Linear):
+class Linear(nn.Linear):
+    """A linear that starts empty: every value is drawn by model/initial_values.py."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class CastingLinear(Linear):
     """A linear that takes its input into the dtype of its weight.
 
     It stands where float32 inputs enter the compute dtype. FSDP is told not to cast inputs
@@ -37,7 +44,7 @@ class MLPEmbedder(nn.Module):
     def __init__(self, in_dim: int, hidden_size: int):
         super().__init__()
         self.in_layer = CastingLinear(in_dim, hidden_size)
-        self.out_layer = nn.Linear(hidden_size, hidden_size)
+        self.out_layer = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "b in_dim"]) -> Float[Tensor, "b hidden"]:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -76,7 +83,7 @@ class Modulation(nn.Module):
     def __init__(self, hidden_size: int, sets: int):
         super().__init__()
         self.sets = sets
-        self.lin = nn.Linear(hidden_size, 3 * sets * hidden_size)
+        self.lin = Linear(hidden_size, 3 * sets * hidden_size)
 
     def forward(self, vec: Float[Tensor, "b hidden"]) -> tuple[Tensor, ...]:
         return self.lin(F.silu(vec))[:, None].chunk(3 * self.sets, dim=-1)
@@ -93,9 +100,9 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, head_dim: int, qkv_bias: bool):
         super().__init__()
         self.head_dim = head_dim
-        self.qkv_by_head = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.qkv_by_head = Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.norm = QKNorm(head_dim)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def qkv(self, x: Float[Tensor, "b tokens hidden"]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k (normalised) and v, each [b, heads, tokens, head_dim]."""
@@ -107,9 +114,9 @@ class SelfAttention(nn.Module):
 
 def mlp(hidden_size: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(hidden_size, mlp_hidden),
+        Linear(hidden_size, mlp_hidden),
         nn.GELU(approximate="tanh"),
-        nn.Linear(mlp_hidden, hidden_size),
+        Linear(mlp_hidden, hidden_size),
     )
 
 
@@ -160,8 +167,8 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.mlp_per_head = mlp_hidden * head_dim // hidden_size
-        self.linear1_by_head = nn.Linear(hidden_size, 3 * hidden_size + mlp_hidden)
-        self.linear2_by_head = nn.Linear(hidden_size + mlp_hidden, hidden_size)
+        self.linear1_by_head = Linear(hidden_size, 3 * hidden_size + mlp_hidden)
+        self.linear2_by_head = Linear(hidden_size + mlp_hidden, hidden_size)
         self.norm = QKNorm(head_dim)
         self.modulation = Modulation(hidden_size, sets=1)
         self.attention = Attention()
@@ -188,8 +195,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, out_channels: int):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(
         self, x: Float[Tensor, "b tokens hidden"], vec: Float[Tensor, "b hidden"]

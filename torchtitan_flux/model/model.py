@@ -105,7 +105,7 @@ class FluxModel(nn.Module):
 
     def _check(self, img, img_ids, txt, txt_ids, timesteps, y, guidance) -> None:
         args = self.args
-        b = img.shape[0]
+        b = img.shape[0] if img.ndim else None
         axes = len(args.axes_dim)
         expected = {
             "img": (img, (b, None, args.in_channels)),

@@ -52,9 +52,9 @@ def test_work_per_image(flavor, pixels, text, tflop):
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "text"), [(3, 5, 7), (11, 2, 3)])
 def test_work_per_image_equals_the_counted_operations(guidance, rows, cols, text):
-    """Exactly, once gradients of the inputs are wanted too (we count 4 for every weight's
-    backward) and attention is spelt out in products (fused kernels are counted with the
-    recomputation of their scores, 14 instead of 12)."""
+    """Exactly, once gradients of the inputs are wanted too (every weight's backward counts 4)
+    and attention is spelt out in products: torch's counter passes over the fused kernel of the
+    CPU, and takes those of CUDA with the scores computed anew, 14 instead of 12."""
     args = replace(
         FLAVORS["flux-digits"], vec_in_dim=20, context_in_dim=44, mlp_ratio=3.0,
         guidance_embed=guidance,

@@ -140,7 +140,7 @@ def no_shape_annotations():
 
 B, IMG, TXT = 2, 5, 3
 WRONG_SHAPES = {
-    "img": [(B, IMG, 3), (B, IMG), (B, 1, IMG, 2)],
+    "img": [(B, IMG, 3), (B, IMG), (B, 1, IMG, 2), ()],
     "img_ids": [(B, IMG, 2), (B, IMG + 1, 3), (B + 1, IMG, 3), (IMG, 3)],
     "txt": [(B, TXT, 2), (B + 1, TXT, 4), (TXT, 4)],
     "txt_ids": [(B, TXT, 4), (B, TXT - 1, 3), (1, TXT, 3), (TXT, 3)],
