@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
@@ -42,10 +42,18 @@ class FrozenParts:
     def encode_tokens(
         self, t5_tokens: Int[Tensor, "b length"], clip_tokens: Int[Tensor, "b 77"]
     ) -> TextConditioning:
-        """Text features [b, length, context] and pooled vector [b, width]."""
-        return TextConditioning(
-            self.t5(t5_tokens.to(self.device)), self.clip(clip_tokens.to(self.device))
-        )
+        """Text features [b, length, context] and pooled vector [b, width].
+
+        A caption that a batch holds several times, as the empty one often is, is encoded once.
+        """
+        txt, which_txt = self._once(self.t5, t5_tokens)
+        vec, which_vec = self._once(self.clip, clip_tokens)
+        return TextConditioning(txt[which_txt], vec[which_vec])
+
+    def _once(self, encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodings of the distinct rows, and which of them each row has."""
+        distinct, which = torch.unique(tokens.cpu(), dim=0, return_inverse=True)
+        return encoder(distinct.to(self.device)), which.to(self.device)
 
     def encode_captions(self, captions: Sequence[str]) -> TextConditioning:
         """Tokenise and encode captions; "" is the empty prompt of inference."""
