@@ -138,7 +138,7 @@ class FluxMetrics(MetricsProcessor):
         mfu_text = f"  mfu: {mfu:.1f}%" if has_mfu else ""
         logger.info(
             f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
-            f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.1f}  "
+            f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.2f}  "
             f"tokens/s: {tokens_per_second:,.0f}  {c.cyan}TFLOP/s: {tflops:,.3f}{mfu_text}  "
             f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  "
             f"{c.magenta}data wait: {waiting:.1f}%  left: {left}{c.reset}"
