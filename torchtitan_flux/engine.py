@@ -87,7 +87,7 @@ def _import_torchtitan() -> None:
 
 def present_device() -> None:
     """Import torchtitan with the right device; done once, when this module is imported."""
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         _import_torchtitan()
         return
     if "torchtitan.tools.utils" in sys.modules:

@@ -18,7 +18,7 @@ from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_flux.config.manager import load_config_or_exit
 from torchtitan_flux.config.paths import locate
-from torchtitan_flux.config.resolve import sample_settings
+from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
 from torchtitan_flux.generate import SampleSettings, save_png, to_pil
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
@@ -70,8 +70,10 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     if config.inference.img_size:
         base = replace(base, size=ImageSize.of(config.inference.img_size))
     if options.size:
-        sides = [int(side) for side in options.size.lower().split("x")]
-        base = replace(base, size=ImageSize(sides[0], sides[-1]))
+        sides = options.size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+            raise ValueError(f"--size {options.size}: give HEIGHTxWIDTH or one number of pixels")
+        base = replace(base, size=ImageSize(int(sides[0]), int(sides[-1])))
     if options.guidance is not None and not args.guidance_embed:
         raise ValueError(f"--guidance: model.flavor = {config.model.flavor!r} takes no guidance")
     changes = {
@@ -99,6 +101,8 @@ def targets(out: str | None, config: Any, prompts: list[str]) -> list[Path]:
             raise ValueError(f"--out {out}: {len(prompts)} pictures need a folder, not a file")
         return [Path(out)]
     folder = folder if out is None else Path(out)
+    if folder.suffix and not folder.is_dir():
+        raise ValueError(f"--out {out}: pictures are PNG files; name a .png file or a folder")
     return [folder / f"{i:04d}-{_slug(prompt)}.png" for i, prompt in enumerate(prompts)]
 
 
@@ -113,12 +117,12 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     options, rest = parse(sys.argv[1:])
-    config = load_config_or_exit(rest)
+    config = load_config_or_exit(rest, training=False)
     try:
         prompts = read_prompts(options, config)
         paths = targets(options.out, config, prompts)
+        settings = settings_of(options, config, resolve_model_args(config))
         session = open_session(config, batch_size=config.inference.local_batch_size)
-        settings = settings_of(options, config, session.args)
     except (ValueError, FileNotFoundError) as error:
         print(f"Cannot draw: {error}", file=sys.stderr)
         sys.exit(2)

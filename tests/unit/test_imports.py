@@ -22,7 +22,7 @@ LEVELS = {
     "encoders": 2,
     "generate": 3,
     "config": 4,
-    "data": 4,
+    "data": 3,
     "parallel": 5,
     "checkpoint": 5,
     "evaluation": 5,

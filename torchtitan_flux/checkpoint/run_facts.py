@@ -52,6 +52,9 @@ def read_run_facts(checkpoint: Path) -> RunFacts | None:
     """The facts stored in one checkpoint folder; None where it holds only a model.
 
     Reads the training state alone, needs no process group.
+
+    Raises:
+        ValueError: for another program's checkpoint.
     """
     state: dict[str, Any] = {}
     _load_state_dict(
@@ -61,4 +64,12 @@ def read_run_facts(checkpoint: Path) -> RunFacts | None:
         no_dist=True,
     )
     train_state = state.get("train_state")
-    return None if train_state is None else RunFacts.from_state(train_state)
+    if train_state is None:
+        return None
+    try:
+        return RunFacts.from_state(train_state)
+    except KeyError as error:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of torchtitan-flux: its train_state lacks {error}; set "
+            "another job.dump_folder, or start from its weights by checkpoint.initial_load_path"
+        ) from None

@@ -7,25 +7,28 @@ import torch
 
 from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.config.resolve import image_size, resolve_model_args
+from torchtitan_flux.data.sources import SOURCES
 from torchtitan_flux.model import FLAVORS
 
 AC_MODES = ("none", "full")
 
 
-def problems(config: Any) -> list[str]:
+def problems(config: Any, training: bool = True) -> list[str]:
     """Every reason why this run cannot work; empty when there is none.
 
     Args:
         config: the merged JobConfig. Only paths that this run will read are looked at.
+        training: whether it will train; drawing and scoring need no mesh or batch that fits.
     """
-    found = [*_unsupported(config), *_paths(config)]
+    found = [*_unsupported(config), *_paths(config), *_at_least(config), *_data(config)]
     if config.model.flavor not in FLAVORS:
-        found.append(
-            f"model.flavor = {config.model.flavor!r} is unknown; known: {', '.join(FLAVORS)}"
-        )
+        known = ", ".join(FLAVORS)
+        found.append(f"model.flavor = {config.model.flavor!r} is unknown; known: {known}")
     elif not found:
         found += _fit(config)
-    return found + _batches(config) + _evaluation(config)
+    if training and config.training.local_batch_size > 0:
+        found += _batches(config)
+    return found + _evaluation(config)
 
 
 def _unsupported(config: Any) -> list[str]:
@@ -69,6 +72,11 @@ def _unsupported(config: Any) -> list[str]:
             "checkpoint.initial_load_in_hf / last_save_in_hf: Hugging Face folders are not "
             "available yet; the key maps are in torchtitan_flux.checkpoint"
         )
+    if config.checkpoint.create_seed_checkpoint:
+        found.append(
+            "checkpoint.create_seed_checkpoint = true is not needed: initial values are the same "
+            "on every mesh; set debug.seed and remove it"
+        )
     if config.fault_tolerance.enable:
         found.append("fault_tolerance.enable = true is not supported; set it to false")
     if not torch.cuda.is_available():
@@ -102,49 +110,93 @@ def _fit(config: Any) -> list[str]:
     return []
 
 
-def _batches(config: Any) -> list[str]:
+MINIMA = {
+    "training.local_batch_size": 1,
+    "training.steps": 1,
+    "encoder.max_t5_encoding_len": 1,
+    "validation.local_batch_size": 1,
+    "validation.freq": 1,
+    "sampling.freq": 1,
+    "sampling.images_per_prompt": 1,
+    "sampling.denoising_steps": 1,
+    "sampling.local_batch_size": 1,
+    "score.count": 1,
+    "score.denoising_steps": 1,
+    "inference.local_batch_size": 1,
+    "inference.img_size": 0,
+}
+
+
+def _at_least(config: Any) -> list[str]:
     found = []
+    for name, least in MINIMA.items():
+        section, key = name.split(".")
+        value = getattr(getattr(config, section), key)
+        if value < least:
+            found.append(f"{name} = {value} must be at least {least}")
+    for key in ("classifier_free_guidance_prob", "flip_prob"):
+        value = getattr(config.training, key)
+        if not 0 <= value <= 1:
+            found.append(f"training.{key} = {value} is not a probability")
+    if config.flow.logit_std <= 0:
+        found.append(f"flow.logit_std = {config.flow.logit_std} must be positive")
+    return found
+
+
+def _data(config: Any) -> list[str]:
+    """Data sets that do not exist here."""
+    found = []
+    sections = ["training"] + ["validation"] * config.validation.enable
+    for section in sections:
+        name = getattr(config, section).dataset
+        if name not in SOURCES and not (section == "validation" and name == ""):
+            found.append(
+                f"{section}.dataset = {name!r} is not available; use one of {', '.join(SOURCES)}"
+            )
+        if getattr(config, section).dataset_path is not None:
+            found.append(f"{section}.dataset_path: {name!r} reads no files; remove the key")
+    return found
+
+
+def _batches(config: Any) -> list[str]:
+    """Degrees and batch sizes that do not make the ranks that were started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     p, t = config.parallelism, config.training
     replicate, shard = p.data_parallel_replicate_degree, p.data_parallel_shard_degree
     if shard == -1 and replicate >= 1 and world % replicate == 0:
         shard = world // replicate
     if replicate < 1 or shard < 1 or replicate * shard != world:
-        found.append(
+        return [
             f"parallelism.data_parallel_replicate_degree = {replicate} times "
             f"data_parallel_shard_degree = {p.data_parallel_shard_degree} does not make the "
             f"{world} ranks that were started; -1 for the shard degree takes what is left"
-        )
-    elif t.global_batch_size > 0 and t.global_batch_size % (t.local_batch_size * world):
-        found.append(
-            f"training.global_batch_size = {t.global_batch_size} is not a multiple of "
+        ]
+    size = t.global_batch_size
+    if size != -1 and (size < 1 or size % (t.local_batch_size * world)):
+        return [
+            f"training.global_batch_size = {size} is not a multiple of "
             f"training.local_batch_size = {t.local_batch_size} times {world} ranks"
-        )
-    for key in ("local_batch_size", "steps"):
-        if getattr(t, key) < 1:
-            found.append(f"training.{key} = {getattr(t, key)} must be at least 1")
-    for key in ("classifier_free_guidance_prob", "flip_prob"):
-        if not 0 <= getattr(t, key) <= 1:
-            found.append(f"training.{key} = {getattr(t, key)} is not a probability")
-    if config.flow.logit_std <= 0:
-        found.append(f"flow.logit_std = {config.flow.logit_std} must be positive")
-    return found
+        ]
+    return []
 
 
 def _evaluation(config: Any) -> list[str]:
     found = []
-    v = config.validation
+    v, score = config.validation, config.score
     if v.enable and v.steps < 1 and v.steps != -1:
         found.append(f"validation.steps = {v.steps} must be positive, or -1 for all")
-    if v.enable and v.freq < 1:
-        found.append(f"validation.freq = {v.freq} must be at least 1")
     if config.sampling.enable and not config.sampling.prompts:
         found.append("sampling.enable = true needs sampling.prompts, a list of captions")
-    for section in ("sampling", "score"):
-        if getattr(config, section).denoising_steps < 1:
-            found.append(f"{section}.denoising_steps must be at least 1")
-    if config.score.enable and config.training.dataset != "digits":
-        found.append(
-            'score.enable = true reads handwritten digits: it needs training.dataset = "digits"'
-        )
+    if score.enable and config.model.flavor in FLAVORS:
+        reads = {
+            "training.dataset": (config.training.dataset, "digits"),
+            "training.img_size": (str(image_size(config)), "8x8"),
+            "encoder.pixel_channels": (config.encoder.pixel_channels, 1),
+            "model.flavor in pixel space": (FLAVORS[config.model.flavor].pixel_space, True),
+        }
+        found += [
+            f"score.enable = true reads 8 x 8 digits: {key} must be {want}, not {have}"
+            for key, (have, want) in reads.items()
+            if have != want
+        ]
     return found

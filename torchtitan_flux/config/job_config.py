@@ -108,8 +108,10 @@ class Sampling:
     """Euler steps"""
     classifier_free_guidance_scale: float = 1.0
     """Scale of classifier-free guidance; 1 switches it off"""
-    guidance: float = 3.5
-    """Guidance input of flavors with guidance embedding, when sampling"""
+    guidance: float | None = None
+    """Guidance input of flavors with guidance embedding, when sampling; unset: flow.guidance"""
+    local_batch_size: int = 16
+    """Pictures drawn at once by one rank"""
     schedule: Literal["auto", "dev", "schnell"] = "auto"
     """dev: times shifted by the number of image tokens; schnell: evenly spaced; auto: dev for
     flavors with guidance embedding, else schnell"""
@@ -133,7 +135,7 @@ class Score:
 class Inference:
     save_img_folder: str = "inference_results"
     """Folder below job.dump_folder for pictures"""
-    prompts_path: str = "torchtitan/models/flux/inference/prompts.txt"
+    prompts_path: str = "assets/prompts.txt"
     """File with one prompt a line"""
     local_batch_size: int = 2
     """Pictures drawn at once by one rank"""

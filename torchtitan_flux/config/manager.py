@@ -24,6 +24,16 @@ TINY = {
 }
 
 
+NOT_DRAWN_BY_VALIDATION = (
+    "enable_classifier_free_guidance",
+    "classifier_free_guidance_scale",
+    "denoising_steps",
+    "save_img_count",
+    "save_img_folder",
+)
+"""Keys of torchtitan's [validation] that draw pictures there."""
+
+
 class ConfigError(Exception):
     """A configuration that cannot run; the message lists everything that is wrong."""
 
@@ -53,11 +63,12 @@ class FluxConfigManager(ConfigManager):
         """torchtitan warns of a tokenizer folder that FLUX does not read; `problems` checks."""
 
 
-def load_config(argv: list[str]) -> Any:
+def load_config(argv: list[str], training: bool = True) -> Any:
     """The complete configuration of a run.
 
     Args:
         argv: command line, `--job.config_file FILE` and any `--section.key value`.
+        training: whether the run trains, or draws from what was trained.
 
     Returns:
         torchtitan's JobConfig with FLUX's sections.
@@ -75,6 +86,9 @@ def load_config(argv: list[str]) -> Any:
         logger.warning(f"training.test_mode = true: using the encoders of {TINY['t5_encoder']} …")
         for key, path in TINY.items():
             setattr(config.encoder, key, path)
+    unused = sorted(set(manager.toml.get("validation", {})) & set(NOT_DRAWN_BY_VALIDATION))
+    if unused:
+        logger.warning(f"[validation] {', '.join(unused)}: not used; [sampling] draws pictures")
     explicit = "mixed_precision_param" in manager.toml.get("training", {}) or any(
         arg.split("=")[0].replace("-", "_") == "__training.mixed_precision_param" for arg in argv
     )
@@ -83,7 +97,7 @@ def load_config(argv: list[str]) -> Any:
         logger.info(
             "Compute type is float32 on CPU; training.mixed_precision_param sets another one"
         )
-    if found := problems(config):
+    if found := problems(config, training):
         raise ConfigError(found)
     return config
 
@@ -103,10 +117,10 @@ def _found_config_file(argv: list[str]) -> list[str]:
     return result
 
 
-def load_config_or_exit(argv: list[str]) -> Any:
+def load_config_or_exit(argv: list[str], training: bool = True) -> Any:
     """`load_config`, but a wrong configuration ends the process: one report, status 2."""
     try:
-        return load_config(argv)
+        return load_config(argv, training)
     except ConfigError as error:
         print(f"The configuration cannot run:\n{error}", file=sys.stderr)
         sys.exit(2)

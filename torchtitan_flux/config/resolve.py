@@ -70,6 +70,14 @@ def time_density(config: Any) -> TimeDensity:
     return TimeDensity(flow.time_density, flow.logit_mean, flow.logit_std, flow.resolution_shift)
 
 
+def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
+    """Guidance input when sampling: what training used, unless the configuration says otherwise."""
+    if not args.guidance_embed:
+        return None
+    given = config.sampling.guidance
+    return config.flow.guidance if given is None else given
+
+
 def sample_settings(config: Any, args: FluxModelArgs) -> SampleSettings:
     """How pictures are drawn during training."""
     s = config.sampling
@@ -78,7 +86,7 @@ def sample_settings(config: Any, args: FluxModelArgs) -> SampleSettings:
         size=image_size(config),
         steps=s.denoising_steps,
         cfg=s.classifier_free_guidance_scale,
-        guidance=s.guidance if args.guidance_embed else None,
+        guidance=sample_guidance(config, args),
         shifted=dev,
         seed=s.seed,
     )

@@ -8,7 +8,7 @@ dropout in every epoch. Validation is the opposite: its noise belongs to the ite
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from torchtitan_flux.randomness import Stream, generator
 MAX_CHOICES = 16
 """Items tried for one position before the source counts as broken."""
 
-Tokenize = Callable[[str], tuple[Any, Any]]
-"""caption -> (T5 token ids int64 [L], CLIP token ids int64 [77]), numpy or torch."""
+Tokenize = Callable[[str], tuple[Tensor, Tensor]]
+"""caption -> (T5 token ids int64 [L], CLIP token ids int64 [77]); remembers repeated captions."""
 
 
 class Replacement(NamedTuple):
@@ -59,28 +59,6 @@ class CaptionDropout:
             raise ValueError(f"caption dropout is joint or independent, not {self.mode!r}")
 
 
-class _TokenCache:
-    """Remembers what the tokenizers said about the captions seen last."""
-
-    def __init__(self, tokenize: Tokenize, size: int = 4096):
-        self._tokenize = tokenize
-        self._size = size
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, caption: str) -> tuple[Tensor, Tensor]:
-        tokens = self._known.get(caption)
-        if tokens is None:
-            t5, clip = self._tokenize(caption)
-            tokens = (
-                torch.as_tensor(t5, dtype=torch.int64),
-                torch.as_tensor(clip, dtype=torch.int64),
-            )
-            if len(self._known) >= self._size:  # web captions never repeat: stay bounded
-                self._known.clear()
-            self._known[caption] = tokens
-        return tokens
-
-
 class TrainingSamples:
     """The map from a position of the run to its training sample.
 
@@ -99,7 +77,7 @@ class TrainingSamples:
 
     A sample is a dictionary of tensors:
         image: float32 [channels, H, W] in [-1, 1].
-        t5_tokens, clip_tokens: int64 [L] and [77]; shared between samples, not to be written to.
+        t5_tokens, clip_tokens: int64 [L] and [77].
         t: float32 [], time; 0 is data, 1 is noise.
         noise: float32, of the shape of the latents.
         posterior_noise: the same shape; only when stochastic.
@@ -137,7 +115,7 @@ class TrainingSamples:
         self.replaced: list[Replacement] = []
         self._latent_shape = geometry.latent_shape(size)
         self._image_tokens = geometry.grid(size).tokens
-        self._tokens = _TokenCache(tokenize)
+        self._tokens = tokenize
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         item, image = self._readable_item(position)
@@ -240,7 +218,7 @@ class ValidationSamples:
         self.stochastic = stochastic
         self.replaced: list[Replacement] = []
         self._latent_shape = geometry.latent_shape(size)
-        self._tokens = _TokenCache(tokenize)
+        self._tokens = tokenize
 
     def __len__(self) -> int:
         return len(self.source)
@@ -270,7 +248,9 @@ class ValidationSamples:
         return sample
 
     def _normal(self, stream: Stream, item_id: str) -> Tensor:
-        return standard_normal(generator(self.seed, stream, item_id), self._latent_shape)
+        # the prefix keeps an item called "17" apart from position 17 of a run with this seed
+        rng = generator(self.seed, stream, f"item/{item_id}")
+        return standard_normal(rng, self._latent_shape)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import SVC
 from torch import Tensor
 
-from torchtitan_flux.config.resolve import image_size
+from torchtitan_flux.config.resolve import image_size, sample_guidance
 from torchtitan_flux.data.digits import DIGIT_WORDS, load_digit_arrays
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.model import FluxModelArgs
@@ -67,7 +67,7 @@ def score_settings(config: Any, args: FluxModelArgs, cfg: float | None = None) -
         size=image_size(config),
         steps=score.denoising_steps,
         cfg=score.classifier_free_guidance_scale if cfg is None else cfg,
-        guidance=config.sampling.guidance if args.guidance_embed else None,
+        guidance=sample_guidance(config, args),
         seed=0,
     )
 

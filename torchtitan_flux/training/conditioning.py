@@ -19,7 +19,16 @@ from torchtitan_flux.parallel.parallelize import shard_text_encoder
 
 
 def build_tokenizer(config: Any) -> CaptionTokenizer:
-    """The tokenizers that belong to the two text encoders."""
+    """The tokenizers that belong to the two text encoders (torchtitan's TokenizerBuilder).
+
+    Raises:
+        RuntimeError: under a trainer that did not load FLUX's configuration.
+    """
+    if not hasattr(config, "flow"):
+        raise RuntimeError(
+            "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
+            "`torchrun … -m torchtitan_flux.training.trainer`, not torchtitan.train"
+        )
     encoder = config.encoder
     return CaptionTokenizer(
         resolved_path(encoder.t5_encoder),
@@ -65,13 +74,14 @@ class FrozenParts:
         self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None
     ) -> Float[Tensor, "b ch h w"]:
         """Latents in float32: a posterior sample with `noise`, the mean without."""
-        noise = None if noise is None else noise.to(self.device)
-        return self.codec.encode(images.to(self.device), noise).float()
+        noise = None if noise is None else noise.to(self.device, non_blocking=True)
+        return self.codec.encode(images.to(self.device, non_blocking=True), noise).float()
 
 
 def build_frozen_parts(
     config: Any,
     args: FluxModelArgs,
+    tokenizer: CaptionTokenizer,
     dims: FluxParallelDims,
     device: torch.device,
     dtype: torch.dtype,
@@ -81,6 +91,7 @@ def build_frozen_parts(
     Args:
         config: job configuration.
         args: resolved model arguments.
+        tokenizer: of the two text encoders.
         dims: T5 is sharded over the data ranks where there are several.
         device: where they run.
         dtype: their weights' and compute dtype.
@@ -95,4 +106,4 @@ def build_frozen_parts(
         if args.pixel_space
         else load_autoencoder(resolved_path(encoder.autoencoder_path), device=device, dtype=dtype)
     )
-    return FrozenParts(build_tokenizer(config), t5, clip, codec, device)
+    return FrozenParts(tokenizer, t5, clip, codec, device)

@@ -1,5 +1,6 @@
 """Configuration -> loaders."""
 
+from dataclasses import asdict
 from typing import Any
 
 from torchtitan_flux.config.resolve import image_size, resolve_model_args, time_density
@@ -38,17 +39,13 @@ def build_dataloader(
         flip_prob=training.flip_prob,
         stochastic=not args.pixel_space,
     )
-    workers = training.dataloader
     return FluxDataLoader(
         samples,
         global_batch_size=global_batch_size(job_config, dp_world_size),
         local_batch_size=training.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
-        num_workers=workers.num_workers,
-        pin_memory=workers.pin_memory,
-        prefetch_factor=workers.prefetch_factor,
-        persistent_workers=workers.persistent_workers,
+        **asdict(training.dataloader),
     )
 
 
@@ -79,6 +76,7 @@ def build_validation_loader(
         batch_size=validation.local_batch_size,
         dp_rank=dims.data_rank,
         dp_world_size=dims.data_degree,
+        **asdict(validation.dataloader),
     )
 
 

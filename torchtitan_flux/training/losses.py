@@ -1,9 +1,12 @@
 """From a collated batch to each sample's loss: encode, then the one flow step."""
 
+from dataclasses import dataclass
+
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchtitan_flux.flow_matching import flow_step
-from torchtitan_flux.generate import packed_velocity
+from torchtitan_flux.generate import TextConditioning, packed_velocity
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.training.conditioning import FrozenParts
@@ -11,11 +14,39 @@ from torchtitan_flux.training.conditioning import FrozenParts
 Batch = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the model is trained on, on its device.
+
+    Attributes:
+        latents, noise: packed tokens [b, tokens, features], float32.
+        text: encoded captions.
+        size: of the images, in pixels.
+    """
+
+    latents: Float[Tensor, "b tokens features"]
+    noise: Float[Tensor, "b tokens features"]
+    text: TextConditioning
+    size: ImageSize
+
+
+def encode_batch(parts: FrozenParts, args: FluxModelArgs, batch: Batch) -> EncodedBatch:
+    """Run the frozen encoders and the codec on a collated batch (data/samples.py)."""
+    height, width = batch["image"].shape[-2:]
+    patch = args.geometry.patch
+    latents = parts.encode_images(batch["image"], batch.get("posterior_noise"))
+    return EncodedBatch(
+        latents=pack(latents, patch),
+        noise=pack(batch["noise"].to(parts.device, non_blocking=True), patch),
+        text=parts.encode_tokens(batch["t5_tokens"], batch["clip_tokens"]),
+        size=ImageSize(height, width),
+    )
+
+
 def sample_losses(
     model: nn.Module,
-    parts: FrozenParts,
     args: FluxModelArgs,
-    batch: Batch,
+    encoded: EncodedBatch,
     t: Tensor,
     guidance: float | None,
 ) -> Tensor:
@@ -23,19 +54,14 @@ def sample_losses(
 
     Args:
         model: FluxModel, sharded or not.
-        parts: frozen encoders and codec.
         args: resolved model arguments.
-        batch: collated samples (data/samples.py).
+        encoded: from `encode_batch`.
         t: time of each sample [b].
         guidance: constant guidance input, for models that take one.
     """
-    height, width = batch["image"].shape[-2:]
-    geometry = args.geometry
-    latents = parts.encode_images(batch["image"], batch.get("posterior_noise"))
-    text = parts.encode_tokens(batch["t5_tokens"], batch["clip_tokens"])
     return flow_step(
-        packed_velocity(model, text, geometry, ImageSize(height, width), guidance),
-        pack(latents, geometry.patch),
-        pack(batch["noise"].to(parts.device), geometry.patch),
-        t.to(parts.device),
+        packed_velocity(model, encoded.text, args.geometry, encoded.size, guidance),
+        encoded.latents,
+        encoded.noise,
+        t.to(encoded.latents.device, non_blocking=True),
     )

@@ -82,6 +82,7 @@ class FluxMetrics(MetricsProcessor):
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent inside (validation, sampling) does not count against throughput."""
+        utils.device_module.synchronize()  # what the training step queued is training time
         begin = time.perf_counter()
         try:
             yield
@@ -139,7 +140,7 @@ class FluxMetrics(MetricsProcessor):
         logger.info(
             f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
             f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.2f}  "
-            f"tokens/s: {tokens_per_second:,.0f}  {c.cyan}TFLOP/s: {tflops:,.3f}{mfu_text}  "
+            f"tokens/s: {tokens_per_second:,.0f}  {c.cyan}TFLOP/s/device: {tflops:,.3f}{mfu_text}  "
             f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  "
             f"{c.magenta}data wait: {waiting:.1f}%  left: {left}{c.reset}"
         )

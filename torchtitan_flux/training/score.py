@@ -22,7 +22,7 @@ from torchtitan_flux.evaluation.digits import (
 )
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import image_channels
-from torchtitan_flux.training.losses import sample_losses
+from torchtitan_flux.training.losses import encode_batch, sample_losses
 from torchtitan_flux.training.session import Session, open_session
 from torchtitan_flux.training.validator import TIME_GRIDS, mean_loss
 
@@ -61,7 +61,8 @@ def split_loss(session: Session, split: Split, period: int) -> float:
     )
     loss, _ = mean_loss(
         ValidationLoader(samples, batch_size=120),
-        lambda batch, t: sample_losses(session.model, session.parts, args, batch, t, None),
+        lambda batch: encode_batch(session.parts, args, batch),
+        lambda encoded, t: sample_losses(session.model, args, encoded, t, None),
         TIME_GRIDS["midpoints"](),
         all_times=True,
     )
@@ -102,7 +103,7 @@ def main() -> None:
     quieten_libraries()
     if not any(arg.startswith("--job.config") for arg in rest):
         rest = ["--job.config_file", "train_configs/flux_digits.toml", *rest]
-    config = load_config_or_exit(rest)
+    config = load_config_or_exit(rest, training=False)
     try:
         report(config, options.count)
     except (ValueError, FileNotFoundError) as error:

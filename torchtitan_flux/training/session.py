@@ -16,7 +16,7 @@ from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
-from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts
+from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
 from torchtitan_flux.training.pictures import Painter
 from torchtitan_flux.training.process import start_process_group
 
@@ -56,7 +56,9 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
     """
     checkpoint = find_checkpoint(config)
     device = start_process_group(config)
-    dims = FluxParallelDims.of(config.parallelism, torch.distributed.get_world_size())
+    world_size = torch.distributed.get_world_size()
+    # all ranks share the weights, whatever mesh the run was trained on
+    dims = FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size)
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     args = resolve_model_args(config)
     with torch.device("meta"):
@@ -68,7 +70,7 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
     set_model_state_dict(model, weights)
     model.eval().requires_grad_(False)
 
-    parts = build_frozen_parts(config, args, dims, device, dtype)
+    parts = build_frozen_parts(config, args, build_tokenizer(config), dims, device, dtype)
     painter = Painter(model, parts, args.geometry, dims, batch_size)
     return Session(config, args, model, parts, painter, checkpoint)
 

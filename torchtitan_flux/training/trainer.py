@@ -5,14 +5,13 @@
 """
 
 import copy
-import importlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.engine
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
+import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
 from torchtitan_flux.checkpoint.run_facts import RunFacts, newest_step, read_run_facts
 from torchtitan_flux.config.manager import load_config_or_exit
 from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
@@ -33,7 +33,7 @@ from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader, global_batch_size
-from torchtitan_flux.training.losses import Batch, sample_losses
+from torchtitan_flux.training.losses import Batch, EncodedBatch, encode_batch, sample_losses
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group
@@ -57,6 +57,7 @@ class FluxTrainer(Trainer):
     def __init__(self, job_config: Any):
         self.results: list[str] = []
         """Lines that a finished run ends with."""
+        self._grid_is_due = False
         device = start_process_group(job_config)
         job_config, self.facts = settle(job_config)
         super().__init__(job_config)
@@ -66,16 +67,22 @@ class FluxTrainer(Trainer):
         self.parts = build_frozen_parts(
             config,
             self.model_args,
+            self.tokenizer,  # type: ignore[arg-type]
             self.parallel_dims,
             self.device,
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         )
         self.painter = Painter(
-            self.model_parts[0], self.parts, self.model_args.geometry, self.parallel_dims
+            self.model_parts[0],
+            self.parts,
+            self.model_args.geometry,
+            self.parallel_dims,
+            config.sampling.local_batch_size,
         )
         if config.validation.enable:
             self.validator = FluxValidator(  # type: ignore[assignment]
                 build_validation_loader(self.parallel_dims, self.parts.tokenizer, config),
+                self._encode,
                 self._losses,
                 config,
                 self.parallel_dims.data_group,
@@ -106,12 +113,15 @@ class FluxTrainer(Trainer):
         self.optimizers.zero_grad()
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        elements, images = self._global_counts(microbatches)
+        # over all ranks, before anything is sharded; one size in a run, so no need to ask them
+        images = self.facts.global_batch_size
+        elements = images * microbatches[0]["noise"][0].numel()
 
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(microbatches):
             self._sync_gradients(number == len(microbatches) - 1)
-            part = self._losses(self.model_parts[0], batch, batch["t"]).sum() / elements
+            encoded = self._encode(batch)
+            part = self._losses(self.model_parts[0], encoded, batch["t"]).sum() / elements
             part.backward()
             loss += part.detach()
 
@@ -127,15 +137,16 @@ class FluxTrainer(Trainer):
         self.ntokens_seen += images * self.metrics_processor.tokens_per_image
         self.metrics_processor.advance(images)
         if self.metrics_processor.should_log(self.step):
-            self._log(loss, elements, microbatches, grad_norm, lr)
-        if self._should_draw():
-            with self.metrics_processor.pause():
-                self._draw_grid()
+            self._log(loss, grad_norm, lr)
+        self._grid_is_due = self._should_draw()
 
-    def _losses(self, model: nn.Module, batch: Batch, t: Tensor) -> Tensor:
+    def _encode(self, batch: Batch) -> EncodedBatch:
+        return encode_batch(self.parts, self.model_args, batch)
+
+    def _losses(self, model: nn.Module, encoded: EncodedBatch, t: Tensor) -> Tensor:
         config: Any = self.job_config
         guidance = config.flow.guidance if self.model_args.guidance_embed else None
-        return sample_losses(model, self.parts, self.model_args, batch, t, guidance)
+        return sample_losses(model, self.model_args, encoded, t, guidance)
 
     def _sync_gradients(self, last: bool) -> None:
         """Communicate gradients in the last microbatch only."""
@@ -145,35 +156,25 @@ class FluxTrainer(Trainer):
             model.set_is_last_backward(last)
             model.set_reshard_after_backward(last)
 
-    def _global_counts(self, microbatches: list[Batch]) -> tuple[float, int]:
-        """Loss elements and images of the step over all ranks, before anything is sharded."""
-        counts = torch.tensor(
-            [
-                sum(batch["noise"].numel() for batch in microbatches),
-                sum(len(batch["noise"]) for batch in microbatches),
-            ],
-            dtype=torch.int64,
-        )
-        if (group := self.parallel_dims.data_group) is not None:
-            counts = counts.to(self.device)
-            torch.distributed.all_reduce(counts, group=group)
-        elements, images = counts.tolist()
-        return float(elements), images
-
-    def _log(
-        self, loss: Tensor, elements: float, microbatches: list[Batch], grad_norm: Tensor, lr: float
-    ) -> None:
-        mine = sum(batch["noise"].numel() for batch in microbatches)
+    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         mesh = self.parallel_dims.get_optional_mesh("loss")
         self.metrics_processor.log(
             self.step,
             dist_utils.dist_sum(loss, mesh),
-            dist_utils.dist_max(loss * elements / mine, mesh),
+            dist_utils.dist_max(loss * self.parallel_dims.data_degree, mesh),
             grad_norm.item(),
             extra_metrics={"n_tokens_seen": self.ntokens_seen, "lr": lr},
         )
 
     # ---- pictures, validation, score ------------------------------------------------------
+
+    def should_continue_training(self) -> bool:
+        """torchtitan asks after a step's checkpoint and validation: then it is safe to draw."""
+        if self._grid_is_due:
+            self._grid_is_due = False
+            with self.metrics_processor.pause():
+                self._draw_grid()
+        return super().should_continue_training()
 
     def _should_draw(self) -> bool:
         config: Any = self.job_config
@@ -237,16 +238,14 @@ def settle(job_config: Any) -> tuple[Any, RunFacts]:
         ValueError: naming the key that differs from the run that is to be continued.
     """
     folder = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
-    step = newest_step(folder) if job_config.checkpoint.enable else None
-    stored = None if step is None else read_run_facts(folder / f"step-{step}")
-    if step is not None and stored is None:
-        raise ValueError(
-            f"{folder}/step-{step} holds only a model (checkpoint.last_save_model_only = true), so "
-            "this run is finished; set another job.dump_folder, or start a new run from it by "
-            "checkpoint.initial_load_path"
-        )
+    # Rank 0 reads and all ranks hear the same, also where a file system lags behind on some node.
+    box: list[Any] = [_stored_facts(folder, job_config) if _rank() == 0 else None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    stored = box[0]
+    if isinstance(stored, str):
+        raise ValueError(stored)
     seed = job_config.debug.seed
-    if stored is not None:
+    if isinstance(stored, RunFacts):
         if seed is not None and seed != stored.seed:
             raise ValueError(
                 f"debug.seed = {seed}, but the run in {folder} was started with {stored.seed}; "
@@ -254,9 +253,7 @@ def settle(job_config: Any) -> tuple[Any, RunFacts]:
             )
         seed = stored.seed
     elif seed is None:
-        box = [draw_seed()]
-        torch.distributed.broadcast_object_list(box, src=0)
-        seed = box[0]
+        seed = stored  # drawn on rank 0
         logger.info(f"debug.seed was not set; this run's seed is {seed}")
     config = copy.deepcopy(job_config)
     config.debug.seed = seed
@@ -264,14 +261,43 @@ def settle(job_config: Any) -> tuple[Any, RunFacts]:
     args = resolve_model_args(config)
     facts = RunFacts(
         seed=seed,
-        global_batch_size=global_batch_size(config, torch.distributed.get_world_size()),
+        global_batch_size=global_batch_size(config, _data_degree(config)),
         context_in_dim=args.context_in_dim,
         vec_in_dim=args.vec_in_dim,
         in_channels=args.in_channels,
     )
-    if stored is not None:
+    if isinstance(stored, RunFacts):
         _check_same_run(facts, stored, folder, config)
     return config, facts
+
+
+def _data_degree(config: Any) -> int:
+    """Ranks that read different samples, before there is a mesh to ask."""
+    p = config.parallelism
+    peers = p.context_parallel_degree * p.tensor_parallel_degree * p.pipeline_parallel_degree
+    return torch.distributed.get_world_size() // peers
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def _stored_facts(folder: Path, job_config: Any) -> RunFacts | int | str:
+    """Facts of the newest checkpoint, a fresh seed where there is none, or what is wrong."""
+    step = newest_step(folder) if job_config.checkpoint.enable else None
+    if step is None:
+        return draw_seed()
+    try:
+        stored = read_run_facts(folder / f"step-{step}")
+    except ValueError as error:
+        return str(error)
+    if stored is not None:
+        return stored
+    return (
+        f"{folder}/step-{step} holds only a model (checkpoint.last_save_model_only = true), so "
+        "this run is finished; set another job.dump_folder, or start a new run from it by "
+        "checkpoint.initial_load_path"
+    )
 
 
 def _check_same_run(now: RunFacts, stored: RunFacts, folder: Path, config: Any) -> None:
@@ -299,14 +325,9 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
-    importlib.import_module(config.experimental.custom_import)
     trainer = FluxTrainer(config)
     try:
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-            logger.info("Created seed checkpoint")
-        else:
-            trainer.train()
+        trainer.train()
     finally:
         trainer.close()
     rank = torch.distributed.get_rank()

@@ -1,6 +1,7 @@
 """Loss on a fixed held-out set, at fixed times with fixed noise, overall and by time."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from torchtitan_flux.data.loader import ValidationLoader
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
+from torchtitan_flux.training.losses import Batch, EncodedBatch
 from torchtitan_flux.training.metrics import FluxMetrics
 
 TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
@@ -21,7 +23,8 @@ TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
 @torch.no_grad()
 def mean_loss(
     loader: ValidationLoader,
-    losses: Callable[[dict[str, Tensor], Tensor], Tensor],
+    encode: Callable[[Batch], EncodedBatch],
+    losses: Callable[[EncodedBatch, Tensor], Tensor],
     times: np.ndarray,
     all_times: bool,
     limit: int = -1,
@@ -32,25 +35,25 @@ def mean_loss(
 
     Args:
         loader: samples of this data rank; repeats that fill up batches weigh nothing.
-        losses: called as losses(batch, t) -> summed squared error of each sample [b].
+        encode: runs the frozen encoders, once for all times of a batch.
+        losses: called as losses(encoded, t) -> summed squared error of each sample [b].
         times: the fixed times.
         all_times: every time for each sample, or time (index mod count) in turn.
-        limit: batches to read, -1 for all.
+        limit: batches that each rank reads, -1 for all.
         group: the data ranks, or None for one.
         device: where that group communicates.
     """
     count = len(times)
     # rows: summed squared error and elements, both by time; float64 whatever the ranks
     sums = torch.zeros(2, count, dtype=torch.float64)
-    for number, batch in enumerate(loader):
-        if number == limit:
-            break
+    for batch in islice(loader, None if limit == -1 else limit):
         elements = batch["noise"][0].numel()
+        encoded = encode(batch)
         for shift in range(count) if all_times else range(1):
             which = (batch["index"] + shift) % count
             t = torch.from_numpy(times)[which].float()
             weight = batch["weight"].double()
-            sums[0].index_add_(0, which, losses(batch, t).double().cpu() * weight)
+            sums[0].index_add_(0, which, losses(encoded, t).double().cpu() * weight)
             sums[1].index_add_(0, which, weight * elements)
     if group is not None:
         on_device = sums.to(device)
@@ -65,7 +68,7 @@ class FluxValidator:
 
     Args:
         loader: held-out samples of this data rank.
-        losses: called as losses(model, batch, t), the flow step that trains.
+        encode, losses: called as encode(batch) and losses(model, encoded, t): what trains.
         config: sections validation and training.
         group, device: the data ranks and where they communicate.
         metrics: reports, and takes the time out of the throughput.
@@ -74,13 +77,15 @@ class FluxValidator:
     def __init__(
         self,
         loader: ValidationLoader,
-        losses: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor],
+        encode: Callable[[Batch], EncodedBatch],
+        losses: Callable[[nn.Module, EncodedBatch, Tensor], Tensor],
         config: Any,
         group: ProcessGroup | None,
         device: torch.device,
         metrics: FluxMetrics,
     ):
         self.loader = loader
+        self.encode = encode
         self.losses = losses
         self.config = config
         self.group = group
@@ -92,13 +97,14 @@ class FluxValidator:
         return step % self.config.validation.freq == 0 or step == self.config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Measure and report; the same numbers on any number of ranks."""
+        """Measure and report; a whole set gives the same numbers on any number of ranks."""
         validation = self.config.validation
         times = TIME_GRIDS[validation.time_grid]()
         with self.metrics.pause():
             loss, by_time = mean_loss(
                 self.loader,
-                lambda batch, t: self.losses(model_parts[0], batch, t),
+                self.encode,
+                lambda encoded, t: self.losses(model_parts[0], encoded, t),
                 times,
                 validation.all_timesteps,
                 validation.steps,

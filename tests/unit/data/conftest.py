@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from torchtitan_flux.data.order import Order
@@ -36,12 +37,12 @@ class GraySource:
         return Item(Image.fromarray(pixels), (f"gray {index}", f"no. {index}"), f"grays/{index}")
 
 
-def byte_tokens(caption: str) -> tuple[np.ndarray, np.ndarray]:
+def byte_tokens(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
     """UTF-8 bytes, zero-padded to 11 and 77."""
     codes = caption.encode()[:11]
     t5, clip = np.zeros(11, np.int64), np.zeros(77, np.int64)
     t5[: len(codes)] = clip[: len(codes)] = list(codes)
-    return t5, clip
+    return torch.from_numpy(t5), torch.from_numpy(clip)
 
 
 @pytest.fixture
