@@ -50,7 +50,7 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
 def test_the_default_run_logs_what_it_does_and_ends_with_score_and_grid(trained):
     folder, output = trained
     line = next(line for line in output.splitlines() if "step:     4" in line and "loss" in line)
-    for part in ("grad_norm:", "images/s:", "tokens/s:", "TFLOP/s:", "memory:", "data wait:",
+    for part in ("grad_norm:", "images/s:", "tokens/s:", "TFLOP/s/device:", "memory:", "data wait:",
                  "left:"):  # fmt: skip
         assert part in line
     assert "\x1b[" not in output, "colours belong on a terminal"
