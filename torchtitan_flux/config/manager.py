@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
@@ -34,7 +36,7 @@ NOT_DRAWN_BY_VALIDATION = (
 """Keys of torchtitan's [validation] that draw pictures there."""
 
 
-class ConfigError(Exception):
+class ConfigError(ValueError):
     """A configuration that cannot run; the message lists everything that is wrong."""
 
     def __init__(self, found: list[str]):
@@ -117,10 +119,17 @@ def _found_config_file(argv: list[str]) -> list[str]:
     return result
 
 
-def load_config_or_exit(argv: list[str], training: bool = True) -> Any:
-    """`load_config`, but a wrong configuration ends the process: one report, status 2."""
+@contextmanager
+def exit_on_config_error() -> Iterator[None]:
+    """A wrong configuration ends the process: one report, status 2, no traceback."""
     try:
-        return load_config(argv, training)
+        yield
     except ConfigError as error:
         print(f"The configuration cannot run:\n{error}", file=sys.stderr)
         sys.exit(2)
+
+
+def load_config_or_exit(argv: list[str], training: bool = True) -> Any:
+    """`load_config` for a command line."""
+    with exit_on_config_error():
+        return load_config(argv, training)

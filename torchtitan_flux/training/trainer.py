@@ -4,7 +4,6 @@
         --job.config_file train_configs/flux_digits.toml
 """
 
-import copy
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,24 +18,23 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import init_logger
 from torchtitan.train import Trainer
 
 import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
-from torchtitan_flux.checkpoint.run_facts import RunFacts, newest_step, read_run_facts
-from torchtitan_flux.config.manager import load_config_or_exit
+from torchtitan_flux.config.manager import exit_on_config_error, load_config_or_exit
 from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
 from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
-from torchtitan_flux.training.data import build_validation_loader, global_batch_size
+from torchtitan_flux.training.data import build_validation_loader
 from torchtitan_flux.training.losses import Batch, EncodedBatch, encode_batch, sample_losses
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group
+from torchtitan_flux.training.settle import settle
 from torchtitan_flux.training.validator import FluxValidator
 
 
@@ -47,7 +45,7 @@ class FluxTrainer(Trainer):
         job_config: from `load_config`.
 
     Raises:
-        ValueError: when the newest checkpoint belongs to another run than is configured.
+        ConfigError: when the newest checkpoint belongs to another run than is configured.
     """
 
     metrics_processor: FluxMetrics
@@ -61,7 +59,7 @@ class FluxTrainer(Trainer):
         device = start_process_group(job_config)
         job_config, self.facts = settle(job_config)
         super().__init__(job_config)
-        config: Any = self.job_config
+        config = self.config
         self.device = device  # torchtitan numbers even the CPU by the local rank
         self.model_args = resolve_model_args(config)
         self.parts = build_frozen_parts(
@@ -90,9 +88,14 @@ class FluxTrainer(Trainer):
                 self.metrics_processor,
             )
 
+    @property
+    def config(self) -> Any:
+        """torchtitan's JobConfig with FLUX's sections merged in."""
+        return self.job_config
+
     def init_distributed(self) -> FluxParallelDims:
         """Our meshes (torchtitan calls this)."""
-        return FluxParallelDims.of(self.job_config.parallelism, torch.distributed.get_world_size())
+        return FluxParallelDims.of(self.config.parallelism, torch.distributed.get_world_size())
 
     # ---- one step -------------------------------------------------------------------------
 
@@ -127,7 +130,7 @@ class FluxTrainer(Trainer):
 
         grad_norm = dist_utils.clip_grad_norm_(
             [p for model in self.model_parts for p in model.parameters()],
-            self.job_config.training.max_norm,
+            self.config.training.max_norm,
             foreach=True,
         )
         self.checkpointer.maybe_wait_for_staging()
@@ -144,7 +147,7 @@ class FluxTrainer(Trainer):
         return encode_batch(self.parts, self.model_args, batch)
 
     def _losses(self, model: nn.Module, encoded: EncodedBatch, t: Tensor) -> Tensor:
-        config: Any = self.job_config
+        config = self.config
         guidance = config.flow.guidance if self.model_args.guidance_embed else None
         return sample_losses(model, self.model_args, encoded, t, guidance)
 
@@ -177,13 +180,13 @@ class FluxTrainer(Trainer):
         return super().should_continue_training()
 
     def _should_draw(self) -> bool:
-        config: Any = self.job_config
+        config = self.config
         s = config.sampling
         return s.enable and (self.step % s.freq == 0 or self.step == config.training.steps)
 
     def _draw_grid(self) -> None:
         """A row of pictures for each prompt, the same seeds every time."""
-        config: Any = self.job_config
+        config = self.config
         s = config.sampling
         settings = sample_settings(config, self.model_args)
         prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
@@ -202,13 +205,13 @@ class FluxTrainer(Trainer):
 
     def grid_path(self) -> Path:
         """Where the grid of this step lies."""
-        config: Any = self.job_config
+        config = self.config
         return Path(config.job.dump_folder) / config.sampling.folder / f"step-{self.step}.png"
 
     def train(self) -> None:
         """Train to the last step, then score where that is configured."""
         super().train()
-        config: Any = self.job_config
+        config = self.config
         if config.score.enable:
             prompts, labels = score_prompts(config.score.count)
             images = self.painter.draw(prompts, score_settings(config, self.model_args))
@@ -228,104 +231,14 @@ class FluxTrainer(Trainer):
         return {**super().state_dict(), **self.facts.as_state()}
 
 
-def settle(job_config: Any) -> tuple[Any, RunFacts]:
-    """The configuration with its seed settled, and what the run is tied to.
-
-    The newest checkpoint decides: its seed is kept. Without one, an unset seed is drawn on rank 0
-    and told to the others.
-
-    Raises:
-        ValueError: naming the key that differs from the run that is to be continued.
-    """
-    folder = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
-    # Rank 0 reads and all ranks hear the same, also where a file system lags behind on some node.
-    box: list[Any] = [_stored_facts(folder, job_config) if _rank() == 0 else None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    stored = box[0]
-    if isinstance(stored, str):
-        raise ValueError(stored)
-    seed = job_config.debug.seed
-    if isinstance(stored, RunFacts):
-        if seed is not None and seed != stored.seed:
-            raise ValueError(
-                f"debug.seed = {seed}, but the run in {folder} was started with {stored.seed}; "
-                "remove the key to continue it, or set another job.dump_folder"
-            )
-        seed = stored.seed
-    elif seed is None:
-        seed = stored  # drawn on rank 0
-        logger.info(f"debug.seed was not set; this run's seed is {seed}")
-    config = copy.deepcopy(job_config)
-    config.debug.seed = seed
-
-    args = resolve_model_args(config)
-    facts = RunFacts(
-        seed=seed,
-        global_batch_size=global_batch_size(config, _data_degree(config)),
-        context_in_dim=args.context_in_dim,
-        vec_in_dim=args.vec_in_dim,
-        in_channels=args.in_channels,
-    )
-    if isinstance(stored, RunFacts):
-        _check_same_run(facts, stored, folder, config)
-    return config, facts
-
-
-def _data_degree(config: Any) -> int:
-    """Ranks that read different samples, before there is a mesh to ask."""
-    p = config.parallelism
-    peers = p.context_parallel_degree * p.tensor_parallel_degree * p.pipeline_parallel_degree
-    return torch.distributed.get_world_size() // peers
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank()
-
-
-def _stored_facts(folder: Path, job_config: Any) -> RunFacts | int | str:
-    """Facts of the newest checkpoint, a fresh seed where there is none, or what is wrong."""
-    step = newest_step(folder) if job_config.checkpoint.enable else None
-    if step is None:
-        return draw_seed()
-    try:
-        stored = read_run_facts(folder / f"step-{step}")
-    except ValueError as error:
-        return str(error)
-    if stored is not None:
-        return stored
-    return (
-        f"{folder}/step-{step} holds only a model (checkpoint.last_save_model_only = true), so "
-        "this run is finished; set another job.dump_folder, or start a new run from it by "
-        "checkpoint.initial_load_path"
-    )
-
-
-def _check_same_run(now: RunFacts, stored: RunFacts, folder: Path, config: Any) -> None:
-    remedies = {
-        "context_in_dim": "encoder.t5_encoder",
-        "vec_in_dim": "encoder.clip_encoder",
-        "in_channels": "encoder.autoencoder_path / encoder.pixel_channels",
-        "randomness_version": "the version of torchtitan-flux",
-    }
-    if config.training.global_batch_size <= 0:
-        remedies["global_batch_size"] = (
-            "training.global_batch_size (set it to continue with another on purpose)"
-        )
-    for name, key in remedies.items():
-        if getattr(now, name) != getattr(stored, name):
-            raise ValueError(
-                f"{name} is {getattr(now, name)}, but the run in {folder} was started with "
-                f"{getattr(stored, name)}: see {key}"
-            )
-
-
 @record
 def main() -> None:
     """Entry point of every rank."""
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
-    trainer = FluxTrainer(config)
+    with exit_on_config_error():
+        trainer = FluxTrainer(config)
     try:
         trainer.train()
     finally:
