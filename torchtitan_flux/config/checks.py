@@ -7,7 +7,7 @@ import torch
 
 from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.config.resolve import image_size, resolve_model_args
-from torchtitan_flux.data.sources import SOURCES
+from torchtitan_flux.data.registry import SOURCES
 from torchtitan_flux.model import FLAVORS
 
 AC_MODES = ("none", "full")

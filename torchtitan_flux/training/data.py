@@ -6,8 +6,8 @@ from typing import Any
 from torchtitan_flux.config.resolve import image_size, resolve_model_args, time_density
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
+from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
-from torchtitan_flux.data.sources import build_source
 from torchtitan_flux.encoders.text import CaptionTokenizer
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims

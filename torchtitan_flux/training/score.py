@@ -12,8 +12,9 @@ from torchtitan.tools.logging import init_logger
 from torchtitan_flux.config.manager import load_config_or_exit
 from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.data.loader import ValidationLoader
+from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import ValidationSamples
-from torchtitan_flux.data.sources import Item, Source, Split, build_source
+from torchtitan_flux.data.sources import Item, Source, Split
 from torchtitan_flux.evaluation.digits import (
     reader_accuracy,
     score_digits,

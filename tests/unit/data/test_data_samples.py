@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 import torchtitan_flux.data.samples as samples_module
+from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import CaptionDropout
-from torchtitan_flux.data.sources import Item, build_source
+from torchtitan_flux.data.sources import Item
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.randomness import Stream, generator

@@ -2,7 +2,8 @@ import pickle
 
 import pytest
 
-from torchtitan_flux.data.sources import Source, UnreadableItem, build_source
+from torchtitan_flux.data.registry import build_source
+from torchtitan_flux.data.sources import Source, UnreadableItem
 from torchtitan_flux.latents import ImageSize
 
 
