@@ -2,6 +2,7 @@
 which one is meant follows from the arguments (FluxModelArgs or AutoencoderArgs)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 
 from torch import Tensor
 
@@ -24,29 +25,25 @@ StateDict = dict[str, Tensor]
 Args = FluxModelArgs | AutoencoderArgs
 
 
+def _maps(args: Args) -> ModuleType:
+    return transformer if isinstance(args, FluxModelArgs) else autoencoder
+
+
 def from_bfl(state_dict: Mapping[str, Tensor], args: Args) -> StateDict:
     """Black Forest Labs' layout -> ours. Raises KeyMismatch naming every key that does not fit."""
-    if isinstance(args, FluxModelArgs):
-        return transformer.from_bfl(state_dict, args)
-    return autoencoder.from_bfl(state_dict, args)
+    return _maps(args).from_bfl(state_dict, args)
 
 
 def to_bfl(state_dict: Mapping[str, Tensor], args: Args) -> StateDict:
     """Our layout -> Black Forest Labs'. Raises KeyMismatch naming every key that does not fit."""
-    if isinstance(args, FluxModelArgs):
-        return transformer.to_bfl(state_dict, args)
-    return autoencoder.to_bfl(state_dict, args)
+    return _maps(args).to_bfl(state_dict, args)
 
 
 def from_diffusers(state_dict: Mapping[str, Tensor], args: Args) -> StateDict:
     """diffusers' layout -> ours. Raises KeyMismatch naming every key that does not fit."""
-    if isinstance(args, FluxModelArgs):
-        return transformer.from_diffusers(state_dict, args)
-    return autoencoder.from_diffusers(state_dict, args)
+    return _maps(args).from_diffusers(state_dict, args)
 
 
 def to_diffusers(state_dict: Mapping[str, Tensor], args: Args) -> StateDict:
     """Our layout -> diffusers'. Raises KeyMismatch naming every key that does not fit."""
-    if isinstance(args, FluxModelArgs):
-        return transformer.to_diffusers(state_dict, args)
-    return autoencoder.to_diffusers(state_dict, args)
+    return _maps(args).to_diffusers(state_dict, args)

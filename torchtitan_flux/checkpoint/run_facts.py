@@ -48,6 +48,11 @@ def newest_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+def step_to_load(folder: Path, load_step: int) -> int | None:
+    """What `checkpoint.load_step` means: itself, or for -1 the newest; None where there is none."""
+    return newest_step(folder) if load_step == -1 else load_step
+
+
 def read_run_facts(checkpoint: Path) -> RunFacts | None:
     """The facts stored in one checkpoint folder; None where it holds only a model.
 

@@ -17,6 +17,11 @@ from torchtitan_flux.parallel.activation_checkpoint import apply_activation_chec
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import fill_initial_values
 
+OTHER_TRAINER = (
+    "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
+    "`torchrun … -m torchtitan_flux.training.trainer`, not torchtitan.train"
+)
+
 
 def parallelize_flux(
     model: FluxModel, parallel_dims: ParallelDims, job_config: JobConfig
@@ -27,10 +32,7 @@ def parallelize_flux(
         RuntimeError: when the trainer is not ours, which keeps the data mesh on any world size.
     """
     if not isinstance(parallel_dims, FluxParallelDims):
-        raise RuntimeError(
-            "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
-            "`torchrun … -m torchtitan_flux.training.trainer`, not torchtitan.train"
-        )
+        raise RuntimeError(OTHER_TRAINER)
     # Initial values first: they are named by the bare model.
     seed = job_config.debug.seed
     assert seed is not None, "FluxTrainer resolves debug.seed before it builds the model"

@@ -15,7 +15,7 @@ from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encod
 from torchtitan_flux.generate import TextConditioning
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.parallelize import shard_text_encoder
+from torchtitan_flux.parallel.parallelize import OTHER_TRAINER, shard_text_encoder
 
 
 def build_tokenizer(config: Any) -> CaptionTokenizer:
@@ -25,10 +25,7 @@ def build_tokenizer(config: Any) -> CaptionTokenizer:
         RuntimeError: under a trainer that did not load FLUX's configuration.
     """
     if not hasattr(config, "flow"):
-        raise RuntimeError(
-            "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
-            "`torchrun … -m torchtitan_flux.training.trainer`, not torchtitan.train"
-        )
+        raise RuntimeError(OTHER_TRAINER)
     encoder = config.encoder
     return CaptionTokenizer(
         resolved_path(encoder.t5_encoder),

@@ -8,6 +8,7 @@ from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
+from torchtitan_flux.data.sources import Source
 from torchtitan_flux.encoders.text import CaptionTokenizer
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -54,29 +55,35 @@ def build_validation_loader(
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
     validation, training = job_config.validation, job_config.training
-    args = resolve_model_args(job_config)
-    size = image_size(job_config)
     same = validation.dataset in ("", training.dataset)
-    samples = ValidationSamples(
-        source=build_source(
-            validation.dataset or training.dataset,
-            "held_out",
-            validation.dataset_path or (training.dataset_path if same else None),
-            image_size=size,
-        ),
-        seed=validation.seed,
-        size=size,
-        geometry=args.geometry,
-        channels=image_channels(job_config, args),
-        tokenize=tokenizer,
-        stochastic=not args.pixel_space,
+    source = build_source(
+        validation.dataset or training.dataset,
+        "held_out",
+        validation.dataset_path or (training.dataset_path if same else None),
+        image_size=image_size(job_config),
     )
     return ValidationLoader(
-        samples,
+        validation_samples(source, tokenizer, job_config),
         batch_size=validation.local_batch_size,
         dp_rank=dims.data_rank,
         dp_world_size=dims.data_degree,
         **asdict(validation.dataloader),
+    )
+
+
+def validation_samples(
+    source: Source, tokenizer: CaptionTokenizer, job_config: Any
+) -> ValidationSamples:
+    """A source as validation reads it: centre crop, first caption, noise by item id."""
+    args = resolve_model_args(job_config)
+    return ValidationSamples(
+        source=source,
+        seed=job_config.validation.seed,
+        size=image_size(job_config),
+        geometry=args.geometry,
+        channels=image_channels(job_config, args),
+        tokenize=tokenizer,
+        stochastic=not args.pixel_space,
     )
 
 

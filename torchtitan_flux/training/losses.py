@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torchtitan_flux.data.loader import Batch
 from torchtitan_flux.flow_matching import flow_step
 from torchtitan_flux.generate import TextConditioning, packed_velocity
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.training.conditioning import FrozenParts
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

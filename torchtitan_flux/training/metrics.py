@@ -54,7 +54,6 @@ class FluxMetrics(MetricsProcessor):
         self.tokens_per_image = model_args.geometry.grid(size).tokens + text_tokens
         self.flops_per_image = flops_per_image(model_args, size, text_tokens)
         self.images_since_last_log = 0
-        self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.time_last_log = time.perf_counter()
         self.steps_timed = 0
@@ -170,7 +169,6 @@ class FluxMetrics(MetricsProcessor):
 
     def _begin_interval(self, step: int) -> None:
         self.images_since_last_log = 0
-        self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.last_logged_step = step
         self.time_last_log = time.perf_counter()

@@ -10,10 +10,8 @@ import torch
 from torchtitan.tools.logging import init_logger
 
 from torchtitan_flux.config.manager import load_config_or_exit
-from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.data.loader import ValidationLoader
 from torchtitan_flux.data.registry import build_source
-from torchtitan_flux.data.samples import ValidationSamples
 from torchtitan_flux.data.sources import Item, Source, Split
 from torchtitan_flux.evaluation.digits import (
     reader_accuracy,
@@ -22,7 +20,7 @@ from torchtitan_flux.evaluation.digits import (
     score_settings,
 )
 from torchtitan_flux.training.console import quieten_libraries
-from torchtitan_flux.training.data import image_channels
+from torchtitan_flux.training.data import validation_samples
 from torchtitan_flux.training.losses import encode_batch, sample_losses
 from torchtitan_flux.training.session import Session, open_session
 from torchtitan_flux.training.validator import TIME_GRIDS, mean_loss
@@ -50,16 +48,9 @@ class SameNoise:
 
 def split_loss(session: Session, split: Split, period: int) -> float:
     """Mean loss over a split at all eight times, under noise shared between splits."""
-    config, args = session.config, session.args
-    samples = ValidationSamples(
-        source=SameNoise(build_source("digits", split), period),
-        seed=config.validation.seed,
-        size=image_size(config),
-        geometry=args.geometry,
-        channels=image_channels(config, args),
-        tokenize=session.parts.tokenizer,
-        stochastic=not args.pixel_space,
-    )
+    args = session.args
+    source = SameNoise(build_source("digits", split), period)
+    samples = validation_samples(source, session.parts.tokenizer, session.config)
     loss, _ = mean_loss(
         ValidationLoader(samples, batch_size=120),
         lambda batch: encode_batch(session.parts, args, batch),

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from torchtitan_flux.checkpoint.run_facts import newest_step
+from torchtitan_flux.checkpoint.run_facts import step_to_load
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -82,15 +82,12 @@ def find_checkpoint(config: Any) -> Path:
         FileNotFoundError: naming the folder, and the keys that lead to it.
     """
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    step = config.checkpoint.load_step
-    if step == -1:
-        newest = newest_step(folder)
-        if newest is None:
-            raise FileNotFoundError(
-                f"no checkpoint in {folder} (job.dump_folder, checkpoint.folder): train first with "
-                "./run_train.sh, or name the run's dump folder"
-            )
-        step = newest
+    step = step_to_load(folder, config.checkpoint.load_step)
+    if step is None:
+        raise FileNotFoundError(
+            f"no checkpoint in {folder} (job.dump_folder, checkpoint.folder): train first with "
+            "./run_train.sh, or name the run's dump folder"
+        )
     checkpoint = folder / f"step-{step}"
     if not (checkpoint / ".metadata").is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint} (checkpoint.load_step = {step})")

@@ -9,7 +9,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import torch
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.checkpoint.run_facts import RunFacts, newest_step, read_run_facts
+from torchtitan_flux.checkpoint.run_facts import RunFacts, read_run_facts, step_to_load
 from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.randomness import draw_seed
@@ -74,9 +74,7 @@ def _rank() -> int:
 
 def _stored_facts(folder: Path, job_config: Any) -> RunFacts | int | str:
     """Facts of the newest checkpoint, a fresh seed where there is none, or what is wrong."""
-    step = job_config.checkpoint.load_step
-    if step == -1:
-        step = newest_step(folder)
+    step = step_to_load(folder, job_config.checkpoint.load_step)
     if step is None or not job_config.checkpoint.enable:
         return draw_seed()
     try:

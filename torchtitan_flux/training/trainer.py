@@ -24,13 +24,14 @@ from torchtitan.train import Trainer
 import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
 from torchtitan_flux.config.manager import exit_on_config_error, load_config_or_exit
 from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
+from torchtitan_flux.data.loader import Batch
 from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader
-from torchtitan_flux.training.losses import Batch, EncodedBatch, encode_batch, sample_losses
+from torchtitan_flux.training.losses import EncodedBatch, encode_batch, sample_losses
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from torchtitan_flux.data.loader import ValidationLoader
+from torchtitan_flux.data.loader import Batch, ValidationLoader
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
-from torchtitan_flux.training.losses import Batch, EncodedBatch
+from torchtitan_flux.training.losses import EncodedBatch
 from torchtitan_flux.training.metrics import FluxMetrics
 
 TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
