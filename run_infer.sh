@@ -6,8 +6,4 @@ repo=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 # Threads that wait by spinning make a shared machine three times slower, and gain nothing here.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 export PYTHONPATH="${repo}${PYTHONPATH:+:${PYTHONPATH}}"
-exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nproc_per_node="${NGPU:-1}" --rdzv_backend c10d --rdzv_endpoint=localhost:0 \
-    --local-ranks-filter "${LOG_RANK:-0}" \
-    -m torchtitan_flux.infer \
-    --job.config_file "${CONFIG_FILE:-train_configs/flux_digits.toml}" "$@"
+exec "${PYTHON:-python}" -m torchtitan_flux.launch infer "$@"

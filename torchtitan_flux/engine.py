@@ -6,7 +6,9 @@ device module while torch.cpu itself stays untouched, and torchtitan's triton ke
 over where there is no triton (CPU builds of torch bring none).
 """
 
+import ctypes
 import importlib.util
+import logging
 import os
 import resource
 import sys
@@ -16,6 +18,9 @@ from typing import Any
 
 import torch
 import torch._utils
+
+# Where it is installed, transformers imports it, and it warns of kernels that float8 does not use.
+logging.getLogger("torchao").setLevel(logging.ERROR)
 
 MOE_KERNELS = "torchtitan.models.moe.kernels"
 PEAK_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -66,6 +71,17 @@ def _physical_memory() -> int:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total
+
+
+def give_back_freed_memory() -> None:
+    """Return what was freed to the system, where the C library (glibc) can.
+
+    A save frees as much as it wrote, in many pieces; the C library keeps them, and a process that
+    saves for weeks seems to grow.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _needs_triton(*args: Any, **kwargs: Any) -> None:

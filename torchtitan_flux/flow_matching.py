@@ -106,6 +106,7 @@ def flow_step(
     data: Float[Tensor, "b *rest"],
     noise: Float[Tensor, "b *rest"],
     t: Float[Tensor, " b"],
+    errors: Callable[[Tensor, Tensor], Tensor] = squared_errors,
 ) -> Float[Tensor, " b"]:
     """The one flow-matching step: summed squared velocity error of each sample.
 
@@ -114,9 +115,10 @@ def flow_step(
         data: latents (or packed tokens) without noise.
         noise: standard normal, shaped like data.
         t: times, 0 = data, 1 = noise.
+        errors: `squared_errors`, or the same compiled.
     """
     x_t, target = interpolate(data, noise, t)
-    return squared_errors(velocity(x_t, t), target)
+    return errors(velocity(x_t, t), target)
 
 
 def standard_normal(

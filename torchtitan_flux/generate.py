@@ -59,6 +59,27 @@ def initial_noise(geometry: Geometry, size: ImageSize, seed: int, index: int) ->
     return standard_normal(generator(seed, Stream.SAMPLE, index), geometry.latent_shape(size))
 
 
+def packed_arguments(
+    x: Tensor,
+    t: Tensor,
+    text: TextConditioning,
+    geometry: Geometry,
+    size: ImageSize,
+    guidance: float | None,
+) -> tuple[Tensor | None, ...]:
+    """FluxModel's arguments for packed tokens x [b, tokens, features] at times t [b]."""
+    b = x.shape[0]
+    return (
+        x,
+        image_ids(geometry.grid(size), b, x.device),
+        text.txt,
+        text_ids(text.txt.shape[1], b, x.device),
+        t,
+        text.vec,
+        None if guidance is None else torch.full_like(t, guidance),
+    )
+
+
 def packed_velocity(
     model: nn.Module,
     text: TextConditioning,
@@ -67,19 +88,9 @@ def packed_velocity(
     guidance: float | None,
 ) -> Velocity:
     """A velocity callable over packed tokens [b, tokens, features], conditioned on `text`."""
-    grid = geometry.grid(size)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        b = x.shape[0]
-        return model(
-            x,
-            image_ids(grid, b, x.device),
-            text.txt,
-            text_ids(text.txt.shape[1], b, x.device),
-            t,
-            text.vec,
-            None if guidance is None else torch.full_like(t, guidance),
-        )
+        return model(*packed_arguments(x, t, text, geometry, size, guidance))
 
     return velocity
 

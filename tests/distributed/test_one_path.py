@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import model_inputs, nonzero_model, randomize, relative_l2
+from helpers import model_inputs, nonzero_model, relative_l2
 from ranks import run_ranks
+from tiny_run import painted_and_measured
 
-from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import initial_rows
@@ -17,7 +17,6 @@ from torchtitan_flux.parallel.activation_checkpoint import apply_activation_chec
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import fill_initial_values
 from torchtitan_flux.parallel.parallelize import shard_model, shard_text_encoder
-from torchtitan_flux.training.trainer import FluxTrainer
 
 ARGS = FLAVORS["flux-tiny"]
 BATCH = 4
@@ -160,27 +159,6 @@ def test_sharded_t5_gives_the_same_features():
     (whole,) = run_ranks(1, text_features, False)
     for features in run_ranks(2, text_features, True):
         torch.testing.assert_close(features, whole, rtol=1e-6, atol=1e-6)
-
-
-def painted_and_measured(argv: list[str], replicate: int) -> tuple[torch.Tensor, float]:
-    """Pictures and validation loss of a randomised model (at the DiT start both are trivial)."""
-    from torchtitan_flux.config.resolve import sample_settings
-
-    more = ["--parallelism.data_parallel_replicate_degree", str(replicate)]
-    trainer = FluxTrainer(load_config([*argv, *more]))
-    model = trainer.model_parts[0]
-    whole = randomize(FluxModel(trainer.model_args), 3)
-    for (_, p), (_, value) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
-        p.detach().copy_(torch.distributed.tensor.distribute_tensor(
-            value.detach(), p.device_mesh, p.placements))  # fmt: skip
-    images = trainer.painter.draw(
-        [f"picture {i}" for i in range(5)], sample_settings(trainer.job_config, trainer.model_args)
-    )
-    losses = []
-    trainer.validator.metrics.log_validation = lambda loss, *_: losses.append(loss)
-    trainer.validator.validate(trainer.model_parts, 1)
-    trainer.close()
-    return images, losses[0]
 
 
 def test_pictures_and_validation_do_not_depend_on_the_ranks(tmp_path):

@@ -1,68 +1,12 @@
 """The trajectory is the same on any number of ranks, with accumulation, and when continued."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.training.metrics import FluxMetrics
-from torchtitan_flux.training.trainer import FluxTrainer
-
-STEPS = 20
-GLOBAL_BATCH = 8
-
-
-def arguments(dump: Path, local_batch: int, *more: str) -> list[str]:
-    """flux-tiny in latent space on shapes, fp32, everything random switched on."""
-    return [
-        "--job.config_file", "train_configs/debug_model.toml",
-        "--job.dump_folder", str(dump),
-        "--model.flavor", "flux-tiny",
-        "--training.img_size", "64",
-        "--encoder.max_t5_encoding_len", "32",
-        "--training.global_batch_size", str(GLOBAL_BATCH),
-        "--training.local_batch_size", str(local_batch),
-        "--training.steps", str(STEPS),
-        "--training.flip_prob", "0.5",
-        "--optimizer.lr", "8e-4",
-        "--lr_scheduler.warmup_steps", "4",
-        "--activation_checkpoint.mode", "none",
-        "--debug.seed", "7",
-        "--metrics.log_freq", "1",
-        "--checkpoint.enable",
-        "--checkpoint.interval", "10",
-        "--checkpoint.no-last_save_model_only",
-        *more,
-    ]  # fmt: skip
-
-
-def train(argv: list[str]) -> dict[int, float]:
-    """Loss by step of one run, as logged."""
-    losses: dict[int, float] = {}
-    log = FluxMetrics.log
-
-    def recorded(self, step, loss, *args, **kwargs):
-        losses[step] = loss
-        log(self, step, loss, *args, **kwargs)
-
-    FluxMetrics.log = recorded
-    trainer = FluxTrainer(load_config(argv))
-    trainer.train()
-    trainer.close()
-    return losses
-
-
-def loss_series(ranks: int, argv: list[str]) -> dict[int, float]:
-    series = run_ranks(ranks, train, argv)
-    assert all(one == series[0] for one in series), "ranks disagree on the loss"
-    return series[0]
-
-
-def worst(series: dict[int, float], reference: dict[int, float]) -> float:
-    """Largest relative difference over the steps of `series`."""
-    return max(abs(series[s] - reference[s]) / abs(reference[s]) for s in series)
+from tiny_run import GLOBAL_BATCH, STEPS, arguments, loss_series, refusal, worst
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +51,6 @@ def test_continued_from_step_10(one_rank, tmp_path, ranks, local_batch, replicat
     assert worst(series, reference) <= 1e-5
 
 
-def refusal(argv: list[str]) -> str:
-    try:
-        FluxTrainer(load_config(argv))
-    except ValueError as error:
-        return str(error)
-    return "not refused"
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -127,6 +63,18 @@ def test_another_run_is_refused_by_name(one_rank, changes, named):
     (message,) = run_ranks(1, refusal, arguments(dump, 4, *changes))
     assert named in message
     assert str(dump) in message
+
+
+def test_other_encoder_widths_are_refused_by_name(one_rank, tmp_path):
+    """Before a weight is read: the widths stand in config.json."""
+    _, dump = one_rank
+    wider = shutil.copytree("assets/tiny/t5", tmp_path / "t5")
+    facts = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**facts, "d_model": 48}))
+    argv = arguments(dump, GLOBAL_BATCH, "--encoder.t5_encoder", str(wider))
+    (message,) = run_ranks(1, refusal, argv)
+    assert f"context_in_dim is 48, but the run in {dump}/checkpoint was started with 32" in message
+    assert "see encoder.t5_encoder" in message
 
 
 def test_an_unset_seed_is_kept_when_the_run_is_continued(tmp_path):

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = {
     "engine": 0,
     "latents": 0,
+    "lifetime": 0,
+    "durable": 0,
     "randomness": 0,
     "state_dict_keys": 0,
     "flow_matching": 1,
@@ -26,13 +28,24 @@ LEVELS = {
     "parallel": 5,
     "checkpoint": 5,
     "evaluation": 5,
-    "training": 6,
-    "infer": 7,
-    "launch": 7,
+    "planning": 6,
+    "training": 7,
+    "infer": 8,
+    "launching": 8,
+    "launch": 9,
 }
 """Module or sub-package -> level; a module imports from lower levels or its own sub-package."""
 
-WITH_TORCHTITAN = {"engine", "config", "parallel", "checkpoint", "training", "infer", "launch"}
+WITH_TORCHTITAN = {
+    "engine",
+    "config",
+    "parallel",
+    "checkpoint",
+    "planning",
+    "training",
+    "infer",
+    "launch",
+}
 
 
 def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:

@@ -7,11 +7,15 @@ time: no `from __future__ import annotations` in this file.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchtitan_flux.config.low_precision import KEPT
+
 
 @dataclass
 class Job:
     description: str = "FLUX pretraining"
     """Description of the job"""
+    save_config_file: str | None = "config.json"
+    """File below job.dump_folder for the configuration as resolved"""
 
 
 @dataclass
@@ -25,7 +29,8 @@ class Model:
 @dataclass
 class Training:
     dataset: str = "digits"
-    """Where images and captions come from: digits, shapes"""
+    """Where images and captions come from: digits, shapes, mnist, folder, webdataset, parquet,
+    cc12m-wds, cc12m-test, coco-validation; training.dataset_path says where the files are"""
     img_size: int = 256
     """Image height and width in pixels"""
     img_height: int = 0
@@ -38,8 +43,32 @@ class Training:
     """Whether each text encoding is dropped on its own, or both together"""
     flip_prob: float = 0.0
     """Probability of a horizontal flip"""
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """When the loss or a gradient is not finite: skip that step, or stop the run"""
+    max_nonfinite_steps: int = 10
+    """The run stops when so many steps in a row had to be skipped"""
     test_mode: bool = False
     """torchtitan's test mode: here the tiny encoders of assets/tiny, loaded as any others"""
+
+
+@dataclass
+class Data:
+    index_folder: str = ""
+    """Where indexes of data sets are kept; empty: beside the data, or the user's cache folder"""
+    image_column: str = ""
+    """Column of parquet and Arrow files that holds images; empty finds it"""
+    caption_column: str = ""
+    """Column of tables, or key of json captions; empty finds it"""
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    """Red, green and blue, 0 to 255, behind transparent parts of images"""
+    held_out_share: float = 0.0
+    """Share of the training data kept back for validation, where the data have no such part"""
+    min_image_size: int = 8
+    """Images whose shorter side has fewer pixels are replaced and listed as too small"""
+    max_image_pixels: int = 2**27
+    """Images of more pixels are not decoded, but replaced and listed as decompression bombs"""
+    max_unreadable_share: float = 0.1
+    """The run stops when more than this share of the items it asked for could not be read"""
 
 
 @dataclass
@@ -144,9 +173,44 @@ class Inference:
 
 
 @dataclass
+class Checkpoint:
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint of the interval cannot be written: report it and train on, or stop"""
+    start_over_when_damaged: bool = False
+    """Begin again at step 0 when every checkpoint of the run is damaged, and set those aside"""
+
+
+@dataclass
 class ActivationCheckpoint:
     mode: Literal["selective", "full", "memory_budget", "none"] = "none"
-    """none or full"""
+    """none keeps all activations; full recomputes every block; selective by selective_ac_option:
+    "N" every N-th block, "op" all but matrix products, attention and what came from other ranks;
+    memory_budget lets the compiler choose"""
+    offload_inputs: bool = False
+    """Keep the inputs of recomputed blocks in the CPU's memory (mode full, or selective "N")"""
+
+
+@dataclass
+class Float8Linear:
+    filter_fqns: list[str] = field(default_factory=lambda: list(KEPT))
+    """Linears whose name contains one of these are not computed in float8"""
+
+
+@dataclass
+class MXLinear:
+    filter_fqns: list[str] = field(default_factory=lambda: list(KEPT))
+    """Linears whose name contains one of these are not computed in MXFP8"""
+
+
+@dataclass
+class QuantizedLinear:
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    mx: MXLinear = field(default_factory=MXLinear)
+
+
+@dataclass
+class Quantize:
+    linear: QuantizedLinear = field(default_factory=QuantizedLinear)
 
 
 @dataclass
@@ -162,11 +226,14 @@ class JobConfig:
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
     flow: Flow = field(default_factory=Flow)
     encoder: Encoder = field(default_factory=Encoder)
     validation: Validation = field(default_factory=Validation)
     sampling: Sampling = field(default_factory=Sampling)
     score: Score = field(default_factory=Score)
     inference: Inference = field(default_factory=Inference)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    quantize: Quantize = field(default_factory=Quantize)
     experimental: Experimental = field(default_factory=Experimental)

@@ -41,6 +41,7 @@ class ConfigError(ValueError):
 
     def __init__(self, found: list[str]):
         super().__init__("\n".join(f"  - {line}" for line in found))
+        self.found = found
 
 
 class FluxConfigManager(ConfigManager):
@@ -61,6 +62,12 @@ class FluxConfigManager(ConfigManager):
             return merged
         return self._merge_configs(merged, importlib.import_module(module).JobConfig)
 
+    def is_set(self, key: str, argv: list[str]) -> bool:
+        """Whether the file or the command line gives `section.key`."""
+        section, name = key.split(".")
+        given = (arg.split("=")[0].replace("-", "_") for arg in argv)
+        return name in self.toml.get(section, {}) or f"__{key}" in given
+
     def _validate_config(self) -> None:
         """torchtitan warns of a tokenizer folder that FLUX does not read; `problems` checks."""
 
@@ -78,7 +85,7 @@ def load_config(argv: list[str], training: bool = True) -> Any:
     Raises:
         ConfigError: with everything that is wrong.
     """
-    argv = _found_config_file(argv)
+    argv = found_config_file(argv)
     manager = FluxConfigManager()
     try:
         config: Any = manager.parse_args(argv)
@@ -91,20 +98,21 @@ def load_config(argv: list[str], training: bool = True) -> Any:
     unused = sorted(set(manager.toml.get("validation", {})) & set(NOT_DRAWN_BY_VALIDATION))
     if unused:
         logger.warning(f"[validation] {', '.join(unused)}: not used; [sampling] draws pictures")
-    explicit = "mixed_precision_param" in manager.toml.get("training", {}) or any(
-        arg.split("=")[0].replace("-", "_") == "__training.mixed_precision_param" for arg in argv
-    )
-    if not torch.cuda.is_available() and not explicit:
-        config.training.mixed_precision_param = "float32"
-        logger.info(
-            "Compute type is float32 on CPU; training.mixed_precision_param sets another one"
-        )
+    if not torch.cuda.is_available():
+        if not manager.is_set("training.mixed_precision_param", argv):
+            config.training.mixed_precision_param = "float32"
+            logger.info(
+                "Compute type is float32 on CPU; training.mixed_precision_param sets another one"
+            )
+        if not manager.is_set("comm.trace_buf_size", argv):
+            # It records nccl's collectives for a post-mortem; gloo's fill 100 MB and tell nothing.
+            config.comm.trace_buf_size = 0
     if found := problems(config, training):
         raise ConfigError(found)
     return config
 
 
-def _found_config_file(argv: list[str]) -> list[str]:
+def found_config_file(argv: list[str]) -> list[str]:
     """`argv` with the configuration file's path looked up as `locate` does."""
     result = list(argv)
     for i, arg in enumerate(argv):

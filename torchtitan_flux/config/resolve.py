@@ -64,6 +64,11 @@ def resolve_model_args(config: Any) -> FluxModelArgs:
     return args
 
 
+def compiles(config: Any, component: str) -> bool:
+    """Whether torch.compile is asked for, of "model" or of "loss"."""
+    return config.compile.enable and component in config.compile.components
+
+
 def time_density(config: Any) -> TimeDensity:
     """Density of training times."""
     flow = config.flow

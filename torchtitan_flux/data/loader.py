@@ -14,9 +14,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from torchtitan_flux.data.ahead import Ahead
 from torchtitan_flux.data.samples import Replacement, TrainingSamples, ValidationSamples
+from torchtitan_flux.lifetime import die_with_parent
 
 Batch = dict[str, Tensor]
 """Samples stacked along a new first axis."""
@@ -66,7 +69,7 @@ class FluxDataLoader:
         local_batch_size: samples of one microbatch of one rank.
         dp_rank, dp_world_size: data rank, and number of data ranks. Context and tensor peers have
             the same rank and get equal batches.
-        num_workers: processes that prepare batches; 0 prepares them in this one.
+        num_workers: processes that prepare batches; with 0 a thread of this one prepares the next.
         pin_memory: hand out batches in pinned memory.
         prefetch_factor: batches that each worker prepares ahead; 2 when None. Unused without
             workers.
@@ -91,6 +94,8 @@ class FluxDataLoader:
         self.microbatches = check_batch_sizes(global_batch_size, local_batch_size, dp_world_size)
         """Batches of a step."""
         self.global_batch_size = global_batch_size
+        self.items = len(samples.source)
+        """Items of the data set."""
         self.replaced: list[Replacement] = []
         """Items of the batches handed out that could not be read, in the order of positions."""
         self._step = 0
@@ -126,6 +131,7 @@ class FluxDataLoader:
         self._microbatch += 1
         if self._microbatch == self.microbatches:
             self._step, self._microbatch = self._step + 1, 0
+        self._sampler.start = (self._step, self._microbatch)  # for whoever iterates next
         return batch
 
     def state_dict(self) -> dict[str, int]:
@@ -143,8 +149,7 @@ class FluxDataLoader:
         self._batches.restart()
 
     def close(self) -> None:
-        """End the workers. The loader can be used again and goes on where it was."""
-        self._sampler.start = (self._step, self._microbatch)
+        """End workers and thread. The loader can be used again and goes on where it was."""
         self._batches.close()
 
 
@@ -202,7 +207,7 @@ class ValidationLoader:
             yield batch
 
     def close(self) -> None:
-        """End the workers."""
+        """End workers and thread."""
         self._batches.close()
 
 
@@ -261,8 +266,20 @@ class _BatchSet:
 
 def _collate(fetched: tuple[list[Batch], list[Replacement]]) -> tuple[Batch, list[Replacement]]:
     samples, replaced = fetched
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    batch = {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
     return batch, replaced
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """`torch.stack`; a worker's goes straight to the memory that it shares with the trainer."""
+    first = tensors[0]
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    size = len(tensors) * first.numel() * first.element_size()
+    shared = torch.UntypedStorage._new_shared(size)
+    shape = (len(tensors), *first.shape)
+    out = torch.empty(0, dtype=first.dtype).set_(shared, 0, shape)  # pyright: ignore[reportCallIssue]
+    return torch.stack(tensors, out=out)
 
 
 def _init_worker(worker_id: int) -> None:
@@ -270,11 +287,15 @@ def _init_worker(worker_id: int) -> None:
     # finish the step and save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent()  # since nothing else would end them when their rank is killed
     torch.set_num_threads(1)
 
 
 class _WorkerBatches:
-    """A StatefulDataLoader and its running iterator, started on demand and ended together."""
+    """A StatefulDataLoader and its running iterator, started on demand and ended together.
+
+    Without workers, a thread prepares the next batch.
+    """
 
     _open: ClassVar["weakref.WeakSet[_WorkerBatches]"] = weakref.WeakSet()
 
@@ -304,11 +325,14 @@ class _WorkerBatches:
             self._arguments["persistent_workers"] = persistent_workers
         self._loader: StatefulDataLoader | None = None
         self._iterator: Iterator | None = None
+        self._thread: Ahead | None = None
 
     def __iter__(self) -> "_WorkerBatches":
         return self
 
     def __next__(self) -> tuple[Batch, list[Replacement]]:
+        if self._thread and self._thread.lost:
+            self.close()
         if self._iterator is None:
             if self._loader is None:
                 with warnings.catch_warnings():
@@ -316,19 +340,27 @@ class _WorkerBatches:
                     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
                     self._loader = StatefulDataLoader(**self._arguments)
             self._iterator = iter(self._loader)
-            if self._arguments["num_workers"]:
-                self._end_at_exit()
+            if not self._arguments["num_workers"]:
+                self._iterator = self._thread = Ahead(self._iterator)
+            self._end_at_exit()
         return next(self._iterator)
 
     def restart(self) -> None:
         """Begin the batch sampler anew with the next batch."""
+        self._end_thread()
         self._iterator = None
         if not self._arguments.get("persistent_workers"):
             self._loader = None  # it holds the iterator, which holds the workers
 
     def close(self) -> None:
-        """End the workers: they go with the last reference to the iterator."""
+        """End the workers: they go with the last reference to the iterator. End the thread."""
+        self._end_thread()
         self._iterator = self._loader = None
+
+    def _end_thread(self) -> None:
+        if self._thread:
+            self._thread.close()  # before another iterator uses the same samples
+            self._thread = None
 
     def _end_at_exit(self) -> None:
         # Since workers ignore SIGTERM, multiprocessing's own way of ending them at exit would wait

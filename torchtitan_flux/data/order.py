@@ -22,7 +22,7 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-class _Permutation:
+class Permutation:
     """A keyed permutation of range(length)."""
 
     def __init__(self, seed: int, key: str, length: int):
@@ -61,10 +61,10 @@ class Order:
             raise ValueError(f"training.dataset: a source of {length} items cannot be trained on")
         self.seed = seed
         self.length = length
-        self._epoch: tuple[int, _Permutation] = (0, self._permutation(0))
+        self._epoch: tuple[int, Permutation] = (0, self._permutation(0))
 
-    def _permutation(self, epoch: int) -> _Permutation:
-        return _Permutation(self.seed, f"epoch/{epoch}", self.length)
+    def _permutation(self, epoch: int) -> Permutation:
+        return Permutation(self.seed, f"epoch/{epoch}", self.length)
 
     def item(self, position: int, choice: int = 0) -> int:
         """Index of the item at a position, 0 <= item < length.
@@ -81,5 +81,5 @@ class Order:
         if choice == 0 or self.length == 1:
             return item
         others = self.length - 1
-        substitutes = _Permutation(self.seed, f"substitute/{position}", others)
+        substitutes = Permutation(self.seed, f"substitute/{position}", others)
         return (item + 1 + substitutes((choice - 1) % others)) % self.length

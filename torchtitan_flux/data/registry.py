@@ -1,56 +1,118 @@
 """The sources that a configuration can name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from torchtitan_flux.data.sources import Source, Split
-from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.data.sources import Source, SourceOptions, Split
 
 NAMING_KEY: dict[Split, str] = {"train": "training.dataset", "held_out": "validation.dataset"}
 """The TOML key that names the source of each split."""
 
 
-def _digits(split: Split, path: str | None, image_size: ImageSize | None) -> Source:
+DOWNLOADS = {
+    "cc12m-wds": "hf download pixparse/cc12m-wds --repo-type dataset --include '*.tar' "
+    "--local-dir cc12m-wds",
+    "coco-validation": "hf download howard-hou/COCO-Text --repo-type dataset --local-dir COCO-Text",
+}
+"""How to get data sets that torchtitan's FLUX files name."""
+
+
+def _digits(split: Split, options: SourceOptions) -> Source:
     from torchtitan_flux.data.digits import DigitsSource
 
     return DigitsSource(split)
 
 
-def _shapes(split: Split, path: str | None, image_size: ImageSize | None) -> Source:
+def _shapes(split: Split, options: SourceOptions) -> Source:
     from torchtitan_flux.data.shapes import ShapesSource
 
-    return ShapesSource(split, image_size or ImageSize(64, 64))
+    return ShapesSource(split, options.image_size)
+
+
+def _folder(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.folder import FolderSource
+    from torchtitan_flux.data.split import part_of
+
+    return part_of(FolderSource(split, options), split, options.held_out_share)
+
+
+def _webdataset(split: Split, options: SourceOptions, name: str = "webdataset") -> Source:
+    from torchtitan_flux.data.split import part_of
+    from torchtitan_flux.data.tars import TarSource
+
+    return part_of(TarSource(name, split, options), split, options.held_out_share)
+
+
+def _cc12m(split: Split, options: SourceOptions) -> Source:
+    if not options.path:
+        raise ValueError(
+            f"{NAMING_KEY[split]}_path: not set; name the folder of the downloaded shards: "
+            f"`{DOWNLOADS['cc12m-wds']}`"
+        )
+    return _webdataset(split, options, "cc12m-wds")
+
+
+def _cc12m_test(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.tars import cc12m_test_folder
+
+    path = options.path or cc12m_test_folder(split)
+    return _webdataset(split, replace(options, path=path), "cc12m-test")
+
+
+def _parquet(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.parquet import parquet_source
+
+    return parquet_source(split, options)
+
+
+def _coco(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.parquet import coco_source
+
+    return coco_source(split, options)
+
+
+def _mnist(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.mnist import mnist_source
+
+    return mnist_source(split, options)
 
 
 # Builders import when called: sklearn takes a second to load, and a run reads one or two sources.
-SOURCES: dict[str, Callable[[Split, str | None, ImageSize | None], Source]] = {
+SOURCES: dict[str, Callable[[Split, SourceOptions], Source]] = {
     "digits": _digits,
     "shapes": _shapes,
+    "folder": _folder,
+    "webdataset": _webdataset,
+    "cc12m-wds": _cc12m,
+    "cc12m-test": _cc12m_test,
+    "parquet": _parquet,
+    "coco-validation": _coco,
+    "mnist": _mnist,
 }
 
-# Names that torchtitan's FLUX files use, known here so that the message can be precise.
-NOT_YET = ("cc12m-wds", "cc12m-test", "coco-validation")
+
+BUILT_IN = ("digits", "shapes")
+"""Sources that read no files."""
+
+NEED_PATH = ("folder", "webdataset", "parquet", "cc12m-wds", "coco-validation")
+"""Sources that read nothing unless they are told where."""
+
+WITHOUT_HELD_OUT = ("folder", "webdataset", "cc12m-wds", "cc12m-test")
+"""Sources whose only held-out part is the one that `data.held_out_share` takes from them."""
 
 
-def build_source(
-    name: str, split: Split, path: str | None = None, image_size: ImageSize | None = None
-) -> Source:
+def build_source(name: str, split: Split, options: SourceOptions | None = None) -> Source:
     """Build the source that the configuration names.
 
     Args:
         name: a key of `SOURCES`.
         split: "train" or "held_out"; the two never share an item.
-        path: where a source that reads files finds them; built-in sources have no use for it.
-        image_size: size in pixels at which a procedural source draws (64 x 64 when None). Sources
-            of stored pictures ignore it; the transform resizes those.
+        options: where the data lie and how they are read.
 
     Raises:
-        ValueError: unknown name, or a data set that this version cannot read.
+        ValueError: unknown name, or data that are not there or cannot be read.
     """
     known = ", ".join(sorted(SOURCES))
-    if name in NOT_YET:
-        raise ValueError(
-            f"{NAMING_KEY[split]}: data set {name!r} is not available yet; known: {known}"
-        )
     if name not in SOURCES:
         raise ValueError(f"{NAMING_KEY[split]}: unknown data set {name!r}; known: {known}")
-    return SOURCES[name](split, path, image_size)
+    return SOURCES[name](split, options or SourceOptions())

@@ -6,7 +6,6 @@ dropout in every epoch. Validation is the opposite: its noise belongs to the ite
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchtitan_flux.data.decode import damage_is_unreadable
+from torchtitan_flux.data.draws import generator
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.sources import Item, Source, UnreadableItem
-from torchtitan_flux.data.transforms import CENTER, needs_crop, to_training_image, upright
+from torchtitan_flux.data.transforms import (
+    CENTER,
+    PLAIN_RULES,
+    Picture,
+    PictureRules,
+    TooSmall,
+    fit,
+    load_picture,
+    needs_crop,
+)
 from torchtitan_flux.flow_matching import TimeDensity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize
-from torchtitan_flux.randomness import Stream, generator
+from torchtitan_flux.randomness import Stream
 
 MAX_CHOICES = 16
 """Items tried for one position before the source counts as broken."""
@@ -73,6 +83,7 @@ class TrainingSamples:
         time_density: maps a uniform draw to a time.
         dropout: how often captions are dropped.
         flip_prob: probability of mirroring left and right.
+        rules: background of transparent pictures, least size.
         stochastic: the codec samples a posterior, so samples carry `posterior_noise`.
 
     A sample is a dictionary of tensors:
@@ -99,6 +110,7 @@ class TrainingSamples:
         dropout: CaptionDropout,
         *,
         flip_prob: float = 0.0,
+        rules: PictureRules = PLAIN_RULES,
         stochastic: bool,
     ):
         if order.length != len(source):
@@ -107,6 +119,7 @@ class TrainingSamples:
         self.order = order
         self.seed = seed
         self.size = size
+        self.rules = rules
         self.channels = channels
         self.time_density = time_density
         self.dropout = dropout
@@ -155,15 +168,16 @@ class TrainingSamples:
         )
 
     def _image(self, item: Item, position: int) -> Tensor:
-        with _damage_is_unreadable(item):
-            image = upright(item.image)
+        with damage_is_unreadable(item.item_id):
+            picture = _picture(item, self.size, self.rules)
             crop, flip = CENTER, False
-            if needs_crop(image, self.size):
+            if needs_crop(picture, self.size):
                 x, y = self._rng(Stream.CROP, position).random(2)
                 crop = (x, y)
             if self.flip_prob:
                 flip = self._rng(Stream.FLIP, position).random() < self.flip_prob
-            return torch.from_numpy(to_training_image(image, self.size, self.channels, crop, flip))
+            background = self.rules.background
+            return torch.from_numpy(fit(picture, self.size, self.channels, crop, flip, background))
 
     def _text(self, item: Item, position: int) -> tuple[Tensor, Tensor]:
         caption = item.captions[0]
@@ -175,9 +189,10 @@ class TrainingSamples:
         if self.dropout.prob:
             drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout.prob
             drop_t5, drop_clip = drop if self.dropout.mode == "independent" else (drop[0], drop[0])
-            empty_t5, empty_clip = self._tokens("")
-            t5_tokens = empty_t5 if drop_t5 else t5_tokens
-            clip_tokens = empty_clip if drop_clip else clip_tokens
+            if drop_t5 or drop_clip:
+                empty_t5, empty_clip = self._tokens("")
+                t5_tokens = empty_t5 if drop_t5 else t5_tokens
+                clip_tokens = empty_clip if drop_clip else clip_tokens
         return t5_tokens, clip_tokens
 
     def _time(self, position: int) -> Tensor:
@@ -209,11 +224,13 @@ class ValidationSamples:
         channels: int,
         tokenize: Tokenize,
         *,
+        rules: PictureRules = PLAIN_RULES,
         stochastic: bool,
     ):
         self.source = source
         self.seed = seed
         self.size = size
+        self.rules = rules
         self.channels = channels
         self.stochastic = stochastic
         self.replaced: list[Replacement] = []
@@ -226,8 +243,12 @@ class ValidationSamples:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         try:
             item = self.source[index]
-            with _damage_is_unreadable(item):
-                image = torch.from_numpy(to_training_image(item.image, self.size, self.channels))
+            with damage_is_unreadable(item.item_id):
+                picture = _picture(item, self.size, self.rules)
+                background = self.rules.background
+                image = torch.from_numpy(
+                    fit(picture, self.size, self.channels, background=background)
+                )
             item_id, caption, weight = item.item_id, item.captions[0], 1.0
         except UnreadableItem as error:
             # No substitute: it would count twice. The set gets smaller by one instead.
@@ -253,10 +274,10 @@ class ValidationSamples:
         return standard_normal(rng, self._latent_shape)
 
 
-@contextmanager
-def _damage_is_unreadable(item: Item):
-    """Files are decoded lazily: what PIL raises while decoding means that the item is damaged."""
+def _picture(item: Item, size: ImageSize, rules: PictureRules) -> Picture:
+    """The decoded picture of an item; UnreadableItem when it is damaged or too small."""
     try:
-        yield
-    except (OSError, ValueError, SyntaxError) as error:  # PIL's PNG reader raises SyntaxError
-        raise UnreadableItem(item.item_id, f"{type(error).__name__}: {error}") from error
+        rules.check(item.image)
+    except TooSmall as error:
+        raise UnreadableItem(item.item_id, str(error)) from error
+    return load_picture(item.image, size)

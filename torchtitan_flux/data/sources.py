@@ -1,9 +1,12 @@
 """Where items come from: what an item is, and what every source of items offers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
+
+from torchtitan_flux.latents import ImageSize
 
 Split = Literal["train", "held_out"]
 
@@ -33,6 +36,33 @@ class UnreadableItem(Exception):
 
     def __str__(self) -> str:
         return f"{self.item_id}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source may be told; each takes what it has a use for.
+
+    Attributes:
+        path: folder or file of the data, or a hub name; built-in sources have no use for it.
+        image_size: size in pixels at which a procedural source draws; stored pictures are resized
+            by the transform.
+        index_folder: where indexes are kept; None for beside the data.
+        image_column, caption_column: names in tables; "" finds them.
+        validates_training_data: a "held_out" part is wanted of the data that are trained on; a
+            source that has none to give refuses.
+        held_out_share: share of the items that a source without a held-out part of its own keeps
+            back from training, in [0, 1).
+        max_pixels: pictures of more pixels are not decoded: decompression bombs.
+    """
+
+    path: str | None = None
+    image_size: ImageSize = field(default_factory=lambda: ImageSize(64, 64))
+    index_folder: Path | None = None
+    image_column: str = ""
+    caption_column: str = ""
+    validates_training_data: bool = False
+    held_out_share: float = 0.0
+    max_pixels: int = 2**27
 
 
 @runtime_checkable

@@ -103,7 +103,7 @@ def load_autoencoder(
             configuration this code does not implement.
     """
     path = Path(path)
-    args, weights = _read_args(path)
+    args, weights = read_args(path)
     to_ours = from_bfl if weights == path else from_diffusers
     try:
         state_dict = to_ours(load_file(weights), args)
@@ -122,11 +122,11 @@ def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
 
     Reads only the configuration or the safetensors header. Raises as `load_autoencoder` does.
     """
-    args, _ = _read_args(Path(path))
+    args, _ = read_args(Path(path))
     return args.z_channels, args.downscale
 
 
-def _read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
+def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     """The architecture, and the file that holds the weights."""
     if path.is_dir():
         config, weights = path / "config.json", path / _WEIGHTS

@@ -89,19 +89,28 @@ class FluxModel(nn.Module):
             ValueError: naming the argument whose shape or presence does not fit.
         """
         self._check(img, img_ids, txt, txt_ids, timesteps, y, guidance)
-        table = rope_table(
-            torch.cat([txt_ids, img_ids], dim=1), self.args.axes_dim, self.args.theta
-        )
-        vec = self.time_in(sinusoid(timesteps, TIME_FEATURES)) + self.vector_in(y)
-        if guidance is not None:
-            vec = vec + self.guidance_in(sinusoid(guidance, TIME_FEATURES))
-        img, txt = self.img_in(img), self.txt_in(txt)
+        table = self.rotations(img_ids, txt_ids)
+        img, txt, vec = self.embed(img, txt, timesteps, y, guidance)
         for block in self.double_blocks.values():
             img, txt = block(img, txt, vec, table)
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks.values():
             x = block(x, vec, table)
         return self.final_layer(x[:, txt.shape[1] :], vec)
+
+    def embed(
+        self, img: Tensor, txt: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Both sequences [b, tokens, hidden], and the vector [b, hidden] that modulates them."""
+        vec = self.time_in(sinusoid(timesteps, TIME_FEATURES)) + self.vector_in(y)
+        if guidance is not None:
+            vec = vec + self.guidance_in(sinusoid(guidance, TIME_FEATURES))
+        return self.img_in(img), self.txt_in(txt), vec
+
+    def rotations(self, img_ids: Tensor, txt_ids: Tensor) -> Float[Tensor, "b 1 tokens half 2"]:
+        """Rope table of the joint sequence, text first."""
+        ids = torch.cat([txt_ids, img_ids], dim=1)
+        return rope_table(ids, self.args.axes_dim, self.args.theta)
 
     def _check(self, img, img_ids, txt, txt_ids, timesteps, y, guidance) -> None:
         args = self.args

@@ -1,13 +1,73 @@
-"""Activation checkpointing: what `activation_checkpoint.mode` says is what happens."""
+"""Activation checkpointing: what `activation_checkpoint.mode` says is what happens.
 
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+none            activations are kept until the backward pass.
+full            each block keeps its inputs only and is run again in the backward pass.
+selective       option "N": every N-th block as in `full`, the others as in `none`.
+                option "op": what `SAVED_OPS` give is kept, the cheap rest is run again.
+memory_budget   the compiler chooses what to keep in each block's graph.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan_flux.config.checks import AC_MODES
 from torchtitan_flux.model import FluxModel
 
+_aten, _collective = torch.ops.aten, torch.ops._c10d_functional
 
-def apply_activation_checkpoint(model: FluxModel, mode: str, preserve_rng_state: bool) -> None:
-    """Recompute each block's activations in the backward pass (mode "full"), or keep them ("none").
+# A kept byte (bf16) saves as many operations as its producer did: 2 x tokens of attention, as many
+# as input features of a linear, so 3072 to 15360 for FLUX.1; a norm, an activation or a rotation
+# costs a few hundred in memory traffic. Hence all matrix products, none of the rest, and not every
+# second product: which ones that are would depend on the order of lines in the model.
+SAVED_OPS = [
+    _aten.addmm.default,  # linears with bias; without one they are mm
+    _aten.mm.default,
+    _aten._scaled_mm.default,  # in float8
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    # what came over the network is dearer still
+    _collective.all_to_all_single.default,
+    _collective.all_reduce.default,
+]
+
+
+class SavesByOperation(CheckpointWrapper):
+    """A block that keeps the results of some operations: a compiler has to see the choice."""
+
+
+def apply_activation_checkpoint(
+    model: FluxModel,
+    mode: str,
+    selective_ac_option: str = "op",
+    memory_budget: float = 1.0,
+    offload_inputs: bool = False,
+    **options: Any,
+) -> None:
+    """Wrap the blocks that are to be recomputed, in place; their parameters are not touched.
+
+    Blocks are counted from 1, double blocks first, so that "2" means the second, the fourth …
+
+    Args:
+        model: its blocks are replaced by wrappers; a wrapper's `state_dict` has the bare names.
+        mode: one of AC_MODES.
+        selective_ac_option: "op" or a number, for mode "selective".
+        memory_budget: share of activations that compiled blocks keep, for mode "memory_budget".
+        offload_inputs: where whole blocks are recomputed, keep their inputs in the CPU's memory.
+        options: of torch.utils.checkpoint: preserve_rng_state, early_stop, determinism_check and
+            debug.
 
     Raises:
         ValueError: for a mode that does not exist here.
@@ -16,8 +76,41 @@ def apply_activation_checkpoint(model: FluxModel, mode: str, preserve_rng_state:
         raise ValueError(
             f"activation_checkpoint.mode = {mode!r} is not available; use one of {AC_MODES}"
         )
-    if mode == "none":
-        return
-    for blocks in (model.double_blocks, model.single_blocks):
-        for name, block in list(blocks.items()):
-            blocks[name] = checkpoint_wrapper(block, preserve_rng_state=preserve_rng_state)
+    # read by the compiler when it cuts a graph into forward and backward; 1 keeps what is fastest
+    torch._functorch.config.activation_memory_budget = (
+        memory_budget if mode == "memory_budget" else 1.0
+    )
+    if mode == "full":
+        _wrap(model, 1, functools.partial(_whole_block, offload_inputs, options))
+    elif mode == "selective" and selective_ac_option == "op":
+        _wrap(model, 1, functools.partial(_by_operation, options))
+    elif mode == "selective":
+        every = int(selective_ac_option)
+        _wrap(model, every, functools.partial(_whole_block, offload_inputs, options))
+
+
+def _wrap(model: FluxModel, every: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    blocks = [
+        (group, name) for group in (model.double_blocks, model.single_blocks) for name in group
+    ]
+    for group, name in blocks[every - 1 :: every]:
+        group[name] = wrap(group[name])
+
+
+def _whole_block(offload_inputs: bool, options: dict[str, Any], block: nn.Module) -> nn.Module:
+    run = _with_inputs_on_cpu if offload_inputs else None
+    return checkpoint_wrapper(block, checkpoint_fn=run, **options)
+
+
+def _by_operation(options: dict[str, Any], block: nn.Module) -> nn.Module:
+    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    return SavesByOperation(block, context_fn=contexts, **options)
+
+
+def _with_inputs_on_cpu(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """torch.utils.checkpoint, its saved inputs in pinned memory where there is a GPU.
+
+    What the block saves inside is the checkpoint's own matter, so nothing else is moved.
+    """
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(block, *inputs, use_reentrant=False, **options)

@@ -1,14 +1,17 @@
 """Meshes: torchtitan's, with the data-parallel dimensions kept also where their size is one."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.distributed import ParallelDims
 
 
+@dataclass
 class FluxParallelDims(ParallelDims):
     """ParallelDims whose (dp_replicate, fsdp) mesh always exists.
 
@@ -16,6 +19,8 @@ class FluxParallelDims(ParallelDims):
     torchtitan's own drops dimensions of size one, and with them mixed precision and the
     synchronisation of replicas.
     """
+
+    _peer_group: ProcessGroup | None = None
 
     def _mesh_exist(self, name: str, degree: int) -> bool:
         return name in ("dp_replicate", "fsdp") or super()._mesh_exist(name, degree)
@@ -58,3 +63,15 @@ class FluxParallelDims(ParallelDims):
     def data_group(self) -> ProcessGroup | None:
         """The ranks that read different samples, or None where there is one."""
         return self.get_mesh("batch").get_group() if self.dp_enabled else None
+
+    @property
+    def peer_group(self) -> ProcessGroup | None:
+        """The ranks that work on the same samples, or None where each has its own; collective."""
+        if self.world_size == self.data_degree:
+            return None
+        if self._peer_group is None:
+            self.get_mesh("fsdp")  # builds them all
+            ranks = self._global_meshes["dataloading"].mesh  # [pp, batch, cp, tp]
+            of_each_batch = ranks.movedim(1, 0).flatten(1).tolist()
+            self._peer_group, _ = dist.new_subgroups_by_enumeration(of_each_batch)  # type: ignore
+        return self._peer_group

@@ -1,7 +1,7 @@
 """Fill a model's parameters, each rank only its own shards (contract 3)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -21,22 +21,24 @@ def fill_initial_values(
     """
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            extent, offset = compute_local_shape_and_global_offset(
-                shape, parameter.device_mesh, parameter.placements
-            )
-        else:
-            local, extent, offset = parameter, shape, (0,) * len(shape)
+        local, slices = own_slices(parameter)
         if local.numel() == 0:
             continue
+        first, rows = slices[0].start, local.shape[0]
         # a slab of rows at a time: a 3072 x 12288 weight needs no second copy in memory
         rows_at_once = max(1, 8 * BLOCK // max(1, shape[-1]))
-        other_dims = tuple(
-            slice(begin, begin + length)
-            for begin, length in zip(offset[1:], extent[1:], strict=True)
-        )
-        for row in range(0, extent[0], rows_at_once):
-            rows = min(rows_at_once, extent[0] - row)
-            values = initial_rows(seed, canonical_name(name), shape, offset[0] + row, rows)
-            local[row : row + rows].copy_(values[(slice(None), *other_dims)])
+        for row in range(0, rows, rows_at_once):
+            count = min(rows_at_once, rows - row)
+            values = initial_rows(seed, canonical_name(name), shape, first + row, count)
+            local[row : row + count].copy_(values[(slice(None), *slices[1:])])
+
+
+def own_slices(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank holds of a parameter, and where that lies in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    extent, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    slices = [slice(begin, begin + size) for begin, size in zip(offset, extent, strict=True)]
+    return parameter.to_local(), tuple(slices)

@@ -1,6 +1,7 @@
 """What is applied to the model, in which order. Read top to bottom."""
 
 import functools
+from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -11,11 +12,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
 from torchtitan.distributed import ParallelDims
 
+from torchtitan_flux.config.resolve import compiles
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
+from torchtitan_flux.parallel.compile import compile_blocks
+from torchtitan_flux.parallel.context import apply_context_parallel
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import fill_initial_values
+from torchtitan_flux.parallel.tensor import apply_tensor_parallel
 
 OTHER_TRAINER = (
     "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
@@ -38,15 +43,32 @@ def parallelize_flux(
     assert seed is not None, "FluxTrainer resolves debug.seed before it builds the model"
     model.init_weights = functools.partial(fill_initial_values, model, seed)  # type: ignore
 
-    # Activation checkpointing goes around blocks, inside of compile and FSDP.
-    ac = job_config.activation_checkpoint
-    apply_activation_checkpoint(model, ac.mode, ac.preserve_rng_state)
+    # Tensor parallel takes the bare linears apart.
+    if parallel_dims.tp_enabled:
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"))
+
+    # Context parallel replaces attention, so it must be inside whatever wraps a block.
+    if parallel_dims.cp_enabled:
+        gather = hasattr(model, "final_layer")  # inner pipeline stages pass their tokens on
+        apply_context_parallel(model, parallel_dims.get_mesh("cp"), gather)
+
+    # Activation checkpointing, before compile: that knows which part of a wrapped block is a graph.
+    ac: Any = job_config.activation_checkpoint
+    apply_activation_checkpoint(
+        model,
+        ac.mode,
+        ac.selective_ac_option,
+        ac.memory_budget,
+        ac.offload_inputs,
+        preserve_rng_state=ac.preserve_rng_state,
+        early_stop=ac.early_stop,
+        determinism_check=ac.determinism_check,
+        debug=ac.debug,
+    )
 
     # Compile each block: two graphs serve 57 layers.
-    if job_config.compile.enable and "model" in job_config.compile.components:
-        for blocks in (model.double_blocks, model.single_blocks):
-            for block in blocks.values():
-                block.compile(backend=job_config.compile.backend, fullgraph=True)
+    if compiles(job_config, "model"):
+        compile_blocks(model, job_config.compile.backend)
 
     # Data parallel last: it owns the parameters.
     shard_model(
@@ -54,10 +76,19 @@ def parallelize_flux(
         parallel_dims.data_mesh,
         param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
-        reshard_after_forward=job_config.parallelism.fsdp_reshard_after_forward != "never",
+        reshard_after_forward=_reshards(job_config.parallelism, parallel_dims.pp_enabled),
         cpu_offload=job_config.training.enable_cpu_offload,
     )
     return model
+
+
+def _reshards(parallelism: Any, pipelined: bool) -> bool:
+    """Whether weights are given back after the forward pass.
+
+    By default not in a pipeline: they would be gathered again for each of its microbatches.
+    """
+    policy = parallelism.fsdp_reshard_after_forward
+    return policy == "always" or (policy == "default" and not pipelined)
 
 
 def shard_model(
@@ -85,25 +116,38 @@ def shard_model(
         for name, module in model.named_children()
         if name.endswith("_in")  # img_in, txt_in, time_in, vector_in, guidance_in
     ]
-    fully_shard(embedders, **options)  # type: ignore[arg-type]
+    if embedders:  # only the first pipeline stage has them
+        fully_shard(embedders, **options)  # type: ignore[arg-type]
     for blocks in (model.double_blocks, model.single_blocks):
         for block in blocks.values():
             fully_shard(block, **options)  # type: ignore[arg-type]
-    fully_shard(model.final_layer, **options)  # type: ignore[arg-type]
+    if hasattr(model, "final_layer"):  # only the last pipeline stage has it
+        fully_shard(model.final_layer, **options)  # type: ignore[arg-type]
     fully_shard(model, **options)  # type: ignore[arg-type]
-    sum_gradients(model)
+    if mesh.size() > 1:  # alone, even a factor of 1 costs a pass over all gradients
+        sum_gradients(model)
 
 
 def sum_gradients(model: nn.Module) -> None:
     """Make gradient reduction a plain sum.
 
-    The forced sum keeps gloo from being asked for PREMUL_SUM, which it lacks; at factor 1 it adds
-    no operation anywhere.
+    The forced sum keeps gloo from being asked for PREMUL_SUM, which it lacks.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Before a microbatch: data ranks share the gradients in the `last` one of a step only.
+
+    Until then they are summed whole, and gathered weights stay.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
+    model.set_reshard_after_backward(last)
 
 
 def shard_text_encoder(encoder: T5Encoder, mesh: DeviceMesh) -> None:

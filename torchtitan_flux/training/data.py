@@ -1,14 +1,22 @@
 """Configuration -> loaders."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.resolve import image_size, resolve_model_args, time_density
+from torchtitan_flux.config.manager import ConfigError
+from torchtitan_flux.config.resolve import (
+    image_size,
+    resolve_model_args,
+    resolved_path,
+    time_density,
+)
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
-from torchtitan_flux.data.sources import Source
+from torchtitan_flux.data.sources import Source, SourceOptions, Split
+from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.text import CaptionTokenizer
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -19,6 +27,46 @@ def image_channels(config: Any, args: FluxModelArgs) -> int:
     return config.encoder.pixel_channels if args.pixel_space else 3
 
 
+def open_source(config: Any, split: Split) -> Source:
+    """The source that [training] or [validation] names, read as [data] says.
+
+    Validation reads the held-out part of the training data, or all of data of its own.
+
+    Raises:
+        ConfigError: the data are not there or cannot be read; names the key.
+    """
+    data, training, validation = config.data, config.training, config.validation
+    name, path = training.dataset, training.dataset_path
+    share = data.held_out_share
+    own = bool(validation.dataset_path) or validation.dataset not in ("", name)
+    if split == "held_out":
+        if own:
+            share = 0.0
+        if validation.dataset not in ("", name):
+            path = None
+        name, path = validation.dataset or name, validation.dataset_path or path
+    options = SourceOptions(
+        path=None if path is None else resolved_path(path),
+        image_size=image_size(config),
+        index_folder=Path(data.index_folder) if data.index_folder else None,
+        image_column=data.image_column,
+        caption_column=data.caption_column,
+        validates_training_data=split == "held_out" and not own,
+        held_out_share=share,
+        max_pixels=data.max_image_pixels,
+    )
+    try:
+        return build_source(name, split, options)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def picture_rules(config: Any) -> PictureRules:
+    """What [data] says that holds for all pictures."""
+    red, green, blue = config.data.background
+    return PictureRules((red, green, blue), config.data.min_image_size)
+
+
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: CaptionTokenizer, job_config: Any
 ) -> FluxDataLoader:
@@ -26,7 +74,7 @@ def build_dataloader(
     training = job_config.training
     args = resolve_model_args(job_config)
     size = image_size(job_config)
-    source = build_source(training.dataset, "train", training.dataset_path, image_size=size)
+    source = open_source(job_config, "train")
     samples = TrainingSamples(
         source=source,
         order=Order(job_config.debug.seed, len(source)),
@@ -38,6 +86,7 @@ def build_dataloader(
         time_density=time_density(job_config),
         dropout=CaptionDropout(training.classifier_free_guidance_prob, training.caption_dropout),
         flip_prob=training.flip_prob,
+        rules=picture_rules(job_config),
         stochastic=not args.pixel_space,
     )
     return FluxDataLoader(
@@ -54,14 +103,8 @@ def build_validation_loader(
     dims: FluxParallelDims, tokenizer: CaptionTokenizer, job_config: Any
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
-    validation, training = job_config.validation, job_config.training
-    same = validation.dataset in ("", training.dataset)
-    source = build_source(
-        validation.dataset or training.dataset,
-        "held_out",
-        validation.dataset_path or (training.dataset_path if same else None),
-        image_size=image_size(job_config),
-    )
+    validation = job_config.validation
+    source = open_source(job_config, "held_out")
     return ValidationLoader(
         validation_samples(source, tokenizer, job_config),
         batch_size=validation.local_batch_size,
@@ -83,6 +126,7 @@ def validation_samples(
         geometry=args.geometry,
         channels=image_channels(job_config, args),
         tokenize=tokenizer,
+        rules=picture_rules(job_config),
         stochastic=not args.pixel_space,
     )
 

@@ -1,16 +1,19 @@
 """From a collated batch to each sample's loss: encode, then the one flow step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchtitan_flux.data.loader import Batch
-from torchtitan_flux.flow_matching import flow_step
-from torchtitan_flux.generate import TextConditioning, packed_velocity
+from torchtitan_flux.flow_matching import flow_step, interpolate, squared_errors
+from torchtitan_flux.generate import TextConditioning, packed_arguments, packed_velocity
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.training.conditioning import FrozenParts
+from torchtitan_flux.training.peers import ALONE, Peers
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,29 @@ class EncodedBatch:
     size: ImageSize
 
 
-def encode_batch(parts: FrozenParts, args: FluxModelArgs, batch: Batch) -> EncodedBatch:
-    """Run the frozen encoders and the codec on a collated batch (data/samples.py)."""
+def encode_batch(
+    parts: FrozenParts, args: FluxModelArgs, batch: Batch, peers: Peers = ALONE
+) -> EncodedBatch:
+    """Run the frozen encoders and the codec on a collated batch (data/samples.py).
+
+    Args:
+        parts: encoders and codec.
+        args: resolved model arguments.
+        batch: the same on all `peers`, which encode a part each.
+        peers: ranks that train on these samples together.
+    """
+    count = len(batch["image"])
     height, width = batch["image"].shape[-2:]
     patch = args.geometry.patch
-    latents = parts.encode_images(batch["image"], batch.get("posterior_noise"))
+    posterior = batch.get("posterior_noise")
+    latents = parts.encode_images(
+        peers.own(batch["image"]), None if posterior is None else peers.own(posterior)
+    )
+    text = parts.encode_tokens(peers.own(batch["t5_tokens"]), peers.own(batch["clip_tokens"]))
     return EncodedBatch(
-        latents=pack(latents, patch),
+        latents=pack(peers.join(latents, count), patch),
         noise=pack(batch["noise"].to(parts.device, non_blocking=True), patch),
-        text=parts.encode_tokens(batch["t5_tokens"], batch["clip_tokens"]),
+        text=TextConditioning(peers.join(text.txt, count), peers.join(text.vec, count)),
         size=ImageSize(height, width),
     )
 
@@ -48,6 +65,7 @@ def sample_losses(
     encoded: EncodedBatch,
     t: Tensor,
     guidance: float | None,
+    errors: Callable[[Tensor, Tensor], Tensor] = squared_errors,
 ) -> Tensor:
     """Summed squared velocity error of each sample [b]; training and validation share it.
 
@@ -57,10 +75,36 @@ def sample_losses(
         encoded: from `encode_batch`.
         t: time of each sample [b].
         guidance: constant guidance input, for models that take one.
+        errors: `squared_errors`, or the same compiled (parallel/compile.py).
     """
     return flow_step(
         packed_velocity(model, encoded.text, args.geometry, encoded.size, guidance),
         encoded.latents,
         encoded.noise,
         t.to(encoded.latents.device, non_blocking=True),
+        errors,
     )
+
+
+def pipelined_losses(
+    pipeline: Pipeline,
+    args: FluxModelArgs,
+    encoded: EncodedBatch,
+    t: Tensor,
+    guidance: float | None,
+    elements: int,
+    last: bool,
+    errors: Callable[[Tensor, Tensor], Tensor] = squared_errors,
+) -> Tensor:
+    """The flow step forward and backward through a pipeline: losses over `elements`, [b].
+
+    Args:
+        pipeline: what it goes through; gradients are in its stages afterwards.
+        args, encoded, t, guidance, errors: as of `sample_losses`.
+        elements: of the global batch.
+        last: whether no other batch adds to these gradients, and data ranks are to share them.
+    """
+    t = t.to(encoded.latents.device, non_blocking=True)
+    x_t, target = interpolate(encoded.latents, encoded.noise, t)
+    arguments = packed_arguments(x_t, t, encoded.text, args.geometry, encoded.size, guidance)
+    return pipeline.step(arguments, target, elements, reduce=last, errors=errors)

@@ -6,9 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+from torchtitan_flux.engine import give_back_freed_memory
 
 import numpy as np
 import torch
@@ -27,6 +29,9 @@ from tqdm import tqdm
 from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.model import FluxModelArgs, flops_per_image
 
+_RANK_0 = SimpleNamespace(pp_enabled=False)
+"""Every pipeline rank knows the loss, so the first one logs; torchtitan would take the last."""
+
 
 class FluxMetrics(MetricsProcessor):
     """torchtitan's metrics, counted in images.
@@ -37,7 +42,7 @@ class FluxMetrics(MetricsProcessor):
 
     def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: FluxModelArgs):
         # not super().__init__: ours counts in images, and colours a terminal only
-        self.logger = _build_metric_logger(job_config, parallel_dims)
+        self.logger = _build_metric_logger(job_config, _RANK_0)  # type: ignore[arg-type]
         self.parallel_dims = parallel_dims
         self.job_config = job_config
         self.device_memory_monitor = build_device_memory_monitor()
@@ -86,6 +91,7 @@ class FluxMetrics(MetricsProcessor):
         try:
             yield
         finally:
+            give_back_freed_memory()
             self.time_last_log += time.perf_counter() - begin
 
     def log(

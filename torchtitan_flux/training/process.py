@@ -9,6 +9,8 @@ import torch
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
+from torchtitan_flux.lifetime import die_with_parent
+
 
 def start_process_group(config: Any) -> torch.device:
     """Join the ranks that torchrun started, or be the only one in a plain process.
@@ -16,6 +18,8 @@ def start_process_group(config: Any) -> torch.device:
     Returns:
         the device of this rank.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         torch.distributed.init_process_group(

@@ -7,11 +7,12 @@ from typing import Any
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools.logging import logger
 
-from torchtitan_flux.checkpoint.run_facts import step_to_load
+from torchtitan_flux.checkpoint.folder import choose_checkpoint, step_folder
+from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -19,6 +20,7 @@ from torchtitan_flux.parallel.parallelize import shard_model
 from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
 from torchtitan_flux.training.pictures import Painter
 from torchtitan_flux.training.process import start_process_group
+from torchtitan_flux.training.settle import checkpoint_folder
 
 
 @dataclass
@@ -54,8 +56,8 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
     Raises:
         FileNotFoundError: naming the folder that holds no checkpoint.
     """
-    checkpoint = find_checkpoint(config)
     device = start_process_group(config)
+    checkpoint = find_checkpoint(config)
     world_size = torch.distributed.get_world_size()
     # all ranks share the weights, whatever mesh the run was trained on
     dims = FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size)
@@ -66,7 +68,7 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
     shard_model(model, dims.data_mesh, param_dtype=dtype)
     model.to_empty(device=device)
     weights = get_model_state_dict(model)
-    dcp.load(weights, checkpoint_id=str(checkpoint))
+    load_states(weights, set(weights), checkpoint)
     set_model_state_dict(model, weights)
     model.eval().requires_grad_(False)
 
@@ -76,19 +78,21 @@ def open_session(config: Any, batch_size: int = 64) -> Session:
 
 
 def find_checkpoint(config: Any) -> Path:
-    """The checkpoint folder that `checkpoint.load_step` means, or the newest.
+    """The checkpoint folder that `checkpoint.load_step` means, or the newest that is good.
 
     Raises:
-        FileNotFoundError: naming the folder, and the keys that lead to it.
+        FileNotFoundError: naming the folder, what is wrong there, and the keys that lead to it.
     """
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    step = step_to_load(folder, config.checkpoint.load_step)
-    if step is None:
+    folder = checkpoint_folder(config)
+    choice = choose_checkpoint(folder, config.checkpoint.load_step)
+    damaged = [f"{step_folder(folder, s)} is damaged: {why}" for s, why in choice.damaged.items()]
+    if choice.folder is None:
+        listed = "".join(f"\n  - {line}" for line in damaged)
         raise FileNotFoundError(
-            f"no checkpoint in {folder} (job.dump_folder, checkpoint.folder): train first with "
-            "./run_train.sh, or name the run's dump folder"
+            f"no good checkpoint in {folder} (job.dump_folder, checkpoint.folder, "
+            f"checkpoint.load_step): train first with ./run_train.sh, or name the run's dump "
+            f"folder{listed}"
         )
-    checkpoint = folder / f"step-{step}"
-    if not (checkpoint / ".metadata").is_file():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint} (checkpoint.load_step = {step})")
-    return checkpoint
+    for line in damaged:
+        logger.warning(f"{line}; using {choice.folder.name}")
+    return choice.folder

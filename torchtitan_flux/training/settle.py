@@ -1,53 +1,89 @@
 """What a run is: its seed, global batch and widths, agreed by all ranks, kept when continued."""
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
-import torch
+import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.checkpoint.run_facts import RunFacts, read_run_facts, step_to_load
+from torchtitan_flux.checkpoint.folder import (
+    Choice,
+    abandon_after,
+    agree,
+    choose_checkpoint,
+    clear_leftovers,
+    list_steps,
+    rename_over,
+    step_folder,
+    verify,
+)
+from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.manager import ConfigError
-from torchtitan_flux.config.resolve import resolve_model_args
+from torchtitan_flux.config.meshes import peer_degree
+from torchtitan_flux.config.resolve import resolve_model_args, resolved_path
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.data import global_batch_size
+from torchtitan_flux.training.run_folder import RunFolderLock, lock_run_folder
 
 
-def settle(job_config: Any) -> tuple[Any, RunFacts]:
-    """The configuration with its seed settled, and what the run is tied to.
+@dataclass(frozen=True)
+class Settled:
+    """What is known before anything is built.
 
-    The newest checkpoint decides: its seed is kept. Without one, an unset seed is drawn on rank 0
-    and told to the others.
+    Attributes:
+        config: the configuration with its seed settled.
+        facts: what the run is tied to.
+        choice: the run's own checkpoint that it continues from; empty when it begins.
+        initial: the foreign checkpoint that it begins from, or None.
+        lock: keeps other runs out of the dump folder; rank 0 holds it.
+    """
+
+    config: Any
+    facts: RunFacts
+    choice: Choice
+    initial: Path | None
+    lock: RunFolderLock | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was done before."""
+        manifest = self.choice.manifest
+        return manifest is not None and manifest.step >= self.config.training.steps
+
+
+def settle(job_config: Any) -> Settled:
+    """Find the checkpoint to continue from, and what the run is tied to; collective.
+
+    A checkpoint decides: its seed is kept. Without one, an unset seed is drawn on rank 0 and told
+    to the others.
 
     Raises:
-        ConfigError: naming the key that differs from the run that is to be continued.
+        ConfigError: naming the key that differs from the run that is to be continued, or the
+            checkpoints that are damaged.
     """
-    folder = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
-    # Rank 0 reads and all ranks hear the same, also where a file system lags behind on some node.
-    box: list[Any] = [_stored_facts(folder, job_config) if _rank() == 0 else None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    stored = box[0]
-    if isinstance(stored, str):
-        raise ConfigError([stored])
-    seed = job_config.debug.seed
-    if isinstance(stored, RunFacts):
-        if seed is not None and seed != stored.seed:
-            raise ConfigError(
-                [
-                    f"debug.seed = {seed}, but the run in {folder} was started with {stored.seed}; "
-                    "remove the key to continue it, or set another job.dump_folder"
-                ]
+    lock = _lock(job_config.job.dump_folder)
+    folder = checkpoint_folder(job_config)
+    choice, initial, manifest = Choice(), None, None
+    if job_config.checkpoint.enable:
+        choice = _choose(folder, job_config.checkpoint)
+        manifest = choice.manifest
+        if manifest is None:
+            initial, manifest = _initial(job_config.checkpoint)
+        elif job_config.checkpoint.initial_load_path:
+            logger.info(
+                f"checkpoint.initial_load_path is not read: the run continues from {choice.folder}"
             )
-        seed = stored.seed
-    elif seed is None:
-        seed = stored  # drawn on rank 0
-        logger.info(f"debug.seed was not set; this run's seed is {seed}")
+    _check_can_go_on(choice, job_config)
+
+    seed = _settle_seed(job_config.debug.seed, manifest, initial or folder)
     config = copy.deepcopy(job_config)
     config.debug.seed = seed
-
     args = resolve_model_args(config)
     facts = RunFacts(
         seed=seed,
@@ -56,48 +92,141 @@ def settle(job_config: Any) -> tuple[Any, RunFacts]:
         vec_in_dim=args.vec_in_dim,
         in_channels=args.in_channels,
     )
-    if isinstance(stored, RunFacts):
-        _check_same_run(facts, stored, folder, config)
-    return config, facts
+    if manifest is not None:
+        _check_same_run(facts, manifest, folder if initial is None else initial, config)
+    return Settled(config, facts, choice, initial, lock)
+
+
+def checkpoint_folder(config: Any) -> Path:
+    """Where the checkpoints of a run lie."""
+    return Path(config.job.dump_folder) / config.checkpoint.folder
+
+
+def _lock(folder: str) -> RunFolderLock | None:
+    """Take the dump folder on rank 0; every rank hears when another run has it."""
+    lock, problem = None, ""
+    if dist.get_rank() == 0:
+        try:
+            lock = lock_run_folder(folder)
+        except ConfigError as error:
+            problem = error.found[0]
+        except OSError as error:
+            problem = f"job.dump_folder = {folder!r} cannot be written: {error}"
+    box = [problem]
+    dist.broadcast_object_list(box, src=0)
+    if box[0]:
+        raise ConfigError(box)
+    return lock
+
+
+def _choose(folder: Path, checkpoint: Any) -> Choice:
+    """The checkpoint to continue from; what is damaged is named, and decides nothing silently."""
+    for line in agree(lambda: clear_leftovers(folder)):
+        logger.info(line)
+    choice = choose_checkpoint(folder, checkpoint.load_step)
+    listed = [f"{step_folder(folder, s)} is damaged: {why}" for s, why in choice.damaged.items()]
+    if choice.folder is not None:
+        for line in listed:
+            logger.warning(f"{line}; continuing from {choice.folder.name}")
+        if checkpoint.load_step != -1:
+            for path in agree(lambda: abandon_after(folder, checkpoint.load_step)):
+                logger.warning(f"Going back to {choice.folder.name}: {path.stem} is now {path}")
+        return choice
+    if checkpoint.load_step != -1:
+        raise ConfigError([f"checkpoint.load_step = {checkpoint.load_step}: {listed[0]}"])
+    if not listed:
+        return choice
+    if not checkpoint.start_over_when_damaged:
+        remedy = (
+            "no good checkpoint is left; set another job.dump_folder, or "
+            "checkpoint.start_over_when_damaged = true to begin again at step 0 (damaged ones are "
+            "then set aside)"
+        )
+        raise ConfigError([*listed, remedy])
+    steps = list_steps(folder)
+    for path in agree(lambda: [rename_over(step_folder(folder, s), "damaged") for s in steps]):
+        logger.warning(f"{path.stem} is damaged and was set aside as {path}")
+    return Choice()
+
+
+def _initial(checkpoint: Any) -> tuple[Path | None, Manifest | None]:
+    """The foreign checkpoint to begin from, and its manifest where the run is to go on with it."""
+    if not checkpoint.initial_load_path:
+        return None, None
+    key = f"checkpoint.initial_load_path = {checkpoint.initial_load_path!r}"
+    folder = Path(resolved_path(checkpoint.initial_load_path))
+    is_checkpoint, has_manifest = agree(
+        lambda: ((folder / METADATA).is_file(), (folder / MANIFEST).exists())
+    )
+    if not is_checkpoint:
+        raise ConfigError([f"{key} is no checkpoint folder: it has no {METADATA}"])
+    manifest, problem = verify(folder)
+    if manifest is None and has_manifest:
+        raise ConfigError([f"{key} is damaged: {problem}"])
+    if checkpoint.initial_load_model_only:
+        if manifest is None:
+            logger.warning(f"{key} has no {MANIFEST}: it is loaded without being verified")
+        return folder, None
+    if manifest is None or manifest.kind != "full":
+        raise ConfigError(
+            [
+                f"{key} holds only a model as far as is known, so it cannot be gone on with; set "
+                "checkpoint.initial_load_model_only = true to start from its weights"
+            ]
+        )
+    return folder, manifest
+
+
+def _check_can_go_on(choice: Choice, config: Any) -> None:
+    """A model without its optimizer is the end of a run, or (step 0) its beginning."""
+    manifest = choice.manifest
+    if manifest is None or manifest.kind == "full" or manifest.step == 0:
+        return
+    if manifest.step < config.training.steps:
+        raise ConfigError(
+            [
+                f"{choice.folder} holds only a model (checkpoint.last_save_model_only = true), so "
+                f"training.steps = {config.training.steps} cannot go on from it; set "
+                "checkpoint.load_step to an earlier step, or another job.dump_folder and start "
+                "from these weights by checkpoint.initial_load_path"
+            ]
+        )
+
+
+def _settle_seed(given: int | None, manifest: Manifest | None, folder: Path) -> int:
+    if manifest is not None:
+        stored = manifest.facts.seed
+        if given is not None and given != stored:
+            raise ConfigError(
+                [
+                    f"debug.seed = {given}, but the run in {folder} was started with {stored}; "
+                    "remove the key to continue it, or set another job.dump_folder"
+                ]
+            )
+        return stored
+    if given is not None:
+        return given
+    box = [draw_seed() if dist.get_rank() == 0 else 0]
+    dist.broadcast_object_list(box, src=0)
+    logger.info(f"debug.seed was not set; this run's seed is {box[0]}")
+    return box[0]
 
 
 def _data_degree(config: Any) -> int:
     """Ranks that read different samples, before there is a mesh to ask."""
-    p = config.parallelism
-    peers = p.context_parallel_degree * p.tensor_parallel_degree * p.pipeline_parallel_degree
-    return torch.distributed.get_world_size() // peers
+    return dist.get_world_size() // peer_degree(config.parallelism)
 
 
-def _rank() -> int:
-    return torch.distributed.get_rank()
-
-
-def _stored_facts(folder: Path, job_config: Any) -> RunFacts | int | str:
-    """Facts of the newest checkpoint, a fresh seed where there is none, or what is wrong."""
-    step = step_to_load(folder, job_config.checkpoint.load_step)
-    if step is None or not job_config.checkpoint.enable:
-        return draw_seed()
-    try:
-        stored = read_run_facts(folder / f"step-{step}")
-    except (ValueError, OSError) as error:
-        return str(error)
-    if stored is not None:
-        return stored
-    return (
-        f"{folder}/step-{step} holds only a model (checkpoint.last_save_model_only = true), so "
-        "this run is finished; set another job.dump_folder, or start a new run from it by "
-        "checkpoint.initial_load_path"
-    )
-
-
-def _check_same_run(now: RunFacts, stored: RunFacts, folder: Path, config: Any) -> None:
+def _check_same_run(now: RunFacts, manifest: Manifest, folder: Path, config: Any) -> None:
+    stored = manifest.facts
     remedies = {
         "context_in_dim": "encoder.t5_encoder",
         "vec_in_dim": "encoder.clip_encoder",
         "in_channels": "encoder.autoencoder_path / encoder.pixel_channels",
         "randomness_version": "the version of torchtitan-flux",
     }
-    if config.training.global_batch_size <= 0:
+    # a seed checkpoint, of step 0, was made before there were batches
+    if config.training.global_batch_size <= 0 and manifest.step > 0:
         remedies["global_batch_size"] = (
             "training.global_batch_size (set it to continue with another on purpose)"
         )

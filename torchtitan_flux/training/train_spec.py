@@ -14,7 +14,9 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from torchtitan_flux.config.resolve import image_size, resolve_model_args
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
+from torchtitan_flux.parallel import low_precision  # noqa: F401  (our converters, for torchtitan's)
 from torchtitan_flux.parallel.parallelize import parallelize_flux
+from torchtitan_flux.parallel.pipeline import pipeline_flux
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.data import build_dataloader
 from torchtitan_flux.training.metrics import build_metrics_processor
@@ -67,7 +69,7 @@ register_train_spec(
         model_cls=FluxModel,  # type: ignore[arg-type]
         model_args=FlavorArgs(),  # type: ignore[arg-type]
         parallelize_fn=parallelize_flux,
-        pipelining_fn=None,
+        pipelining_fn=pipeline_flux,  # type: ignore[arg-type]
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,  # type: ignore[arg-type]

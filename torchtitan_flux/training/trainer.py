@@ -4,39 +4,76 @@
         --job.config_file train_configs/flux_digits.toml
 """
 
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torchtitan_flux.engine
 
 import torch
-from torch import Tensor, nn
+import torchtitan.train
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.tools.logging import init_logger
+from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
 import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
-from torchtitan_flux.config.manager import exit_on_config_error, load_config_or_exit
-from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
-from torchtitan_flux.data.loader import Batch
+from torchtitan_flux.checkpoint.manager import (
+    CheckpointNotSaved,
+    FluxCheckpointManager,
+    checkpoint_manager_bound,
+)
+from torchtitan_flux.config.manager import (
+    ConfigError,
+    exit_on_config_error,
+    load_config_or_exit,
+)
+from torchtitan_flux.config.resolve import compiles, resolve_model_args, sample_settings
+from torchtitan_flux.data.loader import Batch, FluxDataLoader
 from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
-from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.flow_matching import squared_errors
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.parallel.clip import clip_gradients
+from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.parallelize import sync_gradients
+from torchtitan_flux.parallel.pipeline import Pipeline
+from torchtitan_flux.planning.fits import fits
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader
-from torchtitan_flux.training.losses import EncodedBatch, encode_batch, sample_losses
+from torchtitan_flux.training.heartbeat import Heartbeat
+from torchtitan_flux.training.losses import (
+    EncodedBatch,
+    encode_batch,
+    pipelined_losses,
+    sample_losses,
+)
 from torchtitan_flux.training.metrics import FluxMetrics
+from torchtitan_flux.training.nonfinite import NonFinite, report_nonfinite
+from torchtitan_flux.training.peers import Peers
 from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group
+from torchtitan_flux.training.quarantine import Quarantine, TooManyUnreadable, take_replaced
 from torchtitan_flux.training.settle import settle
+from torchtitan_flux.training.stopping import SIGNALS, StopSignals, noted
 from torchtitan_flux.training.validator import FluxValidator
+
+# it warns that only the last pipeline rank knows the loss; here all do
+torchtitan.train.ensure_pp_loss_visible = lambda *_: None  # type: ignore[attr-defined]
+
+
+class Agreed(NamedTuple):
+    """What at least one rank said in a step."""
+
+    nonfinite: bool
+    stop: bool
+    unreadable: bool
 
 
 class FluxTrainer(Trainer):
@@ -50,16 +87,34 @@ class FluxTrainer(Trainer):
     """
 
     metrics_processor: FluxMetrics
+    checkpointer: FluxCheckpointManager
+    dataloader: FluxDataLoader
     parallel_dims: FluxParallelDims
     model_args: FluxModelArgs  # type: ignore[assignment]
 
     def __init__(self, job_config: Any):
         self.results: list[str] = []
-        """Lines that a finished run ends with."""
+        """Lines that a run ends with."""
+        self.stopped = False
+        """Whether the run was stopped on request before its last step, and saved."""
         self._grid_is_due = False
+        self._skipped_in_a_row = 0
+        self._signals = StopSignals()
+        self._heartbeat = Heartbeat()
         device = start_process_group(job_config)
-        job_config, self.facts = settle(job_config)
-        super().__init__(job_config)
+        self.settled = settle(job_config)
+        self.facts = self.settled.facts
+        self.quarantine = Quarantine(
+            Path(job_config.job.dump_folder) / "quarantine.jsonl",
+            job_config.data.max_unreadable_share,
+        )
+        with checkpoint_manager_bound(
+            facts=self.facts,
+            choice=self.settled.choice,
+            initial=self.settled.initial,
+            on_save_error=job_config.checkpoint.on_save_error,
+        ):
+            super().__init__(self.settled.config)
         config = self.config
         self.device = device  # torchtitan numbers even the CPU by the local rank
         self.model_args = resolve_model_args(config)
@@ -71,8 +126,14 @@ class FluxTrainer(Trainer):
             self.device,
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         )
+        self.peers = Peers(self.parallel_dims.peer_group)
+        self._errors = (
+            compiled_squared_errors(config.compile.backend)
+            if compiles(config, "loss")
+            else squared_errors
+        )
         self.painter = Painter(
-            self.model_parts[0],
+            self.model,
             self.parts,
             self.model_args.geometry,
             self.parallel_dims,
@@ -87,7 +148,13 @@ class FluxTrainer(Trainer):
                 self.parallel_dims.data_group,
                 self.device,
                 self.metrics_processor,
+                self.quarantine.record,
             )
+
+    @property
+    def model(self) -> FluxModel | Pipeline:
+        """What is called like FluxModel, on any mesh."""
+        return self.pp_schedule if self.parallel_dims.pp_enabled else self.model_parts[0]  # type: ignore[return-value]
 
     @property
     def config(self) -> Any:
@@ -103,17 +170,30 @@ class FluxTrainer(Trainer):
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of the loader, with the time spent waiting for them."""
         self.metrics_processor.start(self.step)  # here, before the loop counts its first step
+        kept = self.lr_schedulers.schedulers[0].base_lrs[0]
+        if kept != self.config.optimizer.lr:
+            logger.warning(
+                f"optimizer.lr = {self.config.optimizer.lr} is not used: the run goes on with the "
+                f"{kept} that its checkpoint holds, and with that optimizer's other settings"
+            )
         return self._timed(iter(data_iterable))
 
     def _timed(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         while True:
+            self._heartbeat.beat(self.step, "data")
             begin = time.perf_counter()
             batch = next(iterator)  # endless
             self.metrics_processor.data_loading_times.append(time.perf_counter() - begin)
             yield batch
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:  # type: ignore[override]
-        """One optimizer step over `training.global_batch_size` positions."""
+        """One optimizer step over `training.global_batch_size` positions.
+
+        Raises:
+            NonFinite: the loss or a gradient is not finite, where that ends the run.
+            TooManyUnreadable: more items could not be read than `data.max_unreadable_share`.
+            CheckpointNotSaved: a stop was asked for and the run could not be saved.
+        """
         self.optimizers.zero_grad()
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
@@ -121,21 +201,26 @@ class FluxTrainer(Trainer):
         images = self.facts.global_batch_size
         elements = images * microbatches[0]["noise"][0].numel()
 
-        loss = torch.zeros((), device=self.device)
+        self._heartbeat.beat(self.step, "forward/backward")
+        losses: list[Tensor] = []  # of each sample, over `elements`
         for number, batch in enumerate(microbatches):
-            self._sync_gradients(number == len(microbatches) - 1)
-            encoded = self._encode(batch)
-            part = self._losses(self.model_parts[0], encoded, batch["t"]).sum() / elements
-            part.backward()
-            loss += part.detach()
+            last = number == len(microbatches) - 1
+            losses.append(self._forward_backward(batch, elements, last))
+        loss = torch.stack([part.sum() for part in losses]).sum()
 
-        grad_norm = dist_utils.clip_grad_norm_(
+        grad_norm = clip_gradients(
             [p for model in self.model_parts for p in model.parameters()],
             self.config.training.max_norm,
-            foreach=True,
+            self.parallel_dims.get_optional_mesh("pp"),
         )
+        agreed = self._agree(loss, grad_norm)
+        self._heartbeat.beat(self.step, "optimizer")
         self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
+        if agreed.nonfinite:
+            self._handle_nonfinite(microbatches, losses, grad_norm)
+        else:
+            self._skipped_in_a_row = 0
+            self.optimizers.step()
         self.lr_schedulers.step()
 
         self.ntokens_seen += images * self.metrics_processor.tokens_per_image
@@ -143,25 +228,89 @@ class FluxTrainer(Trainer):
         if self.metrics_processor.should_log(self.step):
             self._log(loss, grad_norm, lr)
         self._grid_is_due = self._should_draw()
+        self._heartbeat.beat(self.step, "saving")
+        if agreed.unreadable:
+            self.quarantine.record(take_replaced(self.dataloader), "training")
+            self._check_unreadable()
+        if agreed.stop and self.step < self.config.training.steps:
+            self._stop()
+
+    def _agree(self, loss: Tensor, grad_norm: Tensor) -> "Agreed":
+        """What any rank has to say before the optimizer steps, heard by all: one small sum."""
+        self._heartbeat.beat(self.step, "agreeing")
+        said = torch.tensor(
+            [0.0, float(self._signals.requested), float(len(self.dataloader.replaced))],
+            device=self.device,
+        )
+        said[0] = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        torch.distributed.all_reduce(said)
+        return Agreed(*(value > 0 for value in said.tolist()))
+
+    def _handle_nonfinite(
+        self, microbatches: list[Batch], losses: list[Tensor], grad_norm: Tensor
+    ) -> None:
+        """Say where it happened; go on without this step, or end the run on every rank."""
+        self._skipped_in_a_row += 1
+        report_nonfinite(
+            self.step,
+            torch.cat([batch["position"] for batch in microbatches]),
+            torch.cat(losses),
+            float(grad_norm),
+            self.config.training,
+            self._skipped_in_a_row,
+        )
+
+    # ---- stopping, and what cannot be read --------------------------------------------------
+
+    def _stop(self) -> None:
+        """Save and leave the loop, as a signal asked for."""
+        saved = self.checkpointer.save_now(self.step)
+        self.stopped = True
+        self.results = [
+            f"stopped at step {self.step} and saved; the same command "
+            f"{'without checkpoint.load_step ' * (self.config.checkpoint.load_step != -1)}continues"
+            if saved
+            else f"stopped at step {self.step}; nothing was saved, as [checkpoint] says"
+        ]
+
+    def _check_unreadable(self) -> None:
+        try:
+            self.quarantine.check(self.dataloader.position)
+        except TooManyUnreadable:
+            self.checkpointer.save_now(self.step)
+            raise
 
     def _encode(self, batch: Batch) -> EncodedBatch:
-        return encode_batch(self.parts, self.model_args, batch)
+        return encode_batch(self.parts, self.model_args, batch, self.peers)
 
-    def _losses(self, model: nn.Module, encoded: EncodedBatch, t: Tensor) -> Tensor:
-        config = self.config
-        guidance = config.flow.guidance if self.model_args.guidance_embed else None
-        return sample_losses(model, self.model_args, encoded, t, guidance)
+    def _forward_backward(self, batch: Batch, elements: int, last: bool) -> Tensor:
+        """Loss of each sample over `elements`; gradients are added up, and shared with the last."""
+        encoded, t = self._encode(batch), batch["t"]
+        if isinstance(self.model, Pipeline):
+            return pipelined_losses(
+                self.model,
+                self.model_args,
+                encoded,
+                t,
+                self._guidance,
+                elements,
+                last,
+                self._errors,
+            )
+        sync_gradients(self.model, last)
+        losses = self._losses(encoded, t) / elements
+        losses.sum().backward()
+        return losses.detach()
 
-    def _sync_gradients(self, last: bool) -> None:
-        """Communicate gradients in the last microbatch only."""
-        for model in self.model_parts:
-            assert isinstance(model, FSDPModule)
-            model.set_requires_gradient_sync(last)
-            model.set_is_last_backward(last)
-            model.set_reshard_after_backward(last)
+    def _losses(self, encoded: EncodedBatch, t: Tensor) -> Tensor:
+        return sample_losses(self.model, self.model_args, encoded, t, self._guidance, self._errors)
+
+    @property
+    def _guidance(self) -> float | None:
+        return self.config.flow.guidance if self.model_args.guidance_embed else None
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        mesh = self.parallel_dims.get_optional_mesh("loss")
+        mesh = self.parallel_dims.get_optional_mesh("batch")  # context peers have the same loss
         self.metrics_processor.log(
             self.step,
             dist_utils.dist_sum(loss, mesh),
@@ -176,9 +325,10 @@ class FluxTrainer(Trainer):
         """torchtitan asks after a step's checkpoint and validation: then it is safe to draw."""
         if self._grid_is_due:
             self._grid_is_due = False
+            self._heartbeat.beat(self.step, "drawing")
             with self.metrics_processor.pause():
                 self._draw_grid()
-        return super().should_continue_training()
+        return not self.stopped and super().should_continue_training()
 
     def _should_draw(self) -> bool:
         config = self.config
@@ -210,8 +360,17 @@ class FluxTrainer(Trainer):
         return Path(config.job.dump_folder) / config.sampling.folder / f"step-{self.step}.png"
 
     def train(self) -> None:
-        """Train to the last step, then score where that is configured."""
-        super().train()
+        """Train to the last step, then score where that is configured.
+
+        A run that was finished before goes straight to its results.
+        """
+        if self.settled.finished:
+            self._load_finished()
+        else:
+            super().train()
+        self._heartbeat.beat(self.step, "done")
+        if self.stopped:
+            return
         config = self.config
         if config.score.enable:
             prompts, labels = score_prompts(config.score.count)
@@ -220,16 +379,52 @@ class FluxTrainer(Trainer):
         if config.sampling.enable:
             self.results.append(f"grid: {self.grid_path()}")
 
+    def save_seed_checkpoint(self) -> None:
+        """The initial weights as step 0, for runs that are to begin from the same ones."""
+        self.checkpointer.save(0, last_step=True)
+        self.results.append(f"seed checkpoint: {self.checkpointer.folder}/step-0")
+
+    def _load_finished(self) -> None:
+        manifest = self.settled.choice.manifest
+        assert manifest is not None
+        self.checkpointer.load()
+        self.step = manifest.step
+        logger.info(
+            f"This run is finished: {self.settled.choice.folder} is its last step. To train on, "
+            f"raise training.steps = {self.config.training.steps}; for a new run set "
+            "another job.dump_folder"
+        )
+        self.quarantine.check(self.dataloader.position)
+        # it may have been killed after its last checkpoint and before its last grid
+        box = [self.config.sampling.enable and not self.grid_path().exists()]
+        torch.distributed.broadcast_object_list(box, src=0)
+        if box[0]:
+            self._draw_grid()
+
     def close(self) -> None:
         """End loader workers, checkpoint threads and loggers."""
         if getattr(self, "dataloader", None) is not None:
-            self.dataloader.close()  # type: ignore[union-attr]
+            self.dataloader.close()
         super().close()
+        if self.settled.lock is not None:
+            self.settled.lock.release()
+        self._signals.uninstall()
 
     # ---- what is stored with checkpoints ----------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **self.facts.as_state()}
+        more = {"unreadable": self.quarantine.count, "items": self.dataloader.items}
+        return {**super().state_dict(), **more}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.quarantine.count = state_dict["unreadable"]
+        if state_dict["items"] != self.dataloader.items:
+            logger.warning(
+                f"The data set had {state_dict['items']} items and now has "
+                f"{self.dataloader.items}: from here on they come in another order, and other "
+                "ones are held out by data.held_out_share"
+            )
 
 
 @record
@@ -238,16 +433,27 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
+    # What holds after StopSignals: a saved run ends well. SIG_IGN would also drop a signal that the
+    # launcher's rank holds back until StopSignals listens.
+    for number in SIGNALS:
+        signal.signal(number, noted)
     with exit_on_config_error():
+        if reason := fits(config):
+            raise ConfigError([reason])
         trainer = FluxTrainer(config)
     try:
-        trainer.train()
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.save_seed_checkpoint()
+        else:
+            trainer.train()
+    except (NonFinite, TooManyUnreadable, CheckpointNotSaved) as error:
+        logger.error(str(error))  # it says all there is to say, and on every rank the same
+        sys.exit(1)
     finally:
         trainer.close()
-    rank = torch.distributed.get_rank()
-    torch.distributed.destroy_process_group()
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         print("\n".join(trainer.results), flush=True)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

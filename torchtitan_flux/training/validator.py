@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from torchtitan_flux.data.loader import Batch, ValidationLoader
+from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
 from torchtitan_flux.training.losses import EncodedBatch
 from torchtitan_flux.training.metrics import FluxMetrics
+from torchtitan_flux.training.quarantine import take_replaced
 
 TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
     "midpoints": midpoint_times,
@@ -68,21 +70,23 @@ class FluxValidator:
 
     Args:
         loader: held-out samples of this data rank.
-        encode, losses: called as encode(batch) and losses(model, encoded, t): what trains.
+        encode, losses: called as encode(batch) and losses(encoded, t): what trains.
         config: sections validation and training.
         group, device: the data ranks and where they communicate.
         metrics: reports, and takes the time out of the throughput.
+        report: told the items that could not be read, and what they were wanted for; collective.
     """
 
     def __init__(
         self,
         loader: ValidationLoader,
         encode: Callable[[Batch], EncodedBatch],
-        losses: Callable[[nn.Module, EncodedBatch, Tensor], Tensor],
+        losses: Callable[[EncodedBatch, Tensor], Tensor],
         config: Any,
         group: ProcessGroup | None,
         device: torch.device,
         metrics: FluxMetrics,
+        report: Callable[[list[Replacement], str], None],
     ):
         self.loader = loader
         self.encode = encode
@@ -91,20 +95,24 @@ class FluxValidator:
         self.group = group
         self.device = device
         self.metrics = metrics
+        self.report = report
 
     def should_validate(self, step: int) -> bool:
         """Every `validation.freq` steps and at the last."""
         return step % self.config.validation.freq == 0 or step == self.config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Measure and report; a whole set gives the same numbers on any number of ranks."""
+        """Measure and report; a whole set gives the same numbers on any number of ranks.
+
+        `model_parts` is torchtitan's; `losses` knows the model, whose parts may be elsewhere.
+        """
         validation = self.config.validation
         times = TIME_GRIDS[validation.time_grid]()
         with self.metrics.pause():
             loss, by_time = mean_loss(
                 self.loader,
                 self.encode,
-                lambda encoded, t: self.losses(model_parts[0], encoded, t),
+                self.losses,
                 times,
                 validation.all_timesteps,
                 validation.steps,
@@ -117,3 +125,4 @@ class FluxValidator:
                 if not np.isnan(value)  # a short set in turn may miss a time
             }
             self.metrics.log_validation(loss, step, by_name)
+            self.report(take_replaced(self.loader), "validation")

@@ -1,8 +1,10 @@
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -184,6 +186,78 @@ def test_replacements_arrive_with_their_batches(
         expected[p]
     assert len(expected.replaced) >= 4
     assert loader.replaced == expected.replaced
+
+
+def data_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("flux-data")]
+
+
+class Slow(TrainingSamples):
+    """Samples that note who made them, and take their time."""
+
+    def __getitem__(self, position):
+        time.sleep(0.01)
+        sample = super().__getitem__(position)
+        return sample | {"thread": torch.tensor(threading.get_ident())}
+
+
+def test_without_workers_a_thread_prepares_the_next_batch(make_loader, make_samples):
+    loader = make_loader(G, 4, samples=make_samples(cls=Slow))
+    assert not data_threads()
+    assert next(loader)["thread"][0] != threading.get_ident()
+    assert len(data_threads()) == 1
+    time.sleep(0.3)  # the step
+    start = time.monotonic()
+    next(loader)
+    assert time.monotonic() - start < 0.02
+    loader.close()
+    assert not data_threads()
+    assert next(loader)["position"].tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("how", ["del", "load_state_dict"])
+def test_the_thread_ends_with_the_loader_and_with_its_place(make_samples, how):
+    loader = FluxDataLoader(make_samples(cls=Slow), G, 4)
+    next(loader)
+    if how == "del":
+        del loader
+        gc.collect()
+    else:
+        loader.load_state_dict({"position": 0})
+    for thread in data_threads():
+        thread.join(1)
+    assert not data_threads()
+
+
+def test_what_a_sample_raises_comes_with_its_batch(make_loader, make_samples):
+    class Breaks(TrainingSamples):
+        def __getitem__(self, position):
+            if position == 5:
+                raise ZeroDivisionError("position 5")
+            return super().__getitem__(position)
+
+    loader = make_loader(G, 4, samples=make_samples(cls=Breaks))
+    assert next(loader)["position"].tolist() == [0, 1, 2, 3]
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="position 5"):
+            next(loader)
+    assert loader.position == 0
+
+
+def test_a_forked_process_goes_on_without_the_thread(make_loader):
+    loader = make_loader(G, 4)
+    take(loader, 2)
+    results = multiprocessing.get_context("fork").SimpleQueue()
+
+    def child():
+        results.put(take(loader, 2)[1]["position"].tolist())
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    assert results.get() == [12, 13, 14, 15]
+    assert next(loader)["position"].tolist() == [8, 9, 10, 11]
 
 
 class WorkerFacts(TrainingSamples):

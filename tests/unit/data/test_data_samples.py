@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from PIL import Image
 import torchtitan_flux.data.samples as samples_module
 from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import CaptionDropout
-from torchtitan_flux.data.sources import Item
+from torchtitan_flux.data.sources import Item, SourceOptions
+from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.randomness import Stream, generator
@@ -210,6 +212,36 @@ def test_files_that_break_while_decoding_count_as_unreadable(
     assert [r.item_id for r in validation.replaced] == ["files/1"]
 
 
+def test_small_pictures_are_unreadable(make_samples, make_validation, make_source):
+    class OneSmall(type(make_source(1))):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return replace(item, image=Image.new("L", (3, 40))) if index == 1 else item
+
+    rules = PictureRules(min_size=7)  # the others are 14 x 7
+    reason = "too small: 3 x 40 pixels, data.min_image_size = 7"
+    samples = make_samples(source=OneSmall(5), rules=rules)
+    for p in range(5):
+        samples[p]
+    assert [r[1:] for r in samples.replaced] == [("grays/1", reason)]
+    validation = make_validation(source=OneSmall(5), rules=rules)
+    assert [validation[i]["weight"].item() for i in range(5)] == [1, 0, 1, 1, 1]
+    assert validation.replaced == [(1, "grays/1", reason)]
+
+
+def test_the_background_reaches_the_samples(make_samples, make_validation, make_source):
+    class Clear(type(make_source(1))):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), image=Image.new("RGBA", (20, 12)))
+
+    rules = PictureRules(background=(0, 255, 51))
+    for samples in (
+        make_samples(source=Clear(3), rules=rules),
+        make_validation(source=Clear(3), rules=rules),
+    ):
+        np.testing.assert_allclose(samples[1]["image"][:, 2, 2], [-1, 1, -0.6], atol=1e-6)
+
+
 def test_order_and_source_must_agree(make_samples, make_source):
     samples = make_samples(length=7)
     with pytest.raises(ValueError, match="7 items, the source has 8"):
@@ -257,7 +289,7 @@ def test_can_be_sent_to_a_worker(make_samples, make_validation):
 @pytest.mark.parametrize("name", ["digits", "shapes"])
 def test_with_the_real_sources(make_samples, name):
     size = ImageSize(8, 8) if name == "digits" else ImageSize(16, 24)
-    source = build_source(name, "train", image_size=size)
+    source = build_source(name, "train", SourceOptions(image_size=size))
     samples = make_samples(
         source=source, size=size, channels=1 if name == "digits" else 3, geometry=Geometry(1, 1, 2)
     )

@@ -3,18 +3,20 @@ import pickle
 import pytest
 
 from torchtitan_flux.data.registry import build_source
-from torchtitan_flux.data.sources import Source, UnreadableItem
+from torchtitan_flux.data.sources import Source, SourceOptions, UnreadableItem
 from torchtitan_flux.latents import ImageSize
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes"])
 def test_builds_the_known_sources(name):
     for split in ("train", "held_out"):
-        source = build_source(name, split, image_size=ImageSize(16, 24))
+        source = build_source(name, split, SourceOptions(image_size=ImageSize(16, 24)))
         assert isinstance(source, Source)
         assert source.name == name
         assert source[0].captions
-    assert build_source("shapes", "train", image_size=ImageSize(16, 24))[0].image.size == (24, 16)
+    assert build_source("shapes", "train", SourceOptions(image_size=ImageSize(16, 24)))[
+        0
+    ].image.size == (24, 16)
     assert build_source("shapes", "train")[0].image.size == (64, 64)
 
 
@@ -22,11 +24,8 @@ def test_builds_the_known_sources(name):
     ("split", "key"), [("train", "training.dataset"), ("held_out", "validation.dataset")]
 )
 def test_unknown_names_say_which_key_and_what_is_known(split, key):
-    with pytest.raises(ValueError, match=f"{key}: unknown data set 'digit'; known: digits, shapes"):
+    with pytest.raises(ValueError, match=f"{key}: unknown data set 'digit'; known: .*digits, .*"):
         build_source("digit", split)
-    for name in ("cc12m-wds", "cc12m-test", "coco-validation"):
-        with pytest.raises(ValueError, match=f"{key}: data set '{name}' is not available yet"):
-            build_source(name, split)
 
 
 def test_unreadable_item_survives_the_way_from_a_worker():

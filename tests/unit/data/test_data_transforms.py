@@ -124,6 +124,30 @@ def test_shrinking_is_antialiased():
     assert np.abs(result).max() < 0.05
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_large_pictures_are_shrunk_as_pil_does_between_whole_pixels(mode):
+    small = Image.fromarray(np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8))
+    image = small.resize((600, 401), Image.Resampling.BICUBIC).convert(mode)
+    size, channels = ImageSize(150, 170), len(image.getbands())
+    for draw in ((0.0, 0.0), (0.999999, 0.999999), (0.5, 0.5)):
+        result = bytes_of(to_training_image(image, size, channels, draw))
+        left, width = round(draw[0] * (600 - 401 * 170 / 150)), 454  # 454.5, to even
+        box = (left, 0, left + width, 401)
+        expected = np.asarray(image.resize((170, 150), Image.Resampling.BICUBIC, box=box))
+        expected = expected.reshape(150, 170, channels).transpose(2, 0, 1).astype(int)
+        assert np.abs(result - expected).max() <= 3
+        assert np.abs(result - expected).mean() < 0.05
+
+
+def test_background():
+    clear = Image.new("RGBA", (6, 6), (0, 0, 0, 0))
+    colour = (10, 20, 200)
+    result = to_training_image(clear, ImageSize(3, 3), 3, background=colour)
+    np.testing.assert_array_equal(bytes_of(result)[:, 1, 1], colour)
+    gray = to_training_image(clear, ImageSize(3, 3), 1, background=colour)
+    assert (bytes_of(gray) == round(0.299 * 10 + 0.587 * 20 + 0.114 * 200)).all()
+
+
 def test_enlarging():
     assert to_training_image(ramp(4, 3), ImageSize(16, 16), 3, (0.7, 0.2)).shape == (3, 16, 16)
 

@@ -1,0 +1,109 @@
+"""What an index of many rows costs to write, to open and to read at random.
+
+    python benchmarks/index_rows.py
+
+writes ten million synthetic rows (`--rows`) into a temporary folder (`--folder` keeps them), opens
+them in a fresh process and reads 10,000 at random positions of a run. It prints seconds, rows per
+second, and by how much the memory that belongs to the process alone (RssAnon) has grown.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+READS = 10_000
+WRITTEN_AT_ONCE = 2**18
+
+WORDS = "red green blue large small round square circle star above below beside the".split()  # noqa: SIM905
+
+
+def columns(start: int, rows: int) -> dict[str, pa.Array]:
+    """Rows as a webdataset of 10,000 samples a shard has them, captions of about 60 characters."""
+    rng = np.random.default_rng(start)
+    numbers = np.arange(start, start + rows)
+    sentences = [" ".join(rng.choice(WORDS, 13)) for _ in range(997)]
+    captions = np.array(sentences, dtype=object)[numbers % 997]
+    return {
+        "item_id": pa.array([f"{n // 10_000:05d}.tar/{n:09d}" for n in numbers.tolist()]),
+        "shard": pa.array(numbers // 10_000, pa.int32()),
+        "offset": pa.array((numbers % 10_000) * 50_000),
+        "length": pa.array(rng.integers(20_000, 50_000, rows)),
+        "width": pa.array(rng.integers(200, 1000, rows), pa.int32()),
+        "height": pa.array(rng.integers(200, 1000, rows), pa.int32()),
+        "captions": pa.ListArray.from_arrays(
+            pa.array(np.arange(rows + 1), pa.int32()),
+            pa.array([f"{c} {n}" for c, n in zip(captions, numbers.tolist(), strict=True)]),
+        ),
+        "reason": pa.array([""] * rows),
+    }
+
+
+def write(path: Path, rows: int) -> None:
+    from torchtitan_flux.data.index import IndexWriter
+
+    start = time.perf_counter()
+    writer = IndexWriter(path, {})
+    for first in range(0, rows, WRITTEN_AT_ONCE):
+        writer.add_columns(columns(first, min(WRITTEN_AT_ONCE, rows - first)))
+    writer.close()
+    seconds = time.perf_counter() - start
+    size = path.stat().st_size / 1e6
+    print(f"written: {rows} rows, {size:.0f} MB, {seconds:.1f} s, {rows / seconds:.0f} rows/s")
+
+
+def private_memory() -> float:
+    """RssAnon of this process in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError("/proc/self/status has no RssAnon: this is no Linux")
+
+
+def read(path: Path) -> None:
+    """Open and read; to be called in a fresh process."""
+    from torchtitan_flux.data.index import Index
+    from torchtitan_flux.data.order import Order
+
+    before = private_memory()
+    start = time.perf_counter()
+    index = Index(path)
+    print(f"opened: {len(index)} rows, {time.perf_counter() - start:.3f} s")
+    print(f"RssAnon grown after opening: {private_memory() - before:.1f} MB")
+
+    order = Order(0, len(index))
+    start = time.perf_counter()
+    characters = 0
+    for position in range(READS):
+        number = order.item(position)
+        row = index[number]
+        assert row.item_id.endswith(f"/{number:09d}"), (number, row)
+        characters += len(row.captions[0])
+    seconds = time.perf_counter() - start
+    print(f"read: {READS / seconds:.0f} rows/s, captions of {characters / READS:.0f} characters")
+    print(f"RssAnon grown after reading: {private_memory() - before:.1f} MB")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure an index of many rows.")
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--folder", type=Path, help="where to write, and to keep, the index")
+    parser.add_argument("--read", type=Path, help="only read this index")
+    args = parser.parse_args()
+    if args.read:
+        read(args.read)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (args.folder or Path(temporary)) / "rows.arrow"
+        write(path, args.rows)
+        sys.stdout.flush()
+        return subprocess.run([sys.executable, __file__, "--read", path], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

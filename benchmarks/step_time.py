@@ -1,0 +1,297 @@
+"""Seconds of one optimisation step, ours beside that of torchtitan 0.2.2's own FLUX:
+
+    python benchmarks/step_time.py --batch 1 --rounds 5
+    python benchmarks/step_time.py --case defaults --batch 1 --rounds 1
+    python benchmarks/step_time.py --device cuda --dtype bfloat16 --compile --batch 16 --rounds 20
+
+A step is the flow step, forward, backward, clipping and AdamW of the transformer, on one rank and
+on encoded tensors that are the same for both; encoders, codec and data loading are left out of
+both. The model is flux-debug, whose dimensions are equal in both: hidden 1536, 12 heads, 2 + 2
+blocks, 4096 text and 768 pooled features. Each side is put together as its trainer does it on one
+rank: ours under fully_shard, theirs bare under torch.autocast; clipping and AdamW (fused) are
+torchtitan's, for both. They step by turns in one process, with the same threads; ratios are those
+of neighbouring turns.
+
+--case alike (the default) gives both the same --dtype, --ac and --compile. Their trainer compiles
+nothing; with --compile their blocks are compiled as ours are, with --compile ours only ours.
+--case defaults takes each as its debug_model.toml runs on this machine: full activation
+checkpointing in both, and computation in bf16 in theirs, in float32 on a CPU and bf16 on a GPU in
+ours.
+
+Their attention is causal (0.2.2 lets is_causal default to true), half of attention's arithmetic and
+3 % of the step's at 256 px; the times are compared as they are.
+"""
+
+import argparse
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torchtitan_flux.engine  # isort: skip  # noqa: F401  before torchtitan
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torchtitan.components.loss import build_mse_loss
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.config import ConfigManager
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.models.flux.utils import create_position_encoding_for_latents, pack_latents
+
+from torchtitan.models import flux as theirs
+from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.generate import TextConditioning
+from torchtitan_flux.latents import ImageSize, pack
+from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.parallelize import parallelize_flux
+from torchtitan_flux.training.losses import EncodedBatch, sample_losses
+from torchtitan_flux.training.process import start_process_group
+
+FLAVOR = "flux-debug"
+MAX_NORM = 2.0
+Step = Callable[[], Tensor]
+"""Does one optimisation step and returns its loss."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one side computes."""
+
+    dtype: str
+    ac: str
+    compile: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, ac {self.ac}{', compiled' * self.compile}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the encoders would have made of a batch, and its noise and times."""
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    text: Tensor
+    pooled: Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", choices=["alike", "defaults"], default="alike")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--ac", choices=["none", "full"], default="none")
+    parser.add_argument("--compile", nargs="?", choices=["both", "ours"], const="both")
+    parser.add_argument("--size", type=int, default=256, help="pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
+    parser.add_argument("--profile", action="store_true", help="print where each side's time goes")
+    options = parser.parse_args()
+    if (options.device == "cuda") != torch.cuda.is_available():
+        # torchtitan binds its device when it is imported
+        parser.error("--device cuda needs a GPU; --device cpu needs CUDA_VISIBLE_DEVICES=''")
+    warnings.filterwarnings("ignore", message=".*autocast.*")
+
+    setting, peer = settings(options)
+    args = FLAVORS[FLAVOR]
+    inputs = draw(args, ImageSize.of(options.size), options)
+    for name, value in (("ours", setting), ("torchtitan", peer)):
+        print(f"{name:10} {value}")
+    print(
+        f"{FLAVOR}, {options.batch} x {options.size} px, {options.text_tokens} text tokens; "
+        f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    steps = {"ours": our_step(args, inputs, setting), "torchtitan": their_step(inputs, peer)}
+    flops = options.batch * flops_per_image(args, ImageSize.of(options.size), options.text_tokens)
+    compare(steps, options, flops)
+    if options.profile:
+        for name, step in steps.items():
+            print(f"\n{name}\n{profiled(step, options.device)}")
+    torch.distributed.destroy_process_group()
+
+
+def settings(options: argparse.Namespace) -> tuple[Setting, Setting]:
+    """Ours and theirs."""
+    if options.case == "alike":
+        alike = (options.dtype, options.ac)
+        return (
+            Setting(*alike, compile=options.compile is not None),
+            Setting(*alike, compile=options.compile == "both"),
+        )
+    dtype = "float32" if options.device == "cpu" else "bfloat16"
+    return Setting(dtype, "full", compile=False), Setting("bfloat16", "full", compile=False)
+
+
+def draw(args: FluxModelArgs, size: ImageSize, options: argparse.Namespace) -> Inputs:
+    """A batch of normal numbers."""
+    torch.manual_seed(0)
+    b, device = options.batch, options.device
+    latents = (b, *args.geometry.latent_shape(size))
+    return Inputs(
+        latents=torch.randn(latents).to(device),
+        noise=torch.randn(latents).to(device),
+        t=torch.rand(b).to(device),
+        text=torch.randn(b, options.text_tokens, args.context_in_dim).to(device),
+        pooled=torch.randn(b, args.vec_in_dim).to(device),
+    )
+
+
+def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
+    """Model and step of training/trainer.py on one rank."""
+    switch = "--compile.enable" if setting.compile else "--compile.no-enable"
+    config = load_config(
+        ["--job.config_file", "train_configs/debug_model.toml", "--debug.seed", "0", switch,
+         "--activation_checkpoint.mode", setting.ac,
+         "--training.mixed_precision_param", setting.dtype]
+    )  # fmt: skip
+    start_process_group(config)
+    dims = FluxParallelDims.of(config.parallelism, 1)
+    dims.build_mesh()
+    with torch.device("meta"):
+        model = FluxModel(args)
+    model = parallelize_flux(model, dims, config)
+    ready(model, inputs)
+    optimizers = build_optimizers([model], config.optimizer, dims)
+    patch = args.geometry.patch
+    height, width = (side * args.downscale for side in inputs.latents.shape[-2:])
+    text = TextConditioning(inputs.text, inputs.pooled)
+
+    def step() -> Tensor:
+        optimizers.zero_grad()
+        latents, noise = (pack(x, patch) for x in (inputs.latents, inputs.noise))
+        encoded = EncodedBatch(latents, noise, text, ImageSize(height, width))
+        loss = sample_losses(model, args, encoded, inputs.t, None).sum() / latents.numel()
+        loss.backward()
+        clip_and_step(model, optimizers)
+        return loss.detach()
+
+    return step
+
+
+def their_step(inputs: Inputs, setting: Setting) -> Step:
+    """Model and step of torchtitan/models/flux/train.py on one rank, after its encoders."""
+    config = ConfigManager().parse_args(
+        ["--activation_checkpoint.mode", setting.ac,
+         "--training.mixed_precision_param", setting.dtype]
+    )  # fmt: skip
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    with torch.device("meta"):
+        model = theirs.FluxModel(theirs.flux_args[FLAVOR])
+    model = theirs.parallelize_flux(model, dims, config)
+    if setting.compile:
+        for block in [*model.double_blocks, *model.single_blocks]:  # type: ignore[misc]
+            block.compile()
+    ready(model, inputs)
+    optimizers = build_optimizers([model], config.optimizer, dims)
+    amp = dist_utils.maybe_enable_amp(dims, setting.dtype, inputs.latents.device.type)
+    loss_fn = build_mse_loss(config)
+    b, _, height, width = inputs.latents.shape
+
+    def step() -> Tensor:
+        optimizers.zero_grad()
+        with torch.no_grad(), torch.device(inputs.latents.device):
+            sigmas = inputs.t.view(-1, 1, 1, 1)
+            latents = pack_latents((1 - sigmas) * inputs.latents + sigmas * inputs.noise)
+            target = pack_latents(inputs.noise - inputs.latents)
+            positions = create_position_encoding_for_latents(b, height, width, 3)
+            text_positions = torch.zeros(b, inputs.text.shape[1], 3)
+        with amp:
+            predicted = model(
+                img=latents,
+                img_ids=positions,
+                txt=inputs.text,
+                txt_ids=text_positions,
+                y=inputs.pooled,
+                timesteps=inputs.t,
+            )
+            loss = loss_fn(predicted, target) / target.numel()
+        del predicted, target
+        loss.backward()
+        clip_and_step(model, optimizers)
+        return loss.detach()
+
+    return step
+
+
+def ready(model: nn.Module, inputs: Inputs) -> None:
+    """Off the meta device, with initial values."""
+    model.to_empty(device=inputs.latents.device)
+    with torch.no_grad():
+        model.init_weights()  # type: ignore[operator]
+    model.train()
+
+
+def clip_and_step(model: nn.Module, optimizers: Any) -> None:
+    dist_utils.clip_grad_norm_(list(model.parameters()), MAX_NORM, foreach=True)
+    optimizers.step()
+
+
+def compare(steps: dict[str, Step], options: argparse.Namespace, flops: float) -> None:
+    """Both by turns; prints medians and ratios."""
+    turns: dict[str, list[Turn]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        for _ in range(options.warmup):
+            timed(step, options.device)
+        if not torch.isfinite(step()):
+            raise SystemExit(f"{name}: the loss is not finite")
+    for number in range(options.rounds):
+        for name in sorted(steps, reverse=bool(number % 2)):
+            turns[name].append(timed(steps[name], options.device))
+    for name, found in turns.items():
+        seconds = [turn.seconds for turn in found]
+        middle = statistics.median(seconds)
+        print(
+            f"{name:10} {1e3 * middle:9.1f} ms a step "
+            f"({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f}), "
+            f"{options.batch / middle:.3f} images/s, {flops / middle / 1e12:.3f} TFLOP/s, "
+            f"CPU time {1e3 * statistics.median(turn.busy for turn in found):.1f} ms"
+        )
+    pairs = list(zip(turns["ours"], turns["torchtitan"], strict=True))
+    ratios = [b.seconds / a.seconds for a, b in pairs]
+    cheaper = [b.busy / a.busy for a, b in pairs]
+    print(
+        f"ours is {statistics.median(ratios):.2f} times as fast "
+        f"({min(ratios):.2f} to {max(ratios):.2f}, {options.rounds} rounds); "
+        f"by CPU time {statistics.median(cheaper):.2f} "
+        f"({min(cheaper):.2f} to {max(cheaper):.2f})"
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one step took: by the clock, and of all threads of this process."""
+
+    seconds: float
+    busy: float
+
+
+def timed(step: Step, device: str) -> Turn:
+    begin, busy = time.perf_counter(), time.process_time()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return Turn(time.perf_counter() - begin, time.process_time() - busy)
+
+
+def profiled(step: Step, device: str) -> str:
+    """Operators of one step by their own time."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities) as found:
+        step()
+    by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=50)
+
+
+if __name__ == "__main__":
+    main()

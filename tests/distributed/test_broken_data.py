@@ -1,0 +1,113 @@
+"""Real files, 3 % of them broken: the same run and the same list on any number of ranks."""
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from ranks import run_ranks
+from tiny_run import Run, arguments, train, worst
+
+from torchtitan_flux.data.shapes import ShapesSource
+from torchtitan_flux.latents import ImageSize
+
+ITEMS, STEPS, GLOBAL_BATCH = 200, 25, 8  # every item is wanted once
+
+
+def jpeg(index: int) -> tuple[bytes, str]:
+    item = ShapesSource("train", ImageSize(72, 80))[index]
+    buffer = io.BytesIO()
+    item.image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue(), item.captions[0]
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def broken_set(tmp_path_factory) -> Path:
+    """200 pictures in a folder; six are broken, each in another way."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(ITEMS):
+        data, caption = jpeg(index)
+        name = f"{index:03d}.jpg"
+        match index:
+            case 11:
+                data = data[: len(data) // 2]
+            case 42:
+                data = b"this is no picture at all\n" * 40
+            case 77:
+                data = b""
+            case 101:
+                data, name = bomb(), "101.png"
+            case 150:
+                caption = ""
+            case 199:
+                data = jpeg(index)[0]
+                small = io.BytesIO()
+                Image.open(io.BytesIO(data)).resize((3, 4)).save(small, "JPEG")
+                data = small.getvalue()
+        (folder / name).write_bytes(data)
+        if caption:
+            (folder / name).with_suffix(".txt").write_text(caption)
+    return folder
+
+
+REASONS = {
+    "011.jpg": "truncated file",
+    "042.jpg": "no image",
+    "077.jpg": "empty",
+    "101.png": "decompression bomb",
+    "150.jpg": "has no caption",
+    "199.jpg": "too small: 3 x 4 pixels",
+}
+
+
+def run(ranks: int, data: Path, dump: Path, *more: str) -> Run:
+    argv = arguments(
+        dump,
+        GLOBAL_BATCH // ranks,
+        *("--training.dataset", "folder", "--training.dataset_path", str(data)),
+        *("--training.steps", str(STEPS), "--checkpoint.interval", "100"),
+        *("--training.dataloader.num_workers", "1", "--validation.no-enable"),
+        *more,
+    )
+    return run_ranks(ranks, train, argv)[0]
+
+
+def listed(dump: Path) -> list[dict]:
+    return [json.loads(line) for line in (dump / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):
+    runs = {ranks: run(ranks, broken_set, tmp_path / str(ranks)) for ranks in (1, 2, 4)}
+    lists = {ranks: listed(tmp_path / str(ranks)) for ranks in runs}
+    assert lists[1] == lists[2] == lists[4]
+    reasons = {entry["item"]: entry["reason"] for entry in lists[1]}
+    assert reasons.keys() == REASONS.keys()
+    for item, part in REASONS.items():
+        assert part in reasons[item].lower(), item
+    for one in runs.values():
+        assert one.error == ""
+        assert len(one.losses) == STEPS
+        assert worst(one.losses, runs[1].losses) <= 1e-5
+
+
+def test_past_the_share_the_run_stops_with_the_list(broken_set, tmp_path):
+    stopped = run(2, broken_set, tmp_path, "--data.max_unreadable_share", "0.01")
+    assert stopped.error.startswith("TooManyUnreadable")
+    assert "data.max_unreadable_share = 0.01" in stopped.error
+    for entry in listed(tmp_path):
+        assert entry["item"] in stopped.error

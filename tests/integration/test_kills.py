@@ -1,0 +1,31 @@
+"""SIGKILL at random moments: scripts/kill_test.py, in three sizes."""
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.mark.parametrize(
+    ("kills", "inside"),
+    [
+        pytest.param(3, 1, id="3 kills"),
+        pytest.param(10, 4, id="10 kills", marks=pytest.mark.slow),
+        pytest.param(30, 8, id="30 kills", marks=pytest.mark.long),
+    ],
+)
+def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(tmp_path, kills, inside):
+    spec = importlib.util.spec_from_file_location("kill_test", REPO / "scripts/kill_test.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    seed = random.randrange(2**31)  # printed, so that a failure can be repeated
+    figures = module.kill_test(tmp_path, kills, inside, seed)
+    print(figures)
+    assert f"survived {kills} kills" in figures

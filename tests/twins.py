@@ -1,0 +1,298 @@
+"""One model, one batch, five steps: on one rank, and on many through `parallelize_flux`."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+import torch.distributed as dist
+from helpers import model_inputs, randomize
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.model.initial_values import canonical_name
+from torchtitan_flux.parallel.clip import clip_gradients
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.initial_values import own_slices
+from torchtitan_flux.parallel.parallelize import parallelize_flux, sync_gradients
+from torchtitan_flux.parallel.pipeline import pipeline_flux
+
+STEPS = 5
+CLIP = 0.5
+TWIN = "flux-twin"
+"""Flavor of a case with other blocks than flux-tiny's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh and what runs on it."""
+
+    replicate: int = 1
+    shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    schedule: str = "1F1B"
+    pipelined: int = 1  # samples of a pipeline's microbatch
+    blocks: tuple[int, int] = (2, 2)
+    microbatches: int = 1
+    ac: tuple[str, ...] = ("none",)
+    guidance: bool = False
+    batch: int = 4
+    rows: int = 3
+    cols: int = 8
+    text: int = 8
+    dtype: str = "float32"
+    seed: int = 5
+    steps: int = STEPS
+    more: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        return self.replicate * self.shard * self.cp * self.tp * self.pp
+
+    @property
+    def args(self) -> FluxModelArgs:
+        double, single = self.blocks
+        return replace(FLAVORS["flux-tiny"], guidance_embed=self.guidance, depth=double,
+                       depth_single_blocks=single)  # fmt: skip
+
+    def model(self) -> FluxModel:
+        """Whole, every parameter non-zero; matrices small enough that float32 keeps six digits."""
+        return randomize(FluxModel(self.args), self.seed, scale=0.5)  # type: ignore[return-value]
+
+    def data(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs of the whole batch, and the velocity that is wanted."""
+        inputs = model_inputs(self.args, self.batch, self.rows, self.cols, self.text, self.seed + 1)
+        rng = torch.Generator().manual_seed(self.seed + 2)
+        shape = (self.batch, self.rows * self.cols, self.args.out_channels)
+        return inputs, torch.randn(shape, generator=rng)
+
+    @property
+    def alone(self) -> "Case":
+        """The same on one rank, without anything that must not matter."""
+        return Case(guidance=self.guidance, batch=self.batch, rows=self.rows, cols=self.cols,
+                    text=self.text, dtype=self.dtype, seed=self.seed,
+                    blocks=self.blocks)  # fmt: skip
+
+    def argv(self) -> list[str]:
+        mode, *option = self.ac
+        keys: dict[str, Any] = {
+            "job.config_file": "train_configs/debug_model.toml",
+            "model.flavor": "flux-tiny" if self.blocks == (2, 2) else TWIN,
+            "training.img_size": 64,
+            "training.local_batch_size": self.batch
+            // (self.replicate * self.shard)
+            // self.microbatches,
+            "training.mixed_precision_param": self.dtype,
+            "debug.seed": 1,
+            "parallelism.data_parallel_replicate_degree": self.replicate,
+            "parallelism.data_parallel_shard_degree": self.shard,
+            "parallelism.context_parallel_degree": self.cp,
+            "parallelism.tensor_parallel_degree": self.tp,
+            "parallelism.pipeline_parallel_degree": self.pp,
+            "parallelism.pipeline_parallel_schedule": self.schedule,
+            "parallelism.pipeline_parallel_microbatch_size": self.pipelined,
+            "activation_checkpoint.mode": mode,
+        }
+        if option:
+            keys["activation_checkpoint.selective_ac_option"] = option[0]
+        return [word for key, value in keys.items() for word in (f"--{key}", str(value))] + [
+            *self.more
+        ]
+
+
+@dataclass
+class Twin:
+    """What a step gave, on any rank.
+
+    Attributes:
+        loss, norm: of each of the steps; the norm before clipping.
+        grads: whole gradients of the first step, by canonical name.
+        weights: whole weights after the last.
+    """
+
+    loss: list[float]
+    norm: list[float]
+    grads: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give a sharded model these whole values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local, slices = own_slices(parameter)
+            local.copy_(values[canonical_name(name)][slices])
+            assert torch.equal(whole(parameter), values[canonical_name(name)]), name
+
+
+def run_twin(case: Case, change: Callable[[nn.Module], Any] | None = None) -> Twin:
+    """Five clipped AdamW steps on a fixed batch, all parameters non-zero; called on every rank.
+
+    Args:
+        case: what to run.
+        change: a mutation of the parallelised model; may return a context manager.
+    """
+    FLAVORS[TWIN] = case.args  # a process of its own
+    config = load_config(case.argv())
+    dims = FluxParallelDims.of(config.parallelism, dist.get_world_size())
+    with torch.device("meta"):
+        whole_model = FluxModel(case.args)
+    if case.pp > 1:
+        pipeline, models, *_ = pipeline_flux(
+            whole_model, dims, config, torch.device("cpu"), case.args, parallelize_flux
+        )
+    else:
+        pipeline, models = None, [parallelize_flux(whole_model, dims, config)]
+    values = dict(case.model().named_parameters())
+    contexts = contextlib.ExitStack()
+    for model in models:
+        model.to_empty(device="cpu")
+        fill(model, values)
+        if change is not None and (context := change(model)) is not None:
+            contexts.enter_context(context)
+    inputs, target = case.data()
+    share = case.batch // dims.data_degree
+    piece = share // case.microbatches
+    elements = target[..., 0].numel()
+
+    def forward_backward(at: slice, last: bool) -> Tensor:
+        here = {name: x[at] for name, x in inputs.items()}
+        if pipeline is not None:
+            return pipeline.step(tuple(here.values()), target[at], elements, last).sum()
+        (model,) = models
+        sync_gradients(model, last)
+        loss = (model(**here).float() - target[at]).square().sum() / elements
+        loss.backward()
+        return loss.detach()
+
+    def backward() -> Tensor:
+        loss = torch.zeros(())
+        for m in range(case.microbatches):
+            begin = dims.data_rank * share + m * piece
+            loss += forward_backward(slice(begin, begin + piece), m == case.microbatches - 1)
+        if dims.data_group is not None:
+            dist.all_reduce(loss, group=dims.data_group)
+        return loss
+
+    with contexts:
+        pp_mesh = dims.get_optional_mesh("pp")
+        clip = functools.partial(clip_gradients, pp_mesh=pp_mesh)
+        return steps(models, backward, clip, case.steps, pp_mesh)
+
+
+def bare_twin(case: Case) -> Twin:
+    """The same of the bare model, in float64: what every mesh must come to within rounding."""
+    model = case.model().double()
+    inputs, target = case.data()
+
+    def backward() -> Tensor:
+        out = model(**{name: x.double() for name, x in inputs.items()})
+        loss = (out - target).square().sum() / target[..., 0].numel()
+        loss.backward()
+        return loss.detach()
+
+    return steps([model], backward, nn.utils.clip_grad_norm_, case.steps)
+
+
+def steps(
+    models: list[nn.Module],
+    backward: Callable[[], Tensor],
+    clip: Callable[[list[nn.Parameter], float], Tensor],
+    count: int,
+    pp_mesh: DeviceMesh | None = None,
+) -> Twin:
+    """Take `count` optimizer steps; `backward` gives gradients, and the loss of the whole batch.
+
+    Each rank of `pp_mesh` has a part of the model, and gets what the others have.
+    """
+    named = [(canonical_name(n), p) for model in models for n, p in model.named_parameters()]
+    parameters = [p for _, p in named]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    twin = Twin([], [], {}, {})
+    for _ in range(count):
+        optimizer.zero_grad()
+        twin.loss.append(float(backward()))
+        if not twin.grads:
+            twin.grads = {name: whole(p.grad) for name, p in named}
+        twin.norm.append(float(clip(parameters, CLIP)))
+        optimizer.step()
+    twin.weights = {name: whole(p.detach()) for name, p in named}
+    if pp_mesh is not None:
+        twin.grads, twin.weights = gathered(twin.grads, pp_mesh), gathered(twin.weights, pp_mesh)
+    return twin
+
+
+def gathered(parts: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
+    """What all ranks of `mesh` have, each something else."""
+    found: list[dict[str, Tensor]] = [{} for _ in range(mesh.size())]
+    dist.all_gather_object(found, parts, group=mesh.get_group())
+    joined = {name: x for of_rank in found for name, x in of_rank.items()}
+    assert len(joined) == sum(map(len, found)), "two ranks have the same parameter"
+    return joined
+
+
+def whole(tensor: Any) -> Tensor:
+    """A copy of all of a tensor that is sharded, on each rank."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far apart two twins are, as distributed.md defines it."""
+
+    loss: float
+    grad: float
+    where: str
+    norm: float
+    weights: float
+
+
+def difference(one: Twin, other: Twin) -> Difference:
+    """Worst over steps and parameters; a parameter without gradient is a failure of the test."""
+    errors = {}
+    assert one.grads.keys() == other.grads.keys()
+    for name, grad in one.grads.items():
+        assert grad.abs().max() > 1e-6, f"{name} is not tested"
+        errors[name] = float((other.grads[name] - grad).abs().max() / grad.abs().max())
+    where = max(errors, key=errors.__getitem__)
+    weights = max(
+        float((other.weights[n].double() - w.double()).norm() / w.double().norm())
+        for n, w in one.weights.items()
+    )
+
+    def relative(a: list[float], b: list[float]) -> float:
+        return max(abs(y - x) / abs(x) for x, y in zip(a, b, strict=True))
+
+    loss, norm = relative(one.loss, other.loss), relative(one.norm, other.norm)
+    return Difference(loss, errors[where], where, norm, weights)
+
+
+@functools.cache
+def reference(case: Case) -> Twin:
+    """What every mesh must come to; of a case on one rank (`Case.alone`)."""
+    return bare_twin(case)
+
+
+def assert_as_on_one_device(case: Case) -> None:
+    """Every rank of the case's mesh has what the bare model has on one device."""
+    for twin in run_ranks(case.ranks, run_twin, case):
+        apart = difference(reference(case.alone), twin)
+        assert apart.loss <= 1e-6, apart
+        assert apart.grad <= 2e-6, apart
+        assert apart.norm <= 1e-6, apart
+        assert apart.weights <= 2e-5, apart
+
+
+def mutant(case: Case, owner: object, name: str, value: object) -> Twin:
+    """A twin with one thing wrong, in a process of its own: nothing needs to be put back."""
+    setattr(owner, name, value)
+    return run_twin(case)

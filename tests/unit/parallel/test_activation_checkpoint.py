@@ -1,0 +1,228 @@
+"""Every mode of activation checkpointing changes no gradient, and does what it says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import model_inputs, nonzero_model
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.model.initial_values import canonical_name
+from torchtitan_flux.parallel import activation_checkpoint
+from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
+
+# two double and three single blocks: an even and an odd number
+ARGS = replace(
+    FLAVORS["flux-tiny"], hidden_size=64, num_heads=4, axes_dim=(4, 6, 6), depth_single_blocks=3
+)
+MODES = {
+    "none": {"mode": "none"},
+    "full": {"mode": "full"},
+    "full, early": {"mode": "full", "early_stop": True, "determinism_check": "none"},
+    "full, offloaded": {"mode": "full", "offload_inputs": True},
+    "1": {"mode": "selective", "selective_ac_option": "1"},
+    "2": {"mode": "selective", "selective_ac_option": "2"},
+    "2, offloaded": {"mode": "selective", "selective_ac_option": "2", "offload_inputs": True},
+    "op": {"mode": "selective", "selective_ac_option": "op"},
+}
+OPTIONS = {"preserve_rng_state": False, "early_stop": False}
+
+
+def prepared(name: str, guidance: bool = False) -> tuple[FluxModel, dict[str, Tensor]]:
+    args = replace(ARGS, guidance_embed=guidance)
+    model = nonzero_model(args, seed=5)
+    apply_activation_checkpoint(model, **OPTIONS | MODES[name])
+    return model, model_inputs(args, 2, 6, 10, 13, seed=6)
+
+
+def gradients(name: str, guidance: bool) -> dict[str, Tensor]:
+    model, inputs = prepared(name, guidance)
+    model(**inputs).square().mean().backward()
+    return {canonical_name(name): p.grad for name, p in model.named_parameters()}
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all results that are still alive, and how often each operation ran.
+
+    A transposed weight is a result too, of a storage that was there before.
+    """
+
+    def __init__(self, model: FluxModel):
+        super().__init__()
+        self.before = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.runs: dict[object, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.runs[func] = self.runs.get(func, 0) + 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.before:
+                    self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    @property
+    def alive(self) -> int:
+        return sum(size for ref, size in self.seen.values() if not ref.expired())
+
+
+def measured(name: str) -> tuple[int, dict[object, int]]:
+    """Bytes alive after the forward pass, and runs of each operation in the whole step."""
+    model, inputs = prepared(name)
+    with Memory(model) as memory:
+        loss = model(**inputs).square().mean()
+        alive = memory.alive
+        loss.backward()
+    return alive, memory.runs
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODES if name != "none"])
+def test_gradients_do_not_change(name, guidance):
+    reference, result = gradients("none", guidance), gradients(name, guidance)
+    assert result.keys() == reference.keys()
+    for parameter, grad in reference.items():
+        assert grad.abs().max() > 1e-6, f"{parameter} is not tested"
+        torch.testing.assert_close(result[parameter], grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [("none", [1] * 5), ("full", [2] * 5), ("1", [2] * 5), ("2", [1, 2, 1, 2, 1]),
+     ("2, offloaded", [1, 2, 1, 2, 1]), ("op", [2] * 5)],
+)  # fmt: skip
+def test_the_blocks_that_are_named_are_run_again(name, runs):
+    """Counted from 1 over double and single blocks: of five, "2" takes the second and fourth."""
+    model = nonzero_model(ARGS, seed=5)
+    counts = [0] * 5
+    for i, block in enumerate([*model.double_blocks.values(), *model.single_blocks.values()]):
+
+        def count(*_, i=i):
+            counts[i] += 1
+
+        block.register_forward_pre_hook(count)
+    apply_activation_checkpoint(model, **OPTIONS | MODES[name])
+    model(**model_inputs(ARGS, 2, 6, 10, 13, seed=6)).square().mean().backward()
+    assert counts == runs
+
+
+def test_each_mode_keeps_what_it_says():
+    alive = {name: measured(name)[0] for name in ("none", "full", "2", "op")}
+    assert alive["full"] < 0.1 * alive["none"]
+    assert alive["full"] < 0.5 * alive["op"] < 0.3 * alive["none"]
+    assert alive["full"] < alive["2"] < 0.8 * alive["none"]
+
+
+PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def test_by_operation_no_product_and_no_attention_runs_twice():
+    (_, none), (_, full), (_, op) = (measured(name) for name in ("none", "full", "op"))
+    for product in PRODUCTS:
+        assert op.get(product, 0) == none.get(product, 0)
+    assert op[ATTENTION] == none[ATTENTION] == 5
+    assert full[ATTENTION] == 10
+    assert op[torch.ops.aten.gelu.default] == 2 * none[torch.ops.aten.gelu.default]
+
+
+def test_a_list_without_addmm_would_be_seen(monkeypatch):
+    """The mutation: biased linears are addmm; torchtitan's list has mm only."""
+    complete, _ = measured("op")
+    (_, none) = measured("none")
+    addmm = torch.ops.aten.addmm.default
+    rest = [op for op in activation_checkpoint.SAVED_OPS if op is not addmm]
+    monkeypatch.setattr(activation_checkpoint, "SAVED_OPS", rest)
+    alive, runs = measured("op")
+    assert alive < 0.5 * complete
+    assert runs[addmm] > 1.5 * none[addmm]
+
+
+def test_only_block_inputs_are_offloaded(monkeypatch):
+    """What is packed: the tensors that go into the blocks, each time a block takes them."""
+    packed = []
+
+    class Recorded(torch.autograd.graph.save_on_cpu):
+        def __init__(self, pin_memory: bool):
+            super().__init__(pin_memory)
+            assert pin_memory == torch.cuda.is_available()
+            pack = self.pack_hook
+            self.pack_hook = lambda x: packed.append(tuple(x.shape)) or pack(x)
+
+    monkeypatch.setattr(activation_checkpoint, "save_on_cpu", Recorded)
+    model, inputs = prepared("full, offloaded")
+    model(**inputs)
+    img, txt, vec, table = (2, 60, 64), (2, 13, 64), (2, 64), (2, 1, 73, 8, 2)
+    assert sorted(packed) == sorted([img, txt, vec, table] * 2 + [(2, 73, 64), vec, table] * 3)
+
+
+def test_wrapped_models_are_saved_under_the_bare_names():
+    bare = nonzero_model(ARGS, seed=5).state_dict()
+    for name in MODES:
+        model, _ = prepared(name)
+        assert model.state_dict().keys() == bare.keys()
+
+
+def test_the_compilers_budget_is_set_and_taken_back():
+    settings = torch._functorch.config
+    model = nonzero_model(ARGS, seed=5)
+    apply_activation_checkpoint(model, "memory_budget", memory_budget=0.25)
+    assert settings.activation_memory_budget == 0.25
+    apply_activation_checkpoint(model, "none", memory_budget=0.25)
+    assert settings.activation_memory_budget == 1.0
+
+
+COMPILED = ("--compile.enable",)
+SELECTIVE = ("--activation_checkpoint.mode", "selective")
+BUDGET = ("--activation_checkpoint.mode", "memory_budget")
+OPTION = "--activation_checkpoint.selective_ac_option"
+OFFLOADED = "--activation_checkpoint.offload_inputs"
+
+
+def load(*argv: str):
+    return load_config(["--job.config_file", "train_configs/flux_digits.toml", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ((*SELECTIVE, OPTION, "layer"), ["selective_ac_option = 'layer'", '"op"', "N >= 1"]),
+        ((*SELECTIVE, OPTION, "0"), ["selective_ac_option = '0'"]),
+        ((*SELECTIVE, OPTION, "-2"), ["selective_ac_option = '-2'"]),
+        (BUDGET, ["activation_checkpoint.mode", "compile.enable = true"]),
+        ((*BUDGET, *COMPILED, "--compile.components", "loss"), ['"model" in compile.components']),
+        ((*BUDGET, *COMPILED, "--activation_checkpoint.memory_budget", "1.5"),
+         ["activation_checkpoint.memory_budget = 1.5", "[0, 1]"]),
+        ((*BUDGET, *COMPILED, "--parallelism.tensor_parallel_degree", "2"),
+         ["memory_budget", "parallelism.tensor_parallel_degree = 1"]),
+        ((OFFLOADED,), ["activation_checkpoint.offload_inputs", 'mode = "full"']),
+        ((OFFLOADED, *SELECTIVE, OPTION, "op"), ["activation_checkpoint.offload_inputs"]),
+        (("--activation_checkpoint.determinism_check", "strict"), ["determinism_check = 'strict'"]),
+        ((*SELECTIVE, OPTION, "op", "--activation_checkpoint.debug"), ["selective_ac_option"]),
+        (("--activation_checkpoint.visualize_memory_budget_pareto",), ["remove the key"]),
+        ((*COMPILED, "--compile.components", "optimizer"), ["compile.components", "model, loss"]),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused_by_name(argv, named, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2" if "--parallelism.tensor_parallel_degree" in argv else "1")
+    with pytest.raises(ConfigError) as error:
+        load(*argv)
+    for part in named:
+        assert part in str(error.value)
+    assert len(error.value.found) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [SELECTIVE, (*SELECTIVE, OPTION, "op"), (*SELECTIVE, OPTION, "3", OFFLOADED),
+     ("--activation_checkpoint.mode", "full", OFFLOADED), (*BUDGET, *COMPILED)],
+)  # fmt: skip
+def test_right_options_are_taken(argv):
+    load(*argv)

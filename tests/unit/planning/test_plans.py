@@ -1,0 +1,158 @@
+"""What is proposed fits, what cannot fit is refused, and trackers count what lives."""
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import pytest
+import torch
+
+from torchtitan_flux.config.manager import ConfigError, FluxConfigManager, load_config
+from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.planning import fits as fits_module
+from torchtitan_flux.planning.command import model_args, parse_mesh
+from torchtitan_flux.planning.communication import Mesh
+from torchtitan_flux.planning.estimate import GIB, estimate, with_mesh
+from torchtitan_flux.planning.fits import fits, least
+from torchtitan_flux.planning.propose import meshes, propose, why_nothing_fits, with_checkpointing
+from torchtitan_flux.planning.report import plan_text, proposals_text
+from torchtitan_flux.planning.timeline import Segment, Timeline
+from torchtitan_flux.planning.tracker import MemoryTracker, ring_bytes
+
+MIB = 2**20
+
+
+def tiny(*more: str):
+    return load_config(
+        [
+            "--job.config_file", "train_configs/debug_model.toml",
+            "--model.flavor", "flux-tiny",
+            "--training.local_batch_size", "2",
+            "--training.mixed_precision_param", "bfloat16",
+            *more,
+        ]
+    )  # fmt: skip
+
+
+def dev(*more: str):
+    return FluxConfigManager().parse_args(
+        [
+            "--job.config_file", "train_configs/flux_dev_model.toml",
+            "--training.img_size", "1024",
+            "--training.local_batch_size", "1",
+            "--sampling.no-enable",
+            *more,
+        ]
+    )  # fmt: skip
+
+
+def test_the_tracker_counts_storages_while_they_live():
+    with MemoryTracker() as tracker:
+        a = torch.zeros(MIB)
+        view = a[10:]
+        b = a + 1
+        assert tracker.alive == 8 * MIB
+        tracker.mark("then")
+        del a, b
+        assert tracker.alive == 4 * MIB, "the view keeps it"
+        c = torch.zeros(3 * MIB)
+        c.untyped_storage().resize_(0)
+        tracker.mark("end")
+    assert tracker.segments == [
+        Segment("begin", kept=8 * MIB, rise=8 * MIB),
+        Segment("then", kept=-4 * MIB, rise=8 * MIB),
+    ]
+    del view
+
+
+def test_a_timeline_repeats_its_middle():
+    shown = [Segment("forward", "double_blocks", n, kept=10 + n, rise=100) for n in range(3)]
+    line = Timeline([*shown, Segment("backward", kept=-33, rise=5)])
+    many = line.repeated({"double_blocks": 6, "single_blocks": 0})
+    assert many.activations == 10 + 4 * 11 + 12
+    assert many.peak == 10 + 4 * 11 + 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"), [("all-gather", 75), ("reduce-scatter", 75), ("all-to-all", 75),
+                       ("all-reduce", 150), ("send", 100)],
+)  # fmt: skip
+def test_bytes_on_a_ring_of_four(kind, sent):
+    assert ring_bytes(kind, 4, 100) == sent
+
+
+def test_meshes_are_all_that_the_model_can_be_cut_by():
+    found = list(meshes(FLAVORS["flux-dev"], 24, 8))
+    assert all(mesh.ranks == 24 and 24 // mesh.tp % mesh.cp == 0 for mesh in found)
+    assert len(found) == len(set(found))
+    assert Mesh(cp=24) in found
+    assert Mesh(replicate=3, shard=8) in found
+    assert Mesh(shard=3, tp=8) in found
+    assert not any(mesh.tp in (12, 24) for mesh in found), "a tensor group stays on its node"
+
+
+@pytest.mark.long
+def test_what_is_proposed_fits_and_what_needs_more_does_not():
+    config = tiny()
+    args = model_args(config)
+    whole, _ = estimate(with_mesh(config, Mesh(shard=4)), args, Mesh(shard=4))
+    memory = whole.peak / 0.92
+    found = propose(config, args, 4, memory, keep=2)
+    assert len({p.mesh for p in found}) == 2
+    for p in found:
+        plan = with_checkpointing(with_mesh(config, p.mesh), p.checkpointing)
+        plan.training.local_batch_size = p.batch
+        assert estimate(plan, args, p.mesh)[0].peak <= 1.05 * whole.peak
+    text = proposals_text(found, 4, memory)
+    assert str(found[0].mesh) in text
+    assert "useful operations" in text
+    assert propose(config, args, 4, memory / 1000) == []
+    assert "nothing fits" in why_nothing_fits(config, args, 4, memory / 1000)
+
+
+def test_a_plan_says_what_does_not_fit():
+    config = with_mesh(tiny(), Mesh(replicate=2, shard=2, tp=2))
+    args = model_args(config)
+    found, _ = estimate(config, args, Mesh(replicate=2, shard=2, tp=2))
+    text = plan_text(config, args, Mesh(replicate=2, shard=2, tp=2), found, 2.0 * found.peak, None)
+    assert "fits:" in text
+    assert "gradients of replicas (all-reduce)" in text
+    text = plan_text(config, args, Mesh(replicate=2, shard=2, tp=2), found, 1.0 * found.peak, None)
+    assert "DOES NOT FIT" in text, "a part of the memory is not planned with"
+
+
+def test_the_bound_from_below_is_below(monkeypatch):
+    monkeypatch.setattr(fits_module, "resolve_model_args", lambda _: FLAVORS["flux-dev"])
+    for mode in ("none", "full"):
+        config = with_checkpointing(dev(), mode)
+        found, _ = estimate(with_mesh(config, Mesh(shard=8)), FLAVORS["flux-dev"], Mesh(shard=8))
+        assert 0.7 * found.peak < sum(least(config, 8).values()) <= found.peak
+
+
+def test_a_run_that_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(fits_module, "resolve_model_args", lambda _: FLAVORS["flux-dev"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+
+    class Card:
+        total_memory = 40 * GIB
+
+    monkeypatch.setattr(
+        fits_module.utils.device_module, "get_device_properties", lambda _=None: Card, raising=False
+    )
+    reason = fits(dev("--activation_checkpoint.mode", "none"))
+    assert reason is not None
+    assert "at least 59.9 GiB" in reason
+    assert 'activation_checkpoint.mode = "full"' in reason
+    assert fits(dev("--activation_checkpoint.mode", "full")) is None
+    reason = fits(dev("--activation_checkpoint.mode", "full", "--training.global_batch_size", "16"))
+    assert reason is not None
+    assert "training.global_batch_size" in reason
+
+
+def test_a_small_run_is_never_refused():
+    assert fits(tiny()) is None
+
+
+def test_degrees_are_read_and_refused():
+    assert parse_mesh("replicate=8,shard=4") == Mesh(8, 4)
+    for wrong in ("fsdp=3", "shard", "shard=0", "shard=x"):
+        with pytest.raises(ConfigError, match="write replicate=8"):
+            parse_mesh(wrong)

@@ -1,0 +1,194 @@
+"""A run's folder of checkpoints: which are complete, which one to load, what may go.
+
+`step-N` is a checkpoint; `step-N.partial` was being written when the run was killed,
+`step-N.deleting` was being deleted, `step-N.damaged` was replaced by a good one of the same step,
+`step-N.abandoned` came after the step that a run went back to.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from torchtitan_flux.checkpoint.manifest import Damaged, Manifest
+
+T = TypeVar("T")
+
+LEFTOVERS = re.compile(r"step-\d+\.(partial|deleting)")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose_checkpoint` found.
+
+    Attributes:
+        folder: the checkpoint to load; None where there is none that is good.
+        manifest: its manifest.
+        damaged: why newer ones, or all, were passed over, by step; newest first.
+    """
+
+    folder: Path | None = None
+    manifest: Manifest | None = None
+    damaged: dict[int, str] = field(default_factory=dict)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step}"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, complete or not, newest first."""
+    names = (path.name for path in (folder.iterdir() if folder.is_dir() else ()))
+    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
+    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+
+
+def choose_checkpoint(folder: Path, load_step: int = -1) -> Choice:
+    """The newest checkpoint that is what its manifest says, or the one of `load_step`.
+
+    Collective where ranks are joined: rank 0 looks for all, also where a file system lags behind
+    on some node, and every rank reads its share of the files.
+    """
+    steps = agree(lambda: list_steps(folder)) if load_step == -1 else [load_step]
+    damaged: dict[int, str] = {}
+    for step in steps:
+        manifest, problem = verify(step_folder(folder, step))
+        if manifest is not None:
+            return Choice(step_folder(folder, step), manifest, damaged)
+        damaged[step] = problem
+    return Choice(damaged=damaged)
+
+
+def verify(checkpoint: Path) -> tuple[Manifest | None, str]:
+    """The manifest of a checkpoint whose every byte was checked, or None and what is wrong.
+
+    Collective where ranks are joined.
+    """
+    manifest, problem = agree(lambda: _read(checkpoint))
+    if manifest is None:
+        return None, problem
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # the largest first, so that the shares come out even
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    try:
+        manifest.check_contents(checkpoint, names[rank::ranks])
+        problem = ""
+    except Damaged as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [""] * ranks
+        dist.all_gather_object(problems, problem)
+    problem = "; ".join(sorted({one for one in problems if one}))
+    return (None, problem) if problem else (manifest, "")
+
+
+def complete_steps(folder: Path) -> dict[int, Manifest]:
+    """Checkpoints with a manifest whose files are there in full size; reads no contents."""
+    found = {}
+    for step in list_steps(folder):
+        manifest, _ = _read(step_folder(folder, step))
+        if manifest is not None:
+            found[step] = manifest
+    return found
+
+
+def stale_steps(folder: Path, keep: int, damaged: set[int]) -> list[int]:
+    """Complete checkpoints beyond the `keep` newest; those of known damage count for nothing.
+
+    Args:
+        folder: the run's checkpoints.
+        keep: how many good ones stay; 0 keeps all.
+        damaged: steps known to be damaged although all their files are there.
+    """
+    good = [step for step in complete_steps(folder) if step not in damaged]  # newest first
+    return good[keep:] if keep else []
+
+
+def clear_leftovers(folder: Path) -> list[str]:
+    """Tidy up after a killed run: what it left half-written or half-deleted goes.
+
+    One that was complete but for its name gets it. Only for the one process that holds the run's
+    folder.
+
+    Returns:
+        what was done, a line for each.
+    """
+    paths = [path for path in (folder.iterdir() if folder.is_dir() else ())]
+    done = []
+    for path in sorted(path for path in paths if LEFTOVERS.fullmatch(path.name)):
+        named = path.with_name(path.stem)
+        manifest, _ = _read(path)
+        complete = manifest is not None and f"step-{manifest.step}" == path.stem
+        if complete and path.suffix == ".partial" and not named.exists():
+            path.rename(named)
+            done.append(f"{named} was complete but for its name")
+        else:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            done.append(f"Removed {path}, which a killed run left unfinished")
+    return done
+
+
+def make_room(checkpoint: Path, damaged: bool) -> None:
+    """Let a new checkpoint have this name: a good one goes, a damaged one is set aside.
+
+    Args:
+        checkpoint: the name.
+        damaged: what has it is known to be damaged, also where all its files are there.
+    """
+    if checkpoint.exists():
+        good = not damaged and _read(checkpoint)[0] is not None
+        rename_over(checkpoint, "deleting" if good else "damaged")
+
+
+def abandon_after(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a run goes back to; returns their new names."""
+    later = [one for one in list_steps(folder) if one > step]
+    return [rename_over(step_folder(folder, one), "abandoned") for one in sorted(later)]
+
+
+def rename_over(checkpoint: Path, suffix: str) -> Path:
+    """Add a suffix to a checkpoint's name, in place of one that has it already."""
+    target = checkpoint.with_name(f"{checkpoint.name}.{suffix}")
+    shutil.rmtree(target, ignore_errors=True)
+    return checkpoint.rename(target)
+
+
+def _read(checkpoint: Path) -> tuple[Manifest | None, str]:
+    """The manifest, where files of the right sizes lie beside it; else what is wrong."""
+    if not checkpoint.is_dir():
+        return None, "it does not exist"
+    try:
+        manifest = Manifest.read(checkpoint)
+        manifest.check_sizes(checkpoint)
+    except Damaged as error:
+        return None, str(error)
+    return manifest, ""
+
+
+def agree(find: Callable[[], T]) -> T:
+    """What rank 0 finds, told to every rank.
+
+    Raises:
+        OSError: on every rank, when rank 0 met one.
+    """
+    if not dist.is_initialized():
+        return find()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = find()
+        except OSError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise OSError(box[1])
+    return box[0]

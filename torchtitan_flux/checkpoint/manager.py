@@ -1,0 +1,296 @@
+"""torchtitan's checkpoint manager, with checkpoints that are complete or invisible (contract 5)."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+from torchtitan_flux.engine import give_back_freed_memory
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torchtitan.train
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.stateful import Stateful
+from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import GarbageCollection
+
+from torchtitan_flux.checkpoint.folder import Choice, rename_over, stale_steps, step_folder
+from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of, load_states, partial_of
+
+
+class CheckpointNotSaved(RuntimeError):
+    """A checkpoint could not be written; those before it are intact."""
+
+
+class FluxCheckpointManager(CheckpointManager):
+    """Saves with a manifest, keeps complete checkpoints, loads what was chosen beforehand.
+
+    Args:
+        facts: what the run is tied to; stored with every checkpoint.
+        choice: the run's own checkpoint to continue from, verified; empty to begin.
+        initial: a verified foreign checkpoint to begin from, or None.
+        on_save_error: "continue" reports a checkpoint of the interval that could not be written
+            and trains on; "stop" raises. The last one, and one that a stop asked for, always raise.
+        arguments: torchtitan's.
+
+    Raises:
+        CheckpointNotSaved: by every method that saves or waits.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        facts: RunFacts,
+        choice: Choice,
+        initial: Path | None,
+        on_save_error: str,
+        **more: Any,
+    ):
+        self.save_future: Future | None = None
+        super().__init__(*arguments, **more)
+        self.facts = facts
+        self.choice = choice
+        self.initial = initial
+        self.on_save_error = on_save_error
+        self.damaged = set(choice.damaged)
+        self._saved_step: int | None = None  # known complete, in this process
+        self._saving: tuple[int, ManifestWriter, float] | None = None
+        self._background = ThreadPoolExecutor(1, "save")  # a thread only once it is needed
+
+    # ---- saving -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save where the interval, the first or the last step asks for it (torchtitan's loop)."""
+        if not self._should_save(curr_step, last_step) or self._is_saved(curr_step):
+            return
+        if last_step or curr_step == 0:
+            model_only = self.last_save_model_only or curr_step == 0
+            self._save(curr_step, model_only, background=False, required=True)
+        else:
+            background = self.async_mode != AsyncMode.DISABLED
+            required = self.on_save_error == "stop"
+            self._save(curr_step, model_only=False, background=background, required=required)
+
+    @torch.no_grad()
+    def save_now(self, step: int) -> bool:
+        """A full checkpoint of this step, on the disk when this returns.
+
+        Returns:
+            whether there is one: not where checkpoints are switched off or only loaded.
+        """
+        if not self.enable or self.load_only:
+            return False
+        if not self._is_saved(step):
+            self._save(step, model_only=False, background=False, required=True)
+        return True
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether this process has seen the checkpoint of a step through to its name."""
+        saving = self._saving is not None and self._saving[0] == step
+        if saving:
+            self.wait(required=False)
+        return self._saved_step == step
+
+    def maybe_wait_for_staging(self) -> None:
+        """torchtitan calls this in every step: a save that has ended meanwhile is noted."""
+        super().maybe_wait_for_staging()
+        future = self.save_future
+        # a failure waits for the next save, which all ranks reach in the same step
+        if future is not None and future.done() and future.exception() is None:
+            self.wait()
+
+    def wait(self, required: bool | None = None) -> None:
+        """Until a save in the background has ended; reports it when it failed.
+
+        Args:
+            required: raise when it failed; None does what `on_save_error` says.
+        """
+        future, self.save_future = self.save_future, None
+        if future is None:
+            return
+        assert self._saving is not None
+        step, writer, _ = self._saving
+        try:
+            future.result()
+        except (CheckpointException, Exception) as error:
+            if not isinstance(error, CheckpointException):
+                # the process or thread that saves is gone, and with it the others' collective
+                logger.error("Saving in the background broke; from here on it is done in place")
+                self.async_mode = AsyncMode.DISABLED
+            stop = self.on_save_error == "stop" if required is None else required
+            self._failed(step, writer, error, stop)
+        else:
+            self._complete()
+
+    def _save(self, step: int, model_only: bool, background: bool, required: bool) -> None:
+        # in the foreground this save makes up for one that failed in the background
+        self.wait(required=None if background else False)
+        GarbageCollection.collect("GC collection invoked by checkpointer.")
+        states = self.states[MODEL].state_dict()
+        if model_only and self.export_dtype != torch.float32:
+            states = {name: value.to(self.export_dtype) for name, value in states.items()}
+        elif not model_only:
+            states = self._flattened_model_states_sd()
+        folder = step_folder(Path(self.folder), step)
+        kind = "model" if model_only else "full"
+        writer = ManifestWriter(folder, step, kind, self.facts, step in self.damaged)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial_of(folder), ignore_errors=True)
+        self._saving = step, writer, time.monotonic()
+        try:
+            if background:
+                self._save_in_background(states, writer)
+                logger.info(f"Saving {folder} in the background")
+                return
+            dcp.save(states, storage_writer=writer)
+        except CheckpointException as error:
+            self._failed(step, writer, error, required)
+            return
+        self._complete()
+
+    def _save_in_background(self, states: dict[str, Any], writer: ManifestWriter) -> None:
+        if self.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+            if self.stager is None:
+                self.stager = DefaultStager(StagingOptions(True, True, True, True))
+            response = dcp.async_save(
+                states,
+                storage_writer=writer,
+                process_group=self.pg,
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+                async_stager=self.stager,
+            )
+            assert isinstance(response, AsyncSaveResponse)
+            self.staging_future, self.staging = response.staging_completion, True
+            self.save_future = response.upload_completion
+        else:
+            # One thread for all saves: with dcp.async_save each has a thread of its own, whose end
+            # leaves 10 MB of its heap with the C library, which malloc_trim does not give back.
+            if self.stager is None:
+                self.stager = DefaultStager(StagingOptions(False, False, False, False))
+            states = {
+                name: value.state_dict() if isinstance(value, Stateful) else value
+                for name, value in states.items()
+            }
+            staged = self.stager.stage(states)
+            assert isinstance(staged, dict)  # not a future: staging is not in the background
+            self.save_future = self._background.submit(
+                dcp.save, staged, storage_writer=writer, process_group=self.pg
+            )
+
+    def _complete(self) -> None:
+        """A checkpoint has its name: say so, and let the oldest go."""
+        assert self._saving is not None
+        step, writer, begin = self._saving
+        if self.async_mode == AsyncMode.DISABLED:
+            seconds = time.monotonic() - begin
+            logger.info(
+                f"Saved {writer.folder} in {seconds:.2f} s, {writer.checksum_seconds:.2f} s of it "
+                "for checksums"
+            )
+        else:
+            logger.info(f"Saved {writer.folder}")
+        self._saved_step = step
+        self.damaged.discard(step)
+        give_back_freed_memory()
+        if dist.get_rank() == 0:
+            self._purge_stale_checkpoints()
+
+    def _purge_stale_checkpoints(self) -> None:
+        folder = Path(self.folder)
+        try:
+            for step in stale_steps(folder, self.keep_latest_k, self.damaged):
+                # renamed first: half a checkpoint must not bear the name of a whole one
+                rename_over(step_folder(folder, step), "deleting")
+            for going in folder.glob("step-*.deleting"):
+                if self.purge_thread is None:
+                    shutil.rmtree(going, ignore_errors=True)
+                else:
+                    self.purge_queue.put(str(going))
+        except OSError as error:  # the checkpoint itself is good
+            logger.warning(f"Old checkpoints in {folder} could not be deleted: {error}")
+
+    def _failed(
+        self, step: int, writer: ManifestWriter, error: BaseException, required: bool
+    ) -> None:
+        """Give back the space; then report, or raise where the run must not go on without it."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial_of(writer.folder), ignore_errors=True)
+        told = isinstance(error, CheckpointException)
+        causes = causes_of(error) if told else f"{type(error).__name__}: {error}"
+        message = f"The checkpoint of step {step} could not be saved to {writer.folder} ({causes})"
+        if required:
+            raise CheckpointNotSaved(f"{message}; those before it are intact") from error
+        logger.error(
+            f"{message}; training goes on, as checkpoint.on_save_error = "
+            f'"{self.on_save_error}" says. Those before it are intact'
+        )
+
+    # ---- loading ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Load what was chosen before anything was built; False where the run begins anew.
+
+        Args:
+            step: torchtitan's; which checkpoint it means was settled with `choice`.
+
+        Raises:
+            KeyMismatch: the weights there are not this model's.
+        """
+        if not self.enable:
+            return False
+        if self.choice.folder is not None:
+            assert self.choice.manifest is not None
+            folder, model_only = self.choice.folder, self.choice.manifest.kind == "model"
+            self._saved_step = self.choice.manifest.step
+        elif self.initial is not None:
+            folder, model_only = self.initial, self.initial_load_model_only
+        else:
+            return False
+        logger.info(f"Loading {folder}")
+        begin = time.monotonic()
+        states = self._states_to_load(model_only)
+        model_keys = set(self.states[MODEL].state_dict()) & set(states)
+        load_states(states, model_keys, folder)
+        if model_keys:  # checkpoint.exclude_from_loading may name the model
+            self.states[MODEL].load_state_dict({name: states[name] for name in model_keys})
+        GarbageCollection.collect("GC collection for checkpoint loading.")
+        logger.info(f"Loaded it in {time.monotonic() - begin:.2f} s")
+        return True
+
+    def close(self) -> None:
+        """End the background: a save in progress is finished first."""
+        try:
+            self.wait(required=False)
+        finally:
+            self._background.shutdown()
+            super().close()
+
+
+@contextmanager
+def checkpoint_manager_bound(**known: Any) -> Iterator[None]:
+    """torchtitan's Trainer, when built inside, gets this manager in place of its own.
+
+    Args:
+        known: FluxCheckpointManager's own arguments.
+    """
+    theirs = torchtitan.train.CheckpointManager
+    torchtitan.train.CheckpointManager = partial(  # type: ignore[misc]
+        FluxCheckpointManager, **known
+    )
+    try:
+        yield
+    finally:
+        torchtitan.train.CheckpointManager = theirs

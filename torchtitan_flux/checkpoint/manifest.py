@@ -1,0 +1,120 @@
+"""What a complete checkpoint consists of: `manifest.json`, written last (contract 5).
+
+It lists every file with its size and checksum, and what the run is tied to, so that both can be
+read without unpickling anything.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.durable import sync_folder
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_BLOCK = 8 * 2**20
+
+Kind = Literal["full", "model"]
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what its manifest says, or has none; the message says why."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size in bytes and XXH3-128 of a file; several times faster than a disk, and no secret."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about one checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        kind: "full" continues a run; "model" holds weights alone.
+        facts: what the run is tied to.
+        created: seconds since 1970, when it was complete.
+        files: facts of each file by its name in the folder; the manifest itself is not among them.
+    """
+
+    step: int
+    kind: Kind
+    facts: RunFacts
+    created: float
+    files: dict[str, FileFacts]
+
+    def write(self, folder: Path) -> None:
+        """Put the manifest into a folder, durably and at once."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        temporary = folder / f".{MANIFEST}.tmp"
+        with temporary.open("w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / MANIFEST)
+        sync_folder(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a checkpoint folder.
+
+        Raises:
+            Damaged: there is none, or it cannot be understood.
+        """
+        try:
+            content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise Damaged(f"it has no {MANIFEST}, so it was not saved completely") from None
+        except (OSError, ValueError) as error:
+            raise Damaged(f"its {MANIFEST} cannot be read ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise Damaged(f"its {MANIFEST} is not of format {FORMAT}")
+        try:
+            return cls(
+                step=int(content["step"]),
+                kind=content["kind"],
+                facts=RunFacts.from_state(content["facts"]),
+                created=float(content["created"]),
+                files={name: FileFacts(**facts) for name, facts in content["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Damaged(f"its {MANIFEST} cannot be understood ({error!r})") from error
+
+    def check_sizes(self, folder: Path) -> None:
+        """Damaged where a file is missing or of another size; reads no file."""
+        for name, facts in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise Damaged(f"{name} is missing")
+            if (size := path.stat().st_size) != facts.size:
+                raise Damaged(f"{name} has {size} bytes instead of {facts.size}")
+
+    def check_contents(self, folder: Path, names: list[str]) -> None:
+        """Damaged where one of these files is not what was saved; reads them whole."""
+        for name in names:
+            try:
+                found = file_facts(folder / name)
+            except OSError as error:
+                raise Damaged(f"{name} cannot be read ({error})") from error
+            if found != self.files[name]:
+                raise Damaged(f"the checksum of {name} is wrong")
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and checksum of a file."""
+    digest, size = xxhash.xxh3_128(), 0
+    buffer = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileFacts(size, digest.hexdigest())

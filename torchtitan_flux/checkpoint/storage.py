@@ -1,0 +1,233 @@
+"""DCP's storage with a manifest: written last, and read back without running foreign code."""
+
+import pickle
+import signal
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    _EmptyStateDictLoadPlanner,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from torchtitan_flux.checkpoint.folder import make_room
+from torchtitan_flux.checkpoint.manifest import (
+    FileFacts,
+    Kind,
+    Manifest,
+    file_facts,
+)
+from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.durable import sync_folder
+from torchtitan_flux.state_dict_keys import check_keys
+
+METADATA = ".metadata"
+NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+"""Prefixes of the entries of a checkpoint that are not weights."""
+
+
+class _Written(list[WriteResult]):
+    """What one rank tells the coordinator after writing, with the facts of its files."""
+
+    files: dict[str, FileFacts]
+
+
+class ManifestWriter(FileSystemWriter):
+    """Writes `<folder>.partial`; the coordinator adds the manifest and gives it its name.
+
+    DCP calls `finish` on one rank, after every rank has written: a checkpoint has its name only
+    when all of it is on the disk. The facts of the files travel the way of DCP's own results, so
+    no communication is added, and it works in the background as in the foreground.
+
+    Args:
+        folder: what the checkpoint will be called.
+        step, kind, facts: for the manifest.
+        replaces_damaged: one that lies there is known to be damaged, and set aside.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, kind: Kind, facts: RunFacts, replaces_damaged: bool
+    ):
+        super().__init__(partial_of(folder))
+        self.folder = folder
+        self.step = step
+        self.kind: Kind = kind
+        self.facts = facts
+        self.replaces_damaged = replaces_damaged
+        self.checksum_seconds = 0.0
+        """Time this rank spent on checksums."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickled in the process that saves in the background: it is needed until the ranks end
+        # it, while Slurm and torchrun signal every process.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        vars(self).update(state)
+
+    def write_data(self, plan: Any, planner: Any) -> Future:
+        results = super().write_data(plan, planner).wait()
+        begin = time.perf_counter()
+        written = _Written(results)
+        names = sorted({result.storage_data.relative_path for result in results})
+        written.files = {name: file_facts(Path(self.path) / name) for name in names}
+        self.checksum_seconds = time.perf_counter() - begin
+        future: Future = Future()
+        future.set_result(written)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        files = {METADATA: file_facts(folder / METADATA)}
+        for of_rank in results:
+            assert isinstance(of_rank, _Written)
+            files |= of_rank.files
+        Manifest(self.step, self.kind, self.facts, time.time(), files).write(folder)
+        make_room(self.folder, self.replaces_damaged)
+        folder.rename(self.folder)
+        sync_folder(self.folder.parent)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what DCP's own metadata consist of, and nothing else."""
+
+    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    CLASSES = (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+        "_StorageInfo",
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # how Python 3.11.0 to 3.11.3 pickle a member of an enum
+        known = (
+            (module in self.MODULES and name in self.CLASSES)
+            or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+            or (module in ("pathlib", "pathlib._local") and name == "PosixPath")
+            or (module, name) == ("collections", "OrderedDict")
+        )
+        if not known:
+            raise pickle.UnpicklingError(
+                f"{METADATA} names {module}.{name}, which no checkpoint of DCP needs"
+            )
+        return super().find_class(module, name)
+
+
+def _member(enum: Any, name: str) -> Any:
+    """getattr, of enums that DCP's metadata consist of and nothing else."""
+    if not (isinstance(enum, type) and issubclass(enum, Enum)):
+        raise pickle.UnpicklingError(f"{METADATA} asks for {name!r} of {enum!r}, which is no enum")
+    return enum[name]
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader, with metadata that cannot run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / METADATA).open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """DCP's planner, with values (steps, rates) that cannot run code."""
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        torch.load(value, weights_only=True)  # DCP's own method would unpickle anything
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def load_states(states: dict[str, Any], model_keys: set[str], folder: Path) -> None:
+    """Fill `states` from a checkpoint, in place; collective.
+
+    Args:
+        states: weights by name, and whatever else is wanted; a pipeline rank wants its own.
+        model_keys: which of them are weights.
+        folder: the checkpoint.
+
+    Raises:
+        KeyMismatch: the checkpoint's weights are not exactly those of all ranks; names each one.
+        RuntimeError: something else is missing or cannot be read.
+    """
+    reader = SafeReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(entry.size, device="meta")
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith(NOT_MODEL)
+    }
+    wanted = {name: tuple(states[name].shape) for name in model_keys}
+    if model_keys:
+        check_keys(found, _of_all_ranks(wanted, found.keys() == wanted.keys()), str(folder))
+    try:
+        dcp.load(states, storage_reader=reader, planner=_SafePlanner())
+    except CheckpointException as error:  # no Exception, so that few would catch it
+        raise RuntimeError(f"{folder} could not be loaded ({causes_of(error)})") from error
+
+
+def _of_all_ranks(own: dict[str, Any], complete: bool) -> dict[str, Any]:
+    """What any rank has; exchanged only where some rank's own is not complete."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    every = [False] * dist.get_world_size()
+    dist.all_gather_object(every, complete)
+    if all(every):
+        return own
+    gathered: list[dict[str, Any]] = [{} for _ in every]
+    dist.all_gather_object(gathered, own)
+    return {name: value for of_rank in gathered for name, value in of_rank.items()}
+
+
+def causes_of(error: CheckpointException) -> str:
+    """What went wrong on which rank, in a line."""
+    return "; ".join(
+        f"rank {rank}: {type(cause).__name__}: {cause}"
+        for rank, (cause, _) in sorted(error.failures.items())
+    )
+
+
+def read_states(folder: Path) -> dict[str, Any]:
+    """Everything in a checkpoint by its flat name, in the memory of this process alone."""
+    states: dict[str, Any] = {}
+    _load_state_dict(
+        states, storage_reader=SafeReader(folder), planner=_WholePlanner(), no_dist=True
+    )
+    return states
+
+
+class _WholePlanner(_SafePlanner, _EmptyStateDictLoadPlanner):
+    """Loads what is there; names stay flat."""
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, *args: Any, **more: Any):
+        assert metadata is not None
+        metadata.planner_data = None  # the nesting that the flat names came from
+        super().set_up_planner(state_dict, metadata, *args, **more)

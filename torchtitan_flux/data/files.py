@@ -1,0 +1,159 @@
+"""Finding data on disk: walking folders, expanding patterns, the size in an image's header."""
+
+import glob
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from torchtitan_flux.data.sources import Split
+
+PATH_KEY: dict[Split, str] = {
+    "train": "training.dataset_path",
+    "held_out": "validation.dataset_path",
+}
+"""The TOML key that says where the data of each split lie."""
+
+_ORIENTATION = 0x0112  # EXIF: 5 to 8 lie on their side
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What a walk met in one directory.
+
+    Attributes:
+        name: path relative to the root, "" for the root itself, "/" between the parts.
+        files: names of the files, sorted by their UTF-8 bytes.
+        unnameable: files whose names are not UTF-8, and therefore left out.
+    """
+
+    name: str
+    files: list[str]
+    unnameable: int
+
+    def paths(self) -> list[str]:
+        """The files, relative to the root."""
+        return [f"{self.name}/{file}" if self.name else file for file in self.files]
+
+
+def walk(root: Path, without: Path | None = None) -> Iterator[Directory]:
+    """Every directory at and below `root`, parents first, siblings sorted.
+
+    Hidden files and directories are ignored. Symbolic links are followed, except to a directory
+    that is being walked already; a broken link to a file counts as a file.
+
+    Args:
+        root: an existing directory.
+        without: a directory that is left out, with all below it.
+
+    Raises:
+        OSError: a directory cannot be read.
+    """
+    without = without and without.expanduser()
+    skipped = _identity(without) if without and without.is_dir() else None
+
+    def below(name: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[Directory]:
+        files, directories, unnameable = [], [], 0
+        with os.scandir(root / name) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                is_directory = entry.is_dir()
+                if not _is_text(entry.name):
+                    unnameable += 1
+                elif is_directory:
+                    directories.append(entry.name)
+                else:
+                    files.append(entry.name)
+        yield Directory(name, sorted(files), unnameable)
+        for directory in sorted(directories):
+            path = f"{name}/{directory}" if name else directory
+            identity = _identity(root / path)
+            if identity not in ancestors and identity != skipped:
+                yield from below(path, ancestors | {identity})
+
+    yield from below("", frozenset({_identity(root)}))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def matches(pattern: str) -> list[Path]:
+    """Files that a shell pattern with {00..09}, {a,b}, *, ? and [] names, sorted within each brace.
+
+    What braces alone spell out is returned whether it exists or not; what `*` finds, exists.
+    """
+    found: list[str] = []
+    for name in expand_braces(pattern):
+        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    return [Path(name) for name in dict.fromkeys(found)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that {a,b} and {1..3} stand for, in the order of the shell; {08..11} keeps zeros.
+
+    Braces without a comma or a range mean themselves.
+    """
+    for match in re.finditer(r"\{([^{}]*)\}", pattern):  # innermost first, so that they nest
+        inside = match[1]
+        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", inside):
+            first, last = int(numbers[1]), int(numbers[2])
+            padded = any(re.match(r"-?0\d", number) for number in numbers.groups())
+            width = max(map(len, numbers.groups())) if padded else 0
+            steps = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+            choices = [f"{number:0{width}d}" for number in steps]
+        elif "," in inside:
+            choices = inside.split(",")
+        else:
+            continue
+        head, tail = pattern[: match.start()], pattern[match.end() :]
+        expanded = (expand_braces(head + choice + tail) for choice in choices)
+        return list(dict.fromkeys(itertools.chain.from_iterable(expanded)))
+    return [pattern]
+
+
+def header_size(file: Any) -> tuple[int, int]:
+    """(width, height) in pixels of an image as it is meant to be seen; (0, 0) when unreadable.
+
+    Only the header of the file, open for reading bytes, is looked at. Pictures that their EXIF
+    data turn by a quarter have the two exchanged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever decodes the picture judges it
+            image = Image.open(file)
+            width, height = image.size
+            # Without the test, PNG files would be decoded in search of EXIF data at their end.
+            if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5:
+                width, height = height, width
+    except Exception:
+        # Decoders meet damage in every way there is: struct.error, IndexError, ZeroDivisionError.
+        return 0, 0
+    return width, height
+
+
+def given_path(path: str | None, split: Split, what: str) -> str:
+    """The path that a source of files cannot do without.
+
+    Raises:
+        ValueError: there is none; says which key to set, and to `what`.
+    """
+    if not path:
+        raise ValueError(f"{PATH_KEY[split]}: not set; name {what}")
+    return os.path.expanduser(path)

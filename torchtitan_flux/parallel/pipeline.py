@@ -1,0 +1,348 @@
+"""Pipeline parallelism: every rank holds some stages of the model, and microbatches go through.
+
+The schedules are those of torch.distributed.pipelining. Sizes of what stages send are fixed when a
+schedule first runs, so there is one schedule for each batch and size, around the same stages.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux.config.pipeline import Schedule, pipeline_schedule
+from torchtitan_flux.config.resolve import image_size
+from torchtitan_flux.flow_matching import squared_errors
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.parallel.context import tokens_per_rank
+from torchtitan_flux.parallel.pipeline_split import split_model
+from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, LaterStage
+
+Errors = Callable[[Tensor, Tensor], Tensor]
+
+
+def pipeline_flux(
+    model: FluxModel,
+    parallel_dims: ParallelDims,
+    job_config: Any,
+    device: torch.device,
+    model_args: FluxModelArgs,
+    parallelize: Callable[[Any, ParallelDims, Any], Any],
+    loss_fn: Any = None,
+) -> tuple["Pipeline", list[nn.Module], bool, bool]:
+    """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`.
+
+    Args:
+        model: its modules move into the stages.
+        parallel_dims, job_config: as of `parallelize_flux`.
+        device: where this rank computes.
+        model_args: as resolved.
+        parallelize: applied to each stage of this rank.
+        loss_fn: torchtitan's; ours is given to each step.
+
+    Returns:
+        the pipeline, this rank's stages, whether it has the first stage, and whether the last.
+    """
+    p, mesh = job_config.parallelism, parallel_dims.get_mesh("pp")
+    split = split_model(
+        p, model_args, image_size(job_config), job_config.encoder.max_t5_encoding_len
+    )
+    schedule = pipeline_schedule(p)
+    own = schedule.stages_of(mesh.get_local_rank(), mesh.size(), len(split))
+    stages: dict[int, FluxStage] = {}
+    for index in own:
+        kind = LaterStage if index else FirstStage
+        stages[index] = parallelize(kind(model, split[index]), parallel_dims, job_config)
+    for index, names in enumerate(split):
+        logger.info(f"pipeline stage {index}: {names[0]} to {names[-1]}")
+    microbatches = job_config.training.local_batch_size // p.pipeline_parallel_microbatch_size
+    if microbatches < len(split):
+        logger.warning(
+            f"{microbatches} microbatches for {len(split)} pipeline stages: ranks wait for each "
+            "other; raise training.local_batch_size, or lower "
+            "parallelism.pipeline_parallel_microbatch_size"
+        )
+    pipeline = Pipeline(
+        stages,
+        Layout(
+            args=model_args,
+            stages=len(split),
+            joined=sum(any("double_blocks." in name for name in names) for names in split),
+            microbatch=p.pipeline_parallel_microbatch_size,
+            context_ranks=parallel_dims.cp,
+            dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
+        ),
+        schedule,
+        mesh.get_group(),
+        # torchtitan numbers even the CPU by the local rank
+        torch.device("cpu") if device.type == "cpu" else device,
+    )
+    return pipeline, list(stages.values()), 0 in stages, len(split) - 1 in stages
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stages send to each other.
+
+    Attributes:
+        args: of the model.
+        stages: how many there are.
+        joined: the first stage that takes both sequences joined.
+        microbatch: samples that go through together.
+        context_ranks: ranks that share each sequence.
+        dtype: of hidden states.
+    """
+
+    args: FluxModelArgs
+    stages: int
+    joined: int
+    microbatch: int
+    context_ranks: int
+    dtype: torch.dtype
+
+    def taken_by(self, stage: int, img: int, txt: int) -> tuple[Tensor, ...]:
+        """What a stage after the first takes for a microbatch of so many tokens; without data."""
+        img, txt = (tokens_per_rank(n, self.context_ranks) for n in (img, txt))
+        hidden = self.args.hidden_size
+        tokens = [(n, hidden) for n in ((img, txt) if stage < self.joined else (img + txt,))]
+        return tuple(self._empty(*shape) for shape in (*tokens, (hidden,)))
+
+    def velocity(self, img: int) -> Tensor:
+        """What the last stage returns for a microbatch; without data."""
+        return self._empty(img, self.args.out_channels)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(
+            self.microbatch, *shape, dtype=self.dtype, device="meta", requires_grad=True
+        )
+
+
+class Pipeline(nn.Module):
+    """The model of all pipeline ranks. Every one of them calls, with the same whole batch.
+
+    Called like FluxModel it gives the velocity, without gradients; `step` trains.
+
+    Args:
+        stages: of this rank, by number, after `parallelize_flux`.
+        layout: of all stages.
+        schedule: how microbatches go through them.
+        group: the ranks that share the model.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        stages: dict[int, FluxStage],
+        layout: Layout,
+        schedule: Schedule,
+        group: ProcessGroup,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.stages = nn.ModuleDict({str(index): stage for index, stage in stages.items()})
+        self.layout = layout
+        self.schedule = schedule
+        self.group = group
+        self.device = device
+        ranks, last = group.size(), layout.stages - 1
+        self.last_rank = next(
+            r for r in range(ranks) if last in schedule.stages_of(r, ranks, layout.stages)
+        )
+        self._loss = _Loss()
+        self._runs: dict[tuple[Any, ...], _Run] = {}
+        # NCCL makes a group's connections in its first collective, where all must take part
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def step(
+        self,
+        arguments: tuple[Any, ...],
+        target: Tensor,
+        elements: int,
+        reduce: bool = True,
+        errors: Errors = squared_errors,
+    ) -> Tensor:
+        """Forward and backward of one local batch.
+
+        Args:
+            arguments: of FluxModel, for the whole batch; a multiple of the microbatch.
+            target: velocities [b, img, out_channels].
+            elements: what the sum of squared errors is divided by: of all ranks and steps.
+            reduce: whether gradients are shared among data ranks now, or stay to be added to.
+            errors: squared error of each sample.
+
+        Returns:
+            loss of each sample over `elements`, [b], on every rank, without gradient.
+        """
+        batch = _Batch(*arguments)
+        run = self._run(batch, training=True)
+        for stage in run.stages:
+            stage.reduces = reduce
+        self._loss.begin(errors, elements)
+        run.schedule.step(
+            *(batch.first() if run.has_first else ()),
+            **batch.everywhere(),
+            target=target if run.has_last else None,
+            return_outputs=False,
+        )
+        if not run.has_last:
+            return self._from_last(torch.empty(target.shape[0], device=self.device))
+        return self._from_last(torch.cat(self._loss.of_samples))
+
+    @torch.no_grad()
+    def forward(self, *arguments: Any) -> Tensor:
+        """Velocity [b, img, out_channels] on every rank; arguments are those of FluxModel."""
+        batch = _Batch(*arguments)
+        b = batch.img.shape[0]
+        ranks, microbatch = self.group.size(), self.layout.microbatch
+        count = -(-b // microbatch)
+        if self.schedule.in_rounds and count > ranks:
+            count = -(-count // ranks) * ranks
+        batch = batch.filled_up(count * microbatch)
+        run = self._run(batch, training=False)
+        velocity = run.schedule.eval(
+            *(batch.first() if run.has_first else ()), **batch.everywhere()
+        )
+        for module in self.stages.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or a state dict would find whole weights, soon out of date
+        if velocity is None:
+            velocity = torch.empty(
+                count * microbatch,
+                *self.layout.velocity(batch.img.shape[1]).shape[1:],
+                dtype=self.layout.dtype,
+                device=self.device,
+            )
+        return self._from_last(velocity)[:b]
+
+    def _from_last(self, x: Tensor) -> Tensor:
+        """What the rank with the last stage has; others give its shape."""
+        x = x.contiguous()
+        dist.broadcast(x, group=self.group, group_src=self.last_rank)
+        return x
+
+    def _run(self, batch: "_Batch", training: bool) -> "_Run":
+        """The schedule for a batch of this size, made when it is first met."""
+        size = (batch.img.shape[:2], batch.txt.shape[1], len(batch.first()), training)
+        if size not in self._runs:
+            self._runs[size] = self._new_run(batch, training)
+        return self._runs[size]
+
+    def _new_run(self, batch: "_Batch", training: bool) -> "_Run":
+        layout, (b, img), txt = self.layout, batch.img.shape[:2], batch.txt.shape[1]
+        last = layout.stages - 1
+        assert b % layout.microbatch == 0, f"{b} samples in microbatches of {layout.microbatch}"
+        stages = [
+            _Stage(
+                stage,
+                int(index),
+                layout.stages,
+                self.device,
+                # given here, they need not be found out by a forward and a backward pass
+                input_args=layout.taken_by(int(index), img, txt)
+                if int(index)
+                else tuple(x[: layout.microbatch].to("meta") for x in batch.first()),
+                output_args=layout.velocity(img)
+                if int(index) == last
+                else layout.taken_by(int(index) + 1, img, txt),
+                group=self.group,
+            )
+            for index, stage in self.stages.items()
+        ]
+        kind = get_schedule_class(self.schedule.name if training else self.schedule.evaluation)
+        schedule = kind(
+            stages if self.schedule.several else stages[0],
+            n_microbatches=b // layout.microbatch,
+            loss_fn=self._loss if training else None,
+            scale_grads=False,  # the loss is a sum, and divided already
+        )
+        return _Run(schedule, stages)
+
+
+class _Stage(PipelineStage):
+    """torch's, which shares gradients among data ranks after every step, and when it evaluates
+    would pass gradients that there are not from one stage of a V to the other."""
+
+    reduces = True
+    """Whether this step's gradients are shared, or stay for the next one to add to."""
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        if self.has_backward and self.reduces:
+            super().perform_reduce_grad(grad_scale_factor)
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+class _Loss:
+    """What the last stage calls on each microbatch, in order; keeps the loss of each sample."""
+
+    def begin(self, errors: Errors, elements: int) -> None:
+        """A new batch begins."""
+        self.errors, self.elements = errors, elements
+        self.of_samples: list[Tensor] = []
+
+    def __call__(self, velocity: Tensor, target: Tensor) -> Tensor:
+        losses = self.errors(velocity, target) / self.elements
+        self.of_samples.append(losses.detach())
+        return losses.sum()
+
+
+@dataclass
+class _Run:
+    """A schedule, and this rank's stages in it."""
+
+    schedule: Any
+    stages: list[_Stage]
+
+    @property
+    def has_first(self) -> bool:
+        return any(stage.is_first for stage in self.stages)
+
+    @property
+    def has_last(self) -> bool:
+        return any(stage.is_last for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Arguments of FluxModel, in its order."""
+
+    img: Tensor
+    img_ids: Tensor
+    txt: Tensor
+    txt_ids: Tensor
+    timesteps: Tensor
+    y: Tensor
+    guidance: Tensor | None = None
+
+    def first(self) -> tuple[Tensor, ...]:
+        """What the first stage takes alone."""
+        given = (self.img, self.txt, self.timesteps, self.y)
+        return given if self.guidance is None else (*given, self.guidance)
+
+    def everywhere(self) -> dict[str, Tensor]:
+        """What every stage takes."""
+        return {"img_ids": self.img_ids, "txt_ids": self.txt_ids}
+
+    def filled_up(self, b: int) -> "_Batch":
+        """The same with repeats of its last sample at the end, b samples in all."""
+        which = torch.arange(b, device=self.img.device).clamp(max=self.img.shape[0] - 1)
+        filled: dict[str, Any] = {
+            name: None if x is None else x[which] for name, x in vars(self).items()
+        }
+        return _Batch(**filled)

@@ -1,0 +1,127 @@
+"""Whether a run can fit at all: a bound from below, in a second, before anything is built.
+
+Only what cannot be avoided is counted: shards of parameters, gradients and optimizer, encoders, and
+what blocks keep between forward and backward pass. What a plan adds (planning/estimate.py) depends
+on the allocator's luck; a run is refused when not even this fits.
+"""
+
+import os
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools import utils
+
+from torchtitan_flux.config.resolve import resolve_model_args
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
+from torchtitan_flux.planning.dry_run import mark_blocks, model_inputs, shown_of
+from torchtitan_flux.planning.estimate import (
+    GIB,
+    PARAMETER_BYTES,
+    STATES,
+    mesh_of,
+    microbatches_of,
+    parameters_of,
+    tokens_of,
+)
+from torchtitan_flux.planning.frozen import frozen_weights
+from torchtitan_flux.planning.timeline import Timeline, blocks_of
+from torchtitan_flux.planning.tracker import MemoryTracker
+
+
+def fits(config: Any) -> str | None:
+    """Why the configured run cannot fit this machine, with the keys to change; None if it may.
+
+    Args:
+        config: a checked configuration. Ranks are those of the environment (WORLD_SIZE).
+    """
+    memory = utils.device_module.get_device_properties(0).total_memory
+    if utils.device_type == "cpu":  # ranks of a machine share it
+        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need = least(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if sum(need.values()) <= memory:
+        return None
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)
+    return (
+        f"the run needs at least {sum(need.values()) / GIB:.1f} GiB on each rank ({parts}); there "
+        f"are {memory / GIB:.1f}: {_remedy(need, config)}; `python scripts/plan.py` with the same "
+        "arguments and --gpus N --memory GB proposes meshes that fit"
+    )
+
+
+def least(config: Any, ranks: int) -> dict[str, int]:
+    """Bytes that a rank holds at once at the very least, by what they are."""
+    args = resolve_model_args(config)
+    mesh = mesh_of(config.parallelism, ranks)
+    elements = parameters_of(args) // mesh.tp // mesh.pp
+    own = elements // mesh.fsdp * PARAMETER_BYTES
+    kept = activations_of(config, args) // (mesh.cp * mesh.tp * mesh.pp)
+    t = config.training
+    whole = 0
+    if microbatches_of(config, mesh) > 1 and mesh.fsdp > 1:
+        # FSDP2 sums gradients that it does not communicate yet in whole tensors
+        whole = elements * TORCH_DTYPE_MAP[t.mixed_precision_reduce].itemsize
+    if t.enable_cpu_offload:
+        own = 0
+    dtype = TORCH_DTYPE_MAP[t.mixed_precision_param]
+    return {
+        "parameters": own,
+        "optimizer": STATES[config.optimizer.name] * own,
+        "gradients of microbatches": whole,
+        # the one shrinks while the other grows
+        "activations" if kept > own else "gradients": max(kept, own),
+        "encoders": frozen_weights(config, args, mesh.fsdp, dtype.itemsize),
+    }
+
+
+def activations_of(config: Any, args: FluxModelArgs) -> int:
+    """Bytes that all blocks keep for a microbatch of one rank, before they are shared out."""
+    ac, t = config.activation_checkpoint, config.training
+    mode, option = ac.mode, ac.selective_ac_option
+    if ac.offload_inputs:
+        return 0
+    if mode == "memory_budget":
+        mode = "full"
+    elif config.compile.enable and mode == "none":
+        mode, option = "selective", "op"  # a compiled block keeps no more
+    by_number = mode == "selective" and option != "op"
+    shown = args if by_number else shown_of(args)
+    dtype = TORCH_DTYPE_MAP[t.mixed_precision_param]
+    with torch.device("meta"):
+        model = FluxModel(shown)
+    apply_activation_checkpoint(model, mode, option)
+    batch = t.local_batch_size
+    if config.parallelism.pipeline_parallel_degree > 1:
+        batch = config.parallelism.pipeline_parallel_microbatch_size
+    tracker = MemoryTracker()
+    with FakeTensorMode(), tracker:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
+        inputs = model_inputs(args, batch, *tokens_of(config, args), dtype)
+        mark_blocks(model, tracker)
+        tracker.mark("forward")
+        velocity = model(**inputs)
+        tracker.mark("end")
+        del velocity
+    return Timeline(tracker.segments[1:]).repeated(blocks_of(args)).activations
+
+
+def _remedy(need: dict[str, int], config: Any) -> str:
+    dearest = max(need, key=need.__getitem__)
+    if dearest == "activations":
+        lower = "a smaller training.local_batch_size, or parallelism.context_parallel_degree"
+        if config.activation_checkpoint.mode in ("none", "selective"):
+            return f'set activation_checkpoint.mode = "full", {lower}'
+        return f"set {lower}"
+    if dearest == "gradients of microbatches":
+        return (
+            "raise training.local_batch_size so that training.global_batch_size takes one "
+            "microbatch, or shard by parallelism.tensor_parallel_degree"
+        )
+    return "use more ranks with parallelism.data_parallel_shard_degree, or a smaller model.flavor"

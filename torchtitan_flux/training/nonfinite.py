@@ -1,0 +1,62 @@
+"""A loss or gradient that is not finite: where it came from, and what becomes of the run."""
+
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchtitan.tools.logging import logger
+
+_SHOWN = 20
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient is not finite, and the run is not to go on."""
+
+
+def report_nonfinite(
+    step: int,
+    positions: Int64[Tensor, " samples"],
+    losses: Float[Tensor, " samples"],
+    grad_norm: float,
+    training: Any,
+    skipped_in_a_row: int,
+) -> None:
+    """Say which samples of the step it came from; collective, the same on every rank.
+
+    The weights are those before the step: the optimizer did not move.
+
+    Args:
+        step: the step.
+        positions, losses: of the samples of this rank.
+        grad_norm: over all ranks.
+        training: section [training]: `nonfinite` and `max_nonfinite_steps`.
+        skipped_in_a_row: such steps one after another, this one among them.
+
+    Raises:
+        NonFinite: where the run is to stop.
+    """
+    bad = positions[~torch.isfinite(losses).to(positions.device)].tolist()
+    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, bad)
+    found = sorted({position for of_rank in gathered for position in of_rank})
+    if found:
+        more = f" … and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        where = f"the loss is not finite at positions {found[:_SHOWN]}{more}"
+    else:
+        where = "every loss is finite, the gradient is not"
+    message = f"Step {step}: {where}; gradient norm {grad_norm}"
+    if training.nonfinite == "stop":
+        raise NonFinite(
+            f'{message}. The run stops, as training.nonfinite = "stop" says; the last checkpoint '
+            "is intact"
+        )
+    if skipped_in_a_row >= training.max_nonfinite_steps:
+        raise NonFinite(
+            f"{message}. {skipped_in_a_row} steps in a row (training.max_nonfinite_steps) had to "
+            "be skipped, so the run stops; the last checkpoint is intact"
+        )
+    logger.warning(f"{message}. This step is skipped: the weights stay as they were")

@@ -1,0 +1,70 @@
+"""One run writes a dump folder at a time."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux.config.manager import ConfigError
+
+NAME = "run.lock"
+
+
+class RunFolderLock:
+    """A lock that the kernel gives back when this process ends, however it ends.
+
+    The file stays: whoever removed it could remove another's.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+        # A forked loader worker shares the lock and could outlive this process.
+        os.register_at_fork(after_in_child=self._close)
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
+    """Take `folder` for this process; called by one process of a run.
+
+    Returns:
+        the lock, to be kept; None where the file system knows no locks (said in the log).
+
+    Raises:
+        ConfigError: another live process has it.
+    """
+    path = Path(folder) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with contextlib.closing(os.fdopen(descriptor)) as file:
+            holder = file.read().strip() or "a process that has not said who it is"
+        raise ConfigError(
+            [
+                f"job.dump_folder = {str(folder)!r} is being written by another run ({holder}); "
+                "wait for it, stop it, or set another job.dump_folder"
+            ]
+        ) from None
+    except OSError as error:
+        os.close(descriptor)
+        logger.warning(f"{path} cannot be locked ({error.strerror}): start no second run there")
+        return None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
+    return RunFolderLock(descriptor)
