@@ -27,6 +27,7 @@ LEVELS = {
     "data": 3,
     "parallel": 5,
     "checkpoint": 5,
+    "downloads": 5,
     "evaluation": 5,
     "planning": 6,
     "training": 7,

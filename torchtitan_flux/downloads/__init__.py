@@ -1,0 +1,1 @@
+"""Files of a hub repository, fetched so that each is either whole and right or not there."""
