@@ -92,9 +92,9 @@ def listed(dump: Path) -> list[dict]:
 
 
 def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):
-    runs = {ranks: run(ranks, broken_set, tmp_path / str(ranks)) for ranks in (1, 2, 4)}
+    runs = {ranks: run(ranks, broken_set, tmp_path / str(ranks)) for ranks in (1, 4)}
     lists = {ranks: listed(tmp_path / str(ranks)) for ranks in runs}
-    assert lists[1] == lists[2] == lists[4]
+    assert lists[1] == lists[4]
     reasons = {entry["item"]: entry["reason"] for entry in lists[1]}
     assert reasons.keys() == REASONS.keys()
     for item, part in REASONS.items():

@@ -56,6 +56,7 @@ def test_a_run_is_that_of_one_rank_and_continues_on_one(one_rank, tmp_path, name
     assert worst(rest, series) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_of_one_rank_continues_on_a_mesh(one_rank, tmp_path):
     series, dump = one_rank
     argv = arguments(from_step_3(dump, tmp_path / "rest"), 8, *SHORT)

@@ -116,8 +116,9 @@ def median_distance(gradients: list[torch.Tensor], case: Case) -> float:
 
 
 def bf16_case(name: str):
-    """A mesh takes up to a minute: one by default, all with `pytest -m long`."""
-    return name if name == "CP 2" else pytest.param(name, marks=pytest.mark.long)
+    """A mesh takes up to a minute: one is slow, the others run with `pytest -m long`."""
+    mark = pytest.mark.slow if name == "CP 2" else pytest.mark.long
+    return pytest.param(name, marks=mark)
 
 
 @pytest.mark.parametrize("name", map(bf16_case, BF16))

@@ -89,6 +89,7 @@ def on_a_terminal(command: list[str], cwd: Path) -> str:
     return output.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar_and_colours(tmp_path):
     quiet = ("--validation.no-enable", "--sampling.no-enable", "--score.no-enable")
     output = on_a_terminal([str(REPO / "run_train.sh"), *DIGITS, *quiet], tmp_path)
@@ -143,6 +144,7 @@ def test_pictures_from_prompts_on_any_number_of_ranks(trained):
             assert facts["prompt"] in ("three", "a handwritten nine")
 
 
+@pytest.mark.slow
 def test_the_score_script_prints_all_figures(trained):
     folder, _ = trained
     status, output = run(

@@ -27,6 +27,7 @@ def compare(cwd: Path, *arguments: str) -> tuple[int, str]:
     return finished.returncode, finished.stdout
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_have_the_same_losses(tmp_path):
     status, output = compare(
         tmp_path,

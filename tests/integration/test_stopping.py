@@ -204,6 +204,7 @@ def test_a_killed_rank_is_named_with_its_step(tmp_path):
     assert run.pids() == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tmp_path):
     """Only the ranks that wait for it fail, and it is not they who are at fault."""
     run = Run(tmp_path, *ENDLESS, "--comm.train_timeout_seconds", "3", NGPU=2)
@@ -224,6 +225,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
 # ---- by force -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_run_in_a_folder_and_nothing_outlives_the_launcher(tmp_path):
     first = Run(tmp_path, *ENDLESS, "--training.dataloader.num_workers", "1", NGPU=2)
     first.until("step: +2 ")
@@ -248,6 +250,7 @@ def test_one_run_in_a_folder_and_nothing_outlives_the_launcher(tmp_path):
 # ---- on request -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_is_the_uninterrupted_run(tmp_path):
     """To the last digit, asked by SIGTERM and by Ctrl-C on a terminal."""
     command = (*ENDLESS, "--training.dataloader.num_workers", "1", "--training.steps", "24")

@@ -17,6 +17,7 @@ def load(name: str):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not EXAMPLES.is_dir(), reason="not started from a checkout")
 def test_points_come_near_their_target(tmp_path, capsys):
     pytest.importorskip("matplotlib")

@@ -55,6 +55,16 @@ def read_clip_config(path: str | Path) -> CLIPTextConfig:
     return CLIPTextConfig.from_dict(config.get("text_config") or config)
 
 
+def text_widths(t5_path: str | Path, clip_path: str | Path) -> tuple[int, int]:
+    """(T5 width, CLIP width): features per T5 token and of CLIP's vector, from config.json alone.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the TOML key of the encoder that is not what it
+            should be.
+    """
+    return read_t5_config(t5_path).d_model, read_clip_config(clip_path).hidden_size
+
+
 def _read_config(path: str | Path, key: str, model_types: tuple[str, ...]) -> dict[str, Any]:
     where = locate(path, key)
     try:

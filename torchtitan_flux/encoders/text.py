@@ -19,7 +19,7 @@ from torchtitan_flux.encoders.pretrained import (
 )
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH, CaptionTokenizer
 
-__all__ = ["CLIP_LENGTH", "CaptionTokenizer", "ClipEncoder", "T5Encoder", "text_widths"]
+__all__ = ["CLIP_LENGTH", "CaptionTokenizer", "ClipEncoder", "T5Encoder"]
 
 _LEGACY_EOS = 2
 
@@ -109,16 +109,6 @@ class ClipEncoder(nn.Module):
         states = self.model(input_ids=tokens).last_hidden_state
         end = (tokens == self.eos_token_id).int().argmax(dim=-1)
         return states[torch.arange(len(states), device=states.device), end]
-
-
-def text_widths(t5_path: str | Path, clip_path: str | Path) -> tuple[int, int]:
-    """(T5 width, CLIP width): features per T5 token and of CLIP's vector, from config.json alone.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the TOML key of the encoder that is not what it
-            should be.
-    """
-    return read_t5_config(t5_path).d_model, read_clip_config(clip_path).hidden_size
 
 
 def _load(

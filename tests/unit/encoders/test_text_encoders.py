@@ -21,7 +21,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder, text_widths
+from torchtitan_flux.encoders.pretrained import text_widths
+from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
 
 PROMPTS = [
     "",
