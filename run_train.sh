@@ -7,6 +7,7 @@
 #                  and NODE_RANK, 0 to NNODES - 1 (without it they number themselves)
 #   GRACE          seconds to save in after SIGTERM or Ctrl-C (default 600)
 #   PYTHON         interpreter (default python)
+# --help lists every key, --check only checks the configuration, --print-config prints it as resolved.
 # Exit status: 0 done, or stopped on request and saved; 2 wrong configuration; 1 anything else.
 set -euo pipefail
 repo=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)

@@ -1,6 +1,7 @@
 """Checks the configuration once, then starts the ranks; behind run_train.sh and run_infer.sh.
 
     NGPU=2 python -m torchtitan_flux.launch train --training.steps 100
+    python -m torchtitan_flux.launch --check          # or --print-config, --help: nothing starts
 
 Exit status: 0 done, or stopped on request and saved; 2 wrong configuration; 1 anything else.
 """
@@ -10,8 +11,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 MODULES = {"train": "torchtitan_flux.training.trainer", "infer": "torchtitan_flux.infer"}
+
+ONLY = ("--check", "--print-config")
+"""Options after which nothing is started."""
 
 
 def main() -> None:
@@ -42,20 +47,30 @@ def launch(command: str, arguments: list[str]) -> int:
     from torchtitan_flux.launching.job import Job
     from torchtitan_flux.launching.settings import Settings
 
+    if command == "train" and {"--help", "-h"} & set(arguments):
+        print(_help())
+        return 0
+    only = {option: option in arguments for option in ONLY}
+    arguments = [argument for argument in arguments if argument not in ONLY]
     with exit_on_config_error():
         settings = Settings.read(os.environ)
         if not any(a.replace("-", "_").startswith("__job.config_file") for a in arguments):
             arguments = ["--job.config_file", settings.config_file, *arguments]
-        dump_folder = check(command, arguments, settings.ranks)
-    logs = dump_folder / "logs"
+        config = check(command, arguments, settings.ranks)
+        if command == "train" and only["--check"]:
+            print(_would(config, settings.ranks))
+    if only["--print-config"]:
+        from torchtitan_flux.config.resolved import resolved_toml
+
+        print(resolved_toml(config), end="")
+    if any(only.values()):
+        return 0
+    logs = Path(config.job.dump_folder) / "logs"
     return Job(settings, MODULES[command], arguments, logs, saves=command == "train").run()
 
 
-def check(command: str, arguments: list[str], ranks: int) -> Path:
-    """Load the configuration as the ranks will.
-
-    Returns:
-        its dump folder.
+def check(command: str, arguments: list[str], ranks: int) -> Any:
+    """The configuration, loaded as the ranks will.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -69,10 +84,38 @@ def check(command: str, arguments: list[str], ranks: int) -> Path:
     os.environ["WORLD_SIZE"] = str(ranks)
     logging.disable(logging.WARNING)  # the ranks say it
     try:
-        config = load_config(arguments, training=command == "train")
+        return load_config(arguments, training=command == "train")
     finally:
         logging.disable(logging.NOTSET)
-    return Path(config.job.dump_folder)
+
+
+def _would(config: Any, ranks: int) -> str:
+    """What a checked run would do, in one line.
+
+    Raises:
+        ConfigError: it cannot fit this machine.
+    """
+    from torchtitan_flux.config.errors import ConfigError
+    from torchtitan_flux.config.resolve import image_size
+    from torchtitan_flux.planning.fits import fits
+
+    if reason := fits(config):
+        raise ConfigError([reason])
+    t = config.training
+    size = image_size(config)
+    return (
+        f"The configuration is sound: {config.model.flavor} on {t.dataset} at {size}, {t.steps} "
+        f"steps, {ranks} {'ranks' if ranks > 1 else 'rank'}, into {config.job.dump_folder}"
+    )
+
+
+def _help() -> str:
+    from torchtitan_flux.config.manager import config_class
+    from torchtitan_flux.config.reference import help_text
+    from torchtitan_flux.config.schema import keys_of
+    from torchtitan_flux.launching.settings import Settings
+
+    return help_text(keys_of(config_class()), "./run_train.sh", Settings.config_file)
 
 
 if __name__ == "__main__":

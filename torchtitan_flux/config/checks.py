@@ -1,14 +1,19 @@
 """What is wrong with a configuration, all of it, each with its key and the remedy."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from torchtitan_flux.config.device import card
+from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
 from torchtitan_flux.config.resolve import compiles, image_size, resolve_model_args
+from torchtitan_flux.config.schema import get
 from torchtitan_flux.data.registry import (
     BUILT_IN,
     DOWNLOADS,
@@ -16,10 +21,11 @@ from torchtitan_flux.data.registry import (
     SOURCES,
     WITHOUT_HELD_OUT,
 )
-from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.model import FLAVORS, FluxModelArgs
 
 AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")
+OPTIMIZERS = ("AdamW", "Adam")
 
 
 def problems(config: Any, training: bool = True) -> list[str]:
@@ -29,19 +35,22 @@ def problems(config: Any, training: bool = True) -> list[str]:
         config: the merged JobConfig. Only paths that this run will read are looked at.
         training: whether it will train; drawing and scoring need no mesh or batch that fits.
     """
-    found = [*_unsupported(config), *_paths(config), *_at_least(config), *_data(config)]
-    if training:
-        found += low_precision_problems(config)
-    if config.model.flavor not in FLAVORS:
+    flavor = FLAVORS.get(config.model.flavor)
+    found = [*_unsupported(config), *_at_least(config), *_folder(config), *_data(config)]
+    encoders = encoder_problems(config, flavor is not None and flavor.pixel_space)
+    found += encoders
+    low_precision = low_precision_problems(config) if training else []
+    found += low_precision
+    if flavor is None:
         known = ", ".join(FLAVORS)
         found.append(f"model.flavor = {config.model.flavor!r} is unknown; known: {known}")
-    elif not found:
-        found += _fit(config, training)
+    elif not encoders:
+        found += _fit(config, training, not low_precision)
     if training and config.training.local_batch_size > 0:
         found += [*mesh_problems(config), *pipeline_problems(config)]
     if training:
         found += [*_checkpoints(config), *_recomputation(config)]
-    return found + _evaluation(config)
+    return found + _compute_type(config) + _evaluation(config)
 
 
 def _unsupported(config: Any) -> list[str]:
@@ -69,13 +78,28 @@ def _unsupported(config: Any) -> list[str]:
         found.append(
             "optimizer.early_step_in_backward = true cannot clip gradients; set it to false"
         )
-    if config.checkpoint.initial_load_in_hf or config.checkpoint.last_save_in_hf:
+    if config.checkpoint.initial_load_in_hf_quantized:
         found.append(
-            "checkpoint.initial_load_in_hf / last_save_in_hf: Hugging Face folders are not "
-            "available yet; the key maps are in torchtitan_flux.checkpoint"
+            "checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be read; "
+            "set it to false and name weights in float32, bfloat16 or float16"
         )
     if config.fault_tolerance.enable:
         found.append("fault_tolerance.enable = true is not supported; set it to false")
+    if config.comm.mode != "default":
+        found.append(
+            f'comm.mode = {config.comm.mode!r} trains nothing; set it to "default" '
+            "(scripts/plan.py tries meshes without ranks)"
+        )
+    if config.memory_estimation.enable:
+        found.append(
+            "memory_estimation.enable = true is not available; set it to false and use "
+            "scripts/plan.py"
+        )
+    if config.optimizer.name not in OPTIMIZERS:
+        found.append(
+            f"optimizer.name = {config.optimizer.name!r} is not available; use one of "
+            f"{', '.join(OPTIMIZERS)}"
+        )
     if not torch.cuda.is_available():
         if config.training.enable_cpu_offload:
             found.append("training.enable_cpu_offload = true needs a GPU; set it to false")
@@ -96,6 +120,31 @@ def _checkpoints(config: Any) -> list[str]:
         )
     if c.enable and c.initial_load_path and locate(c.initial_load_path) is None:
         found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} does not exist")
+    for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf"):
+        if getattr(c, key) and not c.enable:
+            found.append(
+                f"checkpoint.{key} is set, and nothing is loaded or saved: set checkpoint.enable = "
+                "true (with checkpoint.load_only = true to save nothing), or remove the key"
+            )
+    if c.initial_load_in_hf and not c.initial_load_path:
+        found.append(
+            "checkpoint.initial_load_in_hf = true needs checkpoint.initial_load_path: a diffusers "
+            "folder, or a safetensors file (model.hf_assets_path is not read)"
+        )
+    if c.initial_load_in_hf and not c.initial_load_model_only:
+        found.append(
+            "checkpoint.initial_load_in_hf = true: such files hold weights alone; set "
+            "checkpoint.initial_load_model_only = true"
+        )
+    if c.last_save_in_hf and not c.last_save_model_only:
+        found.append(
+            "checkpoint.last_save_in_hf = true needs checkpoint.last_save_model_only = true; for a "
+            "full last checkpoint, leave both false and run scripts/convert_checkpoint.py on it"
+        )
+    if c.last_save_in_hf and c.load_only:
+        found.append(
+            "checkpoint.last_save_in_hf = true saves, checkpoint.load_only = true does not"
+        )
     return found
 
 
@@ -147,38 +196,83 @@ def _recomputation(config: Any) -> list[str]:
     return found
 
 
-def _paths(config: Any) -> list[str]:
-    found = []
-    keys = ["t5_encoder", "clip_encoder"]
-    flavor = FLAVORS.get(config.model.flavor)
-    if flavor is None or not flavor.pixel_space:
-        keys.append("autoencoder_path")
-    for key in keys:
-        path = getattr(config.encoder, key)
-        if locate(path) is None and (key == "autoencoder_path" or looks_local(path)):
-            found.append(f"encoder.{key} = {path!r} does not exist")
-    return found
+def _folder(config: Any) -> list[str]:
+    """Whether job.dump_folder can be written."""
+    given = config.job.dump_folder
+    folder = Path(given).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not given:
+        return ['job.dump_folder = "" is no folder; name one']
+    if not there.is_dir():
+        return [f"job.dump_folder = {given!r}: {there} is a file; name a folder"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"job.dump_folder = {given!r}: {there} cannot be written by this user"]
+    return []
 
 
-def _fit(config: Any, training: bool) -> list[str]:
-    """Widths and sizes that do not fit each other."""
-    try:
-        args = resolve_model_args(config)
-        args.geometry.check(image_size(config))
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    if not training:
+def _compute_type(config: Any) -> list[str]:
+    key = "training.mixed_precision_param"
+    if config.training.mixed_precision_param != "bfloat16" or torch.version.hip is not None:
+        return []
+    here = card()
+    if here is None or here.capability >= (8, 0):
         return []
     return [
+        f'{key} = "bfloat16" needs a GPU of compute capability 8.0 or later, and {here}; compute '
+        f"in float32: --{key} float32"
+    ]
+
+
+def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
+    """Widths and sizes that do not fit each other.
+
+    Args:
+        config: one whose encoders are there.
+        training: whether it will train.
+        low_precision: whether the keys of 8-bit computation are sound.
+    """
+    try:
+        args = resolve_model_args(config)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    found = _size(config, args)
+    if not training:
+        return found
+    fits = not found and low_precision
+    return [
+        *found,
         *model_problems(config, args),
         *pipeline_fit(config, args),
-        *low_precision_fit(config, args, image_size(config)),
+        *(low_precision_fit(config, args, image_size(config)) if fits else []),
     ]
+
+
+def _size(config: Any, args: FluxModelArgs) -> list[str]:
+    try:
+        args.geometry.check(image_size(config))
+    except ValueError as error:
+        t = config.training
+        key = "img_size" if not (t.img_height or t.img_width) else "img_height / img_width"
+        return [f"training.{key}: {error}"]
+    return []
 
 
 MINIMA = {
     "training.local_batch_size": 1,
     "training.steps": 1,
+    "training.gc_freq": 1,
+    "training.img_height": 0,
+    "training.img_width": 0,
+    "training.dataloader.num_workers": 0,
+    "validation.dataloader.num_workers": 0,
+    "metrics.log_freq": 1,
+    "lr_scheduler.warmup_steps": 0,
+    "optimizer.lr": 0,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
+    "comm.init_timeout_seconds": 1,
+    "comm.train_timeout_seconds": 1,
+    "comm.trace_buf_size": 0,
     "training.max_nonfinite_steps": 1,
     "data.min_image_size": 1,
     "data.max_image_pixels": 1,
@@ -198,23 +292,47 @@ MINIMA = {
     "inference.img_size": 0,
 }
 
+PROBABILITIES = ("training.classifier_free_guidance_prob", "training.flip_prob")
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+SHARES = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor", "data.max_unreadable_share")
+
 
 def _at_least(config: Any) -> list[str]:
     found = []
     for name, least in MINIMA.items():
-        section, key = name.split(".")
-        value = getattr(getattr(config, section), key)
-        if value < least:
-            found.append(f"{name} = {value} must be at least {least}")
-    for key in ("classifier_free_guidance_prob", "flip_prob"):
-        value = getattr(config.training, key)
-        if not 0 <= value <= 1:
-            found.append(f"training.{key} = {value} is not a probability")
+        if get(config, name) < least:
+            found.append(f"{name} = {get(config, name)} must be at least {least}")
+    for name in PROBABILITIES:
+        if not 0 <= get(config, name) <= 1:
+            found.append(f"{name} = {get(config, name)} is not a probability")
+    for name in BELOW_ONE:
+        if not 0 <= get(config, name) < 1:
+            found.append(f"{name} = {get(config, name)} is not in [0, 1)")
+    for name in SHARES:
+        value = get(config, name)
+        if value is not None and not 0 <= value <= 1:
+            found.append(f"{name} = {value} is not in [0, 1]")
+    if config.training.max_norm <= 0:
+        found.append(f"training.max_norm = {config.training.max_norm} must be positive; inf is off")
+    for section in ("training", "validation"):
+        loader = get(config, section).dataloader
+        if loader.prefetch_factor is not None and not (
+            loader.num_workers > 0 < loader.prefetch_factor
+        ):
+            found.append(
+                f"{section}.dataloader.prefetch_factor = {loader.prefetch_factor}: batches are "
+                f"made ahead by {section}.dataloader.num_workers = {loader.num_workers} processes; "
+                "both must be at least 1"
+            )
+    p = config.profiling
+    if p.enable_profiling and p.profile_freq < p.profiler_warmup + p.profiler_active:
+        found.append(
+            f"profiling.profile_freq = {p.profile_freq} must be at least profiler_warmup + "
+            f"profiler_active = {p.profiler_warmup + p.profiler_active}"
+        )
     data = config.data
     if not 0 <= data.held_out_share < 1:
         found.append(f"data.held_out_share = {data.held_out_share} is not a share in [0, 1)")
-    if not 0 <= data.max_unreadable_share <= 1:
-        found.append(f"data.max_unreadable_share = {data.max_unreadable_share} is not in [0, 1]")
     if len(data.background) != 3 or not all(0 <= value <= 255 for value in data.background):
         found.append(
             f"data.background = {data.background} is not a list of red, green, blue, 0 to 255"

@@ -14,8 +14,9 @@ from torchtitan_flux.config.low_precision import KEPT
 class Job:
     description: str = "FLUX pretraining"
     """Description of the job"""
-    save_config_file: str | None = "config.json"
-    """File below job.dump_folder for the configuration as resolved"""
+    save_config_file: str | None = "config.toml"
+    """File below job.dump_folder for the configuration as resolved: a configuration file that
+    repeats the run, or JSON where the name ends in .json"""
 
 
 @dataclass
@@ -111,6 +112,8 @@ class Validation:
     """All eight times for every sample, instead of one in turn"""
     enable_classifier_free_guidance: bool = False
     """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+    eval_freq: int = 100
+    """Kept for torchtitan's files; validation.freq counts"""
     classifier_free_guidance_scale: float = 5.0
     """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     denoising_steps: int = 50
@@ -178,6 +181,9 @@ class Checkpoint:
     """When a checkpoint of the interval cannot be written: report it and train on, or stop"""
     start_over_when_damaged: bool = False
     """Begin again at step 0 when every checkpoint of the run is damaged, and set those aside"""
+    guidance_weights: Literal["match", "drop", "initialize"] = "match"
+    """When the weights to begin from and model.flavor differ in having a guidance embedding: match
+    refuses; drop leaves those of the file out; initialize gives the model fresh ones"""
 
 
 @dataclass

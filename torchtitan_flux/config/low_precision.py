@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from torchtitan_flux.config.device import card
 from torchtitan_flux.config.resolve import compiles
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
@@ -154,12 +155,10 @@ def low_precision_fit(config: Any, args: FluxModelArgs, size: ImageSize) -> list
 def _device_has(cuda: tuple[int, int], rocm: tuple[int, int] | None = None) -> bool:
     """Whether this process's GPU has a compute capability (on ROCm: a gfx version) or a later."""
     wanted = rocm if rocm is not None and torch.version.hip is not None else cuda
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= wanted
+    here = card()
+    return here is not None and here.capability >= wanted
 
 
 def _device() -> str:
     """What there is instead, as part of a sentence."""
-    if not torch.cuda.is_available():
-        return "this machine has no GPU"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} has {major}.{minor}"
+    return str(card() or "this machine has no GPU")

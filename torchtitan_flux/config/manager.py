@@ -1,22 +1,42 @@
 """`load_config(argv)`: TOML and command line -> one checked configuration, or one report."""
 
 import importlib
-import sys
+import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as dataclass_fields
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
-from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as TorchtitanJobConfig
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.checks import problems
+from torchtitan_flux.config.command_line import given_keys, parse
+from torchtitan_flux.config.errors import ConfigError, exit_on_config_error
 from torchtitan_flux.config.job_config import JobConfig
+from torchtitan_flux.config.meanings import NOT_USED
 from torchtitan_flux.config.paths import locate
+from torchtitan_flux.config.resolved import log_resolved
+from torchtitan_flux.config.schema import Key, get, keys_of, merged, put, sections_of
+from torchtitan_flux.config.toml_file import TomlFile, read_toml
+from torchtitan_flux.config.unknown_keys import unknown_key, unknown_section
+from torchtitan_flux.config.values import Unfit, allowed, from_toml, shown, what_it_is
 
-OURS = ("", "torchtitan.models.flux.job_config", "torchtitan_flux.config.job_config")
+CONFIG_FILE = "job.config_file"
+CUSTOM_MODULE = "job.custom_config_module"
+
+OURS = (
+    "",
+    "torchtitan.models.flux.job_config",
+    "torchtitan.experiments.flux.job_config",
+    "torchtitan_flux.config.job_config",
+)
 """Values of job.custom_config_module that mean FLUX's own sections."""
 
 TINY = {
@@ -25,51 +45,30 @@ TINY = {
     "autoencoder_path": "assets/tiny/ae.safetensors",
 }
 
-
-NOT_DRAWN_BY_VALIDATION = (
-    "enable_classifier_free_guidance",
-    "classifier_free_guidance_scale",
-    "denoising_steps",
-    "save_img_count",
-    "save_img_folder",
-)
-"""Keys of torchtitan's [validation] that draw pictures there."""
+THEIR_PROMPTS = "torchtitan/models/flux/inference/prompts.txt"
+OUR_PROMPTS = "assets/prompts.txt"
+"""What torchtitan's files call the prompts, which only a checkout has there."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message lists everything that is wrong."""
+@dataclass(frozen=True)
+class Reading:
+    """A file and a command line, read but not yet checked as a whole.
 
-    def __init__(self, found: list[str]):
-        super().__init__("\n".join(f"  - {line}" for line in found))
-        self.found = found
+    Attributes:
+        config: with the default where a key is not set, or not set to anything sensible.
+        found: what is wrong, a line each.
+        doubtful: keys whose value is not known because something is wrong with it.
+        given: keys that are set -> where: "FILE:LINE", or "" for the command line.
+        notes: (level, line) for the log.
+        complete: whether all keys were read; a file that is no TOML says nothing about any.
+    """
 
-
-class FluxConfigManager(ConfigManager):
-    """torchtitan's loader with FLUX's sections always merged in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.toml: dict[str, Any] = {}
-
-    def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
-        self.toml = super()._maybe_load_toml(args) or {}
-        return self.toml
-
-    def _maybe_add_custom_config(self, args: list[str], toml_values: dict[str, Any] | None) -> type:
-        merged = self._merge_configs(self.config_cls, JobConfig)
-        module = (toml_values or {}).get("job", {}).get("custom_config_module", "")
-        if module in OURS:
-            return merged
-        return self._merge_configs(merged, importlib.import_module(module).JobConfig)
-
-    def is_set(self, key: str, argv: list[str]) -> bool:
-        """Whether the file or the command line gives `section.key`."""
-        section, name = key.split(".")
-        given = (arg.split("=")[0].replace("-", "_") for arg in argv)
-        return name in self.toml.get(section, {}) or f"__{key}" in given
-
-    def _validate_config(self) -> None:
-        """torchtitan warns of a tokenizer folder that FLUX does not read; `problems` checks."""
+    config: Any
+    found: list[str]
+    doubtful: frozenset[str]
+    given: dict[str, str]
+    notes: list[tuple[int, str]]
+    complete: bool
 
 
 def load_config(argv: list[str], training: bool = True) -> Any:
@@ -85,59 +84,219 @@ def load_config(argv: list[str], training: bool = True) -> Any:
     Raises:
         ConfigError: with everything that is wrong.
     """
-    argv = found_config_file(argv)
-    manager = FluxConfigManager()
-    try:
-        config: Any = manager.parse_args(argv)
-    except (ValueError, OSError) as error:
-        raise ConfigError([str(error)]) from error
-    if config.training.test_mode:
-        logger.warning(f"training.test_mode = true: using the encoders of {TINY['t5_encoder']} …")
-        for key, path in TINY.items():
-            setattr(config.encoder, key, path)
-    unused = sorted(set(manager.toml.get("validation", {})) & set(NOT_DRAWN_BY_VALIDATION))
-    if unused:
-        logger.warning(f"[validation] {', '.join(unused)}: not used; [sampling] draws pictures")
-    if not torch.cuda.is_available():
-        if not manager.is_set("training.mixed_precision_param", argv):
-            config.training.mixed_precision_param = "float32"
-            logger.info(
-                "Compute type is float32 on CPU; training.mixed_precision_param sets another one"
-            )
-        if not manager.is_set("comm.trace_buf_size", argv):
-            # It records nccl's collectives for a post-mortem; gloo's fill 100 MB and tell nothing.
-            config.comm.trace_buf_size = 0
-    if found := problems(config, training):
+    reading = read(argv)
+    notes = [*reading.notes, *_settle(reading)]
+    found = list(reading.found)
+    if reading.complete:
+        found += _without_doubtful(problems(reading.config, training), reading)
+    if found:
         raise ConfigError(found)
-    return config
-
-
-def found_config_file(argv: list[str]) -> list[str]:
-    """`argv` with the configuration file's path looked up as `locate` does."""
-    result = list(argv)
-    for i, arg in enumerate(argv):
-        key, _, value = arg.partition("=")
-        if key.replace("-", "_") != "__job.config_file":
-            continue
-        at, path = (i, value) if value else (i + 1, argv[i + 1] if i + 1 < len(argv) else "")
-        found = locate(path) if path else None
-        if found is None:
-            raise ConfigError([f"job.config_file = {path!r} does not exist"])
-        result[at] = f"{key}={found}" if value else str(found)
-    return result
-
-
-@contextmanager
-def exit_on_config_error() -> Iterator[None]:
-    """A wrong configuration ends the process: one report, status 2, no traceback."""
-    try:
-        yield
-    except ConfigError as error:
-        print(f"The configuration cannot run:\n{error}", file=sys.stderr)
-        sys.exit(2)
+    for level, note in notes:
+        logger.log(level, note)
+    return reading.config
 
 
 def load_config_or_exit(argv: list[str], training: bool = True) -> Any:
     """`load_config` for a command line."""
     with exit_on_config_error():
         return load_config(argv, training)
+
+
+class FluxConfigManager:
+    """Reads a configuration for another machine: files that it names need not be here."""
+
+    def parse_args(self, argv: list[str]) -> Any:
+        """The configuration, with types checked and nothing else.
+
+        Raises:
+            ConfigError: with everything that cannot be read.
+        """
+        reading = read(argv)
+        if reading.found:
+            raise ConfigError(reading.found)
+        return reading.config
+
+
+@cache
+def config_class() -> type:
+    """torchtitan's JobConfig with FLUX's sections."""
+    result = merged(TorchtitanJobConfig, JobConfig)
+    result.maybe_log = log_resolved  # type: ignore[attr-defined]  # torchtitan's trainer calls it
+    return result
+
+
+def read(argv: list[str]) -> Reading:
+    """Everything that a file and a command line say; raises nothing."""
+    found: list[str] = []
+    file, complete = TomlFile(""), True
+    try:
+        file = _file(argv)
+    except ValueError as error:
+        found.append(str(error))
+        complete = False
+    cls = config_class()
+    try:
+        cls = _with_custom_sections(argv, file)
+    except ValueError as error:  # then nobody knows which keys there are
+        return Reading(cls(), [*found, str(error)], frozenset(), {}, [], complete=False)
+    keys = {key.name: key for key in keys_of(cls)}
+    config, given, doubtful = cls(), {}, set()
+    for key, value, problem, meant in _from_file(file, keys, list(sections_of(cls))):
+        if problem:
+            found.append(problem)
+            doubtful.update(meant)
+        else:
+            put(config, key, value)
+            given[key] = file.where(key)
+    line = parse(argv, keys)
+    for key, override in line.overrides.items():
+        put(config, key, override.value)
+        given[key] = ""
+    doubtful = (doubtful - set(line.overrides)) | line.doubtful
+    if file.path:
+        config.job.config_file = file.path
+    notes = [(logging.WARNING, repeated) for repeated in line.repeated]
+    return Reading(config, found + line.found, frozenset(doubtful), given, notes, complete)
+
+
+def _file(argv: list[str]) -> TomlFile:
+    """The configuration file of a command line; an empty one where none is named.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or is one of several.
+    """
+    named = list(dict.fromkeys(text for key, text in given_keys(argv) if key == CONFIG_FILE))
+    if not named:
+        return TomlFile("")
+    if len(named) > 1:
+        raise ValueError(f"{CONFIG_FILE} is given more than once: {', '.join(named)}; choose one")
+    path = locate(named[0]) if named[0] else None
+    if path is None:
+        raise ValueError(f"{CONFIG_FILE} = {named[0]!r} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{CONFIG_FILE} = {named[0]!r} is a folder; name the TOML file in it")
+    return read_toml(path, str(path))
+
+
+def _with_custom_sections(argv: list[str], file: TomlFile) -> type:
+    """The configuration class, with what the user's own module adds.
+
+    Raises:
+        ValueError: the module cannot be imported, or has no such sections.
+    """
+    job = file.values.get("job", {})
+    module = job.get("custom_config_module", "") if isinstance(job, dict) else ""
+    for key, text in given_keys(argv):
+        module = text if key == CUSTOM_MODULE else module
+    if module in OURS or not isinstance(module, str):
+        return config_class()
+    key = f"{CUSTOM_MODULE} = {module!r}"
+    try:
+        custom = importlib.import_module(module).JobConfig
+    except Exception as error:  # whatever the user's module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{key} cannot be used ({reason})") from None
+    if not is_dataclass(custom) or not all(is_dataclass(f.type) for f in dataclass_fields(custom)):
+        raise ValueError(f"{key}: its JobConfig must be a dataclass whose fields are dataclasses")
+    result = merged(config_class(), custom)  # type: ignore[arg-type]
+    return result
+
+
+def _from_file(
+    file: TomlFile, keys: dict[str, Key], sections: list[str]
+) -> Iterator[tuple[str, Any, str, list[str]]]:
+    """(key, value, "", []) of each key of the file, or (name, None, what is wrong, keys meant)."""
+    yield from _from_table(file, file.values, "", keys, sections)
+
+
+def _from_table(
+    file: TomlFile, table: dict[str, Any], prefix: str, keys: dict[str, Key], sections: list[str]
+) -> Iterator[tuple[str, Any, str, list[str]]]:
+    for last, value in table.items():
+        name = prefix + last
+        where = file.where(name)
+        if name in sections:
+            if isinstance(value, dict):
+                yield from _from_table(file, value, f"{name}.", keys, sections)
+            else:
+                within = [key for key in keys if key.startswith(f"{name}.")]
+                problem = f"{where}: {name} is a section: write [{name}], and its keys below"
+                yield name, None, problem, within
+        elif name == CONFIG_FILE:
+            yield name, None, f"{where}: {name} belongs on the command line; remove it", []
+        elif key := keys.get(name):
+            try:
+                yield name, from_toml(value, key.annotation), "", []
+            except Unfit:
+                yield name, None, _wrong_type(key, value, where), [name]
+        elif isinstance(value, dict):
+            hint = unknown_section(name, sections)
+            yield name, None, f"{where}: the section [{name}] is unknown; {hint}", []
+        else:
+            problem, meant = unknown_key(name, keys, f"{where}: {name}")
+            yield name, None, problem, meant
+
+
+def _wrong_type(key: Key, value: Any, where: str) -> str:
+    wanted = allowed(key.annotation)
+    plain = wanted.startswith("one of") or (isinstance(value, list) and "list" in wanted)
+    instead = "" if plain else f", not {what_it_is(value)}"
+    return f"{where}: {key.name} = {shown(value)} must be {wanted}{instead}"
+
+
+def _settle(reading: Reading) -> Iterator[tuple[int, str]]:
+    """Values that depend on the machine, and what torchtitan's own files mean here; for the log."""
+    config, given = reading.config, reading.given
+    if config.training.test_mode:
+        yield (
+            logging.WARNING,
+            f"training.test_mode = true: the encoders of {Path(TINY['t5_encoder']).parent} are "
+            "used, whatever [encoder] names",
+        )
+        for key, path in TINY.items():
+            setattr(config.encoder, key, path)
+    prompts = config.inference.prompts_path
+    if prompts.removeprefix("./") == THEIR_PROMPTS and locate(prompts) is None:
+        config.inference.prompts_path = OUR_PROMPTS
+    yield from ((logging.WARNING, line) for line in _not_used(reading))
+    if not torch.cuda.is_available():
+        if "training.mixed_precision_param" not in given:
+            config.training.mixed_precision_param = "float32"
+            yield (
+                logging.INFO,
+                "Compute type is float32 on CPU; training.mixed_precision_param sets another one",
+            )
+        if "comm.trace_buf_size" not in given:
+            # It records nccl's collectives for a post-mortem; gloo's fill 100 MB and tell nothing.
+            config.comm.trace_buf_size = 0
+
+
+def _not_used(reading: Reading) -> Iterator[str]:
+    """A line for each reason why keys do nothing of which one is set otherwise than by default."""
+    defaults = config_class()()
+    reasons: dict[str, list[str]] = {}
+    for key in filter(NOT_USED.__contains__, reading.given):
+        reasons.setdefault(NOT_USED[key], []).append(key)
+    for reason, keys in reasons.items():
+        if any(get(reading.config, key) != get(defaults, key) for key in keys):
+            yield f"{', '.join(keys)}: not used; {reason}"
+
+
+def _without_doubtful(lines: list[str], reading: Reading) -> Iterator[str]:
+    """What is wrong as far as it is known, with the lines of the file that say so.
+
+    Where a key's value is not known the default stood in for it: what names that key is left out.
+    """
+    for line in lines:
+        if any(_names(line, key) for key in reading.doubtful):
+            continue
+        named = re.findall(r"[a-z]\w*(?:\.\w+)+", line)
+        where = next((reading.given[key] for key in named if key in reading.given), "")
+        yield f"{where}: {line}" if where else line
+
+
+def _names(line: str, key: str) -> bool:
+    """Whether a message is about a key; the section may have been said before."""
+    last = key.rpartition(".")[2]
+    name = last if "_" in last else re.escape(key)
+    return re.search(rf"\b{name}\b", line) is not None

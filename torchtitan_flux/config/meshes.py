@@ -50,7 +50,8 @@ def mesh_problems(config: Any) -> list[str]:
         return [
             f"training.global_batch_size = {size} is not a multiple of "
             f"training.local_batch_size = {t.local_batch_size} times {data_ranks} "
-            f"{'ranks' if peers == 1 else 'ranks that read different samples'}"
+            f"{'rank' if data_ranks == 1 else 'ranks'}"
+            f"{' that read different samples' if peers > 1 else ''}"
         ]
     return []
 

@@ -1,11 +1,13 @@
 """From the configuration to plain values: model arguments, sizes, settings."""
 
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.paths import locate
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
-from torchtitan_flux.encoders.text import text_widths
+from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
@@ -34,13 +36,15 @@ def resolve_model_args(config: Any) -> FluxModelArgs:
         ValueError: naming the encoder key whose width does not fit a fixed flavor.
     """
     args = FLAVORS[config.model.flavor]
-    t5_width, clip_width = text_widths(
-        resolved_path(config.encoder.t5_encoder), resolved_path(config.encoder.clip_encoder)
+    t5_path, clip_path = map(
+        resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)
     )
+    t5_width, clip_width = _text_widths(t5_path, clip_path, _changed(t5_path), _changed(clip_path))
     if args.pixel_space:
         channels, downscale = config.encoder.pixel_channels, 1
     else:
-        channels, downscale = autoencoder_geometry(resolved_path(config.encoder.autoencoder_path))
+        path = resolved_path(config.encoder.autoencoder_path)
+        channels, downscale = _autoencoder_geometry(path, _changed(path))
     features = channels * args.patch_size**2
     if config.model.flavor not in FIXED_WIDTH_FLAVORS:
         return replace(
@@ -51,17 +55,39 @@ def resolve_model_args(config: Any) -> FluxModelArgs:
             context_in_dim=t5_width,
             vec_in_dim=clip_width,
         )
-    for key, have, want in (
-        ("t5_encoder", t5_width, args.context_in_dim),
-        ("clip_encoder", clip_width, args.vec_in_dim),
-        ("autoencoder_path", features, args.in_channels),
-    ):
-        if have != want:
-            raise ValueError(
-                f"encoder.{key}: width {have} does not fit model.flavor = "
-                f"{config.model.flavor!r}, which needs {want}"
-            )
+    wrong = [
+        f"encoder.{key}: width {have} does not fit model.flavor = {config.model.flavor!r}, which "
+        f"needs {want}"
+        for key, have, want in (
+            ("t5_encoder", t5_width, args.context_in_dim),
+            ("clip_encoder", clip_width, args.vec_in_dim),
+            ("autoencoder_path", features, args.in_channels),
+        )
+        if have != want
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
     return args
+
+
+def _changed(path: str) -> int:
+    """When what describes an encoder was last written; 0 for a name on the hub."""
+    described = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        return described.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache
+def _text_widths(t5_path: str, clip_path: str, *changed: int) -> tuple[int, int]:
+    # a start asks six times, and names on the hub are asked for over the network
+    return text_widths(t5_path, clip_path)
+
+
+@lru_cache
+def _autoencoder_geometry(path: str, changed: int) -> tuple[int, int]:
+    return autoencoder_geometry(path)
 
 
 def compiles(config: Any, component: str) -> bool:

@@ -12,7 +12,6 @@ from torchtitan_flux.config.manager import (
     ConfigError,
     FluxConfigManager,
     exit_on_config_error,
-    found_config_file,
 )
 from torchtitan_flux.config.meshes import model_problems
 from torchtitan_flux.config.resolve import resolve_model_args
@@ -62,10 +61,7 @@ def read_config(argv: list[str]) -> Any:
     Raises:
         ConfigError: what cannot be read.
     """
-    try:
-        return FluxConfigManager().parse_args(found_config_file(argv))
-    except (ValueError, OSError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError([str(error)]) from error
+    return FluxConfigManager().parse_args(argv)
 
 
 def model_args(config: Any) -> FluxModelArgs:

@@ -1,0 +1,484 @@
+# ruff: noqa: E501 (messages are whole, so that they can be searched for)
+"""Inputs that are refused, and what is said: the table behind test_refusals.py and docs/errors.md.
+
+python tests/unit/config/refusals.py          # writes docs/errors.md
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "errors.md"
+
+BASE = {
+    "model.flavor": '"flux-digits"',
+    "training.dataset": '"digits"',
+    "training.img_size": "8",
+    "training.local_batch_size": "8",
+}
+"""The file `run.toml` of every case, but for the keys that the case gives itself."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One wrong input.
+
+    Attributes:
+        message: what is said of it; several where one mistake has several lines.
+        toml: what stands in the file, as its first lines.
+        argv: what stands on the command line.
+        ranks: how many are started.
+        needs: stand-ins that test_refusals.py puts into the current folder, or a card.
+    """
+
+    message: tuple[str, ...]
+    toml: str = ""
+    argv: tuple[str, ...] = ()
+    ranks: int = 1
+    needs: tuple[str, ...] = field(default=())
+
+    @property
+    def given(self) -> str:
+        """The mistake, as a reader would type it."""
+        return self.toml or " ".join(f'"{a}"' if " " in a else a for a in self.argv)
+
+
+def file(toml: str, *message: str, **more) -> Refusal:
+    return Refusal(message, toml=toml, **more)
+
+
+def line(argv: str, *message: str, **more) -> Refusal:
+    return Refusal(message, argv=tuple(argv.split()), **more)
+
+
+TABLE: dict[str, list[Refusal]] = {
+    "The file": [
+        file(
+            "training.steps = ",
+            "job.config_file = 'run.toml' is not valid TOML: Invalid value (at line 1, column 18)",
+        ),
+        file(
+            "training.steps = 3\ntraining.steps = 4",
+            "job.config_file = 'run.toml' is not valid TOML: Cannot overwrite a value (at line 2, column 19)",
+        ),
+        file(
+            "training.steps = 30 000",
+            "job.config_file = 'run.toml' is not valid TOML: Expected newline or end of document after a statement (at line 1, column 21)",
+        ),
+        line("--job.config_file no.toml", "job.config_file = 'no.toml' does not exist"),
+        line(
+            "--job.config_file folder",
+            "job.config_file = 'folder' is a folder; name the TOML file in it",
+            needs=("folder",),
+        ),
+        line(
+            "--job.config_file picture.toml",
+            "job.config_file = 'picture.toml' is not text in UTF-8 (invalid start byte); is it a TOML file?",
+            needs=("picture.toml",),
+        ),
+        line(
+            "--job.config_file run.toml --job.config_file other.toml",
+            "job.config_file is given more than once: run.toml, other.toml; choose one",
+        ),
+        file(
+            'job.config_file = "other.toml"',
+            "run.toml:1: job.config_file belongs on the command line; remove it",
+        ),
+        file(
+            'job.custom_config_module = "nowhere.config"',
+            "job.custom_config_module = 'nowhere.config' cannot be used (ModuleNotFoundError: No module named 'nowhere')",
+        ),
+    ],
+    "Unknown names": [
+        file(
+            "training.stepps = 100",
+            "run.toml:1: training.stepps is unknown; did you mean training.steps?",
+        ),
+        file(
+            "trainig.steps = 100",
+            "run.toml:1: the section [trainig] is unknown; did you mean [training]?",
+        ),
+        file(
+            "training.lr = 1e-4", "run.toml:1: training.lr is unknown; did you mean optimizer.lr?"
+        ),
+        file("training.seed = 1", "run.toml:1: training.seed is unknown; did you mean debug.seed?"),
+        file(
+            "optimiser.lr = 1e-4",
+            "run.toml:1: the section [optimiser] is unknown; did you mean [optimizer]?",
+        ),
+        file(
+            "quantize.linear.float8.emulated = true",
+            "run.toml:1: quantize.linear.float8.emulated is unknown; did you mean quantize.linear.float8.emulate?",
+        ),
+        file(
+            "training = 3",
+            "run.toml:1: training is a section: write [training], and its keys below",
+        ),
+        line("--training.stepps 100", "--training.stepps is unknown; did you mean training.steps?"),
+        line("--steps 100", "--steps is unknown; ./run_train.sh --help lists all keys"),
+        line(
+            "--training.local-batch 8",
+            "--training.local-batch is unknown; did you mean training.local_batch_size?",
+        ),
+        line(
+            "training.steps=100",
+            "'training.steps=100' on the command line belongs to no key; did you mean --training.steps=100?",
+        ),
+        line(
+            "--mixed_precision_param float32",
+            "--mixed_precision_param is unknown; did you mean training.mixed_precision_param?",
+        ),
+        line(
+            "--training.no-steps",
+            "--training.no-steps: --training.steps is no switch; its value must be a whole number",
+        ),
+    ],
+    "Types": [
+        file(
+            'training.steps = "100"',
+            'run.toml:1: training.steps = "100" must be a whole number, not a string',
+        ),
+        file(
+            "training.steps = 100.0",
+            "run.toml:1: training.steps = 100.0 must be a whole number, not a number with a fraction",
+        ),
+        file(
+            "training.steps = true",
+            "run.toml:1: training.steps = true must be a whole number, not a boolean",
+        ),
+        file(
+            'optimizer.lr = "1e-4"',
+            'run.toml:1: optimizer.lr = "1e-4" must be a number, not a string',
+        ),
+        file("optimizer.lr = nan", "run.toml:1: optimizer.lr = nan must be a number, not nan"),
+        file(
+            'checkpoint.enable = "false"',
+            'run.toml:1: checkpoint.enable = "false" must be true or false, not a string',
+        ),
+        file(
+            "checkpoint.enable = 1",
+            "run.toml:1: checkpoint.enable = 1 must be true or false, not a whole number",
+        ),
+        file(
+            "encoder.t5_encoder = 5",
+            "run.toml:1: encoder.t5_encoder = 5 must be a string in quotes, not a whole number",
+        ),
+        file(
+            'sampling.prompts = "a red circle"',
+            'run.toml:1: sampling.prompts = "a red circle" must be a list of strings, not a string',
+        ),
+        file(
+            'sampling.prompts = ["a red circle", 3]',
+            'run.toml:1: sampling.prompts = ["a red circle", 3] must be a list of strings',
+        ),
+        file(
+            'debug.seed = "42"',
+            'run.toml:1: debug.seed = "42" must be a whole number or "None", not a string',
+        ),
+        file(
+            'flow.time_density = "lognormal"',
+            'run.toml:1: flow.time_density = "lognormal" must be one of "uniform", "logit_normal"',
+        ),
+        file(
+            "encoder.pixel_channels = 2",
+            "run.toml:1: encoder.pixel_channels = 2 must be one of 1, 3",
+        ),
+        file(
+            "training.steps = 2026-01-01",
+            "run.toml:1: training.steps = 2026-01-01 must be a whole number, not a date or time",
+        ),
+        file(
+            "training.dataloader = 4",
+            "run.toml:1: training.dataloader is a section: write [training.dataloader], and its keys below",
+        ),
+        line("--training.steps ten", "--training.steps ten: the value must be a whole number"),
+        line("--training.steps 1e3", "--training.steps 1e3: the value must be a whole number"),
+        line("--training.steps", "--training.steps: the value must be a whole number"),
+        line(
+            "--checkpoint.enable maybe",
+            "--checkpoint.enable maybe: it is --checkpoint.enable or --checkpoint.no-enable, without a value",
+        ),
+        line(
+            "--checkpoint.no-enable true",
+            "--checkpoint.no-enable true: it is --checkpoint.enable or --checkpoint.no-enable, without a value",
+        ),
+        line(
+            "--training.mixed_precision_param bf16",
+            '--training.mixed_precision_param bf16: the value must be one of "bfloat16", "float32"',
+        ),
+        line(
+            "--training.steps 3 4",
+            "'4' on the command line belongs to no key; keys are given as --section.key value",
+        ),
+        line(
+            "--data.background 255,255,white",
+            "--data.background 255,255,white: the value must be a list of whole numbers",
+        ),
+    ],
+    "Numbers": [
+        file("training.steps = 0", "run.toml:1: training.steps = 0 must be at least 1"),
+        file(
+            "training.local_batch_size = 0",
+            "run.toml:1: training.local_batch_size = 0 must be at least 1",
+        ),
+        file(
+            "training.classifier_free_guidance_prob = 1.5",
+            "run.toml:1: training.classifier_free_guidance_prob = 1.5 is not a probability",
+        ),
+        file("optimizer.lr = -1e-4", "run.toml:1: optimizer.lr = -0.0001 must be at least 0"),
+        file("optimizer.beta2 = 1", "run.toml:1: optimizer.beta2 = 1.0 is not in [0, 1)"),
+        file(
+            "lr_scheduler.decay_ratio = 20",
+            "run.toml:1: lr_scheduler.decay_ratio = 20.0 is not in [0, 1]",
+        ),
+        file(
+            "training.max_norm = 0",
+            "run.toml:1: training.max_norm = 0.0 must be positive; inf is off",
+        ),
+        file(
+            "checkpoint.enable = true\ncheckpoint.keep_latest_k = 1",
+            "run.toml:2: checkpoint.keep_latest_k = 1: keep at least 2, for the newest may turn out damaged; 0 keeps all",
+        ),
+        file(
+            "data.held_out_share = 1.0",
+            "run.toml:1: data.held_out_share = 1.0 is not a share in [0, 1)",
+        ),
+        file(
+            "data.background = [255, 255]",
+            "run.toml:1: data.background = [255, 255] is not a list of red, green, blue, 0 to 255",
+        ),
+        file(
+            "training.dataloader.prefetch_factor = 2",
+            "run.toml:1: training.dataloader.prefetch_factor = 2: batches are made ahead by training.dataloader.num_workers = 0 processes; both must be at least 1",
+        ),
+        file(
+            "validation.enable = true\nvalidation.steps = 0",
+            "run.toml:2: validation.steps = 0 must be positive, or -1 for all",
+        ),
+        file(
+            "profiling.enable_profiling = true\nprofiling.profile_freq = 2",
+            "run.toml:2: profiling.profile_freq = 2 must be at least profiler_warmup + profiler_active = 4",
+        ),
+    ],
+    "Files and folders": [
+        file(
+            'encoder.clip_encoder = "./nowhere"',
+            "run.toml:1: encoder.clip_encoder = './nowhere' does not exist",
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "no.safetensors"',
+            "run.toml:3: encoder.autoencoder_path = 'no.safetensors' does not exist",
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "picture.toml"',
+            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is not a safetensors file, or is cut short",
+            needs=("picture.toml",),
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "pointer.safetensors"',
+            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+            needs=("pointer.safetensors",),
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "cut.safetensors"',
+            "run.toml:3: encoder.autoencoder_path = 'cut.safetensors': cut.safetensors is damaged: it has 600,000 bytes, and by its header 772,326",
+            needs=("cut.safetensors",),
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "assets/tiny/t5/model.safetensors"',
+            "run.toml:3: encoder.autoencoder_path: assets/tiny/t5/model.safetensors is not an autoencoder in Black Forest Labs' layout ('encoder.conv_in.weight'); for diffusers' layout give the vae folder with its config.json",
+        ),
+        file(
+            'encoder.t5_encoder = "assets/tiny/clip"',
+            "run.toml:1: encoder.t5_encoder: cannot load the configuration from assets/tiny/clip: its model_type is 'clip_text_model', needed is 't5'",
+        ),
+        file(
+            'encoder.t5_encoder = "assets/tiny/t5/config.json"',
+            "run.toml:1: encoder.t5_encoder = 'assets/tiny/t5/config.json': is a file; name the folder with its config.json",
+        ),
+        file(
+            'encoder.t5_encoder = "shards"',
+            "run.toml:1: encoder.t5_encoder = 'shards': shards/model-00002-of-00002.safetensors does not exist",
+            needs=("shards",),
+        ),
+        file(
+            'encoder.clip_encoder = "pickled"',
+            "run.toml:1: encoder.clip_encoder = 'pickled': pickled/model.safetensors does not exist; pytorch_model.bin is not read, for it could run code",
+            needs=("pickled",),
+        ),
+        file(
+            'job.dump_folder = "picture.toml/run"',
+            "run.toml:1: job.dump_folder = 'picture.toml/run': picture.toml is a file; name a folder",
+            needs=("picture.toml",),
+        ),
+        file(
+            'training.dataset = "folder"',
+            "training.dataset_path is not set: 'folder' needs the folder of its files",
+        ),
+        file(
+            'training.dataset = "folder"\ntraining.dataset_path = "./nowhere"',
+            "run.toml:2: training.dataset_path = './nowhere' does not exist",
+        ),
+        file(
+            'training.dataset = "imagenet"',
+            "run.toml:1: training.dataset = 'imagenet' is not available; use one of digits, shapes …",
+        ),
+        file(
+            'training.dataset = "cc12m-wds"',
+            "training.dataset_path is not set: 'cc12m-wds' needs the folder of its files; download them with `hf download pixparse/cc12m-wds --repo-type dataset --include '*.tar' --local-dir cc12m-wds`",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "./nowhere"',
+            "run.toml:2: checkpoint.initial_load_path = './nowhere' does not exist",
+        ),
+    ],
+    "Model and sizes": [
+        file(
+            'model.name = "llama3"', "run.toml:1: model.name = 'llama3': this trainer trains 'flux'"
+        ),
+        file(
+            'model.flavor = "flux-pro"',
+            "run.toml:1: model.flavor = 'flux-pro' is unknown; known: flux-dev …",
+        ),
+        file(
+            "training.img_size = 7",
+            "run.toml:1: training.img_size: image height 7 is not a positive multiple of 2 pixels (codec downscale 1 x patch 2)",
+        ),
+        file(
+            "training.img_height = 9",
+            "run.toml:1: training.img_height / img_width: image height 9 is not a positive multiple of 2 pixels (codec downscale 1 x patch 2)",
+        ),
+        file(
+            'model.flavor = "flux-schnell"\ntraining.img_size = 256',
+            "run.toml:1: encoder.t5_encoder: width 32 does not fit model.flavor = 'flux-schnell', which needs 4096; encoder.clip_encoder: width 32 does not fit model.flavor = 'flux-schnell', which needs 768",
+        ),
+        file(
+            'validation.enable = true\ntraining.dataset = "folder"\ntraining.dataset_path = "folder"',
+            "run.toml:1: validation.enable = true, and nothing is held out: set validation.dataset_path to other data, or data.held_out_share to the share of the training data to keep back",
+            needs=("folder",),
+        ),
+        file(
+            "sampling.enable = true",
+            "run.toml:1: sampling.enable = true needs sampling.prompts, a list of captions",
+        ),
+        file(
+            'score.enable = true\ntraining.dataset = "shapes"',
+            "run.toml:1: score.enable = true reads 8 x 8 digits: training.dataset must be digits, not shapes",
+        ),
+    ],
+    "Ranks": [
+        line(
+            "--parallelism.data_parallel_replicate_degree 3",
+            "parallelism.data_parallel_replicate_degree = 3 times data_parallel_shard_degree = -1 does not make the 2 ranks that were started; -1 for the shard degree takes what is left",
+            ranks=2,
+        ),
+        line(
+            "--parallelism.tensor_parallel_degree 3",
+            "parallelism.tensor_parallel_degree = 3 does not divide the 4 heads of model.flavor = 'flux-digits'; use one of 2, 4",
+            ranks=3,
+        ),
+        line(
+            "--parallelism.context_parallel_degree 0",
+            "parallelism.context_parallel_degree = 0 must be at least 1",
+        ),
+        line(
+            "--training.global_batch_size 100",
+            "training.global_batch_size = 100 is not a multiple of training.local_batch_size = 8 times 1 rank",
+        ),
+        line(
+            "--parallelism.pipeline_parallel_degree 2 --parallelism.pipeline_parallel_schedule 1F2B",
+            "parallelism.pipeline_parallel_schedule = '1F2B' is not available; use one of GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble",
+            ranks=2,
+        ),
+        line(
+            "--parallelism.pipeline_parallel_degree 8",
+            "parallelism.pipeline_parallel_degree = 8 with parallelism.pipeline_parallel_schedule = '1F1B' makes 8 stages, more than the 6 blocks of the model; choose a smaller degree",
+            ranks=8,
+        ),
+        line(
+            "--parallelism.expert_parallel_degree 2",
+            "parallelism.expert_parallel_degree = 2: FLUX has no experts; set it to 1",
+        ),
+    ],
+    "The machine and what does not go together": [
+        line(
+            "--training.mixed_precision_param bfloat16",
+            'training.mixed_precision_param = "bfloat16" needs a GPU of compute capability 8.0 or later, and Tesla T4 has 7.5; compute in float32: --training.mixed_precision_param float32',
+            needs=("card 7.5",),
+        ),
+        line(
+            "--model.converters quantize.linear.float8",
+            "model.converters = ['quantize.linear.float8'] needs a GPU of compute capability 8.9 or later, and this machine has no GPU; remove it, or set quantize.linear.float8.emulate = true (slow, for trying out)",
+        ),
+        line(
+            "--model.converters float8",
+            "model.converters = ['float8']: float8 is unknown; FLUX has 'quantize.linear.float8' and 'quantize.linear.mx'",
+        ),
+        line(
+            "--training.enable_cpu_offload",
+            "training.enable_cpu_offload = true needs a GPU; set it to false",
+        ),
+        line(
+            "--training.dtype bfloat16",
+            "training.dtype = 'bfloat16': parameters are kept in float32; choose the compute type by training.mixed_precision_param",
+        ),
+        line(
+            "--optimizer.name SGD",
+            "optimizer.name = 'SGD' is not available; use one of AdamW, Adam",
+        ),
+        line(
+            "--activation_checkpoint.mode memory_budget",
+            'activation_checkpoint.mode = "memory_budget" is a choice of the compiler: set compile.enable = true with "model" in compile.components, or use another mode',
+        ),
+        line(
+            "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option two",
+            "activation_checkpoint.selective_ac_option = 'two': use \"op\", or a number N >= 1 in quotes to recompute every N-th block",
+        ),
+        line(
+            "--compile.enable --compile.components model,optimizer",
+            "compile.components names optimizer; known: model, loss",
+        ),
+        line(
+            "--comm.mode fake_backend",
+            "comm.mode = 'fake_backend' trains nothing; set it to \"default\" (scripts/plan.py tries meshes without ranks)",
+        ),
+        line(
+            "--fault_tolerance.enable",
+            "fault_tolerance.enable = true is not supported; set it to false",
+        ),
+        line(
+            "--memory_estimation.enable",
+            "memory_estimation.enable = true is not available; set it to false and use scripts/plan.py",
+        ),
+        line(
+            "--checkpoint.create_seed_checkpoint",
+            "checkpoint.create_seed_checkpoint = true needs checkpoint.enable = true",
+        ),
+    ],
+}
+"""Part of the document -> its rows. A message that ends in " …" goes on."""
+
+
+def document() -> str:
+    """docs/errors.md."""
+    lines = [
+        "# Errors",
+        "",
+        "A configuration that cannot run is refused before anything is built: one report of all",
+        "that is wrong, on stderr, exit status 2. `./run_train.sh --check` only looks. Below is what",
+        "is said of one mistake at a time; `run.toml` is the file that CONFIG_FILE names, the number",
+        "is the line. Written by `python tests/unit/config/refusals.py` from the table of the tests.",
+    ]
+    for title, rows in TABLE.items():
+        lines += ["", f"## {title}", "", "| given | said |", "|---|---|"]
+        lines += [f"| {_cell(row.given)} | {_cell(chr(10).join(row.message))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    quoted = (f"`` {part} ``" if "`" in part else f"`{part}`" for part in text.splitlines())
+    return "<br>".join(quoted).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(), encoding="utf-8")
+    print(DOCUMENT)

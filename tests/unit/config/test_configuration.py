@@ -1,0 +1,231 @@
+"""Reading: what files and command lines mean, what is printed and written, what is documented."""
+
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from unit.config.refusals import Refusal
+
+from torchtitan_flux.config.manager import (
+    ConfigError,
+    FluxConfigManager,
+    config_class,
+    load_config,
+    read,
+)
+from torchtitan_flux.config.meanings import MEANINGS
+from torchtitan_flux.config.reference import help_text
+from torchtitan_flux.config.resolved import log_resolved, resolved_toml
+from torchtitan_flux.config.schema import get, keys_of
+from torchtitan_flux.config.toml_file import read_toml
+from torchtitan_flux.config.values import allowed, from_text, from_toml
+
+REPO = Path(__file__).resolve().parents[3]
+KEYS = {key.name: key for key in keys_of(config_class())}
+DIGITS = ["--job.config_file", "train_configs/flux_digits.toml"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        ("--training.steps 3", "training.steps", 3),
+        ("--training.steps=3", "training.steps", 3),
+        ("--training.steps 30_000", "training.steps", 30_000),
+        ("--training.local-batch-size 3", "training.local_batch_size", 3),
+        ("--training.steps 3 --training.steps 4", "training.steps", 4),
+        ("--checkpoint.enable", "checkpoint.enable", True),
+        ("--checkpoint.no-enable", "checkpoint.enable", False),
+        ("--checkpoint.no_enable", "checkpoint.enable", False),
+        ("--checkpoint.enable False", "checkpoint.enable", False),
+        ("--checkpoint.enable=true", "checkpoint.enable", True),
+        ("--checkpoint.no-initial-load-model-only", "checkpoint.initial_load_model_only", False),
+        ("--optimizer.lr 1e-4", "optimizer.lr", 1e-4),
+        ("--training.max_norm 2", "training.max_norm", 2.0),
+        (
+            "--parallelism.data_parallel_shard_degree -1",
+            "parallelism.data_parallel_shard_degree",
+            -1,
+        ),
+        ("--quantize.linear.float8.emulate", "quantize.linear.float8.emulate", True),
+        ("--training.dataloader.num-workers 2", "training.dataloader.num_workers", 2),
+        ("--encoder.pixel_channels 3", "encoder.pixel_channels", 3),
+        ("--sampling.prompts one,two", "sampling.prompts", ["one", "two"]),
+        ("--sampling.prompts one two", "sampling.prompts", ["one", "two"]),
+        ("--sampling.prompts one, two", "sampling.prompts", ["one,", "two"]),
+        ('--sampling.prompts ["one","a,b"]', "sampling.prompts", ["one", "a,b"]),
+        ("--data.background 1 2 3", "data.background", [1, 2, 3]),
+        ("--data.background 1,2,3", "data.background", [1, 2, 3]),
+        ("--model.converters=", "model.converters", []),
+        ("--debug.seed 7", "debug.seed", 7),
+        ("--debug.seed None", "debug.seed", None),
+        ("--training.dataset_path None", "training.dataset_path", None),
+        (
+            "--parallelism.context_parallel_load_balancer None",
+            "parallelism.context_parallel_load_balancer",
+            None,
+        ),
+        (
+            "--parallelism.module_fqns_per_model_part a,b c",
+            "parallelism.module_fqns_per_model_part",
+            [["a", "b"], ["c"]],
+        ),
+    ],
+)
+def test_forms_of_the_command_line(argv, key, value):
+    reading = read(argv.split(" "))
+    assert reading.found == []
+    found = get(reading.config, key)
+    assert (found, type(found)) == (value, type(value))
+    assert key in reading.given
+
+
+def test_every_default_is_of_its_own_type_and_can_be_typed():
+    """What is written can be read: from TOML for all keys, from text for simple ones."""
+    for key in KEYS.values():
+        if key.default is not None:
+            assert from_toml(key.default, key.annotation) == key.default, key.name
+        if isinstance(key.default, int | float | str):
+            assert from_text([str(key.default)], key.annotation) == key.default, key.name
+        assert "typing" not in allowed(key.annotation)
+
+
+def test_lines_of_keys(tmp_path):
+    (tmp_path / "a.toml").write_text(
+        'title = "a # b"  # [no.table]\n'
+        "[ a . 'b' ] # comment\n"
+        'text = """\n[not.a.table]\nx = 1\n"""\n'
+        "list = [\n  1, # ]\n  [2, '#'],\n]\n"
+        "in.side = { x = 1, y = '}' }\n"
+        "\n\n'quoted key' = '''\n'\n'''\n"
+        "last=2"
+    )
+    file = read_toml(tmp_path / "a.toml", "a.toml")
+    assert file.lines == {
+        "title": 1,
+        "a.b": 2,
+        "a.b.text": 3,
+        "a.b.list": 7,
+        "a.b.in.side": 11,
+        "a.b.quoted key": 14,
+        "a.b.last": 17,
+    }
+    assert file.where("a.b.in.side.x") == "a.toml:11"
+    assert file.where("a") == "a.toml:2"
+
+
+@pytest.mark.parametrize("name", ["flux_digits", "debug_model", "flux_mnist"])
+def test_the_resolved_file_gives_the_configuration_again(name, tmp_path):
+    argv = [
+        "--job.config_file", f"train_configs/{name}.toml",
+        "--job.dump_folder", str(tmp_path),
+        "--job.description", 'quotes " \\ and\nlines, ünïcode \x01',
+        "--lr_scheduler.decay_ratio", "None",
+        "--training.max_norm", "inf",
+        "--debug.seed", "5",
+    ]  # fmt: skip
+    config = load_config(argv)
+    config.maybe_log()  # torchtitan's trainer does
+    again = load_config(["--job.config_file", str(tmp_path / "config.toml")])
+    again.job.config_file = config.job.config_file
+    assert asdict(again) == asdict(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_the_resolved_file_may_be_json_or_not_written(tmp_path):
+    config = load_config([*DIGITS, "--job.dump_folder", str(tmp_path)])
+    config.job.save_config_file = None
+    log_resolved(config)
+    assert not list(tmp_path.iterdir())
+    config.job.save_config_file = "config.json"
+    log_resolved(config)
+    assert '"img_size": 8' in (tmp_path / "config.json").read_text()
+
+
+def test_a_resolved_file_of_another_version_names_what_it_does_not_know(tmp_path):
+    text = resolved_toml(load_config(DIGITS)).replace("flip_prob =", "mirror_prob =")
+    (tmp_path / "old.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"old\.toml:\d+: training\.mirror_prob is unknown"):
+        load_config(["--job.config_file", str(tmp_path / "old.toml")])
+
+
+def test_every_key_has_a_meaning():
+    assert [name for name, key in KEYS.items() if not key.meaning] == []
+    assert set(MEANINGS) <= set(KEYS), "a meaning of a key that is gone"
+
+
+def test_help_lists_every_key_with_its_default():
+    text = help_text(KEYS.values(), "./run_train.sh", "a.toml")
+    for key in KEYS.values():
+        assert f"--{key.name}  (" in text
+    assert '--training.caption_dropout  ("independent"; one of "independent", "joint")' in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_reference_is_current():
+    sys.path.insert(0, str(REPO / "scripts"))
+    try:
+        import configuration_reference as reference
+    finally:
+        sys.path.pop(0)
+    written = reference.PATH.read_text(encoding="utf-8")
+    assert written == reference.text(), "run python scripts/configuration_reference.py"
+
+
+def test_sections_of_ones_own(tmp_path, monkeypatch):
+    """job.custom_config_module adds sections and keys, checked as ours are."""
+    (tmp_path / "my_sections.py").write_text(
+        "from dataclasses import dataclass, field\n\n\n"
+        "@dataclass\nclass Mine:\n    colours: int = 3\n    'How many'\n\n\n"
+        "@dataclass\nclass Training:\n    extra: float = 0.5\n\n\n"
+        "@dataclass\nclass JobConfig:\n"
+        "    mine: Mine = field(default_factory=Mine)\n"
+        "    training: Training = field(default_factory=Training)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = [*DIGITS, "--job.custom_config_module", "my_sections"]
+    config: object = load_config([*argv, "--mine.colours", "4", "--training.extra", "2"])
+    assert (get(config, "mine.colours"), get(config, "training.extra")) == (4, 2.0)
+    assert get(config, "training.img_size") == 8
+    assert "[mine]\ncolours = 4" in resolved_toml(config)
+    with pytest.raises(ConfigError, match=r"--mine\.colors is unknown; did you mean mine\.colours"):
+        load_config([*argv, "--mine.colors", "4"])
+
+
+def test_a_value_that_comes_later_counts_and_the_earlier_is_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        config = load_config([*DIGITS, "--training.steps", "3", "--training.steps=5"])
+    assert config.training.steps == 5
+    assert "--training.steps 3 does not count: --training.steps 5 comes later" in caplog.text
+
+
+def test_what_is_not_used_is_said_once(tmp_path, caplog):
+    (tmp_path / "theirs.toml").write_text(
+        "[validation]\ndenoising_steps = 4\nsave_img_count = 1\n"
+        '[model]\nhf_assets_path = "x"\n[training]\nimg_size = 8\nseq_len = 2048\n'
+    )
+    argv = ["--job.config_file", str(tmp_path / "theirs.toml")]
+    with caplog.at_level(logging.WARNING):
+        load_config(argv)
+    said = [record.getMessage() for record in caplog.records]
+    assert (
+        "validation.denoising_steps, validation.save_img_count: not used; [sampling] draws pictures"
+        in said
+    )
+    assert sorted(line.split(":")[0] for line in said) == [
+        "model.hf_assets_path",
+        "validation.denoising_steps, validation.save_img_count",
+    ], "seq_len stands at its default"
+
+
+def test_a_configuration_for_another_machine_is_read_unchecked():
+    config = FluxConfigManager().parse_args(["--encoder.t5_encoder", "not/here/at_all"])
+    assert config.encoder.t5_encoder == "not/here/at_all"
+    with pytest.raises(ConfigError):
+        FluxConfigManager().parse_args(["--encoder.t6_encoder", "x"])
+
+
+def test_a_card_without_bfloat16_computes_in_float32_where_asked_to(arguments):
+    case = Refusal((), argv=("--training.mixed_precision_param", "float32"), needs=("card 7.5",))
+    assert load_config(arguments(case)).training.mixed_precision_param == "float32"

@@ -1,0 +1,188 @@
+"""What torchtitan's keys mean for FLUX, and which of them mean nothing here.
+
+Our own keys say it below their fields, in job_config.py.
+"""
+
+NOT_USED = {
+    "model.hf_assets_path": "tokenizers lie beside the encoders that [encoder] names, and weights "
+    "to begin from are checkpoint.initial_load_path",
+    "model.tokenizer_path": "tokenizers lie beside the encoders that [encoder] names",
+    "training.seq_len": "the number of tokens follows from training.img_size and "
+    "encoder.max_t5_encoding_len",
+    "validation.seq_len": "the number of tokens follows from training.img_size and "
+    "encoder.max_t5_encoding_len",
+    "validation.enable_classifier_free_guidance": "[sampling] draws pictures",
+    "validation.classifier_free_guidance_scale": "[sampling] draws pictures",
+    "validation.denoising_steps": "[sampling] draws pictures",
+    "validation.save_img_count": "[sampling] draws pictures",
+    "validation.save_img_folder": "[sampling] draws pictures",
+    "validation.eval_freq": "validation.freq counts",
+    "parallelism.disable_loss_parallel": "the loss of FLUX is not cut by tensor parallelism",
+    "parallelism.context_parallel_load_balancer": "without a causal mask ranks have equal work",
+    "parallelism.context_parallel_rotate_method": "context parallelism exchanges heads (Ulysses)",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": "FLUX has no experts",
+    "parallelism.expert_tensor_parallel_degree": "FLUX has no experts",
+    "parallelism.expert_parallel_comm_backend": "FLUX has no experts",
+    "quantize.grouped_mm.float8.fqns": "FLUX has no experts",
+    "quantize.grouped_mm.mx.recipe_name": "FLUX has no experts",
+    "quantize.grouped_mm.mx.fqns": "FLUX has no experts",
+    "debug.moe_force_load_balance": "FLUX has no experts",
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "FLUX has no experts",
+    "memory_estimation.disable_fake_mode": "scripts/plan.py estimates memory",
+    "checkpoint.enable_ft_dataloader_checkpoints": "there is no torchft here, and the position in "
+    "the data is part of every checkpoint",
+    "fault_tolerance.process_group": "there is no torchft here",
+    "fault_tolerance.process_group_timeout_ms": "there is no torchft here",
+    "fault_tolerance.replica_id": "there is no torchft here",
+    "fault_tolerance.group_size": "there is no torchft here",
+    "fault_tolerance.min_replica_size": "there is no torchft here",
+    "fault_tolerance.semi_sync_method": "there is no torchft here",
+    "experimental.custom_args_module": "job.custom_config_module names a module of own sections",
+}
+"""Keys that are taken and do nothing, with the reason; a run that sets one says so."""
+
+USED = {
+    "job.config_file": "TOML file to read; on the command line only",
+    "job.dump_folder": "Folder for everything that the run writes",
+    "job.print_config": "Print the configuration as resolved at the start of the run",
+    "job.custom_config_module": "Python module whose JobConfig adds sections or keys; torchtitan's "
+    "own name for its FLUX sections means ours, which are always there",
+    "profiling.enable_profiling": "Record traces with torch's profiler",
+    "profiling.save_traces_folder": "Folder below job.dump_folder for traces",
+    "profiling.profile_freq": "Record a trace every so many steps",
+    "profiling.profiler_active": "Steps that a trace covers",
+    "profiling.profiler_warmup": "Steps before a trace during which the profiler runs idle",
+    "profiling.enable_memory_snapshot": "Record the GPU allocator's history (GPU only)",
+    "profiling.save_memory_snapshot_folder": "Folder below job.dump_folder for memory snapshots",
+    "metrics.log_freq": "Log loss, speed and memory every so many steps",
+    "metrics.enable_tensorboard": "Write TensorBoard files",
+    "metrics.disable_color_printing": "Print log lines without colours",
+    "metrics.save_tb_folder": "Folder below job.dump_folder for TensorBoard files",
+    "metrics.save_for_all_ranks": "Every rank writes TensorBoard files, not only the first",
+    "metrics.enable_wandb": "Log to Weights & Biases too (needs `pip install wandb`)",
+    "model.converters": 'Computation in 8 bits: "quantize.linear.float8" or "quantize.linear.mx"',
+    "model.print_after_conversion": "Print the model once it has been converted",
+    "optimizer.name": "AdamW or Adam",
+    "optimizer.lr": "Learning rate after warm-up",
+    "optimizer.beta1": "Decay of the mean of gradients",
+    "optimizer.beta2": "Decay of the mean of squared gradients",
+    "optimizer.eps": "Added to the root of the mean square",
+    "optimizer.weight_decay": "Decoupled weight decay",
+    "optimizer.implementation": "Kernels of the optimizer: fused is the fastest",
+    "optimizer.early_step_in_backward": "Not available: gradients could not be clipped",
+    "lr_scheduler.warmup_steps": "Steps in which the learning rate grows from zero",
+    "lr_scheduler.total_steps": "Steps that the schedule is made for; unset: training.steps",
+    "lr_scheduler.decay_ratio": "Share of the steps, at the end, in which the learning rate falls; "
+    "unset: from the end of warm-up on",
+    "lr_scheduler.decay_type": "Shape of the fall",
+    "lr_scheduler.min_lr_factor": "The learning rate falls to this share of optimizer.lr",
+    "training.dataset_path": "Folder, file or pattern of the data set's files",
+    "training.local_batch_size": "Images in a microbatch of one rank",
+    "training.global_batch_size": "Images in a step, over all ranks; more than the ranks hold at "
+    "once are accumulated. -1: training.local_batch_size on every rank that reads data",
+    "training.max_norm": "Gradients are scaled down to this norm",
+    "training.steps": "Optimizer steps of the run",
+    "training.enable_cpu_offload": "Keep parameters, gradients and optimizer in the CPU's memory "
+    "(GPU only)",
+    "training.dtype": "Type of parameters; float32 is the only one here",
+    "training.mixed_precision_param": "Type of computation. Where there is no GPU: float32, unless "
+    "this key is set",
+    "training.mixed_precision_reduce": "Type in which gradients are summed over ranks",
+    "training.gc_freq": "Collect Python's garbage every so many steps",
+    "training.gc_debug": "Collect it in every step, to find cycles that hold tensors",
+    "training.dataloader.num_workers": "Processes of each rank that read and decode images; 0 does "
+    "it in a thread",
+    "training.dataloader.persistent_workers": "Keep these processes when the position is moved",
+    "training.dataloader.pin_memory": "Hand out batches in pinned memory (GPU only)",
+    "training.dataloader.prefetch_factor": "Batches that each process makes ahead; unset: 2",
+    "parallelism.data_parallel_replicate_degree": "Replicas of the model: DDP, and with sharding "
+    "HSDP",
+    "parallelism.data_parallel_shard_degree": "Ranks that a replica's parameters, gradients and "
+    "optimizer are sharded over (FSDP); -1 takes the ranks that are left",
+    "parallelism.fsdp_reshard_after_forward": "Whether gathered parameters are given up after the "
+    "forward pass; default: yes, except with pipeline parallelism",
+    "parallelism.tensor_parallel_degree": "Ranks that share the heads and the MLP of every block",
+    "parallelism.enable_async_tensor_parallel": "Not available: it needs sequence parallel "
+    "activations",
+    "parallelism.pipeline_parallel_degree": "Ranks that hold the stages of the model",
+    "parallelism.module_fqns_per_model_part": "Modules of each stage by name, a list for each; "
+    "unset: cut by the number of operations",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "Not available: stages are cut by "
+    "operations; the default does nothing",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "Not available: stages are cut by "
+    "operations; the default does nothing",
+    "parallelism.pipeline_parallel_layers_per_stage": "Blocks of a stage; unset: the fewest stages "
+    "that the schedule takes",
+    "parallelism.pipeline_parallel_schedule": "GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble "
+    "or ZBVZeroBubble",
+    "parallelism.pipeline_parallel_schedule_csv": "Not available: schedules are not read from "
+    "files",
+    "parallelism.pipeline_parallel_microbatch_size": "Images of a microbatch of the pipeline; "
+    "divides training.local_batch_size",
+    "parallelism.context_parallel_degree": "Ranks that share the tokens of every sample (Ulysses)",
+    "parallelism.expert_parallel_degree": "Not available: FLUX has no experts",
+    "checkpoint.enable": "Save checkpoints, and continue from the newest one that is complete",
+    "checkpoint.folder": "Folder below job.dump_folder for checkpoints",
+    "checkpoint.interval": "Save every so many steps, and at the last",
+    "checkpoint.initial_load_path": "Checkpoint that a new run begins from",
+    "checkpoint.initial_load_model_only": "Take weights alone from it; false continues its run, "
+    "with optimizer, schedule and position in the data",
+    "checkpoint.initial_load_in_hf": "checkpoint.initial_load_path is a diffusers folder or a "
+    "safetensors file",
+    "checkpoint.initial_load_in_hf_quantized": "Not available: quantized weights are not read",
+    "checkpoint.last_save_model_only": "The last checkpoint holds weights alone, and the run "
+    "cannot be made longer",
+    "checkpoint.last_save_in_hf": "Write the last checkpoint as a diffusers folder",
+    "checkpoint.export_dtype": "Type of weights in a last checkpoint that holds weights alone",
+    "checkpoint.async_mode": "Write checkpoints while training goes on",
+    "checkpoint.keep_latest_k": "Keep so many checkpoints; 0 keeps all",
+    "checkpoint.load_step": "Continue from this step; -1: from the newest",
+    "checkpoint.exclude_from_loading": "Parts of a checkpoint that are not loaded",
+    "checkpoint.enable_first_step_checkpoint": "Save after the first step too",
+    "checkpoint.create_seed_checkpoint": "Save the initial weights as step 0, and leave",
+    "checkpoint.load_only": "Continue from checkpoints, and save none",
+    "activation_checkpoint.selective_ac_option": '"N" recomputes every N-th block, "op" all but '
+    "matrix products, attention and what came from other ranks",
+    "activation_checkpoint.early_stop": "Stop recomputing once everything needed is there",
+    "activation_checkpoint.memory_budget": "Mode memory_budget: 0 recomputes all, 1 nothing",
+    "activation_checkpoint.visualize_memory_budget_pareto": "Not available",
+    "activation_checkpoint.preserve_rng_state": "Give recomputed blocks the random state of the "
+    "first time (FLUX draws nothing in blocks)",
+    "activation_checkpoint.determinism_check": "default compares shapes of what was recomputed; "
+    "none does not",
+    "activation_checkpoint.debug": "Say which operations differ when recomputing",
+    "compile.enable": "Compile blocks with torch.compile",
+    "compile.components": "What is compiled: model, loss",
+    "compile.backend": "Backend of torch.compile",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": "Gather sharded weights in float8",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "Compute the scales of all "
+    "weights at once after each step",
+    "quantize.linear.float8.recipe_name": "How scales are chosen; unset: one for each tensor",
+    "quantize.linear.float8.emulate": "Compute float8 in software, to try it out",
+    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "Kernel that casts columns",
+    "quantize.linear.mx.recipe_name": "mxfp8_cublas or mxfp8_cublas_rceil",
+    "comm.init_timeout_seconds": "Ranks wait so long for each other until the first step is done",
+    "comm.train_timeout_seconds": "Ranks wait so long for each other after that",
+    "comm.trace_buf_size": "Collectives that are recorded for a post-mortem; 0 where there is no "
+    "GPU, unless this key is set",
+    "comm.save_traces_folder": "Folder below job.dump_folder for these records",
+    "comm.save_traces_file_prefix": "How their file names begin",
+    "comm.mode": "default is the only one here; scripts/plan.py tries meshes without ranks",
+    "memory_estimation.enable": "Not available: scripts/plan.py estimates memory",
+    "fault_tolerance.enable": "Not available",
+    "validation.enable": "Measure the loss on held-out data",
+    "validation.dataset_path": "Folder, file or pattern of the held-out data's files",
+    "validation.local_batch_size": "Images that a rank measures at once",
+    "validation.freq": "Measure every so many steps, and at the last",
+    "validation.steps": "Batches over all ranks; -1 takes all held-out data",
+    "validation.dataloader.num_workers": "As training.dataloader.num_workers",
+    "validation.dataloader.persistent_workers": "As training.dataloader.persistent_workers",
+    "validation.dataloader.pin_memory": "As training.dataloader.pin_memory",
+    "validation.dataloader.prefetch_factor": "As training.dataloader.prefetch_factor",
+    "debug.seed": "Seed of everything random; unset: drawn once, logged and kept in checkpoints",
+    "debug.deterministic": "Use deterministic algorithms where there are any; slower",
+    "debug.deterministic_warn_only": "Warn where there are none, instead of stopping",
+}
+
+MEANINGS = {**USED, **{key: f"Not used: {reason}" for key, reason in NOT_USED.items()}}
+"""Key -> meaning; these stand before what the fields themselves say."""

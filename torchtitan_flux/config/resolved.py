@@ -1,0 +1,58 @@
+"""A configuration as TOML: printed, and left in the dump folder to repeat the run with."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch.distributed as dist
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux import __version__
+from torchtitan_flux.config.schema import get, keys_of
+from torchtitan_flux.config.values import toml_text
+
+NOT_WRITTEN = ("job.config_file",)
+"""It says where the other keys came from."""
+
+
+def resolved_toml(config: Any) -> str:
+    """Every key with its value; read again as configuration file it gives an equal configuration.
+
+    Keys that are unset and unset by default are left out: TOML has no word for it.
+    """
+    lines = [
+        f"# The configuration as resolved by torchtitan-flux {__version__}.",
+        "# Given as CONFIG_FILE it repeats the run (job.dump_folder names another place for it).",
+    ]
+    section = None
+    for key in keys_of(type(config)):
+        value = get(config, key.name)
+        if key.name in NOT_WRITTEN or (value is None and key.default is None):
+            continue
+        if key.section != section:
+            section = key.section
+            lines += ["", f"[{section}]"]
+        lines.append(f"{key.name.rpartition('.')[2]} = {toml_text(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def log_resolved(config: Any) -> None:
+    """Print and write the configuration, as job.print_config and job.save_config_file say.
+
+    torchtitan's trainer calls it as `maybe_log`, when ranks are joined and the seed is settled.
+    """
+    if config.job.print_config:
+        logger.info(f"The configuration as resolved:\n{resolved_toml(config)}")
+    name = config.job.save_config_file
+    if not name or (dist.is_initialized() and dist.get_rank() != 0):
+        return
+    path = Path(config.job.dump_folder) / name
+    as_json = path.suffix == ".json"
+    text = json.dumps(config.to_dict(), indent=2) if as_json else resolved_toml(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
