@@ -24,9 +24,19 @@ from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from torchtitan_flux.checkpoint.folder import Choice, rename_over, stale_steps, step_folder
+from torchtitan_flux.checkpoint.adapter import FluxStateDictAdapter
+from torchtitan_flux.checkpoint.export import export_beside, exported
+from torchtitan_flux.checkpoint.folder import (
+    Choice,
+    agree,
+    rename_over,
+    stale_steps,
+    step_folder,
+)
+from torchtitan_flux.checkpoint.import_weights import import_weights
 from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of, load_states, partial_of
+from torchtitan_flux.checkpoint.weights import Weights
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -39,7 +49,8 @@ class FluxCheckpointManager(CheckpointManager):
     Args:
         facts: what the run is tied to; stored with every checkpoint.
         choice: the run's own checkpoint to continue from, verified; empty to begin.
-        initial: a verified foreign checkpoint to begin from, or None.
+        initial: the weights to begin with, or the verified folder of another run's checkpoint to
+            go on from, or None.
         on_save_error: "continue" reports a checkpoint of the interval that could not be written
             and trains on; "stop" raises. The last one, and one that a stop asked for, always raise.
         arguments: torchtitan's.
@@ -53,7 +64,7 @@ class FluxCheckpointManager(CheckpointManager):
         *arguments: Any,
         facts: RunFacts,
         choice: Choice,
-        initial: Path | None,
+        initial: Weights | Path | None,
         on_save_error: str,
         **more: Any,
     ):
@@ -73,15 +84,19 @@ class FluxCheckpointManager(CheckpointManager):
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save where the interval, the first or the last step asks for it (torchtitan's loop)."""
-        if not self._should_save(curr_step, last_step) or self._is_saved(curr_step):
+        if not self._should_save(curr_step, last_step):
             return
-        if last_step or curr_step == 0:
+        if self._is_saved(curr_step):
+            pass
+        elif last_step or curr_step == 0:
             model_only = self.last_save_model_only or curr_step == 0
             self._save(curr_step, model_only, background=False, required=True)
         else:
             background = self.async_mode != AsyncMode.DISABLED
             required = self.on_save_error == "stop"
             self._save(curr_step, model_only=False, background=background, required=required)
+        if last_step and curr_step > 0 and self.last_save_in_hf:
+            self._export(curr_step)
 
     @torch.no_grad()
     def save_now(self, step: int) -> bool:
@@ -237,6 +252,18 @@ class FluxCheckpointManager(CheckpointManager):
             f'"{self.on_save_error}" says. Those before it are intact'
         )
 
+    def _export(self, step: int) -> None:
+        """The weights of a step, on the disk already, as a diffusers folder too."""
+        assert isinstance(self.sd_adapter, FluxStateDictAdapter)
+        checkpoint = step_folder(Path(self.folder), step)
+        if problem := export_beside(checkpoint, self.sd_adapter.model_args):
+            target = exported(checkpoint)
+            raise CheckpointNotSaved(
+                f"{checkpoint} is saved, but {target} could not be written ({problem}); the same "
+                "command again makes up for it, and so does "
+                f"`python scripts/convert_checkpoint.py {checkpoint} {target} --to diffusers`"
+            )
+
     # ---- loading ----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -251,24 +278,40 @@ class FluxCheckpointManager(CheckpointManager):
         """
         if not self.enable:
             return False
+        begin = time.monotonic()
         if self.choice.folder is not None:
             assert self.choice.manifest is not None
-            folder, model_only = self.choice.folder, self.choice.manifest.kind == "model"
             self._saved_step = self.choice.manifest.step
+            self._load_states(self.choice.folder, self.choice.manifest.kind == "model")
+        elif isinstance(self.initial, Path):
+            self._load_states(self.initial, model_only=False)
         elif self.initial is not None:
-            folder, model_only = self.initial, self.initial_load_model_only
+            logger.info(f"Reading {self.initial.path}")
+            import_weights(self.states[MODEL].state_dict(), self.initial)
+            give_back_freed_memory()
         else:
             return False
+        GarbageCollection.collect("GC collection for checkpoint loading.")
+        logger.info(f"Loaded it in {time.monotonic() - begin:.2f} s")
+        self._make_up_for_export()
+        return True
+
+    def _load_states(self, folder: Path, model_only: bool) -> None:
         logger.info(f"Loading {folder}")
-        begin = time.monotonic()
         states = self._states_to_load(model_only)
         model_keys = set(self.states[MODEL].state_dict()) & set(states)
         load_states(states, model_keys, folder)
         if model_keys:  # checkpoint.exclude_from_loading may name the model
             self.states[MODEL].load_state_dict({name: states[name] for name in model_keys})
-        GarbageCollection.collect("GC collection for checkpoint loading.")
-        logger.info(f"Loaded it in {time.monotonic() - begin:.2f} s")
-        return True
+
+    def _make_up_for_export(self) -> None:
+        """A finished run that was killed, or had no room, before its export was written."""
+        manifest = self.choice.manifest
+        if manifest is None or manifest.kind != "model" or not self.last_save_in_hf:
+            return
+        target = exported(step_folder(Path(self.folder), manifest.step))
+        if manifest.step > 0 and not self.load_only and not agree(target.exists):
+            self._export(manifest.step)
 
     def close(self) -> None:
         """End the background: a save in progress is finished first."""

@@ -38,7 +38,7 @@ NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 """Prefixes of the entries of a checkpoint that are not weights."""
 
 
-class _Written(list[WriteResult]):
+class Written(list[WriteResult]):
     """What one rank tells the coordinator after writing, with the facts of its files."""
 
     files: dict[str, FileFacts]
@@ -79,7 +79,7 @@ class ManifestWriter(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Future:
         results = super().write_data(plan, planner).wait()
         begin = time.perf_counter()
-        written = _Written(results)
+        written = Written(results)
         names = sorted({result.storage_data.relative_path for result in results})
         written.files = {name: file_facts(Path(self.path) / name) for name in names}
         self.checksum_seconds = time.perf_counter() - begin
@@ -92,7 +92,7 @@ class ManifestWriter(FileSystemWriter):
         folder = Path(self.path)
         files = {METADATA: file_facts(folder / METADATA)}
         for of_rank in results:
-            assert isinstance(of_rank, _Written)
+            assert isinstance(of_rank, Written)
             files |= of_rank.files
         Manifest(self.step, self.kind, self.facts, time.time(), files).write(folder)
         make_room(self.folder, self.replaces_damaged)

@@ -1,16 +1,18 @@
-"""Key maps of the transformer: ours <-> BFL <-> diffusers, dict to dict.
+"""Key maps of the transformer: ours <-> BFL <-> diffusers <-> torchtitan 0.2.
 
 Our names are BFL's, but for QK-norm (`.weight` for `.scale`) and the head-major fused weights
 (`qkv_by_head`, `linear1_by_head`, `linear2_by_head`), which are permuted here and nowhere else.
 Every missing, unknown or mis-shaped key is named and refused.
 
 A map is a list of `Entry`: one of our parameters, the names it has elsewhere, and how values move
-between the layouts. The same list is read in both directions.
+between the layouts. The same list is read in both directions, dict to dict here and part by part
+in weights.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -31,12 +33,15 @@ class Entry:
         theirs: foreign names; more than one where they keep apart what we fuse.
         join: foreign tensors, in the order of `theirs`, -> ours.
         split: our tensor -> foreign tensors.
+        axis: the only dimension along which values change their places. `join` and `split` treat
+            all places along the other one alike, so that they work as well on a part of it.
     """
 
     ours: str
     theirs: tuple[str, ...]
     join: Callable[[list[Tensor]], Tensor]
     split: Callable[[Tensor], list[Tensor]]
+    axis: int = 0
 
 
 def from_bfl(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
@@ -62,7 +67,7 @@ def to_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> State
 def _to_ours(
     state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry], what: str
 ) -> StateDict:
-    check_keys(state_dict, _foreign_shapes(args, entries), what)
+    check_keys(state_dict, foreign_shapes(args, entries), what)
     return {
         entry.ours: entry.join([state_dict[name] for name in entry.theirs]).contiguous()
         for entry in entries
@@ -72,7 +77,7 @@ def _to_ours(
 def _from_ours(
     state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry]
 ) -> StateDict:
-    check_keys(state_dict, _our_shapes(args), "transformer state dict")
+    check_keys(state_dict, our_shapes(args), "transformer state dict")
     return {
         name: tensor.contiguous()
         for entry in entries
@@ -81,19 +86,20 @@ def _from_ours(
 
 
 @lru_cache(maxsize=8)
-def _our_shapes(args: FluxModelArgs) -> dict[str, tuple[int, ...]]:
+def our_shapes(args: FluxModelArgs) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in FluxModel(args).state_dict().items()}
 
 
-def _foreign_shapes(args: FluxModelArgs, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+def foreign_shapes(args: FluxModelArgs, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the other layout, found by moving empty tensors through the map."""
     return {
         name: tuple(tensor.shape)
         for entry in entries
         for name, tensor in zip(
             entry.theirs,
-            entry.split(torch.empty(_our_shapes(args)[entry.ours], device="meta")),
+            entry.split(torch.empty(our_shapes(args)[entry.ours], device="meta")),
             strict=True,
         )
     }
@@ -147,7 +153,7 @@ def _fused_columns(ours: str, theirs: str, heads: int, sizes: list[int]) -> Entr
     def split(tensor: Tensor) -> list[Tensor]:
         return [torch.cat(_rows_by_part(tensor.T, heads, sizes)).T]
 
-    return Entry(ours, (theirs,), join, split)
+    return Entry(ours, (theirs,), join, split, axis=1)
 
 
 def _swap_halves(ours: str, theirs: str) -> Entry:
@@ -159,7 +165,20 @@ def _swap_halves(ours: str, theirs: str) -> Entry:
     return Entry(ours, (theirs,), lambda tensors: swap(tensors[0]), lambda t: [swap(t)])
 
 
-# ---- the two maps --------------------------------------------------------------------------
+# ---- the maps ------------------------------------------------------------------------------
+
+Layout = Literal["ours", "bfl", "diffusers", "torchtitan"]
+
+
+def layout_entries(layout: Layout, args: FluxModelArgs) -> list[Entry]:
+    """The map between our parameters and those of a layout, in the order of ours or theirs."""
+    if layout == "ours":
+        return [_same(name, name) for name in our_shapes(args)]
+    return {
+        "bfl": _bfl_entries,
+        "diffusers": _diffusers_entries,
+        "torchtitan": _torchtitan_entries,
+    }[layout](args)
 
 
 def _kinds(bias: bool) -> tuple[str, ...]:
@@ -167,7 +186,7 @@ def _kinds(bias: bool) -> tuple[str, ...]:
 
 
 def _bfl_entries(args: FluxModelArgs) -> list[Entry]:
-    return [_bfl_entry(name, args) for name in _our_shapes(args)]
+    return [_bfl_entry(name, args) for name in our_shapes(args)]
 
 
 def _bfl_entry(name: str, args: FluxModelArgs) -> Entry:
@@ -186,6 +205,17 @@ def _bfl_entry(name: str, args: FluxModelArgs) -> Entry:
     if name.endswith(("query_norm.weight", "key_norm.weight")):
         return _same(name, name.removesuffix("weight") + "scale")
     return _same(name, name)
+
+
+def _torchtitan_entries(args: FluxModelArgs) -> list[Entry]:
+    """torchtitan 0.2's own FLUX: BFL's layout with torch's name for the weight of a norm."""
+
+    def rename(entry: Entry) -> Entry:
+        if len(entry.theirs) == 1 and entry.theirs[0].endswith("_norm.scale"):
+            return replace(entry, theirs=(entry.theirs[0].removesuffix("scale") + "weight",))
+        return entry
+
+    return [rename(entry) for entry in _bfl_entries(args)]
 
 
 def _diffusers_entries(args: FluxModelArgs) -> list[Entry]:

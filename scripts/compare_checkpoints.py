@@ -1,0 +1,11 @@
+"""How far two sets of FLUX weights are apart, whatever their formats.
+
+python scripts/compare_checkpoints.py flux1-dev.safetensors flux-mine
+
+Exit status: 0 bit-equal, 1 they differ, 2 one of them cannot be read.
+"""
+
+from torchtitan_flux.checkpoint.compare_command import main
+
+if __name__ == "__main__":
+    main()

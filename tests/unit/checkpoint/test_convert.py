@@ -1,0 +1,491 @@
+"""From every format to every other without loss, and into what diffusers opens."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import made_weights as made
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from helpers import model_inputs, relative_l2
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchtitan_flux.checkpoint import compare_command, convert_command, staging
+from torchtitan_flux.checkpoint import convert as convert_module
+from torchtitan_flux.checkpoint.card import travelling_files
+from torchtitan_flux.checkpoint.convert import convert
+from torchtitan_flux.checkpoint.convert_autoencoder import convert_autoencoder, open_autoencoder
+from torchtitan_flux.checkpoint.manifest import Manifest
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
+from torchtitan_flux.checkpoint.safetensors_writer import parse_size
+from torchtitan_flux.checkpoint.staging import TargetRefused
+from torchtitan_flux.checkpoint.storage import load_states
+from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
+from torchtitan_flux.checkpoint.weights import open_weights
+from torchtitan_flux.encoders.autoencoder import load_autoencoder
+from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.generate import TextConditioning, initial_noise, packed_velocity
+from torchtitan_flux.latents import ImageSize, pack
+from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.sampling import euler, schedule
+
+TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
+SINGLE = "diffusion_pytorch_model.safetensors"
+NAMES = {"dcp": "step-0", "bfl": "flux1-a.safetensors", "comfyui": "b.safetensors"}
+# widths of assets/tiny, so that a pipeline can be made
+FOR_PIPELINE = replace(made.ARGS, in_channels=64, out_channels=64, vec_in_dim=32, context_in_dim=32)
+PIPELINES = {"plain": FOR_PIPELINE, "guided": replace(FOR_PIPELINE, guidance_embed=True)}
+
+# guided weights have every key that plain ones have; those are left to the slow run
+GUIDED_FIRST = ["guided", pytest.param("plain", marks=pytest.mark.slow)]
+
+
+def target(folder: Path, format: str) -> Path:
+    return folder / NAMES.get(format, format)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[FluxModelArgs, dict[str, Tensor]]:
+    return {args: made.state_dict(args) for args in (*made.VARIANTS.values(), *PIPELINES.values())}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, models) -> dict[tuple[str, FluxModelArgs], Path]:
+    """Every format that is written, for each architecture, by way of the one before."""
+    found = {}
+    for i, (args, states) in enumerate(models.items()):
+        folder = tmp_path_factory.mktemp(f"sources-{i}")
+        now = made.make(folder / "first", "bfl", args, states)
+        formats = ["dcp", "bfl", "comfyui", "diffusers"]
+        for format in formats + ["pipeline"] * (args in PIPELINES.values()):
+            made_here = target(folder, format)
+            convert(now, made_here, format, max_shard_size="200KB")  # type: ignore[arg-type]
+            found[format, args] = now = made_here
+    return found
+
+
+def assert_same(path: Path, states: dict[str, Tensor], args: FluxModelArgs) -> None:
+    weights = open_weights(path)
+    assert weights.args == args
+    assert weights.shapes.keys() == states.keys()
+    for name, tensor in states.items():
+        assert weights.dtypes[name] == tensor.dtype
+        assert torch.equal(weights.read(name), tensor), name
+
+
+# ---- pairs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", GUIDED_FIRST)
+@pytest.mark.parametrize("to", ["dcp", "bfl", "comfyui", "diffusers"])
+@pytest.mark.parametrize("source", ["dcp", "bfl", "comfyui", "diffusers"])
+def test_every_pair_of_formats(sources, models, tmp_path, source, to, variant):
+    args = made.VARIANTS[variant]
+    path = sources[source, args]
+    if source == to:
+        assert_same(path, models[args], args)
+    convert(path, target(tmp_path, to), to, verify=source == to)
+    assert_same(target(tmp_path, to), models[args], args)
+    assert [one.name for one in tmp_path.iterdir() if one.name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("variant", GUIDED_FIRST)
+@pytest.mark.parametrize("other", ["dcp", "bfl", "comfyui", "diffusers"])
+def test_pipelines_and_back(sources, models, tmp_path, other, variant):
+    args = PIPELINES[variant]
+    convert(sources[other, args], tmp_path / "pipeline", "pipeline")
+    assert_same(tmp_path / "pipeline", models[args], args)
+    convert(tmp_path / "pipeline", target(tmp_path, other), other)
+    assert_same(target(tmp_path, other), models[args], args)
+
+
+def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models):
+    import torch.distributed.checkpoint as dcp
+
+    theirs = made.torchtitan_states(made.ARGS, models[made.ARGS])
+    dcp.save(theirs, checkpoint_id=tmp_path / "step-9", no_dist=True)
+    convert(tmp_path / "step-9", tmp_path / "ours", "dcp", args=made.ARGS)
+    assert_same(tmp_path / "ours", models[made.ARGS], made.ARGS)
+    assert "causal attention" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_what_was_written_is_what_others_read(sources, models):
+    """The safetensors library and DCP's own loader see the same values."""
+    from torchtitan_flux.checkpoint import to_bfl
+
+    states, args = models[made.GUIDED], made.GUIDED
+    found = load_file(sources["comfyui", args])
+    expected = {f"model.diffusion_model.{n}": t for n, t in to_bfl(states, args).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = {name: torch.zeros_like(t) for name, t in states.items()}
+    load_states(loaded, set(loaded), sources["dcp", args])
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in states.items())
+
+
+def test_element_types_and_values_that_do_not_fit(tmp_path, models):
+    states, args = dict(models[made.ARGS]), made.ARGS
+    path = made.make(tmp_path / "in", "bfl", args, states)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        convert(path, tmp_path / name, "diffusers", dtype=dtype, verify=True)
+        assert_same(tmp_path / name, {n: t.to(dtype) for n, t in states.items()}, args)
+    states["txt_in.bias"] = torch.full_like(states["txt_in.bias"], 1e6)
+    path = made.make(tmp_path / "large", "bfl", args, states)
+    with pytest.raises(ValueError, match=r"txt_in\.bias has values that torch\.float16 cannot"):
+        convert(path, tmp_path / "no", "dcp", dtype=torch.float16)
+    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no.partial").exists()
+
+
+# ---- in diffusers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", made.VARIANTS)
+def test_forward_in_diffusers(sources, models, variant):
+    args = made.VARIANTS[variant]
+    # diffusers' output is as wide as its input is told; both are read from config.json
+    theirs = FluxTransformer2DModel.from_pretrained(sources["diffusers", args])
+    ours = FluxModel(args)
+    ours.load_state_dict(models[args])
+    inputs = model_inputs(args, 2, 3, 5, 7, seed=2)
+    with torch.no_grad():
+        found = theirs(
+            hidden_states=inputs["img"],
+            encoder_hidden_states=inputs["txt"],
+            pooled_projections=inputs["y"],
+            timestep=inputs["timesteps"],
+            img_ids=inputs["img_ids"][0],
+            txt_ids=inputs["txt_ids"][0],
+            guidance=inputs.get("guidance"),
+            return_dict=False,
+        )[0]
+        assert relative_l2(found, ours(**inputs)) <= 2e-6
+
+
+@pytest.mark.parametrize("variant", PIPELINES)
+def test_the_pipeline_draws_what_our_sampler_draws(sources, models, variant):
+    args, size, prompts, steps = PIPELINES[variant], ImageSize(48, 80), ["a red circle"], 4
+    guidance = 3.5 if args.guidance_embed else None
+    pipeline = FluxPipeline.from_pretrained(sources["pipeline", args], torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = pack(initial_noise(args.geometry, size, seed=7, index=0)[None], args.patch_size)
+    expected = pipeline(
+        prompts,
+        height=size.height,
+        width=size.width,
+        num_inference_steps=steps,
+        guidance_scale=guidance or 0.0,
+        latents=noise,  # type: ignore[arg-type]
+        max_sequence_length=24,
+        output_type="latent",
+    ).images  # type: ignore[union-attr]
+
+    model = FluxModel(args)
+    model.load_state_dict(models[args])
+    t5, clip = CaptionTokenizer(TINY / "t5", TINY / "clip", 24)(prompts[0])
+    encoders = T5Encoder(TINY / "t5"), ClipEncoder(TINY / "clip")
+    text = TextConditioning(encoders[0](t5[None]), encoders[1](clip[None]))
+    velocity = packed_velocity(model, text, args.geometry, size, guidance)
+    times = schedule(steps, args.geometry.grid(size).tokens, shifted=args.guidance_embed)
+    found = euler(velocity, noise, times)
+    assert relative_l2(found, noise) > 0.1
+    assert relative_l2(found, expected) <= 1e-5  # type: ignore[arg-type]
+
+
+def test_a_pipelines_parts_must_fit(sources, tmp_path, models):
+    def refused(path, message, **parts):
+        with pytest.raises(ValueError, match=message):
+            convert(path, tmp_path / "out", "pipeline", parts=convert_module.PipelineParts(**parts))
+        assert not (tmp_path / "out").exists()
+
+    path = sources["bfl", FOR_PIPELINE]
+    narrow = sources["bfl", made.ARGS]
+    refused(narrow, r"name it by --t5")
+    parts = {"t5": TINY / "t5", "clip": TINY / "clip", "autoencoder": TINY / "vae"}
+    refused(narrow, r"--t5 has 32 features, the transformer needs 22", **parts)
+    refused(path, r"--clip: there is no .*absent", clip=tmp_path / "absent")
+    shutil.copytree(TINY / "t5", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    refused(
+        path, r"--t5: .* no model\*\.safetensors \(only pytorch_model\.bin", t5=tmp_path / "pickled"
+    )
+    digits = replace(FLAVORS["flux-digits"], depth=1, depth_single_blocks=1)
+    pixels = made.make(tmp_path / "pixels", "bfl", digits, made.state_dict(digits))
+    refused(pixels, r"works on pixels")
+
+
+# ---- the autoencoder -----------------------------------------------------------------------
+
+
+def test_the_autoencoder_there_and_back(tmp_path, capsys):
+    folder, file = tmp_path / "vae", tmp_path / "ae.safetensors"
+    for source, made_here, format in (
+        (TINY / "ae.safetensors", folder, "diffusers"),
+        (folder, file, "bfl"),
+    ):
+        convert_command.main([str(source), str(made_here), "--to", format, "--verify"])
+    original, back = load_file(TINY / "ae.safetensors"), load_file(file)
+    assert original.keys() == back.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
+
+    ours, theirs = load_autoencoder(TINY / "ae.safetensors"), AutoencoderKL.from_pretrained(folder)
+    images = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        z = theirs.encode(images).latent_dist.mode()  # type: ignore[union-attr]
+        expected = (z - theirs.config["shift_factor"]) * theirs.config["scaling_factor"]
+    assert relative_l2(ours.encode(images), expected) <= 5e-6
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    with pytest.raises(ValueError, match=r"scaling_factor 0\.5.*BFL's layout has no place"):
+        convert_autoencoder(folder, tmp_path / "b.safetensors", "bfl")
+    for format in ("dcp", "comfyui", "pipeline"):
+        with pytest.raises(SystemExit):
+            convert_command.main([str(file), str(tmp_path / "x.safetensors"), "--to", format])
+        assert "is an autoencoder; --to bfl or --to diffusers" in capsys.readouterr().err
+    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-8])
+    with pytest.raises(UnreadableWeights, match="was cut off"):
+        open_autoencoder(folder)
+
+
+# ---- what travels along --------------------------------------------------------------------
+
+
+def front_matter(card: Path) -> dict:
+    return yaml.safe_load(card.read_text().split("---")[1])
+
+
+def test_licence_and_card_travel(tmp_path, models):
+    root = tmp_path / "theirs"
+    made.make(root / "transformer", "diffusers", made.ARGS, models[made.ARGS])
+    (root / "model_index.json").write_text("{}")
+    (root / "LICENSE.md").write_text("do no harm")
+    (root / "README.md").write_text("---\nlicense: other\nlicense_name: kind\n---\n# Theirs\n")
+    convert(root, tmp_path / "ours", "dcp")
+    convert(tmp_path / "ours", tmp_path / "flux1-a.safetensors", "bfl")
+    convert(tmp_path / "flux1-a.safetensors", tmp_path / "last", "diffusers")
+    last = tmp_path / "last"
+    assert (last / "LICENSE.md").read_text() == "do no harm"
+    assert "# Theirs" in (tmp_path / "ours" / "SOURCE_README.md").read_text()
+    assert front_matter(last / "README.md") == {
+        "license": "other",
+        "license_name": "kind",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+    }
+    story = (last / "README.md").read_text()
+    for step in ("-> ours (dcp)", "-> flux1-a.safetensors (bfl)", "-> last (diffusers)"):
+        assert story.count(step) == 1
+    assert set(Manifest.read(tmp_path / "ours").files) >= {"README.md", "LICENSE.md"}
+
+
+def test_a_card_says_how_the_run_trained(tmp_path):
+    args = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=1)
+    run = tmp_path / "run"
+    step = made.save_checkpoint(run / "checkpoint" / "step-7", args, made.state_dict(args))
+    config = {
+        "model": {"flavor": "flux-tiny"},
+        "training": {"dataset": "shapes", "steps": 7},
+        "optimizer": {"lr": 8e-4},
+        "checkpoint": {},
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    convert(step, tmp_path / "out", "diffusers", args=args)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in ("7 steps of 8 images", "seed 5", "training.dataset = 'shapes'", "lr = 0.0008"):
+        assert fact in card
+    assert "license" not in front_matter(tmp_path / "out" / "README.md")
+
+
+@pytest.mark.parametrize(("flavor", "named"), [("flux-dev", True), ("flux-schnell", False)])
+def test_derivatives_of_dev_name_its_licence(tmp_path, flavor, named):
+    args = FLAVORS[flavor]
+    shapes = foreign_shapes(args, layout_entries("bfl", args))
+    weights = open_weights(made.sparse(tmp_path / "flux1-x.safetensors", shapes))
+    card = tmp_path / "README.md"
+    card.write_bytes(travelling_files(weights, "diffusers", tmp_path / "out", None)["README.md"])
+    matter = front_matter(card)
+    assert matter.get("license_name") == ("flux-1-dev-non-commercial-license" if named else None)
+    assert matter.get("license") == ("other" if named else None)
+
+
+def test_checksums_are_those_of_the_files(sources):
+    for path in (sources["diffusers", made.ARGS], sources["pipeline", FOR_PIPELINE]):
+        lines = (path / "SHA256SUMS").read_text().splitlines()
+        files = {str(one.relative_to(path)) for one in path.rglob("*") if one.is_file()}
+        assert {line.split("  ")[1] for line in lines} == files - {"SHA256SUMS"}
+        for line in lines:
+            digest, name = line.split("  ")
+            assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest
+
+
+def test_shards_are_as_diffusers_makes_them(sources, tmp_path):
+    folder = sources["diffusers", made.ARGS]
+    index = json.loads((folder / f"{SINGLE}.index.json").read_text())
+    shards = sorted(one.name for one in folder.glob("*.safetensors"))
+    count = len(shards)
+    assert count > 1
+    expected = [
+        f"diffusion_pytorch_model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
+    ]
+    assert shards == expected
+    tensors = {name: load_file(folder / name) for name in shards}
+    assert index["weight_map"] == {n: shard for shard in shards for n in tensors[shard]}
+    sizes = [sum(t.nbytes for t in one.values()) for one in tensors.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 200_000
+    convert(folder, tmp_path / "one", "diffusers")
+    assert (tmp_path / "one" / SINGLE).is_file()
+    assert not (tmp_path / "one" / f"{SINGLE}.index.json").exists()
+
+
+def test_sizes():
+    assert [parse_size(one) for one in ("10GB", "1.5 MiB", "7", 12)] == [10**10, 3 * 2**19, 7, 12]
+    for wrong in ("ten", "-1GB", "0", "3 apples", ""):
+        with pytest.raises(ValueError, match="is no size"):
+            parse_size(wrong)
+
+
+# ---- the target ----------------------------------------------------------------------------
+
+
+def test_a_target_that_exists_is_kept(sources, models, tmp_path):
+    source, there = sources["bfl", made.ARGS], tmp_path / "there"
+    convert(source, there, "diffusers")
+    before = {one: one.read_bytes() for one in there.iterdir()}
+    with pytest.raises(TargetRefused, match=r"there exists; name another target, or pass --over"):
+        convert(source, there, "diffusers")
+    assert {one: one.read_bytes() for one in there.iterdir()} == before
+    convert(sources["bfl", made.GUIDED], there, "diffusers", overwrite=True)
+    assert_same(there, models[made.GUIDED], made.GUIDED)
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "monday.txt").write_text("dear diary")
+    with pytest.raises(TargetRefused, match="no earlier export"):
+        convert(source, tmp_path / "diary", "diffusers", overwrite=True)
+    assert (tmp_path / "diary" / "monday.txt").exists()
+    (tmp_path / "config.json").write_text("{}")
+    for path in (there, tmp_path):
+        with pytest.raises(TargetRefused, match="holds what is read from"):
+            convert(there, path, "dcp", overwrite=True)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["config.json", "diary", "there"]
+
+
+def test_no_space_and_wrong_kinds_of_target(sources, tmp_path, monkeypatch, capsys):
+    source = sources["bfl", made.ARGS]
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(TargetRefused, match=r"needs 0\.02 GB, .* has 0\.01 GB free; make room"):
+        convert(source, tmp_path / "new" / "out", "diffusers")
+    monkeypatch.undo()
+    with pytest.raises(TargetRefused, match=r"name it \*\.safetensors"):
+        convert(source, tmp_path / "out", "bfl")
+    with pytest.raises(TargetRefused, match="is to be a folder"):
+        convert(source, tmp_path / "out.safetensors", "diffusers")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetRefused, match=r"file is a file"):
+        convert(source, tmp_path / "file" / "out", "diffusers")
+    with pytest.raises(SystemExit) as left:
+        convert_command.main(
+            [str(source), str(tmp_path / "o"), "--to", "dcp", "--max_shard_size", "x"]
+        )
+    assert (left.value.code, "is no size" in capsys.readouterr().err) == (2, True)
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("format", ["dcp", "bfl", "diffusers"])
+@pytest.mark.parametrize("error", [OSError("the disk broke"), KeyboardInterrupt()], ids=repr)
+def test_whatever_goes_wrong_nothing_is_left(sources, tmp_path, monkeypatch, format, error):
+    weights = open_weights(sources["bfl", made.ARGS])
+    real, calls = weights.read, []
+
+    def read(name, *more, **named):
+        calls.append(name)
+        if len(calls) == 20:
+            raise error
+        return real(name, *more, **named)
+
+    monkeypatch.setattr(weights, "read", read)
+    with pytest.raises(type(error)):
+        convert(weights, target(tmp_path / "new", format), format)
+    assert len(calls) == 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_finds_a_flipped_bit(sources, tmp_path, monkeypatch):
+    real = convert_module.compare_written
+
+    def flip(job, written):
+        with (written / SINGLE).open("r+b") as file:
+            file.seek(-9, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-9, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+        real(job, written)
+
+    monkeypatch.setattr(convert_module, "compare_written", flip)
+    with pytest.raises(UnreadableWeights, match=r"differs from .* in 1 parameters"):
+        convert(sources["bfl", made.ARGS], tmp_path / "out", "diffusers", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the commands --------------------------------------------------------------------------
+
+
+def test_compare(sources, models, tmp_path, capsys):
+    def run(*paths) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            compare_command.main([str(path) for path in paths])
+        return left.value.code, capsys.readouterr().out  # type: ignore[return-value]
+
+    code, told = run(sources["dcp", made.GUIDED], sources["comfyui", made.GUIDED])
+    assert code == 0
+    assert "same keys, shapes and element types" in told
+    assert "relative difference 0.000e+00" in told
+
+    changed = dict(models[made.GUIDED])
+    name = "single_blocks.1.linear1_by_head.weight"
+    changed[name] = changed[name].clone()
+    changed[name][3, 4] += 0.5
+    path = made.make(tmp_path, "diffusers", made.GUIDED, changed)
+    code, told = run(sources["dcp", made.GUIDED], path)
+    assert code == 1
+    lines = {line.split()[0]: line.split()[1:] for line in told.splitlines() if "_blocks." in line}
+    assert lines["single_blocks.1"][1:3] == ["1", "5.000e-01"]
+    assert {line[1] for block, line in lines.items() if block != "single_blocks.1"} == {"0"}
+    relative = float(told.strip().split()[-1])
+    assert 0 < relative < 1
+
+    code, told = run(sources["dcp", made.ARGS], sources["bfl", made.GUIDED])
+    assert code == 1
+    assert told.count("only in") == 4
+    code, told = run(sources["dcp", made.ARGS], sources["bfl", FOR_PIPELINE])
+    assert code == 1
+    assert "not run: their inputs" in told
+    assert run(sources["dcp", made.ARGS], tmp_path / "absent")[0] == 2
+
+
+@pytest.mark.slow
+def test_scripts_from_another_folder(sources, tmp_path):
+    """As a user starts them: one process, from anywhere; a mistake ends with 2 and one line."""
+    root = Path(__file__).resolve().parents[3]
+    command = ["python", str(root / "scripts" / "convert_checkpoint.py")]
+    done = subprocess.run(
+        [*command, "absent.pt", "out", "--to", "dcp"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "Cannot convert: there is no file or folder absent.pt"
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,166 @@
+"""The autoencoder alone: BFL's `ae.safetensors` to diffusers' `vae` folder, and back."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchtitan_flux.checkpoint import autoencoder as maps
+from torchtitan_flux.checkpoint.safetensors_file import (
+    TensorsFile,
+    UnreadableWeights,
+    read_json,
+    refuse_pickle,
+)
+from torchtitan_flux.checkpoint.safetensors_writer import TensorsWriter
+from torchtitan_flux.checkpoint.staging import TargetRefused, staged
+from torchtitan_flux.checkpoint.weights import WEIGHTS_NAME
+from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, read_args
+from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
+
+_KEY = "encoder.autoencoder_path: "
+
+
+@dataclass(frozen=True)
+class AutoencoderWeights:
+    """An autoencoder under our names, on the pages of its file.
+
+    Attributes:
+        path: what was opened.
+        format: how it is stored.
+        args: its architecture.
+        tensors: by our names; not to be written to.
+    """
+
+    path: Path
+    format: Literal["bfl", "diffusers"]
+    args: AutoencoderArgs
+    tensors: dict[str, Tensor]
+
+
+def is_autoencoder(path: Path) -> bool:
+    """Whether a path holds an autoencoder and no transformer; False where it cannot be told."""
+    if path.is_dir():
+        config = path / "config.json"
+        return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return "encoder.conv_in.weight" in TensorsFile.open(path).shapes
+
+
+def autoencoder_args(path: Path) -> AutoencoderArgs:
+    """Architecture of an autoencoder; UnreadableWeights where there is none."""
+    refuse_pickle(path)
+    try:
+        return read_args(path)[0]
+    except (ValueError, FileNotFoundError) as error:
+        raise UnreadableWeights(str(error).removeprefix(_KEY)) from None
+
+
+def open_autoencoder(path: Path) -> AutoencoderWeights:
+    """An autoencoder from BFL's file or a diffusers `vae` folder.
+
+    Raises:
+        UnreadableWeights: it is neither, or damaged.
+        KeyMismatch: names every key that does not fit.
+    """
+    args = autoencoder_args(path)
+    file = TensorsFile.open(path if path.is_file() else path / f"{WEIGHTS_NAME}.safetensors")
+    found = {name: file.tensor(name) for name in file.shapes}
+    if path.is_file():
+        return AutoencoderWeights(path, "bfl", args, maps.from_bfl(found, args))
+    return AutoencoderWeights(path, "diffusers", args, maps.from_diffusers(found, args))
+
+
+def convert_autoencoder(
+    path: Path,
+    target: Path,
+    format: Literal["bfl", "diffusers"],
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> None:
+    """Write an autoencoder in the other layout; complete, or not at all.
+
+    Args:
+        path: BFL's file or a diffusers `vae` folder.
+        target: a `.safetensors` file for "bfl", a folder for "diffusers".
+        format: the layout to write.
+        dtype: element type; None keeps it.
+        overwrite, verify: as in `convert`.
+
+    Raises:
+        UnreadableWeights, KeyMismatch: the source is no autoencoder.
+        TargetRefused: the target exists or is of another kind.
+        ValueError: the format cannot hold it.
+    """
+    if (target.suffix == ".safetensors") != (format == "bfl"):
+        kind = "a file *.safetensors" if format == "bfl" else "a folder"
+        raise TargetRefused(f"{target} is to be {kind} in format {format}")
+    source = open_autoencoder(path)
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in source.tensors.items()}
+        source = replace(source, tensors=tensors)
+    needed = sum(tensor.nbytes for tensor in source.tensors.values())
+    with staged(target, needed, overwrite, [path]) as stage:
+        made = stage / target.name
+        write_vae(source, made) if format == "diffusers" else _write_file(source, made)
+        if verify:
+            written = open_autoencoder(made)
+            for name, tensor in source.tensors.items():
+                if not torch.equal(written.tensors[name], tensor):
+                    raise UnreadableWeights(f"what was written differs from {path}: {name}")
+
+
+def _write_file(source: AutoencoderWeights, path: Path) -> None:
+    """BFL's layout, which holds neither scale nor shift: they must be FLUX.1's."""
+    usual, args = AutoencoderArgs(), source.args
+    if (args.scale_factor, args.shift_factor) != (usual.scale_factor, usual.shift_factor):
+        raise ValueError(
+            f"{source.path} has scaling_factor {args.scale_factor} and shift_factor "
+            f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
+            f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
+        )
+    _write(maps.to_bfl(source.tensors, args), path.parent, path.stem)
+
+
+def write_vae(source: AutoencoderWeights, folder: Path) -> None:
+    """A folder that AutoencoderKL opens; it must not exist."""
+    folder.mkdir()
+    _write(maps.to_diffusers(source.tensors, source.args), folder, WEIGHTS_NAME)
+    config = json.dumps(_config(source.args), indent=2)
+    (folder / "config.json").write_text(config + "\n")
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
+    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with TensorsWriter(folder, name, specs, {"format": "pt"}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+
+
+def _config(args: AutoencoderArgs) -> dict[str, Any]:
+    levels = len(args.ch_mult)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "block_out_channels": list(args.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": True,
+        "in_channels": args.in_channels,
+        "latent_channels": args.z_channels,
+        "layers_per_block": args.num_res_blocks,
+        "mid_block_add_attention": True,
+        "norm_num_groups": NORM_GROUPS,
+        "out_channels": args.out_ch,
+        "sample_size": 1024,
+        "scaling_factor": args.scale_factor,
+        "shift_factor": args.shift_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }

@@ -1,0 +1,224 @@
+"""A folder that diffusers' FluxPipeline opens: encoders, autoencoder and scheduler beside it."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torchtitan_flux.checkpoint import architecture
+from torchtitan_flux.checkpoint.convert_autoencoder import (
+    autoencoder_args,
+    open_autoencoder,
+    write_vae,
+)
+from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights, read_json
+from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.config.paths import locate
+from torchtitan_flux.model import FluxModelArgs
+
+_FLAGS = {"t5": "--t5", "clip": "--clip", "autoencoder": "--autoencoder"}
+_SUBFOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+_TOKENIZERS = {"t5": "tokenizer_2", "clip": "tokenizer"}
+_CONFIG_KEYS = {"t5": "t5_encoder", "clip": "clip_encoder", "autoencoder": "autoencoder_path"}
+_TINY = {"t5": "t5", "clip": "clip", "autoencoder": "vae"}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
+_INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.30.0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    """What stands beside the transformer.
+
+    Attributes:
+        t5, clip: folders of the text encoders, with their tokenizers inside or in the folder beside
+            them that diffusers gives it (`tokenizer_2`, `tokenizer`).
+        autoencoder: a file in BFL's layout or a diffusers `vae` folder.
+    """
+
+    t5: Path | None = None
+    clip: Path | None = None
+    autoencoder: Path | None = None
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """A pipeline's folder without its transformer, checked and ready to be written."""
+
+    args: FluxModelArgs
+    copies: dict[str, Path]  # name in the pipeline -> file
+    autoencoder: Path
+
+    @property
+    def bytes(self) -> int:
+        """How much will be copied."""
+        vae = [self.autoencoder] if self.autoencoder.is_file() else self.autoencoder.glob("*")
+        return sum(one.stat().st_size for one in (*self.copies.values(), *vae))
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Everything but the transformer; returns the checksums of large files by name."""
+        sums = {}
+        for name, path in self.copies.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            sums[name] = _copy(path, folder / name)
+        write_vae(open_autoencoder(self.autoencoder), folder / "vae")
+        (folder / "scheduler").mkdir()
+        _dump(scheduler_config(self.args), folder / "scheduler" / "scheduler_config.json")
+        _dump(_INDEX, folder / "model_index.json")
+        return sums
+
+
+def scheduler_config(args: FluxModelArgs) -> dict[str, Any]:
+    """FLUX.1's schedule: shifted by the number of tokens with guidance, unshifted without."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": "0.30.0",
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "num_train_timesteps": 1000,
+        "shift": 3.0 if args.guidance_embed else 1.0,
+        "use_dynamic_shifting": args.guidance_embed,
+    }
+
+
+def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan:
+    """Find every part, and check that they fit the transformer; writes nothing.
+
+    Raises:
+        UnreadableWeights: a part is not there, is a pickle, or does not fit; names its flag.
+        ValueError: there can be no pipeline of this model.
+    """
+    args = weights.args
+    if args.pixel_space:
+        raise ValueError(
+            f"{weights.path} works on pixels: a FluxPipeline cannot do without an autoencoder; "
+            "convert to diffusers, bfl, comfyui or dcp"
+        )
+    architecture.to_diffusers_config(args)  # raises where there is no such transformer
+    found = _find(weights, parts or PipelineParts())
+    copies: dict[str, Path] = {}
+    for part in ("t5", "clip"):
+        folder = found[part]
+        copies |= {f"{_SUBFOLDERS[part]}/{n}": one for n, one in _model_files(folder, part).items()}
+        tokenizer = _tokenizer_files(folder, part)
+        copies |= {f"{_TOKENIZERS[part]}/{name}": one for name, one in tokenizer.items()}
+    _check_fit(args, found)
+    return PipelinePlan(args, copies, found["autoencoder"])
+
+
+def _find(weights: Weights, parts: PipelineParts) -> dict[str, Path]:
+    """Where each part lies: as told, else beside the source, else as its run names it."""
+    given = {one.name: getattr(parts, one.name) for one in fields(parts)}
+    root = weights.path if (weights.path / "model_index.json").is_file() else weights.path.parent
+    config = architecture.run_config(weights.path) if weights.format == "dcp" else None
+    encoder: Mapping[str, Any] = (config or {}).get("encoder", {})
+    tiny = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
+    fits_tiny = _widths(tiny / "t5", tiny / "clip") == (
+        weights.args.context_in_dim,
+        weights.args.vec_in_dim,
+    )
+    found = {}
+    for part, path in given.items():
+        beside = root / _SUBFOLDERS[part]
+        named = encoder.get(_CONFIG_KEYS[part])
+        if path is None and (root / "model_index.json").is_file() and beside.is_dir():
+            path = beside
+        if path is None and named:
+            path = locate(named)
+        if path is None and fits_tiny:
+            path = tiny / _TINY[part]
+        if path is None:
+            raise UnreadableWeights(
+                f"a pipeline needs {' and '.join(_FLAGS.values())}: nothing beside {weights.path} "
+                f"says where {_SUBFOLDERS[part]} is; name it by {_FLAGS[part]}"
+            )
+        path = Path(path)
+        if not path.exists():
+            raise UnreadableWeights(f"{_FLAGS[part]}: there is no {path}; download it first")
+        found[part] = path
+    return found
+
+
+def _model_files(folder: Path, part: str) -> dict[str, Path]:
+    """config.json and the safetensors of an encoder."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UnreadableWeights(f"{_FLAGS[part]}: {folder} is no encoder, it has no config.json")
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        pickles = [one.name for one in folder.glob("*.bin")]
+        more = f" (only {', '.join(pickles)}, and pickles are not used)" if pickles else ""
+        raise UnreadableWeights(f"{_FLAGS[part]}: {folder} holds no model*.safetensors{more}")
+    for one in weights:
+        TensorsFile.open(one)
+    names = [config, *weights, *sorted(folder.glob("model*.safetensors.index.json"))]
+    return {one.name: one for one in names}
+
+
+def _tokenizer_files(folder: Path, part: str) -> dict[str, Path]:
+    for place in (folder, folder.parent / _TOKENIZERS[part]):
+        files = {name: place / name for name in _TOKENIZER_FILES if (place / name).is_file()}
+        if files.keys() & {"tokenizer.json", "spiece.model", "vocab.json"}:
+            return files
+    raise UnreadableWeights(
+        f"{_FLAGS[part]}: neither {folder} nor {folder.parent / _TOKENIZERS[part]} holds a "
+        "tokenizer"
+    )
+
+
+def _check_fit(args: FluxModelArgs, found: Mapping[str, Path]) -> None:
+    text, vector = _widths(found["t5"], found["clip"])
+    ae = autoencoder_args(found["autoencoder"])
+    for flag, what, has, needs in (
+        ("--t5", "features", text, args.context_in_dim),
+        ("--clip", "features", vector, args.vec_in_dim),
+        ("--autoencoder", "latent channels", ae.z_channels, args.geometry.channels),
+        ("--autoencoder", "pixels per latent cell", ae.downscale, args.downscale),
+    ):
+        if has != needs:
+            raise UnreadableWeights(f"{flag} has {has} {what}, the transformer needs {needs}")
+
+
+def _widths(t5: Path, clip: Path) -> tuple[int | None, int | None]:
+    """Features of the two encoders."""
+    vector = read_json(clip / "config.json")
+    vector = vector.get("text_config") or vector
+    return read_json(t5 / "config.json").get("d_model"), vector.get("hidden_size")
+
+
+def _copy(path: Path, target: Path) -> str:
+    """Copy a file; returns its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source, target.open("wb") as out:
+        while block := source.read(8 * 2**20):
+            digest.update(block)
+            out.write(block)
+    shutil.copymode(path, target)
+    return digest.hexdigest()
+
+
+def _dump(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
