@@ -12,7 +12,11 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, step_folder
+from torchtitan_flux.checkpoint.import_weights import import_weights, open_for
+from torchtitan_flux.checkpoint.sources import DcpSource
 from torchtitan_flux.checkpoint.storage import load_states
+from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -44,37 +48,104 @@ class Session:
     checkpoint: Path
 
 
-def open_session(config: Any, batch_size: int = 64) -> Session:
-    """Load the checkpoint that `checkpoint.load_step` names (-1: the newest) of a run.
+@dataclass(frozen=True)
+class Beginning:
+    """What is known before anything is loaded.
+
+    Attributes:
+        config: the run's configuration.
+        args: resolved model arguments.
+        device: of this rank.
+        dtype: of weights and computation.
+        dims: all ranks share the weights, whatever mesh the run was trained on.
+        weights: opened, where they are not the run's own.
+        checkpoint: where the weights are.
+    """
+
+    config: Any
+    args: FluxModelArgs
+    device: torch.device
+    dtype: torch.dtype
+    dims: FluxParallelDims
+    weights: Weights | None
+    checkpoint: Path
+
+    def open_weights(self) -> Weights:
+        """Of whichever kind, to be read part by part."""
+        return self.weights or Weights(
+            self.checkpoint, "dcp", self.args, DcpSource(self.checkpoint)
+        )
+
+
+def begin(config: Any, weights: str | None = None) -> Beginning:
+    """Find the checkpoint that `checkpoint.load_step` names (-1: the newest) of a run, or weights.
 
     Works under torchrun on any number of ranks, and in a plain process as one rank.
 
     Args:
         config: from `load_config`.
-        batch_size: pictures that one rank draws at once.
+        weights: file or folder of any readable format, instead of the run's checkpoint.
 
     Raises:
-        FileNotFoundError: naming the folder that holds no checkpoint.
+        FileNotFoundError: naming the folder that holds no checkpoint, or the weights.
+        ValueError: naming what does not fit the configured model.
     """
     device = start_process_group(config)
-    checkpoint = find_checkpoint(config)
-    world_size = torch.distributed.get_world_size()
-    # all ranks share the weights, whatever mesh the run was trained on
-    dims = FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size)
-    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     args = resolve_model_args(config)
+    opened = None if weights is None else _open(weights, args, config)
+    world_size = torch.distributed.get_world_size()
+    return Beginning(
+        config,
+        args,
+        device,
+        TORCH_DTYPE_MAP[config.training.mixed_precision_param],
+        FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size),
+        opened,
+        find_checkpoint(config) if opened is None else opened.path,
+    )
+
+
+def load(begun: Beginning, batch_size: int = 64) -> Session:
+    """Load model, encoders and codec, all of them at once.
+
+    Nothing is trained, so that weights are kept in the type that they compute in.
+
+    Args:
+        begun: from `begin`.
+        batch_size: pictures that one rank draws at once.
+    """
+    args, device, dtype, dims = begun.args, begun.device, begun.dtype, begun.dims
     with torch.device("meta"):
-        model = FluxModel(args)
+        model = FluxModel(args).to(dtype)
     shard_model(model, dims.data_mesh, param_dtype=dtype)
     model.to_empty(device=device)
-    weights = get_model_state_dict(model)
-    load_states(weights, set(weights), checkpoint)
-    set_model_state_dict(model, weights)
+    if begun.weights is not None:
+        import_weights(dict(model.named_parameters()), begun.weights)
+    else:
+        parameters = get_model_state_dict(model)
+        load_states(parameters, set(parameters), begun.checkpoint)
+        set_model_state_dict(model, parameters)
     model.eval().requires_grad_(False)
 
-    parts = build_frozen_parts(config, args, build_tokenizer(config), dims, device, dtype)
+    tokenizer = build_tokenizer(begun.config)
+    parts = build_frozen_parts(begun.config, args, tokenizer, dims, device, dtype)
     painter = Painter(model, parts, args.geometry, dims, batch_size)
-    return Session(config, args, model, parts, painter, checkpoint)
+    return Session(begun.config, args, model, parts, painter, begun.checkpoint)
+
+
+def open_session(config: Any, batch_size: int = 64, weights: str | None = None) -> Session:
+    """`begin` and `load`."""
+    return load(begin(config, weights), batch_size)
+
+
+def _open(weights: str, args: FluxModelArgs, config: Any) -> Weights:
+    path = locate(weights)
+    if path is None:
+        raise FileNotFoundError(f"--weights {weights} does not exist")
+    try:
+        return open_for(path, config.model.flavor, args, config.checkpoint.guidance_weights)
+    except ValueError as error:
+        raise ValueError(f"--weights {weights}: {error}") from None
 
 
 def find_checkpoint(config: Any) -> Path:

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -21,15 +21,19 @@ from torchtitan_flux.checkpoint.folder import (
     step_folder,
     verify,
 )
-from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan_flux.checkpoint.import_weights import open_for
+from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.run_facts import RunFacts
-from torchtitan_flux.checkpoint.storage import METADATA
+from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.config.meshes import peer_degree
 from torchtitan_flux.config.resolve import resolve_model_args, resolved_path
+from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.data import global_batch_size
 from torchtitan_flux.training.run_folder import RunFolderLock, lock_run_folder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,15 @@ class Settled:
         config: the configuration with its seed settled.
         facts: what the run is tied to.
         choice: the run's own checkpoint that it continues from; empty when it begins.
-        initial: the foreign checkpoint that it begins from, or None.
+        initial: the weights that it begins with, or the folder of another run's checkpoint that it
+            goes on from, or None.
         lock: keeps other runs out of the dump folder; rank 0 holds it.
     """
 
     config: Any
     facts: RunFacts
     choice: Choice
-    initial: Path | None
+    initial: Weights | Path | None
     lock: RunFolderLock | None
 
     @property
@@ -64,27 +69,28 @@ def settle(job_config: Any) -> Settled:
     to the others.
 
     Raises:
-        ConfigError: naming the key that differs from the run that is to be continued, or the
-            checkpoints that are damaged.
+        ConfigError: naming the key that differs from the run that is to be continued, the
+            checkpoints that are damaged, or why the weights to begin with are not this model's.
     """
     lock = _lock(job_config.job.dump_folder)
     folder = checkpoint_folder(job_config)
+    args = resolve_model_args(job_config)
     choice, initial, manifest = Choice(), None, None
     if job_config.checkpoint.enable:
         choice = _choose(folder, job_config.checkpoint)
         manifest = choice.manifest
         if manifest is None:
-            initial, manifest = _initial(job_config.checkpoint)
+            initial, manifest = _initial(job_config, args)
         elif job_config.checkpoint.initial_load_path:
             logger.info(
                 f"checkpoint.initial_load_path is not read: the run continues from {choice.folder}"
             )
     _check_can_go_on(choice, job_config)
 
-    seed = _settle_seed(job_config.debug.seed, manifest, initial or folder)
+    continued = initial if isinstance(initial, Path) else folder
+    seed = _settle_seed(job_config.debug.seed, manifest, continued)
     config = copy.deepcopy(job_config)
     config.debug.seed = seed
-    args = resolve_model_args(config)
     facts = RunFacts(
         seed=seed,
         global_batch_size=global_batch_size(config, _data_degree(config)),
@@ -93,7 +99,7 @@ def settle(job_config: Any) -> Settled:
         in_channels=args.in_channels,
     )
     if manifest is not None:
-        _check_same_run(facts, manifest, folder if initial is None else initial, config)
+        _check_same_run(facts, manifest, continued, config)
     return Settled(config, facts, choice, initial, lock)
 
 
@@ -149,32 +155,54 @@ def _choose(folder: Path, checkpoint: Any) -> Choice:
     return Choice()
 
 
-def _initial(checkpoint: Any) -> tuple[Path | None, Manifest | None]:
-    """The foreign checkpoint to begin from, and its manifest where the run is to go on with it."""
+def _initial(config: Any, args: FluxModelArgs) -> tuple[Weights | Path | None, Manifest | None]:
+    """What `checkpoint.initial_load_path` names, and its manifest where the run goes on with it."""
+    checkpoint = config.checkpoint
     if not checkpoint.initial_load_path:
         return None, None
     key = f"checkpoint.initial_load_path = {checkpoint.initial_load_path!r}"
-    folder = Path(resolved_path(checkpoint.initial_load_path))
-    is_checkpoint, has_manifest = agree(
-        lambda: ((folder / METADATA).is_file(), (folder / MANIFEST).exists())
-    )
-    if not is_checkpoint:
-        raise ConfigError([f"{key} is no checkpoint folder: it has no {METADATA}"])
-    manifest, problem = verify(folder)
-    if manifest is None and has_manifest:
-        raise ConfigError([f"{key} is damaged: {problem}"])
+    path = Path(resolved_path(checkpoint.initial_load_path))
+    if missing := [rank for rank, there in enumerate(_every(path.exists())) if not there]:
+        raise ConfigError([f"{key} does not exist on rank {', '.join(map(str, missing))}"])
     if checkpoint.initial_load_model_only:
-        if manifest is None:
-            logger.warning(f"{key} has no {MANIFEST}: it is loaded without being verified")
-        return folder, None
-    if manifest is None or manifest.kind != "full":
+        return _weights(path, config, args, key), None
+    manifest, problem = verify(path)
+    if manifest is None:
         raise ConfigError(
             [
-                f"{key} holds only a model as far as is known, so it cannot be gone on with; set "
+                f"{key} cannot be gone on with: {problem}; set checkpoint.initial_load_model_only "
+                "= true where only its weights are wanted"
+            ]
+        )
+    if manifest.kind != "full":
+        raise ConfigError(
+            [
+                f"{key} holds only a model, so it cannot be gone on with; set "
                 "checkpoint.initial_load_model_only = true to start from its weights"
             ]
         )
-    return folder, manifest
+    return path, manifest
+
+
+def _weights(path: Path, config: Any, args: FluxModelArgs, key: str) -> Weights:
+    """The weights at `path`, checked on every rank against the model that will be built."""
+    weights, problem, c = None, "", config.checkpoint
+    try:
+        weights = open_for(path, config.model.flavor, args, c.guidance_weights)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if found := sorted(set(filter(None, _every(problem)))):
+        raise ConfigError([f"{key}: {problem}" for problem in found])
+    assert weights is not None
+    logger.info(f"Beginning with the weights of {path} ({weights.format})")
+    return weights
+
+
+def _every(said: T) -> list[T]:
+    """What each rank said."""
+    heard = [said] * dist.get_world_size()
+    dist.all_gather_object(heard, said)
+    return heard
 
 
 def _check_can_go_on(choice: Choice, config: Any) -> None:

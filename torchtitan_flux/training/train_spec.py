@@ -12,6 +12,7 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
+from torchtitan_flux.checkpoint.adapter import FluxStateDictAdapter
 from torchtitan_flux.config.resolve import image_size, resolve_model_args
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
 from torchtitan_flux.parallel import low_precision  # noqa: F401  (our converters, for torchtitan's)
@@ -77,5 +78,6 @@ register_train_spec(
         build_loss_fn=build_mse_loss,
         build_validator_fn=no_validator_yet,  # type: ignore[arg-type]
         build_metrics_processor_fn=build_metrics_processor,
+        state_dict_adapter=FluxStateDictAdapter,  # type: ignore[arg-type]
     ),
 )

@@ -1,0 +1,311 @@
+"""FLUX weights of every format into a run on any mesh: the same model, or one clear refusal."""
+
+import math
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import nonzero_model
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny_run import arguments, refusal
+from torch import Tensor
+from twins import whole
+from weight_files import bfl_file, diffusers_folder, pipeline_root, torchtitan_checkpoint
+
+from torchtitan_flux.checkpoint.import_weights import import_weights
+from torchtitan_flux.checkpoint.weights import open_weights
+from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.model.initial_values import canonical_name
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.initial_values import own_slices
+from torchtitan_flux.parallel.parallelize import parallelize_flux
+from torchtitan_flux.parallel.pipeline import pipeline_flux
+from torchtitan_flux.training import trainer as trainer_module
+from torchtitan_flux.training.trainer import FluxTrainer
+
+ARGS = FLAVORS["flux-tiny"]
+GUIDED = replace(ARGS, guidance_embed=True)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The same weights, with guidance (as FLUX.1-dev) and without, as others keep them."""
+
+    folder: Path
+    values: dict[str, Tensor]
+    root: Path
+    single: Path
+    bfl: Path
+    comfyui: Path
+    torchtitan: Path
+    guided: Path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    folder = tmp_path_factory.mktemp("weights")
+    values = nonzero_model(GUIDED, seed=11).state_dict()
+    plain = {name: x for name, x in values.items() if not name.startswith("guidance_in.")}
+    return Files(
+        folder,
+        values,
+        pipeline_root(folder / "pipeline", plain, ARGS),
+        diffusers_folder(folder / "single", plain, ARGS, shards=1),
+        bfl_file(folder / "flux1-tiny.safetensors", plain, ARGS),
+        bfl_file(folder / "comfyui.safetensors", plain, ARGS, prefix="model.diffusion_model."),
+        torchtitan_checkpoint(folder / "torchtitan", plain, ARGS),
+        diffusers_folder(folder / "guided", values, GUIDED),
+    )
+
+
+# ---- every mesh ------------------------------------------------------------------------------
+
+
+def parallelism(replicate: int = 1, shard: int = 1, cp: int = 1, tp: int = 1, pp: int = 1):
+    keys = {
+        "data_parallel_replicate_degree": replicate,
+        "data_parallel_shard_degree": shard,
+        "context_parallel_degree": cp,
+        "tensor_parallel_degree": tp,
+        "pipeline_parallel_degree": pp,
+    }
+    return [w for key, degree in keys.items() for w in (f"--parallelism.{key}", str(degree))]
+
+
+def imported(
+    mesh: list[str], paths: list[Path], values: dict[str, Tensor]
+) -> tuple[set[str], list[str]]:
+    """Parameters of this rank's stages, and what is wrong after importing each path."""
+    config = load_config(arguments(Path("unused"), 2, *mesh))
+    dims = FluxParallelDims.of(config.parallelism, dist.get_world_size())
+    with torch.device("meta"):
+        model = FluxModel(ARGS)
+    if dims.pp_enabled:
+        device = torch.device("cpu")
+        _, parts, *_ = pipeline_flux(model, dims, config, device, ARGS, parallelize_flux)
+    else:
+        parts = [parallelize_flux(model, dims, config)]
+    for part in parts:
+        part.to_empty(device="cpu")
+    own = {canonical_name(name): p for part in parts for name, p in part.named_parameters()}
+    wrong, first = [], {}
+    for path in paths:
+        for p in own.values():
+            own_slices(p.detach())[0].fill_(torch.nan)
+        import_weights(own, open_weights(path, ARGS))
+        if not first:
+            first = {name: own_slices(p)[0].clone() for name, p in own.items()}
+            wrong += [n for n, p in own.items() if not torch.equal(whole(p.detach()), values[n])]
+        # gathering is slow, and what equals locally does so as a whole
+        equal = {name: torch.equal(own_slices(p)[0], first[name]) for name, p in own.items()}
+        wrong += [f"{name} of {path}" for name in own if not equal[name]]
+    return set(own), wrong
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {},
+        pytest.param({"shard": 2}, marks=pytest.mark.slow),
+        {"shard": 2, "tp": 2},
+        {"pp": 2},
+        pytest.param({"shard": 4}, marks=pytest.mark.slow),
+        pytest.param({"replicate": 2, "shard": 2}, marks=pytest.mark.slow),
+        pytest.param({"cp": 2, "tp": 2}, marks=pytest.mark.slow),
+        pytest.param({"pp": 2, "shard": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda mesh: "-".join(f"{kind}{degree}" for kind, degree in mesh.items()) or "alone",
+)
+def test_every_mesh_gets_the_same_model(files, mesh):
+    paths = [files.root, files.single, files.bfl, files.comfyui, files.torchtitan]
+    ranks = math.prod(mesh.values())
+    paths = paths if ranks <= 2 else [files.root, files.bfl]
+    of_ranks = run_ranks(ranks, imported, parallelism(**mesh), paths, files.values)
+    assert all(wrong == [] for _, wrong in of_ranks), of_ranks
+    names = set.union(*(names for names, _ in of_ranks))
+    assert names == {name for name in files.values if not name.startswith("guidance_in.")}
+
+
+# ---- the run itself --------------------------------------------------------------------------
+
+
+def beginning(dump: Path, path: Path, *more: str) -> list[str]:
+    return arguments(
+        dump, 4, "--checkpoint.initial_load_path", str(path), "--training.steps", "2", *more
+    )
+
+
+def loaded(argv: list[str]) -> dict[str, Tensor]:
+    """Weights that a trainer has when its loop begins."""
+    trainer = FluxTrainer(load_config(argv))
+    assert trainer.checkpointer.load()
+    assert trainer.step == 0
+    values = {
+        n: whole(p.detach()) for part in trainer.model_parts for n, p in part.named_parameters()
+    }
+    trainer.close()
+    return values
+
+
+def test_a_run_begins_with_them(files, tmp_path):
+    """torchtitan's flag is understood; guidance goes where checkpoint.guidance_weights says."""
+    drop = ("--checkpoint.initial_load_in_hf", "--checkpoint.guidance_weights", "drop")
+    for values in run_ranks(2, loaded, beginning(tmp_path, files.guided, *drop)):
+        assert values.keys() == {n for n in files.values if not n.startswith("guidance_in.")}
+        for name, value in values.items():
+            assert torch.equal(value, files.values[name]), name
+
+
+@pytest.mark.slow
+def test_a_guided_run_begins_with_weights_that_have_none(files, tmp_path):
+    def run(argv):
+        FLAVORS["flux-tiny"] = GUIDED  # in a process of its own
+        return loaded(argv)
+
+    argv = beginning(tmp_path, files.bfl, "--checkpoint.guidance_weights", "initialize")
+    (values,) = run_ranks(1, run, argv)
+    assert values.keys() == files.values.keys()
+    for name, value in values.items():
+        if not name.startswith("guidance_in."):
+            assert torch.equal(value, files.values[name]), name
+    assert values["guidance_in.out_layer.weight"].abs().max() == 0, "it changes nothing at first"
+    assert values["guidance_in.in_layer.weight"].abs().max() > 0
+
+
+@pytest.mark.slow
+def test_a_rank_holds_little_more_than_its_shards():
+    """Half a GB on two ranks: all of it in each would be 1.3 times of what is allowed.
+
+    Processes of their own: a forked one inherits the memory of the tests before it.
+    """
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "benchmarks/import_memory.py", "--gigabytes", "0.4", "--hidden", "768",
+         "--allowance", "64"],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout
+    assert len(re.findall(r"RssAnon grew by \d+ MB", finished.stdout)) == 2
+
+
+# ---- what is refused -------------------------------------------------------------------------
+
+
+def changed(files: Files, folder: Path, change) -> Path:
+    """A BFL file after `change` to its dictionary of tensors."""
+    tensors = load_file(files.bfl)
+    change(tensors)
+    folder.mkdir()
+    save_file(tensors, folder / "flux1-changed.safetensors")
+    return folder / "flux1-changed.safetensors"
+
+
+def wrong_inputs(files: Files, folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    """By name: the path, and what the message must say."""
+    truncated = folder / "truncated.safetensors"
+    truncated.write_bytes(files.bfl.read_bytes()[:-1000])
+    pickled = folder / "flux1.ckpt"
+    pickled.write_bytes(pickle.dumps({"weights": 1}))
+    index = diffusers_folder(folder / "gone", nonzero_model(ARGS).state_dict(), ARGS)
+    (index / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    (folder / "empty").mkdir()
+    digits = FLAVORS["flux-digits"]
+    other = diffusers_folder(folder / "other", nonzero_model(digits).state_dict(), digits)
+    missing = changed(files, folder / "missing", lambda t: t.pop("txt_in.bias"))
+    unknown = changed(
+        files, folder / "unknown", lambda t: t.update({"stray.weight": torch.zeros(2)})
+    )
+    return {
+        "missing": (missing, ["1 missing: txt_in.bias"]),
+        "unknown": (unknown, ["1 unknown: stray.weight"]),
+        "flavor": (other, ["model.flavor = 'flux-tiny', and these are weights of flux-digits"]),
+        "truncated": (truncated, ["truncated.safetensors"]),
+        "pickle": (pickled, ["flux1.ckpt", "pickle"]),
+        "shard": (index, ["diffusion_pytorch_model-00002-of-00002.safetensors"]),
+        "empty": (folder / "empty", [str(folder / "empty")]),
+        "guidance": (files.guided, ['checkpoint.guidance_weights = "drop"']),
+    }
+
+
+def refusals(argvs: list[list[str]]) -> list[str]:
+    return [refusal(argv) for argv in argvs]
+
+
+def test_what_cannot_be_loaded_is_refused_before_anything_is_built(files, tmp_path):
+    (tmp_path / "in").mkdir()
+    wrong = wrong_inputs(files, tmp_path / "in")
+    argvs = [beginning(tmp_path / name, path) for name, (path, _) in wrong.items()]
+    one, other = run_ranks(2, refusals, argvs)
+    assert one == other, "ranks say the same"
+    for message, (name, (path, parts)) in zip(one, wrong.items(), strict=True):
+        assert len(message.splitlines()) == 1, message
+        for part in [f"checkpoint.initial_load_path = '{path}': ", *parts]:
+            assert part in message, (name, message)
+        left = [p.name for p in (tmp_path / name).rglob("*") if p.is_file()]
+        assert left == ["run.lock"], name
+
+
+def test_guidance_that_is_missing_is_refused_too(files, tmp_path):
+    def run(argv):
+        FLAVORS["flux-tiny"] = GUIDED  # in a process of its own
+        return refusal(argv)
+
+    (message,) = run_ranks(1, run, beginning(tmp_path, files.bfl))
+    assert 'checkpoint.guidance_weights = "initialize"' in message
+
+
+def test_a_wrong_path_ends_the_run_with_status_2(files, tmp_path):
+    def status(argv):
+        sys.argv[1:] = argv
+        try:
+            trainer_module.main()
+        except SystemExit as leaving:
+            return leaving.code
+
+    argv = beginning(tmp_path, files.guided, "--checkpoint.initial_load_in_hf")
+    assert run_ranks(1, status, argv) == [2]
+
+
+def test_contradictions_are_named(files, tmp_path):
+    path = ("--checkpoint.initial_load_path", str(files.root))
+    for more, named in (
+        (("--checkpoint.initial_load_in_hf",), "needs checkpoint.initial_load_path"),
+        ((*path, "--checkpoint.no-enable"), "checkpoint.enable = true"),
+        (("--checkpoint.last_save_in_hf",), "checkpoint.last_save_model_only = true"),
+        (
+            ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
+             "--checkpoint.no-enable"),
+            "checkpoint.last_save_in_hf is set",
+        ),
+        (
+            ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
+             "--checkpoint.load_only"),
+            "checkpoint.load_only = true does not",
+        ),
+        (
+            (*path, "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only"),
+            "checkpoint.initial_load_model_only = true",
+        ),
+        (
+            (*path, "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_in_hf_quantized"),
+            "initial_load_in_hf_quantized",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="checkpoint") as error:
+            load_config(arguments(tmp_path, 8, *more))
+        assert named in str(error.value), more
+        assert len(str(error.value).splitlines()) == 1, more

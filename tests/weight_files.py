@@ -1,0 +1,81 @@
+"""Weights as other programs keep them, written here without our own writer."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchtitan_flux.checkpoint import to_bfl, to_diffusers
+from torchtitan_flux.model import FluxModelArgs
+
+
+def transformer_config(args: FluxModelArgs) -> dict[str, object]:
+    """config.json of a FluxTransformer2DModel."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": args.head_dim,
+        "axes_dims_rope": list(args.axes_dim),
+        "guidance_embeds": args.guidance_embed,
+        "in_channels": args.in_channels,
+        "joint_attention_dim": args.context_in_dim,
+        "num_attention_heads": args.num_heads,
+        "num_layers": args.depth,
+        "num_single_layers": args.depth_single_blocks,
+        "out_channels": None,
+        "patch_size": 1,
+        "pooled_projection_dim": args.vec_in_dim,
+    }
+
+
+def diffusers_folder(
+    folder: Path, state: Mapping[str, Tensor], args: FluxModelArgs, shards: int = 2
+) -> Path:
+    """Our state dict as `transformer/` of a pipeline, in so many files and an index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(transformer_config(args)))
+    theirs = to_diffusers(state, args)
+    if shards == 1:
+        save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
+        return folder
+    names = sorted(theirs)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        mine = names[shard::shards]
+        save_file({name: theirs[name] for name in mine}, folder / file)
+        weight_map |= dict.fromkeys(mine, file)
+    size = sum(x.numel() * x.element_size() for x in theirs.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    path = folder / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    return folder
+
+
+def pipeline_root(root: Path, state: Mapping[str, Tensor], args: FluxModelArgs) -> Path:
+    """A pipeline folder with nothing but its transformer."""
+    diffusers_folder(root / "transformer", state, args)
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (root / "model_index.json").write_text(json.dumps(index))
+    return root
+
+
+def bfl_file(
+    path: Path, state: Mapping[str, Tensor], args: FluxModelArgs, prefix: str = ""
+) -> Path:
+    """Our state dict as BFL's file, or with ComfyUI's prefix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({prefix + name: x for name, x in to_bfl(state, args).items()}, path)
+    return path
+
+
+def torchtitan_checkpoint(folder: Path, state: Mapping[str, Tensor], args: FluxModelArgs) -> Path:
+    """Our state dict as a checkpoint of torchtitan 0.2's own FLUX, with what else it saves."""
+    theirs = {
+        name.replace("_norm.scale", "_norm.weight"): x for name, x in to_bfl(state, args).items()
+    }
+    dcp.save({**theirs, "train_state.step": torch.tensor(5)}, checkpoint_id=folder, no_dist=True)
+    return folder
