@@ -54,20 +54,17 @@ CASES = {
     "TP 2 x CP 2 x DP 2": Case(replicate=2, tp=2, cp=2, **UNEVEN),
     "TP 2 x CP 2 x FSDP 2": Case(shard=2, tp=2, cp=2),
 }
-SLOW = (
-    "FSDP 4, accumulation",
-    "HSDP 2x2, accumulation",
-    "CP 4",
-    "CP 4 with 2 heads each",
-    "TP 4",
-    "HSDP 2x2 x CP 2",
-    "TP 2 x CP 2 x FSDP 2",
-)
+SLOW = ("HSDP 2x2, accumulation", "CP 4 with 2 heads each", "TP 4", "HSDP 2x2 x CP 2")
+LONG = ("FSDP 4, accumulation", "CP 4", "TP 2 x CP 2 x FSDP 2")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
-)
+def marked(name: str):
+    if name in LONG:
+        return pytest.param(name, marks=pytest.mark.long)
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+
+
+@pytest.mark.parametrize("name", map(marked, CASES))
 def test_a_mesh_computes_what_one_device_computes(name):
     assert_as_on_one_device(CASES[name])
 

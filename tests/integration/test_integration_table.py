@@ -7,7 +7,10 @@ from integration_tests.table import GLOBAL_BATCH, REFERENCE, build_flux_tests_li
 from torchtitan_flux.config.manager import ConfigError, load_config
 
 TABLE = {row.test_name: row for row in build_flux_tests_list()}
-MESHES = ("hsdp_cp", "fsdp_tp", "pp_fsdp", "fsdp_cp_tp")
+MESHES = [
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("hsdp_cp", "pp_fsdp")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp_tp", "fsdp_cp_tp")),
+]
 
 
 def test_names_are_unique_and_the_reference_comes_first():
@@ -43,7 +46,6 @@ def reference(tmp_path_factory) -> dict[int, float]:
     return result.losses
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_ranks_train_as_one_does(name, reference, tmp_path):
     assert run_row(TABLE[name], tmp_path, reference).wrong == []

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     ("kills", "inside"),
     [
         pytest.param(3, 1, id="3 kills", marks=pytest.mark.slow),
-                pytest.param(30, 8, id="30 kills", marks=pytest.mark.long),
+        pytest.param(30, 8, id="30 kills", marks=pytest.mark.long),
     ],
 )
 def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(tmp_path, kills, inside):

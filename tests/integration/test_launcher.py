@@ -208,17 +208,27 @@ def test_compiled_and_checkpointed_blocks_train_and_load_as_plain_ones(tmp_path)
     assert series["checkpointed"] == pytest.approx(series["plain"], rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_debug_model_trains_offline(tmp_path, ranks):
+HSDP_CP = ("--parallelism.data_parallel_replicate_degree", "2",
+           "--parallelism.data_parallel_shard_degree", "2",
+           "--parallelism.context_parallel_degree", "2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [
+        pytest.param(1, (), marks=pytest.mark.slow),
+        pytest.param(8, HSDP_CP, marks=pytest.mark.long, id="HSDP 2x2 x CP 2"),
+    ],
+)
+def test_debug_model_trains_offline(tmp_path, ranks, mesh):
     """The whole latent-space path at full width of flux-debug; a minute on two cores."""
     status, output = run(
         REPO / "run_train.sh",
-        *("--training.steps", "2", "--training.local_batch_size", "2"),
+        *("--training.steps", "3", "--training.local_batch_size", "2", *mesh),
         cwd=tmp_path,
         ranks=ranks,
         config="train_configs/debug_model.toml",
     )
     assert status == 0, output
-    assert len(losses(output)) == 2
+    assert len(losses(output)) == 3
     assert 0 < losses(output)[1] < 4

@@ -204,7 +204,7 @@ def test_a_killed_rank_is_named_with_its_step(tmp_path):
     assert run.pids() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named(tmp_path):
     """Only the ranks that wait for it fail, and it is not they who are at fault."""
     run = Run(tmp_path, *ENDLESS, "--comm.train_timeout_seconds", "3", NGPU=2)
@@ -277,7 +277,7 @@ def test_stopped_and_continued_is_the_uninterrupted_run(tmp_path):
     assert losses(output + last.output) == losses(whole.output)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_rank_that_is_asked_stops_all(tmp_path):
     run = Run(tmp_path, *ENDLESS, NGPU=2)
     run.until("step: +2 ")
@@ -286,7 +286,7 @@ def test_one_rank_that_is_asked_stops_all(tmp_path):
     assert "stopped at step" in run.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stop_while_ranks_are_starting_waits_for_the_first_step(tmp_path):
     """Python takes seconds to import torch; until then a signal would end a rank."""
     run = Run(tmp_path, *ENDLESS, NGPU=2)
@@ -312,7 +312,7 @@ def test_a_second_signal_ends_all_ranks_at_once(tmp_path):
     assert run.pids() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_that_do_not_save_in_time_are_ended(tmp_path):
     run = Run(tmp_path, *ENDLESS, NGPU=2, GRACE=2)
     run.until("step: +2 ")
@@ -323,7 +323,7 @@ def test_ranks_that_do_not_save_in_time_are_ended(tmp_path):
     assert run.pids() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("numbered", [True, False])
 def test_a_stop_of_one_node_stops_all(tmp_path, numbered):
     with socket.socket() as free:

@@ -47,6 +47,11 @@ class DigitScore:
     spread: float
     spread_real: float
 
+    @property
+    def line(self) -> str:
+        """What the default run ends with."""
+        return f"score: {100 * self.read:.1f} % of {self.count} digits read as prompted"
+
 
 def score_prompts(count: int) -> tuple[list[str], np.ndarray]:
     """`count` prompts that go round the ten digits, and their labels."""
@@ -112,12 +117,6 @@ def score_digits(
         spread=_spread(drawn, labels),
         spread_real=_spread(train, train_labels),
     )
-
-
-def score_line(images: Float[Tensor, "n 1 8 8"], labels: np.ndarray) -> str:
-    """The line that the default run ends with."""
-    score = score_digits(images, labels)
-    return f"score: {100 * score.read:.1f} % of {score.count} digits read as prompted"
 
 
 def _median_nearest(images: np.ndarray, among: np.ndarray) -> float:
