@@ -125,20 +125,56 @@ def generate(
     Returns:
         images in [-1, 1], float32.
     """
-    size = settings.size
-    noise = torch.stack([initial_noise(geometry, size, settings.seed, index) for index in indices])
-    velocity = packed_velocity(model, encode_text(prompts), geometry, size, settings.guidance)
+    noise = torch.stack(
+        [initial_noise(geometry, settings.size, settings.seed, index) for index in indices]
+    )
+    negative = encode_text([negative_prompt]) if settings.cfg != 1.0 else None
+    latents = denoise(
+        model, geometry, noise.to(device), encode_text(prompts), negative, settings, on_step
+    )
+    return codec.decode(latents).float().clamp(-1, 1)
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    geometry: Geometry,
+    noise: Float[Tensor, "b c h w"],
+    text: TextConditioning,
+    negative: TextConditioning | None,
+    settings: SampleSettings,
+    on_step: Callable[[], None] | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """From noise to latents, float32, where the noise is.
+
+    Args:
+        model: FluxModel, sharded or not.
+        geometry: of the model's flavor.
+        noise: of each picture, float32.
+        text: conditioning of each picture.
+        negative: of one caption, which classifier-free guidance moves away from; looked at where
+            settings.cfg is not 1.
+        settings: size, steps, guidance.
+        on_step: called after each Euler step.
+    """
+    velocity = packed_velocity(model, text, geometry, settings.size, settings.guidance)
     if settings.cfg != 1.0:
-        negative = encode_text([negative_prompt]).repeat(len(prompts))
+        assert negative is not None, "guidance needs something to move away from"
         velocity = guided(
             velocity,
-            packed_velocity(model, negative, geometry, size, settings.guidance),
+            packed_velocity(
+                model,
+                negative.repeat(len(noise)),
+                geometry,
+                settings.size,
+                settings.guidance,
+            ),
             settings.cfg,
         )
-    grid = geometry.grid(size)
+    grid = geometry.grid(settings.size)
     times = schedule(settings.steps, grid.tokens, settings.shifted)
-    tokens = euler(velocity, pack(noise, geometry.patch).to(device), times, on_step)
-    return codec.decode(unpack(tokens, grid, geometry.patch)).float().clamp(-1, 1)
+    tokens = euler(velocity, pack(noise, geometry.patch), times, on_step)
+    return unpack(tokens, grid, geometry.patch)
 
 
 def to_pil(image: Float[Tensor, "c H W"]) -> Image.Image:

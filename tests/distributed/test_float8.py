@@ -144,7 +144,7 @@ def test_a_batch_shared_out_is_as_near_to_full_precision_as_on_one_rank(kind):
         assert relative_l2(result["gradients"][name], gradient) < 0.3, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_lowers_the_loss_as_full_precision_does_and_scales_follow_the_weights():
     count = 8
     full = one_rank(OFF, count)["losses"]

@@ -116,13 +116,13 @@ def imported(
     "mesh",
     [
         {},
-        pytest.param({"shard": 2}, marks=pytest.mark.slow),
+        pytest.param({"shard": 2}, marks=pytest.mark.long),
         {"shard": 2, "tp": 2},
         {"pp": 2},
-        pytest.param({"shard": 4}, marks=pytest.mark.slow),
-        pytest.param({"replicate": 2, "shard": 2}, marks=pytest.mark.slow),
+        pytest.param({"shard": 4}, marks=pytest.mark.long),
+        pytest.param({"replicate": 2, "shard": 2}, marks=pytest.mark.long),
         pytest.param({"cp": 2, "tp": 2}, marks=pytest.mark.slow),
-        pytest.param({"pp": 2, "shard": 2}, marks=pytest.mark.slow),
+        pytest.param({"pp": 2, "shard": 2}, marks=pytest.mark.long),
     ],
     ids=lambda mesh: "-".join(f"{kind}{degree}" for kind, degree in mesh.items()) or "alone",
 )

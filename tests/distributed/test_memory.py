@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "mode"), [(1, "disabled"), (2, "async")])
 def test_memory_does_not_grow(ranks, mode):
     """Processes of their own: a forked one inherits the memory of the tests before it."""

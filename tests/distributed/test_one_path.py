@@ -161,7 +161,7 @@ def test_sharded_t5_gives_the_same_features():
         torch.testing.assert_close(features, whole, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pictures_and_validation_do_not_depend_on_the_ranks(tmp_path):
     """Five pictures and 360 items over 4 ranks: neither divides."""
     argv = [

@@ -16,9 +16,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "measured_step.py"
 @pytest.mark.parametrize(
     ("ranks", "mode"),
     [
-        pytest.param(1, "none", marks=pytest.mark.slow),
-        pytest.param(1, "full", marks=pytest.mark.slow),
-        pytest.param(2, "none", marks=pytest.mark.slow),
+        pytest.param(1, "none", marks=pytest.mark.long),
+        pytest.param(1, "full", marks=pytest.mark.long),
+        pytest.param(2, "none", marks=pytest.mark.long),
         (2, "full"),
     ],
 )

@@ -22,10 +22,10 @@ def one_rank(tmp_path_factory) -> tuple[dict[int, float], Path]:
     ("ranks", "local_batch", "mesh"),
     [
         pytest.param(1, 2, (), id="1 rank, 4 microbatches"),
-        pytest.param(2, 4, (), id="FSDP 2", marks=pytest.mark.slow),
+        pytest.param(2, 4, (), id="FSDP 2", marks=pytest.mark.long),
         pytest.param(2, 2, (), id="FSDP 2, 2 microbatches", marks=pytest.mark.slow),
         pytest.param(2, 4, ("replicate", 2), id="DDP 2"),
-        pytest.param(4, 2, (), id="FSDP 4", marks=pytest.mark.slow),
+        pytest.param(4, 2, (), id="FSDP 4", marks=pytest.mark.long),
         pytest.param(4, 1, ("replicate", 2), id="HSDP 2x2, 2 microbatches"),
     ],
 )
@@ -41,7 +41,7 @@ def test_same_losses_on_any_mesh(one_rank, tmp_path, ranks, local_batch, mesh):
     ("ranks", "local_batch", "replicate"),
     [
         (1, GLOBAL_BATCH, 1),
-        pytest.param(2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, marks=pytest.mark.long),
         (4, 2, 2),
     ],
 )

@@ -54,8 +54,14 @@ CASES = {
     "TP 2 x CP 2 x DP 2": Case(replicate=2, tp=2, cp=2, **UNEVEN),
     "TP 2 x CP 2 x FSDP 2": Case(shard=2, tp=2, cp=2),
 }
-SLOW = ("HSDP 2x2, accumulation", "CP 4 with 2 heads each", "TP 4", "HSDP 2x2 x CP 2")
-LONG = ("FSDP 4, accumulation", "CP 4", "TP 2 x CP 2 x FSDP 2")
+SLOW = ("TP 4", "HSDP 2x2 x CP 2")
+LONG = (
+    "FSDP 4, accumulation",
+    "HSDP 2x2, accumulation",
+    "CP 4",
+    "CP 4 with 2 heads each",
+    "TP 2 x CP 2 x FSDP 2",
+)
 
 
 def marked(name: str):
@@ -113,7 +119,7 @@ def median_distance(gradients: list[torch.Tensor], case: Case) -> float:
 
 
 def bf16_case(name: str):
-    """A mesh takes up to a minute: one is slow, the others run with `pytest -m long`."""
+    """A mesh takes up to a minute."""
     mark = pytest.mark.slow if name == "CP 2" else pytest.mark.long
     return pytest.param(name, marks=mark)
 

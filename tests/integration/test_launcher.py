@@ -179,7 +179,7 @@ def losses(output: str) -> list[float]:
     return [float(x) for x in re.findall(r"INFO - step: +\d+  loss: +([\d.]+)", output)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_and_checkpointed_blocks_train_and_load_as_plain_ones(tmp_path):
     """Through the launcher: run-time shape checks of the tests would break the graph."""
     series = {}
@@ -213,11 +213,12 @@ HSDP_CP = ("--parallelism.data_parallel_replicate_degree", "2",
            "--parallelism.context_parallel_degree", "2")  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "mesh"),
     [
-        pytest.param(1, (), marks=pytest.mark.slow),
-        pytest.param(8, HSDP_CP, marks=pytest.mark.long, id="HSDP 2x2 x CP 2"),
+        pytest.param(1, (), id="1 rank"),
+        pytest.param(8, HSDP_CP, id="HSDP 2x2 x CP 2"),
     ],
 )
 def test_debug_model_trains_offline(tmp_path, ranks, mesh):

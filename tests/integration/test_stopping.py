@@ -297,7 +297,7 @@ def test_a_stop_while_ranks_are_starting_waits_for_the_first_step(tmp_path):
     assert "stopped at step 1 and saved" in run.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_signal_ends_all_ranks_at_once(tmp_path):
     run = Run(tmp_path, *ENDLESS, NGPU=2)
     run.until("step: +2 ")

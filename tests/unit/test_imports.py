@@ -30,10 +30,12 @@ LEVELS = {
     "downloads": 5,
     "evaluation": 5,
     "planning": 6,
+    "report": 6,
     "training": 7,
-    "infer": 8,
+    "inference": 8,
     "launching": 8,
-    "launch": 9,
+    "infer": 9,
+    "launch": 10,
 }
 """Module or sub-package -> level; a module imports from lower levels or its own sub-package."""
 
@@ -44,6 +46,7 @@ WITH_TORCHTITAN = {
     "checkpoint",
     "planning",
     "training",
+    "inference",
     "infer",
     "launch",
 }

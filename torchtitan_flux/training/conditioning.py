@@ -98,9 +98,15 @@ def build_frozen_parts(
     if dims.data_mesh.size() > 1:
         shard_text_encoder(t5, dims.data_mesh)
     clip = ClipEncoder(resolved_path(encoder.clip_encoder), device=device, dtype=dtype)
-    codec: Codec = (
-        PixelCodec(encoder.pixel_channels)
-        if args.pixel_space
-        else load_autoencoder(resolved_path(encoder.autoencoder_path), device=device, dtype=dtype)
-    )
+    codec = build_codec(config, args, device, dtype)
     return FrozenParts(tokenizer, t5, clip, codec, device)
+
+
+def build_codec(
+    config: Any, args: FluxModelArgs, device: torch.device, dtype: torch.dtype
+) -> Codec:
+    """The codec that the configuration names; of a flavor in pixel space, the identity."""
+    if args.pixel_space:
+        return PixelCodec(config.encoder.pixel_channels)
+    path = resolved_path(config.encoder.autoencoder_path)
+    return load_autoencoder(path, device=device, dtype=dtype)

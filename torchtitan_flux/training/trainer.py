@@ -35,7 +35,7 @@ from torchtitan_flux.config.manager import (
 )
 from torchtitan_flux.config.resolve import compiles, resolve_model_args, sample_settings
 from torchtitan_flux.data.loader import Batch, FluxDataLoader
-from torchtitan_flux.evaluation.digits import score_line, score_prompts, score_settings
+from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score_settings
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.clip import clip_gradients
@@ -44,6 +44,7 @@ from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import sync_gradients
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.planning.fits import fits
+from torchtitan_flux.report.environment import append_environment, environment
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader
@@ -56,6 +57,7 @@ from torchtitan_flux.training.losses import (
 )
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.nonfinite import NonFinite, report_nonfinite
+from torchtitan_flux.training.out_of_memory import exit_when_out_of_memory, training_remedies
 from torchtitan_flux.training.peers import Peers
 from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group
@@ -367,6 +369,7 @@ class FluxTrainer(Trainer):
         if self.settled.finished:
             self._load_finished()
         else:
+            self._note_environment()
             super().train()
         self._heartbeat.beat(self.step, "done")
         if self.stopped:
@@ -375,9 +378,21 @@ class FluxTrainer(Trainer):
         if config.score.enable:
             prompts, labels = score_prompts(config.score.count)
             images = self.painter.draw(prompts, score_settings(config, self.model_args))
-            self.results.append(score_line(images, labels))
+            score = score_digits(images, labels)
+            self.metrics_processor.logger.log(
+                {"score/read_as_prompted(%)": 100 * score.read}, self.step
+            )
+            self.results.append(score.line)
         if config.sampling.enable:
             self.results.append(f"grid: {self.grid_path()}")
+
+    def _note_environment(self) -> None:
+        """What this start runs on, for scripts/report.py."""
+        if torch.distributed.get_rank() == 0:
+            dims = self.parallel_dims
+            mesh = {n: getattr(dims, n) for n in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
+            facts = environment(dims.world_size, mesh, self.device)
+            append_environment(Path(self.config.job.dump_folder), facts)
 
     def save_seed_checkpoint(self) -> None:
         """The initial weights as step 0, for runs that are to begin from the same ones."""
@@ -440,12 +455,11 @@ def main() -> None:
     with exit_on_config_error():
         if reason := fits(config):
             raise ConfigError([reason])
-        trainer = FluxTrainer(config)
+        with exit_when_out_of_memory(lambda: training_remedies(config)):
+            trainer = FluxTrainer(config)
     try:
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.save_seed_checkpoint()
-        else:
-            trainer.train()
+        with exit_when_out_of_memory(lambda: training_remedies(config)):
+            _train(trainer)
     except (NonFinite, TooManyUnreadable, CheckpointNotSaved) as error:
         logger.error(str(error))  # it says all there is to say, and on every rank the same
         sys.exit(1)
@@ -454,6 +468,13 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         print("\n".join(trainer.results), flush=True)
     torch.distributed.destroy_process_group()
+
+
+def _train(trainer: FluxTrainer) -> None:
+    if trainer.job_config.checkpoint.create_seed_checkpoint:
+        trainer.save_seed_checkpoint()
+    else:
+        trainer.train()
 
 
 if __name__ == "__main__":

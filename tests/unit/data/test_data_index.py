@@ -310,7 +310,7 @@ def test_rows_stay_on_disk(tmp_path):
     assert figures["RssAnon grown after reading"] < 16
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_million_rows_stay_on_disk(tmp_path):
     figures = measured(10_000_000, tmp_path)
     assert figures["opened"] == 10_000_000

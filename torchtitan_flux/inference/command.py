@@ -1,0 +1,298 @@
+"""What is asked for on the command line of run_infer.sh: captions, settings, where pictures go."""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan_flux.config.errors import ConfigError
+from torchtitan_flux.config.paths import locate
+from torchtitan_flux.config.resolve import sample_settings
+from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.inference.draw import Request
+from torchtitan_flux.inference.picture_file import NoPicture, Recorded
+from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.model import FluxModelArgs
+
+EXAMPLES = """examples:
+  ./run_infer.sh --prompt "a handwritten seven" --out seven.png
+  ./run_infer.sh --prompts prompts.txt --out pictures --steps 28 --cfg 2 --seed 3
+  ./run_infer.sh --from-png seven.png --out again.png
+
+Any --section.key value of the configuration may follow; docs/inference.md tells more."""
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the rest: `--section.key value` of the configuration.
+
+    A pipeline folder as `--weights` brings its encoders and autoencoder, a picture as `--from-png`
+    all that it was drawn with: the rest then names them.
+
+    Raises:
+        ConfigError: the picture cannot be repeated.
+    """
+    parser = argparse.ArgumentParser(
+        prog="run_infer.sh",
+        description="Draw pictures with a trained model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="caption; may be repeated")
+    add("--prompts", metavar="FILE", help="file with one caption a line")
+    add("--from-png", metavar="FILE", help="draw a picture of ours again, from what it says")
+    add(
+        "--weights",
+        metavar="PATH",
+        help="draw with these instead of the run's checkpoint: a diffusers folder, BFL's or "
+        "ComfyUI's safetensors file, or a checkpoint folder",
+    )
+    add("--out", metavar="PATH", help="PNG file (one picture) or folder")
+    add("--size", help="pixels: HEIGHTxWIDTH or one number")
+    add("--steps", type=int, help="Euler steps")
+    add("--cfg", type=float, help="scale of classifier-free guidance, 1 is off")
+    add("--guidance", type=float, help="guidance input of flux-dev")
+    add("--negative", metavar="CAPTION", help="caption to move away from, with --cfg")
+    add("--seed", type=int, help="of the noise")
+    add(
+        "--low_memory",
+        "--low-memory",
+        action="store_true",
+        help="one part after another, blocks streamed from CPU memory: the same pictures, slower",
+    )
+    add("--estimate", action="store_true", help="print what memory it takes, and draw nothing")
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="with --estimate: for a card with so much free, instead of this machine",
+    )
+    options, rest = parser.parse_known_args(argv)
+    if options.memory is not None and not options.estimate:
+        raise ConfigError(["--memory is of no use without --estimate"])
+    options.recorded, options.outranked = None, []
+    options.own_weights = options.weights is not None
+    options.given = given_keys(rest)
+    if options.from_png is not None:
+        rest = _as_recorded(options, rest)
+    return options, rest if options.weights is None else with_parts_of(options.weights, rest)
+
+
+PARTS = {"t5_encoder": "text_encoder_2", "clip_encoder": "text_encoder", "autoencoder_path": "vae"}
+"""Keys of [encoder] and where a diffusers pipeline folder keeps them."""
+
+
+def with_parts_of(weights: str, rest: list[str]) -> list[str]:
+    """`rest`, naming also the encoders beside the transformer of a pipeline folder.
+
+    They outrank the configuration file, as they belong to the weights; what `rest` names itself
+    outranks them.
+    """
+    root = locate(weights)
+    if root is None or not (root / "model_index.json").is_file():
+        return rest
+    given = given_keys(rest)
+    return rest + [
+        word
+        for key, folder in PARTS.items()
+        if (root / folder).is_dir() and f"encoder.{key}" not in given
+        for word in (f"--encoder.{key}", str(root / folder))
+    ]
+
+
+def given_keys(rest: list[str]) -> set[str]:
+    """Keys of the configuration that a command line sets, `section.key`."""
+    return {
+        arg.split("=")[0].removeprefix("--").replace("-", "_")
+        for arg in rest
+        if arg.startswith("--")
+    }
+
+
+def _as_recorded(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """`rest` with the configuration that a picture was drawn with; what `rest` names outranks it.
+
+    Raises:
+        ConfigError: the file holds no settings, or options have no place beside it.
+    """
+    try:
+        recorded = options.recorded = Recorded.read(Path(options.from_png))
+    except NoPicture as error:
+        raise ConfigError([f"--from-png: {error}"]) from None
+    given = options.given
+    wrong = [f"--{key}" for key in sorted(given) if key.startswith("sampling.")]
+    if options.prompts or len(options.prompt) > 1:
+        wrong.append("--prompts" if options.prompts else "more than one --prompt")
+    if wrong:
+        raise ConfigError(
+            [
+                f"{one}: --from-png draws one picture with its own settings; of these --prompt, "
+                "--negative, --size, --steps, --cfg, --guidance and --seed can be changed"
+                for one in wrong
+            ]
+        )
+    if not options.own_weights:
+        options.weights = recorded.weights.path
+    size = recorded.settings.size
+    keys = {
+        "model.flavor": recorded.flavor,
+        "training.mixed_precision_param": recorded.dtype,
+        "training.img_height": size.height,
+        "training.img_width": size.width,
+        "encoder.t5_encoder": recorded.t5.path,
+        "encoder.clip_encoder": recorded.clip.path,
+        "encoder.max_t5_encoding_len": recorded.text_tokens,
+        "encoder.pixel_channels": recorded.pixel_channels,
+        "inference.local_batch_size": recorded.batch,
+    }
+    if recorded.autoencoder is not None:
+        keys["encoder.autoencoder_path"] = recorded.autoencoder.path
+    options.outranked += [f"--{key} (the picture: {keys[key]})" for key in keys if key in given]
+    return rest + [
+        word for key, value in keys.items() if key not in given for word in (f"--{key}", str(value))
+    ]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be drawn.
+
+    Attributes:
+        requests: each picture.
+        settings: of all of them.
+        negative: caption to move away from; empty without guidance.
+        paths: where each goes.
+        batch: pictures that a rank draws at once.
+        kept: which of them is kept where a picture is repeated in the batch it was drawn in; None
+            keeps all.
+    """
+
+    requests: list[Request]
+    settings: SampleSettings
+    negative: str
+    paths: list[Path]
+    batch: int
+    kept: int | None = None
+
+
+def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks: int) -> Task:
+    """Everything that the command line asks for.
+
+    Raises:
+        FileNotFoundError: naming the file that does not exist.
+        ValueError: naming the option that cannot be, and what can.
+    """
+    recorded: Recorded | None = options.recorded
+    prompts = read_prompts(options, config)
+    settings = settings_of(options, config, args)
+    negative = options.negative
+    if negative is None:
+        negative = recorded.negative_prompt if recorded else ""
+    if settings.cfg == 1.0 and options.negative:
+        raise ValueError(
+            "--negative needs classifier-free guidance, which is off: give --cfg a scale above 1 "
+            "(FLUX.1-dev and schnell have no such guidance; their models do without)"
+        )
+    paths = targets(options, config, prompts)
+    batch = config.inference.local_batch_size
+    if recorded is None:
+        requests = [Request(prompt, index) for index, prompt in enumerate(prompts)]
+        return Task(requests, settings, negative, paths, batch)
+    row = min(recorded.row, batch - 1)
+    # kernels may compute a row of a batch otherwise than the row alone: so the batch is made again
+    requests = [Request(prompts[0], recorded.index)] * (batch * ranks)
+    return Task(requests, settings, negative, paths, batch, kept=row)
+
+
+def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:
+    """Captions from the command line, the picture to repeat, or the file that is named.
+
+    Raises:
+        FileNotFoundError: naming the file that does not exist.
+        ValueError: when there is no caption at all.
+    """
+    if options.prompt:
+        if options.prompts:
+            raise ValueError("--prompt and --prompts: give captions in one way")
+        return options.prompt
+    if options.recorded is not None:
+        return [options.recorded.prompt]
+    name = options.prompts or config.inference.prompts_path
+    path = locate(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} does not exist; give --prompt or --prompts FILE")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no text file in UTF-8 ({error})") from None
+    if not any(lines):
+        raise ValueError(f"{path} holds no caption")
+    return [line for line in lines if line]
+
+
+def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -> SampleSettings:
+    """The run's own settings, or the picture's, changed where the command line says so."""
+    recorded: Recorded | None = options.recorded
+    base = sample_settings(config, args) if recorded is None else recorded.settings
+    changes: dict[str, Any] = {}
+    if options.size:
+        sides = options.size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+            raise ValueError(f"--size {options.size}: give HEIGHTxWIDTH or one number of pixels")
+        changes["size"] = ImageSize(int(sides[0]), int(sides[-1]))
+    elif config.inference.img_size and recorded is None:
+        changes["size"] = ImageSize.of(config.inference.img_size)
+    if options.guidance is not None and not args.guidance_embed:
+        raise ValueError(f"--guidance: model.flavor = {config.model.flavor!r} takes no guidance")
+    for name in ("steps", "cfg", "guidance", "seed"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
+    if args.guidance_embed != (base.guidance is not None):  # another flavor than the picture's
+        changes.setdefault("guidance", sample_settings(config, args).guidance)
+    settings = replace(base, **changes)
+    if settings.steps < 1:
+        raise ValueError(f"--steps {settings.steps}: at least 1")
+    args.geometry.check(settings.size)
+    return settings
+
+
+def targets(options: argparse.Namespace, config: Any, prompts: list[str]) -> list[Path]:
+    """Where each picture goes.
+
+    Raises:
+        ValueError: when one file is to hold several pictures, or a file is no PNG.
+    """
+    out, folder = options.out, Path(config.job.dump_folder) / config.inference.save_img_folder
+    if out is not None and Path(out).suffix.lower() == ".png":
+        if len(prompts) > 1:
+            raise ValueError(f"--out {out}: {len(prompts)} pictures need a folder, not a file")
+        return [Path(out)]
+    folder = folder if out is None else Path(out)
+    if folder.suffix and not folder.is_dir():
+        raise ValueError(f"--out {out}: pictures are PNG files; name a .png file or a folder")
+    if options.recorded is not None:  # never over the picture itself
+        return [folder / f"{Path(options.from_png).stem}-again.png"]
+    return [folder / f"{i:04d}-{_slug(prompt)}.png" for i, prompt in enumerate(prompts)]
+
+
+def _slug(prompt: str) -> str:
+    """A file name's worth of a caption."""
+    return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:60].strip("-") or "empty"
+
+
+def changed(options: argparse.Namespace, task: Task) -> list[str]:
+    """What a repeated picture will not have of the one it is made from, an entry each."""
+    recorded: Recorded | None = options.recorded
+    if recorded is None:
+        return []
+    found = list(options.outranked)
+    for name in ("size", "steps", "cfg", "guidance", "seed"):
+        now, then = getattr(task.settings, name), getattr(recorded.settings, name)
+        if now != then:
+            found.append(f"--{name} {now} (the picture: {then})")
+    if task.requests[0].prompt != recorded.prompt:
+        found.append(f"--prompt (the picture: {recorded.prompt!r})")
+    if task.negative != recorded.negative_prompt:
+        found.append(f"--negative (the picture: {recorded.negative_prompt!r})")
+    return found

@@ -1,0 +1,87 @@
+"""From a task to PNG files, on all ranks; each picture is written as soon as it is there."""
+
+import sys
+from itertools import groupby
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+from torchtitan.tools.logging import logger
+from tqdm import tqdm
+
+from torchtitan_flux.generate import save_png, to_pil
+from torchtitan_flux.inference.command import Task
+from torchtitan_flux.inference.draw import batches_of, draw, gathered, places
+from torchtitan_flux.inference.memory import free_memory
+from torchtitan_flux.inference.recording import Recorder
+from torchtitan_flux.inference.stages import Loaded, OneAfterAnother, Stages
+from torchtitan_flux.training.conditioning import build_tokenizer
+from torchtitan_flux.training.session import Beginning, load
+
+HEADROOM = 1.25
+"""CPU memory that must be free to keep all blocks pinned, over what they take."""
+
+
+def render(begun: Beginning, task: Task, low_memory: bool, weights_size: int) -> None:
+    """Draw and write.
+
+    Args:
+        begun: with what.
+        task: what.
+        low_memory: one part after another, blocks streamed.
+        weights_size: bytes of the transformer in the type that it computes in.
+    """
+    dims, first = begun.dims, torch.distributed.get_rank() == 0
+    where = places(len(task.requests), dims.data_degree, task.batch)
+    by_round = [
+        list(numbers) for _, numbers in groupby(range(len(where)), lambda i: where[i].round)
+    ]
+    recorder = Recorder(begun, task) if first else None
+    with tqdm(
+        total=len(where) * task.settings.steps,
+        unit="step",
+        disable=not (first and sys.stderr.isatty()),
+        dynamic_ncols=True,
+    ) as bar:
+
+        def stepped(number: int) -> None:
+            bar.update(len(by_round[number]))
+
+        images = draw(
+            _stages(begun, low_memory, weights_size),
+            begun.args.geometry,
+            task.requests,
+            batches_of(dims.data_rank, where),
+            task.settings,
+            task.negative,
+            on_step=stepped,
+        )
+        for numbers, batch in zip(by_round, images, strict=True):
+            every = gathered(batch, dims.data_group, begun.device)
+            if recorder is None:
+                continue
+            for number in numbers:
+                if task.kept not in (None, number):
+                    continue
+                place = where[number]
+                path = task.paths[0 if task.kept is not None else number]
+                facts = recorder.of(number, place).facts()
+                save_png(to_pil(every[place.rank][place.row]), path, task.settings, **facts)
+                bar.clear()
+                logger.info(f"{task.requests[number].prompt!r} -> {path}")
+
+
+def _stages(begun: Beginning, low_memory: bool, weights_size: int) -> Stages:
+    if not low_memory:
+        session = load(begun)
+        return Loaded(session.model, session.parts)
+    pinned = begun.device.type != "cpu"
+    return OneAfterAnother(
+        begun.config,
+        begun.args,
+        begun.open_weights(),
+        build_tokenizer(begun.config),
+        begun.device,
+        begun.dtype,
+        keep=pinned and free_memory(torch.device("cpu")) > HEADROOM * weights_size,
+    )

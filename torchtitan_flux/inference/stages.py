@@ -1,0 +1,158 @@
+"""The three parts that a picture passes: text encoders, transformer, codec.
+
+`Loaded` has all of them on the device. `OneAfterAnother` (--low_memory) loads each when its turn
+comes and frees it before the next one, and has one or two blocks of T5 and of the transformer on
+the device at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+from torchtitan_flux.engine import give_back_freed_memory
+
+import torch
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.config.resolve import resolved_path
+from torchtitan_flux.encoders.codec import Codec
+from torchtitan_flux.encoders.pretrained import read_t5_config
+from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder
+from torchtitan_flux.generate import TextConditioning, TextEncoding
+from torchtitan_flux.inference.streaming import Streamed, load_outside
+from torchtitan_flux.inference.t5_files import T5Files
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.training.conditioning import FrozenParts, build_codec
+
+
+@runtime_checkable
+class Stages(Protocol):
+    """Each part, for as long as its context is open.
+
+    Attributes:
+        apart: only one context may be open at a time, and each is to be opened once.
+        device: where they compute.
+    """
+
+    @property
+    def apart(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def text(self) -> AbstractContextManager[TextEncoding]: ...
+
+    def transformer(self) -> AbstractContextManager[nn.Module]: ...
+
+    def codec(self) -> AbstractContextManager[Codec]: ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All on the device, for as long as this lives."""
+
+    model: nn.Module
+    parts: FrozenParts
+    apart: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    def text(self) -> AbstractContextManager[TextEncoding]:
+        return nullcontext(self.parts.encode_captions)
+
+    def transformer(self) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self.model)
+
+    def codec(self) -> AbstractContextManager[Codec]:
+        return nullcontext(self.parts.codec)
+
+
+@dataclass(frozen=True)
+class OneAfterAnother:
+    """Each part on the device only while it is needed.
+
+    Attributes:
+        config: job configuration.
+        args: resolved model arguments.
+        weights: of the transformer, opened; read block by block.
+        tokenizer: of the text encoders.
+        device: where they compute.
+        dtype: of the weights and the computation.
+        keep: on a GPU, hold the blocks in pinned CPU memory between uses.
+    """
+
+    config: Any
+    args: FluxModelArgs
+    weights: Weights
+    tokenizer: CaptionTokenizer
+    device: torch.device
+    dtype: torch.dtype
+    keep: bool = False
+    apart: bool = True
+
+    @contextmanager
+    def text(self) -> Iterator[TextEncoding]:
+        path = resolved_path(self.config.encoder.t5_encoder)
+        t5 = _empty_t5(path)
+        files = T5Files(path)
+        clip = ClipEncoder(
+            resolved_path(self.config.encoder.clip_encoder), device=self.device, dtype=self.dtype
+        )
+
+        def encode(captions: Sequence[str]) -> TextConditioning:
+            t5_tokens, clip_tokens = zip(*map(self.tokenizer, captions), strict=True)
+            with torch.no_grad():
+                txt = t5(input_ids=torch.stack(t5_tokens).to(self.device)).last_hidden_state
+                return TextConditioning(txt, clip(torch.stack(clip_tokens).to(self.device)))
+
+        blocks = {f"encoder.block.{i}": block for i, block in enumerate(t5.encoder.block)}
+        with self._streamed(t5, blocks, files.read):
+            # one embedding under two names
+            t5.encoder.set_input_embeddings(t5.shared)
+            yield encode
+
+    @contextmanager
+    def transformer(self) -> Iterator[nn.Module]:
+        with torch.device("meta"):
+            model = FluxModel(self.args)
+        model.eval().requires_grad_(False)
+        blocks = {
+            f"{kind}.{number}": block
+            for kind in ("double_blocks", "single_blocks")
+            for number, block in getattr(model, kind).items()
+        }
+        with self._streamed(model, blocks, lambda name: self.weights.read(name, dtype=self.dtype)):
+            yield model
+
+    @contextmanager
+    def codec(self) -> Iterator[Codec]:
+        yield build_codec(self.config, self.args, self.device, self.dtype)
+
+    @contextmanager
+    def _streamed(
+        self, model: nn.Module, blocks: dict[str, nn.Module], read: Callable[[str], Tensor]
+    ) -> Iterator[None]:
+        load_outside(model, list(blocks), read, self.device, self.dtype)
+        streamed = Streamed(blocks, read, self.device, self.dtype, self.keep)
+        try:
+            yield
+        finally:
+            streamed.close()
+            model.to("meta")
+            if self.device.type == "cpu":
+                give_back_freed_memory()
+            else:
+                torch.cuda.empty_cache()
+
+
+def _empty_t5(path: str) -> T5EncoderModel:
+    """T5's encoder on the meta device, as `from_pretrained` would make it."""
+    with torch.device("meta"):
+        model = T5EncoderModel._from_config(read_t5_config(path))
+    return model.eval().requires_grad_(False)
