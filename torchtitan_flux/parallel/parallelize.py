@@ -76,22 +76,19 @@ def parallelize_flux(
         parallel_dims.data_mesh,
         param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
-        reshard_after_forward=_reshards(job_config.parallelism, parallel_dims),
+        reshard_after_forward=_reshards(job_config.parallelism, parallel_dims.pp_enabled),
         cpu_offload=job_config.training.enable_cpu_offload,
     )
     return model
 
 
-def _reshards(parallelism: Any, dims: FluxParallelDims) -> bool:
+def _reshards(parallelism: Any, pipelined: bool) -> bool:
     """Whether weights are given back after the forward pass.
 
-    By default not in a pipeline, where they would be gathered again for each of its microbatches,
-    and not on one shard: there they are only copied, and copying twice takes time.
+    By default not in a pipeline: they would be gathered again for each of its microbatches.
     """
     policy = parallelism.fsdp_reshard_after_forward
-    if policy == "default":
-        return not dims.pp_enabled and dims.get_mesh("fsdp").size() > 1
-    return policy == "always"
+    return policy == "always" or (policy == "default" and not pipelined)
 
 
 def shard_model(
