@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     init_logger()
     dtype = _DTYPES.get(options.dtype)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is removed
-    with one_message("Cannot convert"):
+    with exit_on_sigterm(), one_message("Cannot convert"):
         if options.source.exists() and is_autoencoder(options.source):
             if options.to not in ("bfl", "diffusers"):
                 raise TargetRefused(
@@ -93,6 +92,16 @@ def open_as(path: Path, flavor: str | None, guidance: Guidance = "match") -> Wei
             f"--guidance_weights {guidance} contradicts --flavor {flavor}; leave one of them out"
         )
     return open_weights(path, args, guidance)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does: what was begun is removed on the way."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
