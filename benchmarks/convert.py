@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from torchtitan_flux.checkpoint.convert import TargetFormat, convert
 from torchtitan_flux.checkpoint.safetensors_writer import TensorsWriter, parse_size, total_bytes
 from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
 from torchtitan_flux.checkpoint.weights import open_weights
+from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 
 NAMES: dict[str, str] = {"bfl": "flux1-b.safetensors", "comfyui": "c.safetensors"}
@@ -120,24 +120,11 @@ def _convert(
 ) -> None:
     """In a process of its own: convert, and watch this process's memory."""
     weights = open_weights(path)
-    before, peak, ended = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.002):
-            peak[0] = max(peak[0], _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     begin = time.perf_counter()
-    convert(weights, target, format)
-    seconds = time.perf_counter() - begin
-    ended.set()
-    watcher.join()
-    results.put((seconds, peak[0] - before, _status("VmHWM")))
-
-
-def _anonymous() -> int:
-    return _status("RssAnon")
+    with PeakMemory(torch.device("cpu")) as memory:
+        convert(weights, target, format)
+        seconds, peak = time.perf_counter() - begin, memory.peak
+    results.put((seconds, peak, _status("VmHWM")))
 
 
 def _status(name: str) -> int:

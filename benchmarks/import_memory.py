@@ -11,13 +11,9 @@ status is 1.
 
 import argparse
 import json
-import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +28,7 @@ from torchtitan_flux.checkpoint.import_weights import import_weights
 from torchtitan_flux.checkpoint.safetensors_writer import TensorsWriter
 from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries, our_shapes
 from torchtitan_flux.checkpoint.weights import WEIGHTS_NAME, open_weights
+from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
@@ -94,17 +91,18 @@ def measured(folder: Path, args: FluxModelArgs, allowance: int) -> bool:
     with torch.device("meta"):
         model = FluxModel(args)
     give_back_freed_memory()
-    before, begin = private_memory(), time.perf_counter()
-    with peak_memory() as peaks:
+    begin = time.perf_counter()
+    with PeakMemory(torch.device("cpu")) as memory:
         weights = open_weights(folder, args)
         shard_model(model, mesh, param_dtype=torch.float32)
         model.to_empty(device="cpu")
         import_weights(dict(model.named_parameters()), weights)
+        grown = memory.peak
     seconds = time.perf_counter() - begin
     whole = 4 * sum(torch.Size(one).numel() for one in weights.shapes.values())
     own = sum(own_slices(p)[0].nbytes for p in model.parameters())
     largest = 4 * max(torch.Size(one).numel() for one in weights.shapes.values())
-    limit, grown = 2 * own + largest + allowance, max(peaks) - before
+    limit = 2 * own + largest + allowance
     print(
         f"rank {dist.get_rank()} of {ranks}: model {whole // MB} MB, own shards {own // MB} MB, "
         f"largest tensor {largest // MB} MB; RssAnon grew by {grown // MB} MB "
@@ -112,31 +110,6 @@ def measured(folder: Path, args: FluxModelArgs, allowance: int) -> bool:
         flush=True,
     )
     return grown <= limit
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """The highest RssAnon seen meanwhile, in bytes, as a list of one; looks every 2 ms."""
-    peaks, done = [private_memory()], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            peaks[0] = max(peaks[0], private_memory())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        done.set()
-        thread.join()
-
-
-def private_memory() -> int:
-    """RssAnon of this process in bytes."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found.group(1))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_tokenizers import clip_tokenizer, t5_tokenizer
 
+from torchtitan_flux.checkpoint.convert_autoencoder import vae_config
 from torchtitan_flux.encoders.autoencoder_keys import to_bfl, to_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
 from torchtitan_flux.randomness import Stream, generator
@@ -191,30 +192,6 @@ def autoencoder_weights() -> Weights:
     return weights
 
 
-def vae_config() -> dict[str, Any]:
-    levels = len(AUTOENCODER.ch_mult)
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
-        "block_out_channels": list(AUTOENCODER.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "force_upcast": True,
-        "in_channels": AUTOENCODER.in_channels,
-        "latent_channels": AUTOENCODER.z_channels,
-        "layers_per_block": AUTOENCODER.num_res_blocks,
-        "mid_block_add_attention": True,
-        "norm_num_groups": 32,
-        "out_channels": AUTOENCODER.out_ch,
-        "sample_size": 64,
-        "scaling_factor": AUTOENCODER.scale_factor,
-        "shift_factor": AUTOENCODER.shift_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": False,
-        "use_quant_conv": False,
-    }
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -239,7 +216,7 @@ def write_tiny_assets(folder: Path) -> None:
     autoencoder = autoencoder_weights()
     write_weights(folder / "ae.safetensors", to_bfl(autoencoder, AUTOENCODER))
     (folder / "vae").mkdir(exist_ok=True)
-    write_json(folder / "vae" / "config.json", vae_config())
+    write_json(folder / "vae" / "config.json", vae_config(AUTOENCODER, sample_size=64))
     write_weights(
         folder / "vae" / "diffusion_pytorch_model.safetensors",
         to_diffusers(autoencoder, AUTOENCODER),

@@ -58,3 +58,17 @@ def model_inputs(
 def nonzero_model(args: FluxModelArgs, seed: int = 0) -> FluxModel:
     """A model with random non-zero parameters throughout."""
     return randomize(FluxModel(args), seed)  # type: ignore[return-value]
+
+
+def diffusers_forward(theirs: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What diffusers' FluxTransformer2DModel makes of the inputs of `model_inputs`."""
+    return theirs(
+        hidden_states=inputs["img"],
+        encoder_hidden_states=inputs["txt"],
+        pooled_projections=inputs["y"],
+        timestep=inputs["timesteps"],
+        img_ids=inputs["img_ids"][0],
+        txt_ids=inputs["txt_ids"][0],
+        guidance=inputs.get("guidance"),
+        return_dict=False,
+    )[0]

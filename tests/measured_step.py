@@ -7,11 +7,8 @@ be served from it.
 """
 
 import ctypes
-import re
 import sys
-import threading
 from dataclasses import replace
-from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -22,6 +19,7 @@ from torch import nn
 
 from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.flow_matching import squared_errors
+from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
@@ -50,13 +48,6 @@ def configured(mode: str):
     return config
 
 
-def anonymous() -> int:
-    """RssAnon of this process in bytes."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def measured_peak(mode: str) -> int:
     """Two real steps on the ranks that are joined: most memory beyond what was there before."""
     config = configured(mode)
@@ -66,31 +57,22 @@ def measured_peak(mode: str) -> int:
     dims.build_mesh()
     # what is freed goes back to the system, else the peak would be the allocator's
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
-    seen, done = [anonymous()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            seen.append(anonymous())
-
-    watcher = threading.Thread(target=watch)
-    with torch.device("meta"):
-        model: nn.Module = FluxModel(ARGS)
-    model = parallelize_flux(model, dims, config)  # type: ignore[arg-type]
-    model.to_empty(device="cpu")
-    model.init_weights()  # type: ignore[operator]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    inputs = model_inputs(ARGS, 4, *tokens_of(config, ARGS), torch.float32)
-    inputs = {name: torch.rand_like(value) for name, value in inputs.items()}
-    watcher.start()
-    for _ in range(2):
-        velocity = model(**inputs)
-        squared_errors(velocity, torch.rand_like(velocity)).sum().backward()
-        del velocity
-        optimizer.step()
-        optimizer.zero_grad()
-    done.set()
-    watcher.join()
-    return max(seen) - seen[0]
+    with PeakMemory(torch.device("cpu")) as memory:
+        with torch.device("meta"):
+            model: nn.Module = FluxModel(ARGS)
+        model = parallelize_flux(model, dims, config)  # type: ignore[arg-type]
+        model.to_empty(device="cpu")
+        model.init_weights()  # type: ignore[operator]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        inputs = model_inputs(ARGS, 4, *tokens_of(config, ARGS), torch.float32)
+        inputs = {name: torch.rand_like(value) for name, value in inputs.items()}
+        for _ in range(2):
+            velocity = model(**inputs)
+            squared_errors(velocity, torch.rand_like(velocity)).sum().backward()
+            del velocity
+            optimizer.step()
+            optimizer.zero_grad()
+        return memory.peak
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.tools.logging import init_logger, logger
 
-from torchtitan_flux.config.manager import exit_on_config_error, load_config
+from torchtitan_flux.config.manager import exit_on_config_error, load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.inference.command import Task, changed, parse, task_of
 from torchtitan_flux.inference.estimate import refusal, remedies
@@ -26,7 +26,7 @@ from torchtitan_flux.inference.expectation import Expectation
 from torchtitan_flux.inference.memory import PeakMemory, free_memory
 from torchtitan_flux.inference.recording import check_sources
 from torchtitan_flux.inference.render import render
-from torchtitan_flux.planning.command import model_args, read_config
+from torchtitan_flux.planning.command import model_args
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.out_of_memory import exit_when_out_of_memory
 from torchtitan_flux.training.process import start_process_group

@@ -75,14 +75,14 @@ def check(command: str, arguments: list[str], ranks: int) -> Any:
     Raises:
         ConfigError: with everything that is wrong.
     """
-    from torchtitan_flux.config.manager import FluxConfigManager, load_config
+    from torchtitan_flux.config.manager import load_config, read_config
 
     if command == "infer":
         from torchtitan_flux.infer import parse
 
         options, arguments = parse(arguments)
         if options.memory is not None:  # an estimate for another machine, whose files are not here
-            return FluxConfigManager().parse_args(arguments)
+            return read_config(arguments)
     os.environ["WORLD_SIZE"] = str(ranks)
     logging.disable(logging.WARNING)  # the ranks say it
     try:

@@ -26,7 +26,7 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan_flux.checkpoint.folder import step_folder
 from torchtitan_flux.checkpoint.storage import load_states, read_states
 from torchtitan_flux.config.low_precision import FLOAT8
-from torchtitan_flux.config.manager import FluxConfigManager
+from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import initial_rows
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -50,9 +50,7 @@ WEIGHT = "double_blocks.0.img_mlp.0.weight"
 
 @functools.cache
 def config_of(argv: tuple[str, ...]) -> Any:
-    return FluxConfigManager().parse_args(
-        ["--job.config_file", "train_configs/flux_digits.toml", *argv]
-    )
+    return read_config(["--job.config_file", "train_configs/flux_digits.toml", *argv])
 
 
 def run(mesh: str, function: Callable[..., Any], argv: tuple[str, ...], *args: Any) -> list[Any]:

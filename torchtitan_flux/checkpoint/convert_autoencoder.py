@@ -131,7 +131,7 @@ def write_vae(source: AutoencoderWeights, folder: Path) -> None:
     """A folder that AutoencoderKL opens; it must not exist."""
     folder.mkdir()
     _write(maps.to_diffusers(source.tensors, source.args), folder, WEIGHTS_NAME)
-    config = json.dumps(_config(source.args), indent=2)
+    config = json.dumps(vae_config(source.args), indent=2)
     (folder / "config.json").write_text(config + "\n")
 
 
@@ -142,7 +142,8 @@ def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
             writer.write(key, tensor)
 
 
-def _config(args: AutoencoderArgs) -> dict[str, Any]:
+def vae_config(args: AutoencoderArgs, sample_size: int = 1024) -> dict[str, Any]:
+    """config.json of a diffusers AutoencoderKL; `sample_size` in pixels is only a note there."""
     levels = len(args.ch_mult)
     return {
         "_class_name": "AutoencoderKL",
@@ -157,7 +158,7 @@ def _config(args: AutoencoderArgs) -> dict[str, Any]:
         "mid_block_add_attention": True,
         "norm_num_groups": NORM_GROUPS,
         "out_channels": args.out_ch,
-        "sample_size": 1024,
+        "sample_size": sample_size,
         "scaling_factor": args.scale_factor,
         "shift_factor": args.shift_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,

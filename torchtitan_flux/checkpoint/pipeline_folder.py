@@ -18,6 +18,7 @@ from torchtitan_flux.checkpoint.convert_autoencoder import (
 from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights, read_json
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.config.paths import locate
+from torchtitan_flux.encoders.pretrained import TOKENIZER_FILES, has_tokenizer
 from torchtitan_flux.model import FluxModelArgs
 
 _FLAGS = {"t5": "--t5", "clip": "--clip", "autoencoder": "--autoencoder"}
@@ -26,13 +27,11 @@ _TOKENIZERS = {"t5": "tokenizer_2", "clip": "tokenizer"}
 _CONFIG_KEYS = {"t5": "t5_encoder", "clip": "clip_encoder", "autoencoder": "autoencoder_path"}
 _TINY = {"t5": "t5", "clip": "clip", "autoencoder": "vae"}
 _TOKENIZER_FILES = (
-    "tokenizer.json",
+    *TOKENIZER_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
-    "spiece.model",
 )
 _INDEX = {
     "_class_name": "FluxPipeline",
@@ -180,9 +179,8 @@ def _model_files(folder: Path, part: str) -> dict[str, Path]:
 
 def _tokenizer_files(folder: Path, part: str) -> dict[str, Path]:
     for place in (folder, folder.parent / _TOKENIZERS[part]):
-        files = {name: place / name for name in _TOKENIZER_FILES if (place / name).is_file()}
-        if files.keys() & {"tokenizer.json", "spiece.model", "vocab.json"}:
-            return files
+        if has_tokenizer(place):
+            return {n: place / n for n in _TOKENIZER_FILES if (place / n).is_file()}
     raise UnreadableWeights(
         f"{_FLAGS[part]}: neither {folder} nor {folder.parent / _TOKENIZERS[part]} holds a "
         "tokenizer"

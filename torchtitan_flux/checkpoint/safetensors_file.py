@@ -247,6 +247,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that holds it.
+
+    Raises:
+        UnreadableWeights: it is no such table, or names files elsewhere.
+    """
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in table.values()
+    ):
+        raise UnreadableWeights(f"{index}: its weight_map is no table of file names")
+    return table
+
+
 def listed(names: Iterable[str], shown: int = 8) -> str:
     """Names for a message, cut after the first few."""
     names = list(names)

@@ -29,7 +29,7 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     TensorsFile,
     UnreadableWeights,
     listed,
-    read_json,
+    read_weight_map,
     refuse_pickle,
 )
 from torchtitan_flux.checkpoint.sources import Box, DcpSource, FilesSource, Source
@@ -286,11 +286,7 @@ def open_shards(folder: Path) -> list[TensorsFile]:
                 "says what is in them; get it again"
             )
         raise UnreadableWeights(f"{folder} has no {single.name}")
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in table.values()
-    ):
-        raise UnreadableWeights(f"{index}: its weight_map is no table of file names")
+    table = read_weight_map(index)
     names = sorted(set(table.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.paths import locate, looks_local
+from torchtitan_flux.encoders.pretrained import TOKENIZER_FILES, has_tokenizer
 
 TEXT = {"t5_encoder": "tokenizer_2", "clip_encoder": "tokenizer"}
 """Key of [encoder] -> the folder beside the encoder's in FLUX.1's repositories."""
-
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
-"""A tokenizer has one of these."""
 
 REPOSITORIES = {name: f"black-forest-labs/{name}" for name in ("FLUX.1-dev", "FLUX.1-schnell")}
 """Folder below assets/hf -> the repository on the hub that is downloaded there."""
@@ -78,7 +76,7 @@ def _missing(key: str, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _has_tokenizer(folder: Path | None) -> bool:
-    return folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return folder is not None and has_tokenizer(folder)
 
 
 def _weights(folder: Path) -> Iterator[str]:

@@ -102,19 +102,16 @@ def load_config_or_exit(argv: list[str], training: bool = True) -> Any:
         return load_config(argv, training)
 
 
-class FluxConfigManager:
-    """Reads a configuration for another machine: files that it names need not be here."""
+def read_config(argv: list[str]) -> Any:
+    """The configuration as on another machine: types are checked, files need not be here.
 
-    def parse_args(self, argv: list[str]) -> Any:
-        """The configuration, with types checked and nothing else.
-
-        Raises:
-            ConfigError: with everything that cannot be read.
-        """
-        reading = read(argv)
-        if reading.found:
-            raise ConfigError(reading.found)
-        return reading.config
+    Raises:
+        ConfigError: with everything that cannot be read.
+    """
+    reading = read(argv)
+    if reading.found:
+        raise ConfigError(reading.found)
+    return reading.config
 
 
 @cache

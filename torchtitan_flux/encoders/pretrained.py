@@ -13,6 +13,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, PretrainedConfig, T5Conf
 T5_KEY = "encoder.t5_encoder"
 CLIP_KEY = "encoder.clip_encoder"
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
+"""A tokenizer has one of these."""
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # One line of the reason is enough: what transformers raises goes on for a screen.
 _REASON_LENGTH = 300
@@ -89,7 +92,7 @@ def load_tokenizer(path: str | Path, key: str, diffusers_folder: str) -> Any:
     """
     where = locate(path, key)
     beside = Path(path).parent / diffusers_folder
-    if Path(path).is_dir() and not _has_tokenizer(Path(path)) and _has_tokenizer(beside):
+    if Path(path).is_dir() and not has_tokenizer(Path(path)) and has_tokenizer(beside):
         where = locate(beside, key)
     try:
         return AutoTokenizer.from_pretrained(**where, use_fast=True)
@@ -98,6 +101,6 @@ def load_tokenizer(path: str | Path, key: str, diffusers_folder: str) -> Any:
         raise refusal(key, path, "tokenizer", error) from None
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "spiece.model", "vocab.json")
-    return any((folder / name).is_file() for name in names)
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolve import sample_settings
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigError(["--memory is of no use without --estimate"])
     options.recorded, options.outranked = None, []
     options.own_weights = options.weights is not None
-    options.given = given_keys(rest)
+    options.given = {key for key, _ in given_keys(rest)}
     if options.from_png is not None:
         rest = _as_recorded(options, rest)
     return options, rest if options.weights is None else with_parts_of(options.weights, rest)
@@ -92,22 +93,13 @@ def with_parts_of(weights: str, rest: list[str]) -> list[str]:
     root = locate(weights)
     if root is None or not (root / "model_index.json").is_file():
         return rest
-    given = given_keys(rest)
+    given = {key for key, _ in given_keys(rest)}
     return rest + [
         word
         for key, folder in PARTS.items()
         if (root / folder).is_dir() and f"encoder.{key}" not in given
         for word in (f"--encoder.{key}", str(root / folder))
     ]
-
-
-def given_keys(rest: list[str]) -> set[str]:
-    """Keys of the configuration that a command line sets, `section.key`."""
-    return {
-        arg.split("=")[0].removeprefix("--").replace("-", "_")
-        for arg in rest
-        if arg.startswith("--")
-    }
 
 
 def _as_recorded(options: argparse.Namespace, rest: list[str]) -> list[str]:

@@ -61,11 +61,15 @@ def places(count: int, ranks: int, batch_size: int) -> list[Place]:
     return found
 
 
+def rounds_of(where: Sequence[Place]) -> list[list[int]]:
+    """The pictures of each round, by their numbers."""
+    return [list(numbers) for _, numbers in groupby(range(len(where)), lambda i: where[i].round)]
+
+
 def batches_of(rank: int, where: Sequence[Place]) -> list[list[int]]:
     """The pictures that a rank draws in each round, by their numbers."""
     rounds: list[list[int]] = []
-    for _, group in groupby(range(len(where)), lambda i: where[i].round):
-        numbers = list(group)
+    for numbers in rounds_of(where):
         batch = where[numbers[0]].batch
         mine = range(rank * batch, (rank + 1) * batch)
         rounds.append([numbers[min(i, len(numbers) - 1)] for i in mine])

@@ -1,15 +1,13 @@
 """What drawing will take of a device, before anything is loaded, and whether it fits.
 
 The transformer's and the codec's work is measured by running them on fake tensors, where nothing
-is allocated; weights are counted. T5's work is the larger of an MLP's activations and the scores of
-its attention, which it keeps in float32. Where encoders have not been downloaded, their sizes are
+is allocated; weights are counted. Where encoders have not been downloaded, their sizes are
 those of FLUX.1's own (planning/frozen.py).
 """
 
 import functools
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
@@ -18,17 +16,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.tools import utils
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
-from torchtitan_flux.config.resolve import resolved_path
-from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, read_args
-from torchtitan_flux.encoders.pretrained import read_clip_config, read_t5_config
+from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs
 from torchtitan_flux.generate import SampleSettings, TextConditioning, denoise
 from torchtitan_flux.inference.memory import text_of
 from torchtitan_flux.inference.streaming import block_sizes
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.planning.dry_run import shown_of
-from torchtitan_flux.planning.frozen import CLIP_L, T5_XXL
+from torchtitan_flux.planning.frozen import clip_parameters, configured_parts, t5_work
 from torchtitan_flux.planning.timeline import blocks_of
 from torchtitan_flux.planning.tracker import MemoryTracker
 
@@ -241,33 +237,17 @@ class _Parts:
 def _parts(
     config: Any, args: FluxModelArgs, settings: SampleSettings, dtype: torch.dtype
 ) -> _Parts:
-    encoder = config.encoder
-    t5, clip, codec, assumed = T5_XXL, CLIP_L, AutoencoderArgs(), []
-    try:
-        t5 = read_t5_config(resolved_path(encoder.t5_encoder))
-    except (OSError, ValueError):
-        assumed.append("T5-XXL")
-    try:
-        clip = read_clip_config(resolved_path(encoder.clip_encoder))
-    except (OSError, ValueError):
-        assumed.append("CLIP-L")
+    t5, clip, codec, missing = configured_parts(config, args)
     codec_size = decoding = 0
-    if not args.pixel_space:
-        try:
-            codec, _ = read_args(Path(resolved_path(encoder.autoencoder_path)))
-        except (OSError, ValueError):
-            assumed.append("FLUX.1's autoencoder")
+    if codec is not None:
         codec_size, decoding = _codec(codec, settings.size.height, settings.size.width, dtype)
-    tokens = encoder.max_t5_encoding_len
-    worked = tokens * (2 * t5.d_model + 3 * t5.d_ff) * dtype.itemsize
-    scores = 3 * t5.num_heads * tokens * tokens * 4
     return _Parts(
         _t5(t5.to_json_string(), dtype),
-        _clip_parameters(clip.to_json_string()) * dtype.itemsize,
+        clip_parameters(clip.to_json_string()) * dtype.itemsize,
         codec_size,
-        max(worked, scores),
+        t5_work(t5, 1, config.encoder.max_t5_encoding_len, dtype.itemsize),
         decoding,
-        tuple(assumed),
+        tuple("FLUX.1's autoencoder" if name == "autoencoder" else name for name in missing),
     )
 
 
@@ -277,13 +257,6 @@ def _t5(config: str, dtype: torch.dtype) -> _Blocks:
         model = T5EncoderModel(T5Config.from_dict(json.loads(config)))
     blocks = list(model.encoder.block)
     return _streamable(model, [(blocks, len(blocks))], dtype)
-
-
-@functools.lru_cache
-def _clip_parameters(config: str) -> int:
-    with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig.from_dict(json.loads(config)))
-    return sum(p.numel() for p in model.parameters())
 
 
 @functools.lru_cache
@@ -312,12 +285,9 @@ def _noted(model: nn.Module, tracker: MemoryTracker) -> int:
 def _denoising(
     args: FluxModelArgs, settings: SampleSettings, batch: int, tokens: int, dtype: torch.dtype
 ) -> int:
-    """Most bytes alive beside the weights; two blocks of a kind tell for all."""
-    shown = replace(
-        args, depth=min(2, args.depth), depth_single_blocks=min(2, args.depth_single_blocks)
-    )
+    """Most bytes alive beside the weights; few blocks of a kind tell for all."""
     with torch.device("meta"):
-        model = FluxModel(shown)
+        model = FluxModel(shown_of(args))
     tracker = MemoryTracker()
     with FakeTensorMode():
         for module in model.modules():

@@ -1,7 +1,6 @@
 """From a task to PNG files, on all ranks; each picture is written as soon as it is there."""
 
 import sys
-from itertools import groupby
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from torchtitan_flux.generate import save_png, to_pil
 from torchtitan_flux.inference.command import Task
-from torchtitan_flux.inference.draw import batches_of, draw, gathered, places
+from torchtitan_flux.inference.draw import batches_of, draw, gathered, places, rounds_of
 from torchtitan_flux.inference.memory import free_memory
 from torchtitan_flux.inference.recording import Recorder
 from torchtitan_flux.inference.stages import Loaded, OneAfterAnother, Stages
@@ -33,9 +32,7 @@ def render(begun: Beginning, task: Task, low_memory: bool, weights_size: int) ->
     """
     dims, first = begun.dims, torch.distributed.get_rank() == 0
     where = places(len(task.requests), dims.data_degree, task.batch)
-    by_round = [
-        list(numbers) for _, numbers in groupby(range(len(where)), lambda i: where[i].round)
-    ]
+    by_round = rounds_of(where)
     recorder = Recorder(begun, task) if first else None
     with tqdm(
         total=len(where) * task.settings.steps,

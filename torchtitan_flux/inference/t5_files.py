@@ -7,7 +7,11 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights, read_json
+from torchtitan_flux.checkpoint.safetensors_file import (
+    TensorsFile,
+    UnreadableWeights,
+    read_weight_map,
+)
 from torchtitan_flux.encoders.pretrained import T5_KEY, locate, refusal
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,9 +60,8 @@ class T5Files:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / _INDEX).is_file():
-        table = read_json(folder / _INDEX).get("weight_map")
-        names = table.values() if isinstance(table, dict) else ()
-        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        names = set(read_weight_map(folder / _INDEX).values())
+        if not names:
             raise UnreadableWeights(f"{folder / _INDEX}: its weight_map is no table of file names")
-        return [folder / name for name in sorted(set(names))]
+        return [folder / name for name in sorted(names)]
     return [folder / _SINGLE]

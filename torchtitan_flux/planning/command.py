@@ -10,8 +10,8 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 from torchtitan_flux.config.manager import (
     ConfigError,
-    FluxConfigManager,
     exit_on_config_error,
+    read_config,
 )
 from torchtitan_flux.config.meshes import model_problems
 from torchtitan_flux.config.resolve import resolve_model_args
@@ -53,15 +53,6 @@ def main() -> None:
             print(_proposals(config, args, options))
         else:
             parser.error("give --mesh, --gpus or --plot")
-
-
-def read_config(argv: list[str]) -> Any:
-    """The configuration as on the machines that it is planned for: no file has to be here.
-
-    Raises:
-        ConfigError: what cannot be read.
-    """
-    return FluxConfigManager().parse_args(argv)
 
 
 def model_args(config: Any) -> FluxModelArgs:

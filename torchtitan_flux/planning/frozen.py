@@ -83,16 +83,13 @@ def frozen_parts(config: Any, args: FluxModelArgs, shard: int, dtype: torch.dtyp
         shard: ranks that T5 is sharded over; 1 keeps it whole.
         dtype: of the weights and the computation.
     """
-    t5, clip, shape, known = _shapes(config, args)
+    t5, clip, shape, known = configured_parts(config, args)
     size = dtype.itemsize
     t5_all, t5_block = _t5_parameters(t5.to_json_string())
     batch, tokens = config.training.local_batch_size, config.encoder.max_t5_encoding_len
-    # gathered: the embedding, a block, and the next one; beside them a block's activations and, as
-    # T5 attends without flash attention, its scores in float32
+    # gathered: the embedding, a block, and the next one
     gathered = (t5.vocab_size * t5.d_model + 2 * t5_block) * size if shard > 1 else 0
-    worked = batch * tokens * (2 * t5.d_model + 3 * t5.d_ff) * size
-    scores = 3 * batch * t5.num_heads * tokens * tokens * 4
-    encoding = gathered + max(worked, scores)
+    encoding = gathered + t5_work(t5, batch, tokens, size)
     codec = drawing = 0
     if shape is not None:
         codec = _autoencoder_parameters(shape) * size
@@ -101,7 +98,7 @@ def frozen_parts(config: Any, args: FluxModelArgs, shard: int, dtype: torch.dtyp
         if config.sampling.enable:
             drawn = config.sampling.local_batch_size
             drawing = _codec_work(shape, "decode", drawn, image, dtype)
-    clip_all = _clip_parameters(clip.to_json_string())
+    clip_all = clip_parameters(clip.to_json_string())
     return Frozen(
         math.ceil(t5_all / shard) * size, clip_all * size, codec, encoding, drawing, tuple(known)
     )
@@ -109,13 +106,13 @@ def frozen_parts(config: Any, args: FluxModelArgs, shard: int, dtype: torch.dtyp
 
 def frozen_weights(config: Any, args: FluxModelArgs, shard: int, size: int) -> int:
     """Bytes of their weights alone; `size` of an element."""
-    t5, clip, shape, _ = _shapes(config, args)
+    t5, clip, shape, _ = configured_parts(config, args)
     codec = 0 if shape is None else _autoencoder_parameters(shape)
     t5_all, _ = _t5_parameters(t5.to_json_string())
-    return (t5_all // shard + _clip_parameters(clip.to_json_string()) + codec) * size
+    return (t5_all // shard + clip_parameters(clip.to_json_string()) + codec) * size
 
 
-def _shapes(
+def configured_parts(
     config: Any, args: FluxModelArgs
 ) -> tuple[T5Config, CLIPTextConfig, AutoencoderArgs | None, list[str]]:
     """What is configured, or FLUX.1's own, and the names of the latter; no codec in pixel space."""
@@ -138,6 +135,16 @@ def _shapes(
     return t5, clip, shape, known
 
 
+def t5_work(t5: T5Config, batch: int, tokens: int, size: int) -> int:
+    """Most bytes beside the weights while captions are encoded; `size` of an element.
+
+    A block's activations or, as T5 attends without flash attention, its scores in float32.
+    """
+    worked = batch * tokens * (2 * t5.d_model + 3 * t5.d_ff) * size
+    scores = 3 * batch * t5.num_heads * tokens * tokens * 4
+    return max(worked, scores)
+
+
 @functools.lru_cache
 def _t5_parameters(config: str) -> tuple[int, int]:
     """(all, in one block) of T5's encoder."""
@@ -148,7 +155,8 @@ def _t5_parameters(config: str) -> tuple[int, int]:
 
 
 @functools.lru_cache
-def _clip_parameters(config: str) -> int:
+def clip_parameters(config: str) -> int:
+    """Of CLIP's text model, by its configuration as JSON."""
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig.from_dict(json.loads(config)))
     return sum(p.numel() for p in model.parameters())

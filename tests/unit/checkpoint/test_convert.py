@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from helpers import model_inputs, relative_l2
+from helpers import diffusers_forward, model_inputs, relative_l2
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -159,16 +159,7 @@ def test_forward_in_diffusers(sources, models, variant):
     ours.load_state_dict(models[args])
     inputs = model_inputs(args, 2, 3, 5, 7, seed=2)
     with torch.no_grad():
-        found = theirs(
-            hidden_states=inputs["img"],
-            encoder_hidden_states=inputs["txt"],
-            pooled_projections=inputs["y"],
-            timestep=inputs["timesteps"],
-            img_ids=inputs["img_ids"][0],
-            txt_ids=inputs["txt_ids"][0],
-            guidance=inputs.get("guidance"),
-            return_dict=False,
-        )[0]
+        found = diffusers_forward(theirs, inputs)
         assert relative_l2(found, ours(**inputs)) <= 2e-6
 
 

@@ -1,17 +1,16 @@
 """The command line of run_infer.sh, and the documented commands."""
 
 import re
-import shlex
 from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
+from documents import commands
 
-from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.config.manager import ConfigError, load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.inference.command import parse, task_of
-from torchtitan_flux.planning.command import read_config
 
 REPO = Path(__file__).resolve().parents[3]
 GUIDE = (REPO / "docs" / "inference.md").read_text(encoding="utf-8")
@@ -24,23 +23,17 @@ def task(*argv: str):
     return task_of(options, config, resolve_model_args(config), 1)
 
 
-def documented() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
-
-
-@pytest.mark.parametrize("line", documented())
-def test_documented_commands_are_understood(line, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", commands("docs/inference.md"), ids=lambda c: c.text)
+def test_documented_commands_are_understood(command, tmp_path, monkeypatch):
     """Every option is known, and every key of the configuration is."""
-    words = shlex.split(line)
-    config = None
-    while "=" in words[0]:
-        name, _, value = words.pop(0).partition("=")
-        assert name in ("CONFIG_FILE", "NGPU")
-        config = value if name == "CONFIG_FILE" else config
-    program = 1 if words[0] == "./run_infer.sh" else 3
-    assert words[:program] in (["./run_infer.sh"], ["python", "-m", "torchtitan_flux.infer"])
-    argv = words[program:]
+    assert set(command.environment) <= {"CONFIG_FILE", "NGPU"}
+    config = command.environment.get("CONFIG_FILE")
+    program = 1 if command.words[0] == "./run_infer.sh" else 3
+    argv = command.words[program:]
+    assert command.words[:program] in (
+        ["./run_infer.sh"],
+        ["python", "-m", "torchtitan_flux.infer"],
+    )
     if "--from-png" in argv:
         with pytest.raises(ConfigError, match=r"seven\.png does not exist"):
             parse(argv)

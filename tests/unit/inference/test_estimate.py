@@ -7,12 +7,12 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 
+from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.estimate import Estimate, Phase, estimate, refusal
 from torchtitan_flux.inference.memory import free_memory, text_of
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.planning.command import read_config
 
 GIB = 2**30
 SETTINGS = SampleSettings(ImageSize(512, 512), 28, guidance=3.5, shifted=True)

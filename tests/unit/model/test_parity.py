@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from helpers import model_inputs, nonzero_model, relative_l2
+from helpers import diffusers_forward, model_inputs, nonzero_model, relative_l2
 
 from torchtitan_flux.checkpoint import from_diffusers, to_diffusers
 from torchtitan_flux.model import FluxModel, FluxModelArgs
@@ -57,25 +57,12 @@ def pair(guidance: bool, qk_rms: float) -> tuple[FluxModel, FluxTransformer2DMod
     return ours, theirs
 
 
-def reference_forward(theirs: FluxTransformer2DModel, inputs: dict[str, torch.Tensor]):
-    return theirs(
-        hidden_states=inputs["img"],
-        encoder_hidden_states=inputs["txt"],
-        pooled_projections=inputs["y"],
-        timestep=inputs["timesteps"],
-        img_ids=inputs["img_ids"][0],
-        txt_ids=inputs["txt_ids"][0],
-        guidance=inputs.get("guidance"),
-        return_dict=False,
-    )[0]
-
-
 @pytest.mark.parametrize("qk_rms", [1.0, 1e-3])
 @pytest.mark.parametrize("guidance", [False, True])
 def test_forward_and_every_gradient_equal_diffusers(guidance, qk_rms):
     ours, theirs = pair(guidance, qk_rms)
     inputs = model_inputs(ours.args, BATCH, ROWS, COLS, TEXT, seed=2)
-    out, reference = ours(**inputs), reference_forward(theirs, inputs)
+    out, reference = ours(**inputs), diffusers_forward(theirs, inputs)
     assert relative_l2(out, reference) <= 2e-6
 
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
@@ -95,10 +82,10 @@ def test_bf16_stays_close_to_the_fp32_reference(guidance):
     with torch.no_grad():
         out = ours(**inputs)
         keep = ("timesteps", "guidance", "img_ids", "txt_ids")
-        reference = reference_forward(
+        reference = diffusers_forward(
             theirs, {n: x if n in keep else x.bfloat16() for n, x in inputs.items()}
         )
-        exact = reference_forward(theirs.float(), inputs)  # the rounded weights, computed in fp32
+        exact = diffusers_forward(theirs.float(), inputs)  # the rounded weights, computed in fp32
     assert out.dtype == torch.bfloat16
     # diffusers in bf16 is no reference: it is as far from the exact result as we are, or further
     assert relative_l2(out, exact) <= 1.1 * relative_l2(reference, exact)

@@ -20,7 +20,7 @@ from torchtitan_flux.config.low_precision import (
     low_precision_fit,
     low_precision_problems,
 )
-from torchtitan_flux.config.manager import ConfigError, FluxConfigManager, load_config
+from torchtitan_flux.config.manager import ConfigError, load_config, read_config
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.parallel import low_precision
@@ -38,7 +38,7 @@ SINGLE = ("linear1_by_head", "linear2_by_head")
 
 @functools.cache
 def digits() -> Any:
-    return FluxConfigManager().parse_args([*DIGITS])
+    return read_config([*DIGITS])
 
 
 def settings(changes: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
 
-from torchtitan_flux.config.manager import FluxConfigManager
+from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.planning.communication import Mesh, messages
 from torchtitan_flux.planning.dry_run import dry_run
@@ -17,7 +17,7 @@ TINY = replace(FLAVORS["flux-tiny"], depth=5, depth_single_blocks=6)
 
 
 def configured(mode: str, mesh: Mesh, flavor: str = "flux-dev", *more: str):
-    config = FluxConfigManager().parse_args(
+    config = read_config(
         [
             "--job.config_file", "train_configs/flux_dev_model.toml",
             "--model.flavor", flavor,

@@ -5,7 +5,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 
-from torchtitan_flux.config.manager import ConfigError, FluxConfigManager, load_config
+from torchtitan_flux.config.manager import ConfigError, load_config, read_config
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.planning import fits as fits_module
 from torchtitan_flux.planning.command import model_args, parse_mesh
@@ -33,7 +33,7 @@ def tiny(*more: str):
 
 
 def dev(*more: str):
-    return FluxConfigManager().parse_args(
+    return read_config(
         [
             "--job.config_file", "train_configs/flux_dev_model.toml",
             "--training.img_size", "1024",
