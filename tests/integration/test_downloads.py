@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from documents import claimed
 from hub_server import COMMIT, HubServer, serving
 
 from torchtitan_flux.downloads import command
@@ -464,22 +466,42 @@ def test_a_wheel_has_it_as_a_module():
     assert "--additional_patterns" in done.stdout
 
 
-def documented() -> list[list[str]]:
-    """The commands of docs/downloads.md and of the script's docstring, as arguments."""
-    docs = "".join(
-        re.findall(r"```bash\n(.*?)```", (REPO / "docs" / "downloads.md").read_text(), re.S)
-    )
-    texts = docs + SCRIPT.read_text().replace("\\\\\n", "\\\n").split('"""')[1]
-    lines = texts.replace("\\\n", " ").splitlines()
-    starts = ("python scripts/download_hf_assets.py ", "python -m torchtitan_flux.downloads ")
-    found = [line.strip() for line in lines if line.strip().startswith(starts)]
-    return [shlex.split(re.sub(r"^python (-m )?\S+", "", line), comments=True) for line in found]
-
-
-def test_documented_commands_name_flags_and_files_that_exist(hub):
-    commands = documented()
-    assert len(commands) >= 7
-    files = [RemoteFile(name, 1, "0" * 40, False) for name in (*FILES, "transformer/a", "vae/b")]
-    for argv in commands:
+def test_documented_commands_fetch_what_they_name(tmp_path, monkeypatch, capsys):
+    """As they stand, from a hub that has FLUX.1-dev and one that has FLUX.1-schnell."""
+    files = {**FILES, "transformer/config.json": b"{}\n", "vae/config.json": b"{}\n"}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    for number, one in enumerate(
+        claimed(__file__, "test_documented_commands_fetch_what_they_name")
+    ):
+        python, script, *argv = (word.replace("<token>", "hf_good") for word in one.words)
+        assert (python, REPO / script) == ("python", SCRIPT)
         options = command.build_parser().parse_args(argv)
-        assert choose(files, options.assets, options.additional_patterns, options.all).files
+        here = tmp_path / str(number)
+        (here / "assets" / "hf").mkdir(parents=True)
+        monkeypatch.chdir(here)
+        with serving(HubServer(files, options.repo_id)) as hub:
+            # HF_ENDPOINT is read when huggingface_hub is imported
+            monkeypatch.setattr(command, "Hub", partial(Hub, endpoint=hub.address))
+            command.main(argv)
+        wanted = [
+            name
+            for name in files
+            if (name.split("/")[0] in options.assets or name in options.additional_patterns)
+            and not name.endswith(".bin")
+        ]
+        assert set(options.assets) <= {name.split("/")[0] for name in wanted}
+        assert set(options.additional_patterns) <= set(wanted)
+        said = capsys.readouterr().out
+        assert all(name in said for name in wanted)
+        folder = here / "assets" / "hf" / options.repo_id.split("/")[1]
+        assert all((folder / name).is_file() != options.dry_run for name in wanted)
+
+
+def test_the_line_to_copy_in_the_script_is_understood():
+    text = SCRIPT.read_text().split('"""')[1].replace("\\\\\n", " ")
+    lines = re.findall(r"^ *python scripts/download_hf_assets.py (.*)", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        options = command.build_parser().parse_args(shlex.split(line))
+        assert options.assets or options.additional_patterns

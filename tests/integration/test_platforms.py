@@ -54,14 +54,19 @@ def test_training_needs_no_triton(tmp_path):
     assert re.search(r"step: +3  loss", result.stdout), result.stdout
 
 
+def source_tree(folder: Path) -> Path:
+    """What a wheel is built from, copied: building writes beside it."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPO / "torchtitan_flux", folder / "torchtitan_flux", ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder / name)
+    return folder
+
+
 @pytest.fixture
 def installed(tmp_path) -> Path:
     """The folder that a wheel of the tree was installed into."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(REPO / "torchtitan_flux", source / "torchtitan_flux", ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, source / name)
+    source, site = source_tree(tmp_path / "source"), tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
     built = run(
         *pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path

@@ -13,6 +13,7 @@ import made_weights as made
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from documents import claimed
 
 from torchtitan_flux.checkpoint import compare_command, convert_command
 from torchtitan_flux.checkpoint.convert import convert
@@ -25,13 +26,6 @@ TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=1)
 GUIDED = replace(PLAIN, guidance_embed=True)
 SCRIPTS = {"convert_checkpoint": convert_command.main, "compare_checkpoints": compare_command.main}
-
-
-def commands() -> list[list[str]]:
-    """Every command of the document, in its order."""
-    text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +55,8 @@ def test_every_command_of_the_document(folder, monkeypatch, capsys):
     for flavor in ("flux-schnell", "flux-tiny"):
         monkeypatch.setitem(FLAVORS, flavor, PLAIN)
     ran = []
-    for python, script, *arguments in commands():
+    for command in claimed(__file__, "test_every_command_of_the_document"):
+        python, script, *arguments = command.words
         assert python == "python"
         assert (ROOT / script).is_file()
         main = SCRIPTS[Path(script).stem]
