@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.engine  # before torchtitan
 
 import torch
 from torchtitan.tools.logging import init_logger
@@ -34,6 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     init_logger()
+    torchtitan_flux.engine.keep_freed_memory()  # as the trainer's own entry point
     with tempfile.TemporaryDirectory() as own:
         box = [own]  # all ranks write one folder
         start_process_group(load_config(arguments(own, options)))

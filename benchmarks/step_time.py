@@ -9,8 +9,9 @@ on encoded tensors that are the same for both; encoders, codec and data loading 
 both. The model is flux-debug, whose dimensions are equal in both: hidden 1536, 12 heads, 2 + 2
 blocks, 4096 text and 768 pooled features. Each side is put together as its trainer does it on one
 rank: ours under fully_shard, theirs bare under torch.autocast; clipping and AdamW (fused) are
-torchtitan's, for both. They step by turns in one process, with the same threads; ratios are those
-of neighbouring turns.
+torchtitan's, for both. They step by turns, each in a process of its own that is set up as by its
+trainer (on a CPU ours keeps freed memory), with the same threads; ratios are those of neighbouring
+turns.
 
 --case alike (the default) gives both the same --dtype, --ac and --compile. Their trainer compiles
 nothing; with --compile their blocks are compiled as ours are, with --compile ours only ours.
@@ -23,6 +24,7 @@ Their attention is causal (0.2.2 lets is_causal default to true), half of attent
 """
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -31,9 +33,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torchtitan_flux.engine  # isort: skip  # noqa: F401  before torchtitan
+import torchtitan_flux.engine  # isort: skip  before torchtitan
 
 import torch
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torchtitan.components.loss import build_mse_loss
@@ -101,24 +104,19 @@ def main() -> None:
     if (options.device == "cuda") != torch.cuda.is_available():
         # torchtitan binds its device when it is imported
         parser.error("--device cuda needs a GPU; --device cpu needs CUDA_VISIBLE_DEVICES=''")
-    warnings.filterwarnings("ignore", message=".*autocast.*")
-
-    setting, peer = settings(options)
     args = FLAVORS[FLAVOR]
-    inputs = draw(args, ImageSize.of(options.size), options)
-    for name, value in (("ours", setting), ("torchtitan", peer)):
-        print(f"{name:10} {value}")
+    sides = dict(zip(STEPS, settings(options), strict=True))
+    for name, setting in sides.items():
+        print(f"{name:10} {setting}")
     print(
         f"{FLAVOR}, {options.batch} x {options.size} px, {options.text_tokens} text tokens; "
         f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
-    steps = {"ours": our_step(args, inputs, setting), "torchtitan": their_step(inputs, peer)}
     flops = options.batch * flops_per_image(args, ImageSize.of(options.size), options.text_tokens)
-    compare(steps, options, flops)
-    if options.profile:
-        for name, step in steps.items():
-            print(f"\n{name}\n{profiled(step, options.device)}")
-    torch.distributed.destroy_process_group()
+    steppers = {name: Stepper(name, setting, options) for name, setting in sides.items()}
+    compare(steppers, options, flops)
+    for stepper in steppers.values():
+        stepper.close()
 
 
 def settings(options: argparse.Namespace) -> tuple[Setting, Setting]:
@@ -156,6 +154,8 @@ def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
          "--training.mixed_precision_param", setting.dtype]
     )  # fmt: skip
     start_process_group(config)
+    if inputs.latents.device.type == "cpu":
+        torchtitan_flux.engine.keep_freed_memory()
     dims = FluxParallelDims.of(config.parallelism, 1)
     dims.build_mesh()
     with torch.device("meta"):
@@ -179,7 +179,7 @@ def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
     return step
 
 
-def their_step(inputs: Inputs, setting: Setting) -> Step:
+def their_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
     """Model and step of torchtitan/models/flux/train.py on one rank, after its encoders."""
     config = ConfigManager().parse_args(
         ["--activation_checkpoint.mode", setting.ac,
@@ -237,17 +237,46 @@ def clip_and_step(model: nn.Module, optimizers: Any) -> None:
     optimizers.step()
 
 
-def compare(steps: dict[str, Step], options: argparse.Namespace, flops: float) -> None:
+class Stepper:
+    """One side in a process of its own, which steps when it is told to."""
+
+    def __init__(self, name: str, setting: Setting, options: argparse.Namespace) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, setting, options, theirs))
+        self._process.start()
+
+    def ask(self, what: str) -> Any:
+        """ "step" -> Turn, "profile" -> text."""
+        self._pipe.send(what)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def serve(name: str, setting: Setting, options: argparse.Namespace, pipe: Any) -> None:
+    """The process of one side."""
+    warnings.filterwarnings("ignore")
+    args = FLAVORS[FLAVOR]
+    step = STEPS[name](args, draw(args, ImageSize.of(options.size), options), setting)
+    while (what := pipe.recv()) is not None:
+        pipe.send(profiled(step, options.device) if what == "profile" else timed(step, options))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def compare(steppers: dict[str, Stepper], options: argparse.Namespace, flops: float) -> None:
     """Both by turns; prints medians and ratios."""
-    turns: dict[str, list[Turn]] = {name: [] for name in steps}
-    for name, step in steps.items():
+    turns: dict[str, list[Turn]] = {name: [] for name in steppers}
+    for name, stepper in steppers.items():
         for _ in range(options.warmup):
-            timed(step, options.device)
-        if not torch.isfinite(step()):
-            raise SystemExit(f"{name}: the loss is not finite")
+            if not math.isfinite(stepper.ask("step").loss):
+                raise SystemExit(f"{name}: the loss is not finite")
     for number in range(options.rounds):
-        for name in sorted(steps, reverse=bool(number % 2)):
-            turns[name].append(timed(steps[name], options.device))
+        for name in sorted(steppers, reverse=bool(number % 2)):
+            turns[name].append(steppers[name].ask("step"))
     for name, found in turns.items():
         seconds = [turn.seconds for turn in found]
         middle = statistics.median(seconds)
@@ -266,22 +295,26 @@ def compare(steps: dict[str, Step], options: argparse.Namespace, flops: float) -
         f"by CPU time {statistics.median(cheaper):.2f} "
         f"({min(cheaper):.2f} to {max(cheaper):.2f})"
     )
+    if options.profile:
+        for name, stepper in steppers.items():
+            print(f"\n{name}\n{stepper.ask('profile')}")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one step took: by the clock, and of all threads of this process."""
+    """What one step took: by the clock, and of all threads of its process."""
 
     seconds: float
     busy: float
+    loss: float
 
 
-def timed(step: Step, device: str) -> Turn:
+def timed(step: Step, options: argparse.Namespace) -> Turn:
     begin, busy = time.perf_counter(), time.process_time()
-    step()
-    if device == "cuda":
+    loss = step()
+    if options.device == "cuda":
         torch.cuda.synchronize()
-    return Turn(time.perf_counter() - begin, time.process_time() - busy)
+    return Turn(time.perf_counter() - begin, time.process_time() - busy, loss.item())
 
 
 def profiled(step: Step, device: str) -> str:
@@ -291,6 +324,9 @@ def profiled(step: Step, device: str) -> str:
         step()
     by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
     return found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=50)
+
+
+STEPS = {"ours": our_step, "torchtitan": their_step}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 
 MOE_KERNELS = "torchtitan.models.moe.kernels"
 PEAK_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class CpuDevice(types.ModuleType):
@@ -71,6 +72,18 @@ def _physical_memory() -> int:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return total
+
+
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) reuse what is freed instead of returning it to the system.
+
+    A step on the CPU takes and frees gigabytes in large pieces. By default each is fetched as fresh
+    pages and cleared by the system: a third of a step of flux-debug (docs/benchmarks.md).
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_MAX, 0)  # large pieces come from the heap, too,
+        set_option(M_TRIM_THRESHOLD, -1)  # whose free end stays
 
 
 def give_back_freed_memory() -> None:

@@ -1,12 +1,13 @@
 """What is applied to the model, in which order. Read top to bottom."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
@@ -126,6 +127,8 @@ def shard_model(
     fully_shard(model, **options)  # type: ignore[arg-type]
     if mesh.size() > 1:  # alone, even a factor of 1 costs a pass over all gradients
         sum_gradients(model)
+    else:
+        keep_gradients_in_place(model)
 
 
 def sum_gradients(model: nn.Module) -> None:
@@ -137,6 +140,36 @@ def sum_gradients(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+class InPlace:
+    """FSDP2's reduction of gradients where there is nobody to reduce with: out is what went in.
+
+    FSDP2 asks for a buffer to reduce from, then for one to reduce into, and copies the one to the
+    other. Given the same tensor twice it copies nothing.
+    """
+
+    def __init__(self) -> None:
+        self._filled: Tensor | None = None
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if self._filled is None:
+            self._filled = torch.empty(*size, dtype=dtype, device=device)
+            return self._filled
+        given, self._filled = self._filled, None
+        return given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a lone rank has nobody to reduce with")
+
+
+def keep_gradients_in_place(model: nn.Module) -> None:
+    """Spare a lone rank one pass over all gradients."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
-import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
+import torchtitan_flux.training.train_spec  # registers "flux"
 from torchtitan_flux.checkpoint.manager import (
     CheckpointNotSaved,
     FluxCheckpointManager,
@@ -448,6 +449,8 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
+    if utils.device_type == "cpu":
+        torchtitan_flux.engine.keep_freed_memory()
     # What holds after StopSignals: a saved run ends well. SIG_IGN would also drop a signal that the
     # launcher's rank holds back until StopSignals listens.
     for number in SIGNALS:
