@@ -1,16 +1,23 @@
 """Whether the frozen parts that a run reads are there, whole, and what they claim to be.
 
-Only names, sizes and headers are looked at: what takes longer shows when the parts are loaded.
+Only names, sizes and headers are looked at, and of a name on the hub its config.json: what takes
+longer shows when the parts are loaded.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.paths import locate, looks_local
-from torchtitan_flux.encoders.pretrained import TOKENIZER_FILES, has_tokenizer
+from torchtitan_flux.encoders.pretrained import (
+    TOKENIZER_FILES,
+    has_tokenizer,
+    read_clip_config,
+    read_t5_config,
+)
 
 TEXT = {"t5_encoder": "tokenizer_2", "clip_encoder": "tokenizer"}
 """Key of [encoder] -> the folder beside the encoder's in FLUX.1's repositories."""
@@ -34,13 +41,40 @@ def encoder_problems(config: Any, pixel_space: bool) -> list[str]:
     """
     found: list[str] = []
     wanted: dict[str, list[str]] = {}
-    for key in [*TEXT, *([] if pixel_space else ["autoencoder_path"])]:
-        path = getattr(config.encoder, key)
+    paths = {
+        key: getattr(config.encoder, key)
+        for key in [*TEXT, *([] if pixel_space else ["autoencoder_path"])]
+    }
+    for key, path in paths.items():
         for line, part in _missing(key, path):
             found.append(f"encoder.{key} = {path!r}{line}")
             if part and (match := _DOWNLOADED.match(path)) and match[1] in REPOSITORIES:
                 wanted.setdefault(match[1], []).append(part)
+    names = {key: path for key, path in paths.items() if key in TEXT and _on_the_hub(path)}
+    found += _not_on_the_hub(names)
     return found + [_download(name, parts) for name, parts in wanted.items()]
+
+
+def _on_the_hub(path: str) -> bool:
+    """What is neither there nor surely a folder may be the name of a repository."""
+    return locate(path) is None and not looks_local(path)
+
+
+def _not_on_the_hub(names: dict[str, str]) -> list[str]:
+    """Why names of encoders cannot be read; asked at once: no answer takes half a minute."""
+
+    def reason(key: str) -> list[str]:
+        read = {"t5_encoder": read_t5_config, "clip_encoder": read_clip_config}[key]
+        try:
+            read(names[key])
+        except (ValueError, OSError) as error:
+            return [str(error)]
+        return []
+
+    if not names:
+        return []
+    with ThreadPoolExecutor() as pool:
+        return [line for lines in pool.map(reason, names) for line in lines]
 
 
 def _missing(key: str, path: str) -> Iterator[tuple[str, str]]:
@@ -58,8 +92,7 @@ def _missing(key: str, path: str) -> Iterator[tuple[str, str]]:
     part = Path(path).name
     beside = Path(path).parent / TEXT[key]
     if there is None:
-        # what is neither there nor surely a folder may be the name of a repository
-        if looks_local(path):
+        if not _on_the_hub(path):
             yield " does not exist", part
             if _DOWNLOADED.match(path) and not _has_tokenizer(locate(str(beside))):
                 yield f": its tokenizer {str(beside)!r} does not exist", beside.name

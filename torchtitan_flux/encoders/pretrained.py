@@ -16,6 +16,9 @@ CLIP_KEY = "encoder.clip_encoder"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 """A tokenizer has one of these."""
 
+_PUBLISHED = {T5_KEY: ("text_encoder_2", "tokenizer_2"), CLIP_KEY: ("text_encoder", "tokenizer")}
+"""Folders of FLUX.1's repositories."""
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # One line of the reason is enough: what transformers raises goes on for a screen.
 _REASON_LENGTH = 300
@@ -37,11 +40,23 @@ def locate(path: str | Path, key: str) -> dict[str, Any]:
 
 
 def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> ValueError:
-    """The one error for a thing that does not load: key, path, what, and the reason in short."""
-    reason = " ".join(str(error).split())
+    """The one error for a thing that does not load: key, path, what, and the reason in short.
+
+    For a name on the hub also the way around it: not every repository can be reached, and some
+    (google/t5-v1_1-xxl) have their weights as a pickle alone, which could run code.
+    """
+    reason = " ".join(str(error).split()).rstrip(".")
     if len(reason) > _REASON_LENGTH:
         reason = reason[:_REASON_LENGTH] + " …"
-    return ValueError(f"{key}: cannot load the {what} from {path}: {reason}")
+    said = f"{key}: cannot load the {what} from {path}: {reason}"
+    if not Path(path).exists() and key in _PUBLISHED:
+        encoder, tokenizer = _PUBLISHED[key]
+        said += (
+            "; FLUX.1's own is downloaded by `python scripts/download_hf_assets.py --repo_id "
+            f"black-forest-labs/FLUX.1-schnell --assets {encoder} {tokenizer}`, then {key} = "
+            f"'assets/hf/FLUX.1-schnell/{encoder}'"
+        )
+    return ValueError(said)
 
 
 def read_t5_config(path: str | Path) -> T5Config:

@@ -292,6 +292,11 @@ TABLE: dict[str, list[Refusal]] = {
             "run.toml:1: encoder.t5_encoder: cannot load the configuration from assets/tiny/clip: its model_type is 'clip_text_model', needed is 't5'",
         ),
         file(
+            'encoder.t5_encoder = "google/t5-v1_1-xxl"\nencoder.clip_encoder = "openai/clip-vit-large-patch14"',
+            "run.toml:1: encoder.t5_encoder: cannot load the configuration from google/t5-v1_1-xxl: …",
+            "run.toml:2: encoder.clip_encoder: cannot load the configuration from openai/clip-vit-large-patch14: …",
+        ),
+        file(
             'encoder.t5_encoder = "assets/tiny/t5/config.json"',
             "run.toml:1: encoder.t5_encoder = 'assets/tiny/t5/config.json': is a file; name the folder with its config.json",
         ),
