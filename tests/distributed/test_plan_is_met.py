@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "measured_step.py"
         pytest.param(1, "none", marks=pytest.mark.long),
         pytest.param(1, "full", marks=pytest.mark.long),
         pytest.param(2, "none", marks=pytest.mark.long),
-        (2, "full"),
+        pytest.param(2, "full", marks=pytest.mark.slow),
     ],
 )
 def test_a_real_step_takes_what_was_planned(ranks, mode):

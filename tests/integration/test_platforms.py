@@ -1,8 +1,7 @@
-"""Where torchtitan-flux is installed as a wheel, and where there is no triton."""
+"""Where there is no triton."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,50 +51,3 @@ def test_training_needs_no_triton(tmp_path):
     result = run(sys.executable, "-c", WITHOUT_TRITON, *arguments, cwd=tmp_path, PYTHONPATH=REPO)
     assert result.returncode == 0, result.stdout
     assert re.search(r"step: +3  loss", result.stdout), result.stdout
-
-
-def source_tree(folder: Path) -> Path:
-    """What a wheel is built from, copied: building writes beside it."""
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(REPO / "torchtitan_flux", folder / "torchtitan_flux", ignore=unwanted)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, folder / name)
-    return folder
-
-
-@pytest.fixture
-def installed(tmp_path) -> Path:
-    """The folder that a wheel of the tree was installed into."""
-    source, site = source_tree(tmp_path / "source"), tmp_path / "site"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
-    built = run(
-        *pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path
-    )
-    assert built.returncode == 0, built.stdout
-    (wheel,) = tmp_path.glob("*.whl")
-    put = run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=tmp_path)
-    assert put.returncode == 0, put.stdout
-    return site
-
-
-@pytest.mark.slow
-def test_a_wheel_trains_in_an_empty_folder(installed, tmp_path):
-    """What is needed is in it: configurations, tiny encoders, prompts."""
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    at = run(
-        sys.executable, "-c", "import torchtitan_flux as t; print(t.__file__)",
-        cwd=empty, PYTHONPATH=installed,
-    )  # fmt: skip
-    assert Path(at.stdout.strip()).is_relative_to(installed)
-    result = run(
-        sys.executable, "-m", "torchtitan_flux.launch", "train", *SHORT,
-        cwd=empty, PYTHONPATH=installed,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"step: +3  loss", result.stdout), result.stdout
-    assert [path.name for path in empty.iterdir()] == ["outputs"]
-    assert (empty / "outputs/flux_digits/config.toml").is_file()
-    assert (installed / "torchtitan_flux/assets/prompts.txt").is_file()
-    shipped = {path.name for path in (installed / "torchtitan_flux/train_configs").iterdir()}
-    assert shipped == {path.name for path in (REPO / "train_configs").iterdir()}

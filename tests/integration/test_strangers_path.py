@@ -2,14 +2,14 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from documents import claimed
-from integration.test_platforms import source_tree
+from documents import REPO, claimed
 from PIL import Image
 
 SHORT = (
@@ -18,6 +18,15 @@ SHORT = (
     "2", "--score.count", "10", "--score.denoising_steps", "2",
 )  # fmt: skip
 """Appended to the command that trains; without a step count it lasts for minutes."""
+
+
+def source_tree(folder: Path) -> Path:
+    """What a wheel is built from, copied: building writes beside it."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPO / "torchtitan_flux", folder / "torchtitan_flux", ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder / name)
+    return folder
 
 
 class Stranger:
@@ -77,6 +86,9 @@ def test_a_wheel_from_install_to_report(tmp_path):
     stranger.run(install, source)
     at = stranger.run("python -c 'import torchtitan_flux as t; print(t.__file__)'", empty)
     assert Path(at.strip()).is_relative_to(site), "installed, not the tree"
+    shipped = site / "torchtitan_flux/train_configs"
+    names = {path.name for path in (REPO / "train_configs").iterdir()}
+    assert {path.name for path in shipped.iterdir()} == names
 
     assert train == again, "the same command continues"
     short = " ".join(SHORT)
@@ -96,6 +108,7 @@ def test_a_wheel_from_install_to_report(tmp_path):
     with Image.open(empty / "seven.png") as picture:
         assert picture.size == (8, 8)
         assert picture.text["step"] == str(last)  # type: ignore[attr-defined]
+    assert (empty / "outputs/flux_digits/config.toml").is_file()
     page = (empty / "outputs/flux_digits/report.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page
     assert sorted(path.name for path in empty.iterdir()) == ["outputs", "seven.png"]
