@@ -65,6 +65,8 @@ def launch(command: str, arguments: list[str]) -> int:
         print(resolved_toml(config), end="")
     if any(only.values()):
         return 0
+    with exit_on_config_error():
+        check_cards(settings.ranks_per_node)
     logs = Path(config.job.dump_folder) / "logs"
     return Job(settings, MODULES[command], arguments, logs, saves=command == "train").run()
 
@@ -89,6 +91,21 @@ def check(command: str, arguments: list[str], ranks: int) -> Any:
         return load_config(arguments, training=command == "train")
     finally:
         logging.disable(logging.NOTSET)
+
+
+def check_cards(ranks: int) -> None:
+    """Whether each rank of this machine gets a GPU; where there is none, they share the CPU.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks.
+    """
+    import torch
+
+    from torchtitan_flux.config.errors import ConfigError
+
+    cards = torch.cuda.device_count()
+    if 0 < cards < ranks:
+        raise ConfigError([f"NGPU = {ranks}: {cards} of this machine's GPUs can be seen"])
 
 
 def _would(config: Any, ranks: int) -> str:

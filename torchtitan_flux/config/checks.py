@@ -33,10 +33,15 @@ def problems(config: Any, training: bool = True) -> list[str]:
 
     Args:
         config: the merged JobConfig. Only paths that this run will read are looked at.
-        training: whether it will train; drawing and scoring need no mesh or batch that fits.
+        training: whether it will train; drawing and scoring need no data, no folder to write, and
+            no mesh or batch that fits, and run where the training could not.
     """
     flavor = FLAVORS.get(config.model.flavor)
-    found = [*_unsupported(config), *_at_least(config), *_folder(config), *_data(config)]
+    found = _at_least(config)
+    if config.model.name != "flux":
+        found.append(f"model.name = {config.model.name!r}: this trainer trains 'flux'")
+    if training:
+        found += [*_unsupported(config), *_folder(config), *_data(config)]
     encoders = encoder_problems(config, flavor is not None and flavor.pixel_space)
     found += encoders
     low_precision = low_precision_problems(config) if training else []
@@ -49,8 +54,8 @@ def problems(config: Any, training: bool = True) -> list[str]:
     if training and config.training.local_batch_size > 0:
         found += [*mesh_problems(config), *pipeline_problems(config)]
     if training:
-        found += [*_checkpoints(config), *_recomputation(config)]
-    return found + _compute_type(config) + _evaluation(config)
+        found += [*_checkpoints(config), *_recomputation(config), *_evaluation(config)]
+    return found + _compute_type(config)
 
 
 def _unsupported(config: Any) -> list[str]:
@@ -62,8 +67,6 @@ def _unsupported(config: Any) -> list[str]:
             f"parallelism.expert_parallel_degree = {p.expert_parallel_degree}: FLUX has no "
             "experts; set it to 1"
         )
-    if config.model.name != "flux":
-        found.append(f"model.name = {config.model.name!r}: this trainer trains 'flux'")
     if config.activation_checkpoint.mode not in AC_MODES:
         found.append(
             f"activation_checkpoint.mode = {config.activation_checkpoint.mode!r} does not exist; "
@@ -199,8 +202,9 @@ def _recomputation(config: Any) -> list[str]:
 def _folder(config: Any) -> list[str]:
     """Whether job.dump_folder can be written."""
     given = config.job.dump_folder
-    folder = Path(given).expanduser()
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    folder = Path(given)
+    # unlike Path.exists, os.path.exists raises nothing
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not given:
         return ['job.dump_folder = "" is no folder; name one']
     if not there.is_dir():

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
@@ -152,6 +153,8 @@ def read(argv: list[str]) -> Reading:
     doubtful = (doubtful - set(line.overrides)) | line.doubtful
     if file.path:
         config.job.config_file = file.path
+    # once, for everything that writes there; elsewhere "~" would be a folder of that name
+    config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
     notes = [(logging.WARNING, repeated) for repeated in line.repeated]
     return Reading(config, found + line.found, frozenset(doubtful), given, notes, complete)
 

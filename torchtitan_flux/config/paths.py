@@ -1,5 +1,6 @@
 """Relative paths of the configuration: the caller's folder first, then the repository."""
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -15,10 +16,11 @@ def locate(path: str) -> Path | None:
     repository, then from the installed package.
     """
     given = Path(path).expanduser()
+    # os.path.exists: Path.exists raises where a name is too long or a folder may not be entered
     if given.is_absolute():
-        return given if given.exists() else None
+        return given if os.path.exists(given) else None
     for root in (Path.cwd(), *ROOTS):
-        if (root / given).exists():
+        if os.path.exists(root / given):
             return root / given
     return None
 

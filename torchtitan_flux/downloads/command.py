@@ -172,9 +172,16 @@ def _alone(folder: Path, dry_run: bool) -> Iterator[None]:
         return
     free_space(folder)  # says what is wrong with the folder
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".download.lock").open("w") as lock:
+    path = folder / ".download.lock"
+    try:
+        lock = path.open("w")
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be written: {error.strerror}") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DownloadError(f"another download is writing to {folder}: wait for it") from None
+        except OSError:  # a file system without locks
+            pass
         yield

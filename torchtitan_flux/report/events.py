@@ -41,6 +41,14 @@ class Session:
     end: float
     scalars: Mapping[str, list[tuple[int, float]]]
 
+    @property
+    def first_step(self) -> int:
+        return min(step for values in self.scalars.values() for step, _ in values)
+
+    def redid(self, step: int, at: float) -> bool:
+        """Whether what was there `at` a time (seconds) of a step was done again, or taken back."""
+        return at < self.begin and step > self.first_step
+
 
 def event_files(folder: Path) -> list[Path]:
     """Event files below a folder; of ranks that log side by side, those of rank 0."""
@@ -92,16 +100,18 @@ def _events(path: Path) -> Iterator[Event]:
 def joined(sessions: Iterable[Session]) -> dict[str, Series]:
     """Series of a run that was continued, by tag.
 
-    A later session takes over from its first value of a tag on: what an earlier one logged there
-    or further on belongs to steps that were done again, or that the run went back from.
+    A later session takes over from its first step on: what an earlier one logged further on belongs
+    to steps that were done again, or that the run went back from. At that step itself only the
+    tags that are logged again: a finished run that is started again scores its last step anew.
     """
     points: dict[str, dict[int, float]] = {}
     for session in sorted(sessions, key=lambda session: session.begin):
+        first = session.first_step
+        points = {tag: {s: v for s, v in old.items() if s <= first} for tag, old in points.items()}
         for tag, new in session.scalars.items():
-            begin = min(step for step, _ in new)
-            kept = {s: v for s, v in points.get(tag, {}).items() if s < begin}
-            points[tag] = kept | dict(new)
+            points[tag] = points.get(tag, {}) | dict(new)
     return {
         tag: Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
         for tag, values in points.items()
+        if values
     }

@@ -98,6 +98,11 @@ def read_run(folder: Path) -> Run:
         )
 
     sessions = [session for one in events if (session := read_session(one))]
+    found = [
+        (step, file)
+        for step, file in found
+        if not any(session.redid(step, file.stat().st_mtime) for session in sessions)
+    ]
     scalars = joined(sessions)
     if not path:
         missing.append(

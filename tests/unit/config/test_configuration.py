@@ -16,6 +16,7 @@ from torchtitan_flux.config.manager import (
     read_config,
 )
 from torchtitan_flux.config.meanings import MEANINGS
+from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.reference import help_text
 from torchtitan_flux.config.resolved import log_resolved, resolved_toml
 from torchtitan_flux.config.schema import get, keys_of
@@ -217,6 +218,30 @@ def test_what_is_not_used_is_said_once(tmp_path, caplog):
         "model.hf_assets_path",
         "validation.denoising_steps, validation.save_img_count",
     ], "seq_len stands at its default"
+
+
+def test_drawing_asks_for_nothing_that_only_training_needs(arguments):
+    """The data may be gone, the machine another one."""
+    argv = [
+        *arguments(Refusal(())),
+        *("--training.dataset", "folder", "--training.dataset_path", "/nowhere/pictures"),
+        *("--training.enable_cpu_offload", "--checkpoint.async_mode", "async_with_pinned_mem"),
+    ]
+    load_config(argv, training=False)
+    with pytest.raises(ConfigError) as error:
+        load_config(argv)
+    assert len(error.value.found) >= 3
+
+
+def test_a_home_folder_is_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read_config(["--job.dump_folder", "~/runs/a"])
+    assert config.job.dump_folder == f"{tmp_path}/runs/a"
+
+
+def test_a_name_that_no_file_can_have_is_not_there():
+    assert locate("a red fox " * 30) is None
+    assert locate("/" + "a red fox " * 30) is None
 
 
 def test_a_configuration_for_another_machine_is_read_unchecked():

@@ -1,9 +1,20 @@
 """Environment variables -> settings, or one list of what is wrong."""
 
 import pytest
+import torch
 
+from torchtitan_flux import launch
 from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.launching.settings import Settings
+
+
+def test_each_rank_wants_a_card_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launch.check_cards(2)
+    with pytest.raises(ConfigError, match=r"NGPU = 3: 2 of this machine's GPUs"):
+        launch.check_cards(3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    launch.check_cards(8)
 
 
 def test_nothing_set_is_one_rank_of_the_default_run():

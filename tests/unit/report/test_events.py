@@ -79,6 +79,17 @@ def test_a_later_session_takes_over_from_its_first_value_on():
         assert series["lr"].steps == (10,)
 
 
+def test_a_run_that_went_back_has_no_future_of_its_own():
+    first = Session(0.0, 9.0, {"loss": [(400, 1.0), (1000, 0.5)], "score": [(1000, 99.0)]})
+    back = Session(20.0, 29.0, {"loss": [(401, 1.1), (430, 1.0)]})
+    series = joined([first, back])
+    assert series["loss"].steps == (400, 401, 430)
+    assert "score" not in series
+    # and of pictures, those that were drawn before the run went back
+    assert [back.redid(step, 9.0) for step in (400, 430, 1000)] == [False, True, True]
+    assert not back.redid(430, 25.0)
+
+
 def test_a_finished_run_started_again_loses_nothing():
     first = Session(0.0, 9.0, {"loss": [(10, 1.0), (20, 2.0)], "samples": [(20, 1.0)]})
     again = Session(20.0, 29.0, {"samples": [(20, 5.0)]})
