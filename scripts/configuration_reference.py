@@ -23,7 +23,7 @@ Every key, by section of the TOML file. `./run_train.sh --help` prints the same.
 - A file holds what differs from the defaults below: `CONFIG_FILE=my.toml ./run_train.sh`.
 - The command line outranks it: `--section.key value`, `--section.key` and `--section.no-key` for
   switches, dashes and underscores alike; a list is several values, or one that is cut at its
-  commas. A key that is given twice counts as given last.
+  commas, except those before a space. A key that is given twice counts as given last.
 - `"None"` unsets a key where that is among its types.
 - Relative paths are looked up from the current folder, then from the repository.
 - `--check` checks a configuration and starts nothing; `--print-config` prints it as resolved.

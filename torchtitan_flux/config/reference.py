@@ -24,7 +24,8 @@ Usage: {command} [--check | --print-config] [--section.key value …]
                             run_train.sh
 
 Every key below may stand in the TOML file and on the command line, which outranks it. Switches are
---section.key and --section.no-key; lists are several values, or one cut at its commas.
+--section.key and --section.no-key; lists are several values, or one cut at its commas,
+except those before a space.
 """
 
 

@@ -5,6 +5,7 @@ Optional and unions of these.
 """
 
 import math
+import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -101,7 +102,8 @@ def _list(texts: list[str], annotation: Any) -> list[Any]:
     if get_origin(item) is list:
         return [_list([text], item) for text in texts]
     if len(texts) == 1:
-        texts = texts[0].split(",") if texts[0] else []
+        # a comma before a space is one of a sentence: "a red fox, digital art" is one prompt
+        texts = re.split(r",(?!\s)", texts[0]) if texts[0] else []
     return [from_text([text], item) for text in texts]
 
 

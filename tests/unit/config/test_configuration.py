@@ -43,6 +43,7 @@ DIGITS = ["--job.config_file", "train_configs/flux_digits.toml"]
         ("--checkpoint.enable=true", "checkpoint.enable", True),
         ("--checkpoint.no-initial-load-model-only", "checkpoint.initial_load_model_only", False),
         ("--optimizer.lr 1e-4", "optimizer.lr", 1e-4),
+        ("--compile.components model,loss", "compile.components", ["model", "loss"]),
         ("--training.max_norm 2", "training.max_norm", 2.0),
         (
             "--parallelism.data_parallel_shard_degree -1",
@@ -231,6 +232,11 @@ def test_drawing_asks_for_nothing_that_only_training_needs(arguments):
     with pytest.raises(ConfigError) as error:
         load_config(argv)
     assert len(error.value.found) >= 3
+
+
+def test_a_comma_of_a_sentence_separates_nothing():
+    config = read_config(["--sampling.prompts", "a red fox, digital art"])
+    assert config.sampling.prompts == ["a red fox, digital art"]
 
 
 def test_a_home_folder_is_one(monkeypatch, tmp_path):
