@@ -189,14 +189,20 @@ def save_png(
     """Write a PNG whose text metadata holds the settings and `facts` (prompt, step, …).
 
     Written beside and renamed, so that a reader never sees half a picture.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
     """
     metadata = PngImagePlugin.PngInfo()
     for name, value in {**asdict(settings), "size": str(settings.size), **facts}.items():
         metadata.add_text(name, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
-    image.save(scratch, format="PNG", pnginfo=metadata)
-    scratch.replace(path)
+    try:
+        image.save(scratch, format="PNG", pnginfo=metadata)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)  # where one of them failed
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, enlarge_to: int = 48) -> Image.Image:

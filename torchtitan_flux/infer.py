@@ -10,17 +10,19 @@ CONFIG_FILE=train_configs/flux_dev_model.toml ./run_infer.sh --weights assets/hf
 import argparse
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_flux.config.manager import exit_on_config_error, load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
-from torchtitan_flux.inference.command import Task, changed, parse, task_of
+from torchtitan_flux.inference.command import Task, changed, check_writable, parse, task_of
 from torchtitan_flux.inference.estimate import refusal, remedies
 from torchtitan_flux.inference.expectation import Expectation
 from torchtitan_flux.inference.memory import PeakMemory, free_memory
@@ -31,6 +33,9 @@ from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.out_of_memory import exit_when_out_of_memory
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.session import begin
+
+A_DAY = 24 * 3600
+"""Seconds."""
 
 
 @record
@@ -55,6 +60,8 @@ def main() -> None:
         if options.memory is not None:
             _say(expected.told(int(options.memory * 2**30), "as given by --memory"))
             return
+        if not options.estimate:
+            check_writable(task.paths)
         device = start_process_group(config)
         if options.estimate:
             _say(expected.told(free_memory(device), f"on {device}"))
@@ -89,10 +96,22 @@ def _draw(
         exit_when_out_of_memory(lambda: remedies(lower, None, expected.batch, task.settings)),
         PeakMemory(device) as memory,
     ):
-        render(begin(config, options.weights), task, low, expected.weights)
+        begun = begin(config, options.weights)
+        if torch.distributed.get_world_size() > 1:
+            set_pg_timeouts(_patience(config), begun.dims)
+        render(begun, task, low)
         peak = memory.peak
     if first:
         logger.info(expected.took(peak, memory.before, low))
+
+
+def _patience(config: Any) -> timedelta:
+    """How long ranks wait for each other: they may be a whole portion of pictures apart.
+
+    The launcher ends them all where one ends, so that waiting costs nothing.
+    """
+    comm = config.comm
+    return timedelta(seconds=max(A_DAY, comm.init_timeout_seconds, comm.train_timeout_seconds))
 
 
 def _say(text: str) -> None:

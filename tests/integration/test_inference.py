@@ -1,5 +1,6 @@
 """Pictures for people, by `infer.main` on forked ranks: repeated, in little memory, refused."""
 
+import errno
 import io
 import logging
 import os
@@ -12,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -30,7 +32,7 @@ from torchtitan_flux.checkpoint import to_bfl
 from torchtitan_flux.checkpoint.transformer import our_shapes
 from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.generate import SampleSettings
-from torchtitan_flux.inference import memory
+from torchtitan_flux.inference import draw, memory, render
 from torchtitan_flux.inference.estimate import SLACK, TOLERANCE, estimate
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
@@ -64,7 +66,9 @@ class Command:
 
 def run(commands: list[Command]) -> list[Said]:
     """`run_infer.sh` without its launcher, several times in one process."""
-    torch.distributed.destroy_process_group = lambda: None  # needed again
+    destroy = torch.distributed.destroy_process_group
+    # the one that all share is needed again
+    torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
     found = []
     for command in commands:
         lines = io.StringIO()
@@ -118,6 +122,10 @@ class Drawn:
         return pixels(self.folder / name)
 
 
+def one_round_a_time() -> None:
+    draw.AT_ONCE = 1
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Drawn:
     folder = tmp_path_factory.mktemp("drawn")
@@ -127,7 +135,7 @@ def drawn(tmp_path_factory) -> Drawn:
     again = ("--from-png", str(png), "--out")
     commands = {
         "normal": Command(own(dump, "--out", str(folder / "normal"))),
-        "low": Command(own(dump, "--out", str(folder / "low"), "--low_memory")),
+        "low": Command(own(dump, "--out", str(folder / "low"), "--low_memory"), one_round_a_time),
         "again": Command([*again, str(folder / "again.png")]),
         "again low": Command([*again, str(folder / "again low.png"), "--low_memory"]),
         "other seed": Command([*again, str(folder / "other.png"), "--seed", "12"]),
@@ -187,12 +195,13 @@ def test_an_estimate_shows_both_paths_and_draws_nothing(drawn):
 def test_two_ranks_draw_the_same_pictures_on_either_path(drawn, tmp_path):
     """Batches of one, so that the transformer sees the same shapes whoever draws."""
     commands = [
-        Command(own(drawn.dump, "--out", str(tmp_path / name), *more, *SINGLE))
+        Command(own(drawn.dump, "--out", str(tmp_path / name), *more, *SINGLE), one_round_a_time)
         for name, more in {"normal": (), "low": ("--low_memory",)}.items()
     ]
     run_ranks(1, run, [Command(own(drawn.dump, "--out", str(tmp_path / "one"), *SINGLE))])
     for said in run_ranks(2, run, commands):
         assert [one.status for one in said] == [0, 0], said
+        assert all("all ProcessGroups to 1 day, 0:00:00" in one.text for one in said)
     for name in NAMES:
         expected = pixels(tmp_path / "one" / name)
         assert pixels(tmp_path / "normal" / name) == expected
@@ -205,6 +214,17 @@ def too_much(*_: object) -> None:
 
 def draw_too_much() -> None:
     infer.render = too_much
+
+
+def on_a_full_disk() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(render, "save_png", side_effect=error):
+        infer.main()
+
+
+def without_beginning() -> None:
+    with patch.object(infer, "begin", side_effect=AssertionError("begun")):
+        infer.main()
 
 
 def train_too_much() -> None:
@@ -224,6 +244,8 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
         shutil.rmtree(step)
         checkpoint(dump, seed=6)
 
+    plain = folder / "plain"
+    plain.touch()
     nowhere = ("--out", str(folder / "never.png"))
     one = ["--prompt", "a", "--steps", "1", *nowhere, *arguments(drawn.dump, 8)]
     mine = ["--from-png", str(png), *nowhere]
@@ -232,6 +254,9 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
         "prompts": Command(["--from-png", str(foreign), "--prompts", "a.txt", *nowhere]),
         "negative": Command([*one, "--negative", "b"]),
         "draw": Command(["--prompt", "a", "--steps", "1", "--out", str(png), *arguments(dump, 8)]),
+        "unwritable": Command([*one, "--out", str(plain)], main=without_beginning),
+        "unwritable, estimate": Command([*one, "--out", str(plain), "--estimate"]),
+        "full disk": Command(one, main=on_a_full_disk),
         "sampling": Command([*mine, "--sampling.seed", "3"]),
         "changed": Command(mine, other),
         "gone": Command(mine, lambda: shutil.move(step, moved)),
@@ -256,6 +281,8 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
         ("foreign", ("--from-png", "foreign.png holds no settings")),
         ("prompts", ("--from-png", "holds no settings")),
         ("negative", ("--negative needs classifier-free guidance", "--cfg")),
+        ("unwritable", ("/plain cannot be written (Not a directory)", "--out")),
+        ("full disk", ("never.png cannot be written (No space left on device)", "--out")),
         ("sampling", ("--sampling.seed", "--from-png", "--seed can be changed")),
         ("changed", ("step-7", "contents have changed", "--weights")),
         ("gone", ("step-7", "does not exist", "--weights PATH")),
@@ -275,6 +302,7 @@ def test_what_cannot_be_is_refused_in_one_message(refused, name, parts):
 
 
 def test_an_estimate_for_another_card_says_what_does_not_fit(refused):
+    assert refused["unwritable, estimate"].status == 0, "it writes nothing"
     said = refused["elsewhere"]
     assert said.status == 0, said.text
     assert said.text.count("does not fit") == 2

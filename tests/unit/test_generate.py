@@ -1,5 +1,6 @@
 """A whole sampling run equals diffusers' FluxPipeline put together from the same tiny parts."""
 
+import errno
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -217,6 +218,25 @@ def test_png_holds_its_settings(tmp_path):
             "prompt": "ein großer Kreis",
             "step": "17",
         }
+
+
+def test_what_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
+    settings = SampleSettings(SIZE, steps=4)
+    image = Image.new("L", (4, 4))
+    taken = tmp_path / "a.png"
+    taken.mkdir()
+    with pytest.raises(OSError, match=r"a\.png"):
+        save_png(image, taken, settings)
+    assert list(tmp_path.iterdir()) == [taken]
+
+    def full(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_png(image, tmp_path / "b.png", settings)
+    assert list(tmp_path.iterdir()) == [taken]
 
 
 def test_grid_places_pictures_row_by_row():

@@ -1,10 +1,17 @@
 """What is asked for on the command line of run_infer.sh: captions, settings, where pictures go."""
 
 import argparse
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux.checkpoint.manifest import MANIFEST
+from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.config.paths import locate
@@ -21,6 +28,10 @@ EXAMPLES = """examples:
   ./run_infer.sh --from-png seven.png --out again.png
 
 Any --section.key value of the configuration may follow; docs/inference.md tells more."""
+
+PUBLISHED_GUIDANCE = 3.5
+"""Guidance input that Black Forest Labs draw with."""
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -215,7 +226,8 @@ def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:
     if path is None:
         raise FileNotFoundError(f"{name} does not exist; give --prompt or --prompts FILE")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # a mark at the beginning is no part of the caption, and nothing else ends a line
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no text file in UTF-8 ({error})") from None
     if not any(lines):
@@ -224,7 +236,10 @@ def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:
 
 
 def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -> SampleSettings:
-    """The run's own settings, or the picture's, changed where the command line says so."""
+    """The run's own settings, or the picture's, changed where the command line says so.
+
+    Published weights have settings of their own, for those of the run are of its training.
+    """
     recorded: Recorded | None = options.recorded
     base = sample_settings(config, args) if recorded is None else recorded.settings
     changes: dict[str, Any] = {}
@@ -240,6 +255,8 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     for name in ("steps", "cfg", "guidance", "seed"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
+    if recorded is None and options.own_weights and _published(options.weights):
+        changes = _of_published(options, config, args) | changes
     if args.guidance_embed != (base.guidance is not None):  # another flavor than the picture's
         changes.setdefault("guidance", sample_settings(config, args).guidance)
     settings = replace(base, **changes)
@@ -249,6 +266,27 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     return settings
 
 
+def _published(weights: str) -> bool:
+    """Whether weights are another program's files, and no checkpoint of a training run."""
+    path = locate(weights)
+    return path is None or not any((path / name).is_file() for name in (METADATA, MANIFEST))
+
+
+def _of_published(
+    options: argparse.Namespace, config: Any, args: FluxModelArgs
+) -> dict[str, float]:
+    """FLUX.1's scales, where nothing else is given: it is distilled, and takes no --cfg."""
+    found: dict[str, float] = {}
+    if options.cfg is None and "sampling.classifier_free_guidance_scale" not in options.given:
+        found["cfg"] = 1.0
+    if args.guidance_embed and options.guidance is None and config.sampling.guidance is None:
+        found["guidance"] = PUBLISHED_GUIDANCE
+    if found:
+        scales = ", ".join(f"--{name} {value}" for name, value in found.items())
+        logger.info(f"{options.weights} is no checkpoint of a run: drawn with FLUX.1's {scales}")
+    return found
+
+
 def targets(options: argparse.Namespace, config: Any, prompts: list[str]) -> list[Path]:
     """Where each picture goes.
 
@@ -256,16 +294,41 @@ def targets(options: argparse.Namespace, config: Any, prompts: list[str]) -> lis
         ValueError: when one file is to hold several pictures, or a file is no PNG.
     """
     out, folder = options.out, Path(config.job.dump_folder) / config.inference.save_img_folder
-    if out is not None and Path(out).suffix.lower() == ".png":
-        if len(prompts) > 1:
-            raise ValueError(f"--out {out}: {len(prompts)} pictures need a folder, not a file")
-        return [Path(out)]
-    folder = folder if out is None else Path(out)
-    if folder.suffix and not folder.is_dir():
-        raise ValueError(f"--out {out}: pictures are PNG files; name a .png file or a folder")
+    if out is not None:
+        folder = Path(out)
+        # a dot may be in the name of a folder as well
+        suffix = "" if out.endswith("/") or folder.is_dir() else folder.suffix.lower()
+        if suffix == ".png":
+            if len(prompts) > 1:
+                raise ValueError(f"--out {out}: {len(prompts)} pictures need a folder, not a file")
+            return [folder]
+        if suffix in OTHER_PICTURES:
+            raise ValueError(f"--out {out}: pictures are PNG files; name a .png file or a folder")
     if options.recorded is not None:  # never over the picture itself
         return [folder / f"{Path(options.from_png).stem}-again.png"]
     return [folder / f"{i:04d}-{_slug(prompt)}.png" for i, prompt in enumerate(prompts)]
+
+
+def check_writable(paths: list[Path]) -> None:
+    """Refuse what could not be written, before anything is drawn. Leaves nothing behind.
+
+    Raises:
+        ValueError: naming the folder and the option.
+    """
+    for folder in {path.parent for path in paths}:
+        try:
+            existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise unwritable(folder, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> ValueError:
+    """What to say of a file or folder that cannot be written."""
+    return ValueError(
+        f"{path} cannot be written ({error.strerror or error}): name another place with --out"
+    )
 
 
 def _slug(prompt: str) -> str:

@@ -26,6 +26,10 @@ from torchtitan_flux.generate import (
 from torchtitan_flux.inference.stages import Stages
 from torchtitan_flux.latents import Geometry
 
+AT_ONCE = 32
+"""Pictures of a rank that go together from part to part, where parts take turns: so that memory
+does not grow with their number, and the first are there before the last are begun."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -76,6 +80,11 @@ def batches_of(rank: int, where: Sequence[Place]) -> list[list[int]]:
     return rounds
 
 
+def portion(batch: int) -> int:
+    """Rounds that go together from part to part, at least one."""
+    return max(1, AT_ONCE // batch)
+
+
 def draw(
     stages: Stages,
     geometry: Geometry,
@@ -96,6 +105,15 @@ def draw(
         negative_prompt: what classifier-free guidance moves away from.
         on_step: called after each step of a round, with its number.
     """
+    if stages.apart and len(rounds) > (size := portion(len(rounds[0]))):
+        for begin in range(0, len(rounds), size):
+
+            def stepped(number: int, begin: int = begin) -> None:
+                on_step(begin + number)
+
+            some = rounds[begin : begin + size]
+            yield from draw(stages, geometry, requests, some, settings, negative_prompt, stepped)
+        return
     device = stages.device
     # what comes next begins only when all before it is done, or takes each batch as it comes
     hold = list if stages.apart else iter

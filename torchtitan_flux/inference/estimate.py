@@ -83,6 +83,7 @@ def estimate(
     low_memory: bool,
     dtype: torch.dtype,
     device_type: str,
+    pictures: int = 1,
 ) -> Estimate:
     """By counting weights and running on fake tensors.
 
@@ -95,6 +96,7 @@ def estimate(
         low_memory: one part after another, blocks streamed.
         dtype: of weights and computation.
         device_type: on a GPU, two blocks are on the device at a time.
+        pictures: that go together from part to part with `low_memory`, in CPU memory in between.
     """
     parts = _parts(config, args, settings, dtype)
     t5, transformer = parts.t5, _transformer(args, dtype)
@@ -109,10 +111,14 @@ def estimate(
     if low_memory:
         slots = 1 if device_type == "cpu" else 2
         read = device_type == "cpu"  # a tensor on its way from the file
+        tokens = config.encoder.max_t5_encoding_len
+        caption = (tokens * args.context_in_dim + args.vec_in_dim) * dtype.itemsize
+        held = pictures * caption if read else 0
+        encoding = parts.encoding + 2 * held  # once more while they are put together
         return Estimate(
             (
-                Phase("text encoders", t5.streamed(slots, read) + parts.clip, parts.encoding),
-                Phase("transformer", transformer.streamed(slots, read), drawing),
+                Phase("text encoders", t5.streamed(slots, read) + parts.clip, encoding),
+                Phase("transformer", transformer.streamed(slots, read), drawing + held),
                 Phase("codec", parts.codec, parts.decoding),
             ),
             parts.assumed,

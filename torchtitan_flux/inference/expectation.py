@@ -10,10 +10,10 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
 from torchtitan_flux.inference.command import Task
+from torchtitan_flux.inference.draw import portion
 from torchtitan_flux.inference.estimate import Estimate, estimate
 from torchtitan_flux.inference.memory import text_of
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.planning.estimate import parameters_of
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,12 @@ class Expectation:
 
     Attributes:
         normal, low: all parts loaded, and one after another.
-        weights: of the transformer, whole.
         batch: pictures that a rank really draws at once.
         what: in words.
     """
 
     normal: Estimate
     low: Estimate
-    weights: int
     batch: int
     what: str
 
@@ -49,15 +47,16 @@ class Expectation:
         dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
         device = "cuda" if elsewhere else utils.device_type
         batch = min(task.batch, math.ceil(len(task.requests) / ranks))
+        pictures = min(math.ceil(len(task.requests) / ranks), portion(batch) * batch)
         normal, low = (
-            estimate(config, args, task.settings, batch, ranks, low, dtype, device)
+            estimate(config, args, task.settings, batch, ranks, low, dtype, device, pictures)
             for low in (False, True)
         )
         what = (
             f"{config.model.flavor} at {task.settings.size}, {batch} at once, in "
             f"{config.training.mixed_precision_param}, on {device}"
         )
-        return cls(normal, low, parameters_of(args) * dtype.itemsize, batch, what)
+        return cls(normal, low, batch, what)
 
     def told(self, free: int, whose: str) -> str:
         """For --estimate: each phase of both paths, and which of them fits.

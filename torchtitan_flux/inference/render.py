@@ -9,26 +9,24 @@ from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
 from torchtitan_flux.generate import save_png, to_pil
-from torchtitan_flux.inference.command import Task
+from torchtitan_flux.inference.command import Task, unwritable
 from torchtitan_flux.inference.draw import batches_of, draw, gathered, places, rounds_of
-from torchtitan_flux.inference.memory import free_memory
 from torchtitan_flux.inference.recording import Recorder
 from torchtitan_flux.inference.stages import Loaded, OneAfterAnother, Stages
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.session import Beginning, load
 
-HEADROOM = 1.25
-"""CPU memory that must be free to keep all blocks pinned, over what they take."""
 
-
-def render(begun: Beginning, task: Task, low_memory: bool, weights_size: int) -> None:
+def render(begun: Beginning, task: Task, low_memory: bool) -> None:
     """Draw and write.
 
     Args:
         begun: with what.
         task: what.
         low_memory: one part after another, blocks streamed.
-        weights_size: bytes of the transformer in the type that it computes in.
+
+    Raises:
+        ValueError: a picture cannot be written.
     """
     dims, first = begun.dims, torch.distributed.get_rank() == 0
     where = places(len(task.requests), dims.data_degree, task.batch)
@@ -45,7 +43,7 @@ def render(begun: Beginning, task: Task, low_memory: bool, weights_size: int) ->
             bar.update(len(by_round[number]))
 
         images = draw(
-            _stages(begun, low_memory, weights_size),
+            _stages(begun, low_memory),
             begun.args.geometry,
             task.requests,
             batches_of(dims.data_rank, where),
@@ -63,16 +61,18 @@ def render(begun: Beginning, task: Task, low_memory: bool, weights_size: int) ->
                 place = where[number]
                 path = task.paths[0 if task.kept is not None else number]
                 facts = recorder.of(number, place).facts()
-                save_png(to_pil(every[place.rank][place.row]), path, task.settings, **facts)
+                try:
+                    save_png(to_pil(every[place.rank][place.row]), path, task.settings, **facts)
+                except OSError as error:
+                    raise unwritable(path, error) from None
                 bar.clear()
                 logger.info(f"{task.requests[number].prompt!r} -> {path}")
 
 
-def _stages(begun: Beginning, low_memory: bool, weights_size: int) -> Stages:
+def _stages(begun: Beginning, low_memory: bool) -> Stages:
     if not low_memory:
         session = load(begun)
         return Loaded(session.model, session.parts)
-    pinned = begun.device.type != "cpu"
     return OneAfterAnother(
         begun.config,
         begun.args,
@@ -80,5 +80,4 @@ def _stages(begun: Beginning, low_memory: bool, weights_size: int) -> Stages:
         build_tokenizer(begun.config),
         begun.device,
         begun.dtype,
-        keep=pinned and free_memory(torch.device("cpu")) > HEADROOM * weights_size,
     )

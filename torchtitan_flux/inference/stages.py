@@ -23,7 +23,8 @@ from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.encoders.pretrained import read_t5_config
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder
 from torchtitan_flux.generate import TextConditioning, TextEncoding
-from torchtitan_flux.inference.streaming import Streamed, load_outside
+from torchtitan_flux.inference.memory import free_memory
+from torchtitan_flux.inference.streaming import Streamed, block_sizes, can_be_kept, load_outside
 from torchtitan_flux.inference.t5_files import T5Files
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.training.conditioning import FrozenParts, build_codec
@@ -34,7 +35,7 @@ class Stages(Protocol):
     """Each part, for as long as its context is open.
 
     Attributes:
-        apart: only one context may be open at a time, and each is to be opened once.
+        apart: only one context may be open at a time, and each is dear to open.
         device: where they compute.
     """
 
@@ -84,7 +85,6 @@ class OneAfterAnother:
         tokenizer: of the text encoders.
         device: where they compute.
         dtype: of the weights and the computation.
-        keep: on a GPU, hold the blocks in pinned CPU memory between uses.
     """
 
     config: Any
@@ -93,7 +93,6 @@ class OneAfterAnother:
     tokenizer: CaptionTokenizer
     device: torch.device
     dtype: torch.dtype
-    keep: bool = False
     apart: bool = True
 
     @contextmanager
@@ -139,7 +138,10 @@ class OneAfterAnother:
         self, model: nn.Module, blocks: dict[str, nn.Module], read: Callable[[str], Tensor]
     ) -> Iterator[None]:
         load_outside(model, list(blocks), read, self.device, self.dtype)
-        streamed = Streamed(blocks, read, self.device, self.dtype, self.keep)
+        # looked at only now, when what came before has been freed
+        free = free_memory(torch.device("cpu"))
+        keep = can_be_kept(block_sizes(list(blocks.values()), self.dtype), free)
+        streamed = Streamed(blocks, read, self.device, self.dtype, keep)
         try:
             yield
         finally:
@@ -149,6 +151,7 @@ class OneAfterAnother:
                 give_back_freed_memory()
             else:
                 torch.cuda.empty_cache()
+                torch._C._host_emptyCache()  # pinned memory; torch keeps it for itself otherwise
 
 
 def _empty_t5(path: str) -> T5EncoderModel:

@@ -18,6 +18,10 @@ Read = Callable[[str], Tensor]
 
 ALIGNMENT = 256
 """Bytes; each parameter begins at a multiple, as in memory of its own: so kernels do the same."""
+GRANULE = 2**21
+"""Bytes; pinned memory for a block is a multiple."""
+HEADROOM = 1.25
+"""CPU memory that must be free to keep all blocks pinned, over what they take."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Streamed:
         size = max((block.size for block in self._blocks), default=0)
         self._slots = [_Slot(size, device, dtype) for _ in range(slots)]
         self._current = self._slots[0]
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, list[Tensor]] = {}
         self._copies: Any = None if device.type == "cpu" else torch.cuda.Stream(device)
         self._hooks = [
             hook
@@ -126,27 +130,30 @@ class Streamed:
         if self._copies is None:
             self._load(number, slot.values)
             return
-        size = self._blocks[number].size
-        values = self._in_pinned_memory(slot, number)
+        pieces = self._in_pinned_memory(slot, number)
         self._copies.wait_event(slot.used)  # the block before may still compute
         with torch.cuda.stream(self._copies):
-            slot.values[:size].copy_(values[:size], non_blocking=True)
+            begin = 0
+            for piece in pieces:
+                part = slot.values[begin : begin + len(piece)]
+                part.copy_(piece, non_blocking=True)
+                begin += len(piece)
             slot.filled.record(self._copies)
 
-    def _in_pinned_memory(self, slot: _Slot, number: int) -> Tensor:
-        if number in self._kept:
-            return self._kept[number]
+    def _in_pinned_memory(self, slot: _Slot, number: int) -> list[Tensor]:
+        size = self._blocks[number].size
         if self._keep:
-            values = torch.empty(self._blocks[number].size, dtype=self._dtype, pin_memory=True)
-            self._kept[number] = values
-        else:
-            if slot.staging is None:
-                size = slot.values.numel()
-                slot.staging = torch.empty(size, dtype=self._dtype, pin_memory=True)
-            slot.filled.synchronize()  # what was in it may still be on its way
-            values = slot.staging
-        self._load(number, values)
-        return values
+            if number not in self._kept:
+                values = torch.empty(size, dtype=self._dtype)
+                self._load(number, values)
+                self._kept[number] = in_pieces(values, pin=True)
+            return self._kept[number]
+        if slot.staging is None:
+            most = slot.values.numel()
+            slot.staging = torch.empty(most, dtype=self._dtype, pin_memory=True)
+        slot.filled.synchronize()  # what was in it may still be on its way
+        self._load(number, slot.staging)
+        return [slot.staging[:size]]
 
     def _load(self, number: int, values: Tensor) -> None:
         block = self._blocks[number]
@@ -154,6 +161,32 @@ class Streamed:
             found = self._read(block.names[name])
             assert found.shape == shape, block.names[name]
             values[begin : begin + shape.numel()].view(shape).copy_(found)
+
+
+def in_pieces(values: Tensor, pin: bool) -> list[Tensor]:
+    """A copy [n] in memory of `piece_sizes`, pinned or not, the pieces in their order."""
+    found, begin = [], 0
+    for size in piece_sizes(values.nbytes):
+        part = values[begin : begin + size // values.itemsize]
+        piece = torch.empty(size // values.itemsize, dtype=values.dtype, pin_memory=pin)
+        found.append(piece[: len(part)].copy_(part))
+        begin += len(part)
+    return found
+
+
+def piece_sizes(size: int) -> list[int]:
+    """Bytes of the allocations that hold so many: powers of two, the largest first.
+
+    Each pinned allocation is rounded up to the next one: of FLUX.1's blocks, 22 GiB, that would
+    make 38.
+    """
+    whole = math.ceil(size / GRANULE) * GRANULE
+    return [1 << bit for bit in reversed(range(whole.bit_length())) if whole >> bit & 1]
+
+
+def can_be_kept(sizes: Sequence[int], free: int) -> bool:
+    """Whether so much CPU memory is free that blocks of these bytes can stay in it, pinned."""
+    return HEADROOM * sum(sum(piece_sizes(size)) for size in sizes) <= free
 
 
 def block_sizes(blocks: Sequence[nn.Module], dtype: torch.dtype) -> list[int]:

@@ -8,9 +8,13 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import pytest
 from documents import commands
 
+from torchtitan_flux.checkpoint.manifest import MANIFEST
+from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.manager import ConfigError, load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
-from torchtitan_flux.inference.command import parse, task_of
+from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.inference.command import check_writable, parse, task_of
+from torchtitan_flux.planning.command import model_args
 
 REPO = Path(__file__).resolve().parents[3]
 GUIDE = (REPO / "docs" / "inference.md").read_text(encoding="utf-8")
@@ -70,7 +74,7 @@ def test_a_negative_caption_needs_guidance():
         (("--prompt", "a", "--steps", "0"), "at least 1"),
         (("--prompt", "a", "--guidance", "2"), "takes no guidance"),
         (("--prompt", "a", "--prompt", "b", "--out", "c.png"), "2 pictures need a folder"),
-        (("--prompt", "a", "--out", "c.jpg"), "pictures are PNG files"),
+        (("--prompt", "a", "--out", "c.jpg"), "--out c.jpg: pictures are PNG files"),
     ],
 )
 def test_what_cannot_be_asked_for_names_the_option(argv, said):
@@ -91,3 +95,72 @@ def test_prompts_of_a_file_are_its_lines(tmp_path):
     assert [one.index for one in found.requests] == [0, 1]
     assert [path.name for path in found.paths] == ["0000-a-red-fox.png", "0001-ein-füchslein.png"]
     assert found.settings.steps == 3
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_of_a_prompts_file_end_where_an_editor_ends_them(mark, tmp_path):
+    """With Windows' line ends and mark; what looks like an end inside a caption is part of it."""
+    captions = ["a red fox", "two\u2028lines", "next\x85line", "new\fpage"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(mark + "\r\n".join(captions).encode())
+    assert [one.prompt for one in task("--prompts", str(file)).requests] == captions
+
+
+def settings(*argv: str, config: str = "train_configs/flux_dev_model.toml") -> SampleSettings:
+    """As on a machine that has none of the files."""
+    options, rest = parse(["--prompt", "a", "--job.config_file", config, *argv])
+    read = read_config(rest)
+    return task_of(options, read, model_args(read), 1).settings
+
+
+WEIGHTS = ("--weights", "flux1-dev.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("argv", "cfg", "guidance"),
+    [
+        ((), 5.0, 1.0),  # the run's own, as it draws while it trains
+        (WEIGHTS, 1.0, 3.5),
+        ((*WEIGHTS, "--cfg", "2"), 2.0, 3.5),
+        ((*WEIGHTS, "--sampling.classifier-free-guidance-scale", "4"), 4.0, 3.5),
+        ((*WEIGHTS, "--guidance", "2"), 1.0, 2.0),
+        ((*WEIGHTS, "--sampling.guidance", "2.5"), 1.0, 2.5),
+    ],
+)
+def test_published_weights_are_drawn_as_they_were_distilled(argv, cfg, guidance):
+    found = settings(*argv)
+    assert (found.cfg, found.guidance) == (cfg, guidance)
+
+
+def test_published_weights_without_guidance_get_none():
+    found = settings(*WEIGHTS, config="train_configs/flux_schnell_model.toml")
+    assert (found.cfg, found.guidance) == (1.0, None)
+
+
+@pytest.mark.parametrize("name", [METADATA, MANIFEST])
+def test_a_checkpoint_of_a_run_is_drawn_as_the_run_draws(tmp_path, name):
+    (tmp_path / name).touch()
+    found = settings("--weights", str(tmp_path))
+    assert (found.cfg, found.guidance) == (5.0, 1.0)
+    (tmp_path / name).unlink()
+    assert settings("--weights", str(tmp_path)).cfg == 1.0
+
+
+def test_only_what_is_surely_a_file_is_judged_by_its_name(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for out in (f"{tmp_path}/v1.5", f"{tmp_path}/v1.jpg/", f"{tmp_path}/folder.png"):
+        (path,) = task("--prompt", "a", "--out", out).paths
+        assert path == Path(out) / "0000-a.png"
+    (path,) = task("--prompt", "a", "--inference.save_img_folder", "img.v1").paths
+    assert path.parent.name == "img.v1"
+    assert task("--prompt", "a", "--out", "b.PNG").paths == [Path("b.PNG")]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    for path in (plain / "x.png", plain / "deep" / "x.png", Path("/proc/seven.png")):
+        with pytest.raises(ValueError, match=r"cannot be written \(.+\).* --out"):
+            check_writable([path])
+    check_writable([tmp_path / "new" / "deep" / "x.png"])
+    assert list(tmp_path.iterdir()) == [plain], "nothing is left behind"

@@ -1,8 +1,23 @@
 """Who draws what: every picture once, and every rank as many."""
 
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from torchtitan_flux.inference.draw import batches_of, places
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import pytest
+import torch
+from torch import nn
+
+from torchtitan_flux.encoders.codec import PixelCodec
+from torchtitan_flux.generate import SampleSettings, TextConditioning
+from torchtitan_flux.inference.draw import AT_ONCE, Request, batches_of, draw, places, portion
+from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.model import FLAVORS
+
+GEOMETRY = FLAVORS["flux-tiny"].geometry
+SETTINGS = SampleSettings(ImageSize(16, 16), steps=2, seed=5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -19,3 +34,65 @@ def test_every_picture_is_drawn_where_its_place_says(count, ranks, batch):
     assert all(one == shapes[0] for one in shapes), "ranks that share a model work in step"
     assert len(shapes[0]) == -(-count // (ranks * batch)), "no round too many"
     assert {i for rounds in of_rank for one in rounds for i in one} == set(range(count))
+
+
+class Follows(nn.Module):
+    """A velocity that depends on the caption."""
+
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance):
+        return img * y[:, None, :1]
+
+
+@dataclass
+class Noted:
+    """Parts of one line each, and what was done with them."""
+
+    apart: bool
+    device: torch.device
+    done: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def text(self) -> Iterator:
+        def encode(captions):
+            self.done.append("caption")
+            length = torch.tensor([[float(len(caption))] for caption in captions])
+            return TextConditioning(length[:, None] / 99, length / 99)
+
+        self.done.append("text")
+        yield encode
+
+    @contextmanager
+    def transformer(self) -> Iterator:
+        self.done.append("transformer")
+        yield Follows()
+
+    @contextmanager
+    def codec(self) -> Iterator:
+        self.done.append("codec")
+        yield PixelCodec(16)  # the latents as they are
+
+
+def test_many_pictures_go_from_part_to_part_in_portions():
+    """Memory and the wait for the first picture do not grow with their number."""
+    count, batch = 2 * AT_ONCE + 3, 2
+    requests = [Request("x" * (1 + i), i) for i in range(count)]
+    rounds = batches_of(0, places(count, 1, batch))
+    found, steps = {}, {}
+    stages = {apart: Noted(apart, torch.device("cpu")) for apart in (False, True)}
+    for apart, one in stages.items():
+        steps[apart] = []
+        images = draw(one, GEOMETRY, requests, rounds, SETTINGS, "", steps[apart].append)
+        first = next(images)
+        if apart:
+            assert one.done == ["text", *["caption"] * AT_ONCE, "transformer", "codec"]
+        found[apart] = torch.cat([first, *images])
+    assert torch.equal(found[True], found[False])
+    assert len(found[True]) == count
+    assert len({tuple(image.flatten().tolist()) for image in found[True]}) == count
+    assert steps[True] == steps[False] == [n for n in range(len(rounds)) for _ in range(2)]
+    assert [stages[True].done.count(part) for part in ("text", "transformer", "codec")] == [3] * 3
+
+
+def test_a_portion_is_one_round_at_least():
+    assert [portion(batch) for batch in (1, 2, AT_ONCE)] == [AT_ONCE, AT_ONCE // 2, 1]
+    assert portion(3 * AT_ONCE) == 1

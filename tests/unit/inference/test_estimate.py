@@ -9,11 +9,16 @@ import torch
 
 from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.inference.command import Task
+from torchtitan_flux.inference.draw import AT_ONCE, Request
 from torchtitan_flux.inference.estimate import Estimate, Phase, estimate, refusal
+from torchtitan_flux.inference.expectation import Expectation
 from torchtitan_flux.inference.memory import free_memory, text_of
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.planning.command import model_args
 
+FLOAT32 = ("--training.mixed_precision_param", "float32")
 GIB = 2**30
 SETTINGS = SampleSettings(ImageSize(512, 512), 28, guidance=3.5, shifted=True)
 DEV = FLAVORS["flux-dev"]
@@ -46,6 +51,24 @@ def test_flux_dev_at_512_fits_8_gb_by_streaming_and_not_otherwise(config):
 def test_ranks_share_weights_unless_each_streams(config):
     assert of_dev(config, False, ranks=8).peak < 0.25 * of_dev(config, False).peak
     assert of_dev(config, True, ranks=8) == of_dev(config, True)
+
+
+def test_captions_are_counted_in_portions():
+    """With --low_memory on CPUs they lie in the memory that is counted, those of a portion."""
+    argv = ["--job.config_file", "train_configs/debug_model.toml", "--model.flavor", "flux-tiny"]
+    config = read_config([*argv, "--encoder.max_t5_encoding_len", "4096", *FLOAT32])
+    args = model_args(config)
+    settings = SampleSettings(ImageSize(64, 64), 2)
+
+    def low(count: int) -> list[int]:
+        requests = [Request("a", i) for i in range(count)]
+        task = Task(requests, settings, "", [], 2)
+        return [phase.work for phase in Expectation.of(config, args, task, 1).low.phases]
+
+    two, ten, all_of_it, many = low(2), low(10), low(AT_ONCE), low(5000)
+    caption = (4096 * args.context_in_dim + args.vec_in_dim) * 4
+    assert [b - a for a, b in zip(two, ten, strict=True)] == [16 * caption, 8 * caption, 0]
+    assert many == all_of_it > ten
 
 
 def test_a_refusal_names_sizes_and_what_helps(config):

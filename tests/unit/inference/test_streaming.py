@@ -1,12 +1,27 @@
 """Blocks with the weights of one of them in memory compute what the whole model does."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
 from helpers import model_inputs, nonzero_model
 
-from torchtitan_flux.inference.streaming import ALIGNMENT, Streamed, load_outside
+from torchtitan_flux.inference import stages, streaming
+from torchtitan_flux.inference.stages import OneAfterAnother
+from torchtitan_flux.inference.streaming import (
+    ALIGNMENT,
+    GRANULE,
+    Streamed,
+    block_sizes,
+    can_be_kept,
+    in_pieces,
+    load_outside,
+    piece_sizes,
+)
 from torchtitan_flux.model import FLAVORS, FluxModel
 
 ARGS = replace(FLAVORS["flux-tiny"], guidance_embed=True, depth=3, depth_single_blocks=2)
@@ -14,6 +29,7 @@ BLOCKS = [
     *(f"double_blocks.{i}" for i in range(ARGS.depth)),
     *(f"single_blocks.{i}" for i in range(ARGS.depth_single_blocks)),
 ]
+EMPTY = torch.empty
 
 
 class Reader:
@@ -90,3 +106,103 @@ def test_a_tensor_of_another_shape_is_not_broadcast():
     model, _ = streamed_model(read, torch.float32)
     with pytest.raises(AssertionError, match="img_mod"):
         model(**model_inputs(ARGS, 1, 3, 5, 7, seed=1))
+
+
+def pretend_a_card(monkeypatch) -> list[int]:
+    """A GPU that is none: two slots and pinned memory of this machine's. Bytes that were pinned."""
+    pinned: list[int] = []
+
+    def empty(*shape, device=None, pin_memory=False, **kind):
+        on = device if device is not None and torch.device(device).type == "meta" else "cpu"
+        found = EMPTY(*shape, device=on, **kind)
+        if pin_memory:
+            pinned.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(torch, "empty", empty)
+    for name in ("Event", "Stream", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    return pinned
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@torch.no_grad()
+def test_blocks_in_pinned_memory_compute_the_same_bits(monkeypatch, keep):
+    """Kept, in many pieces, they are read once; else in two places, and read at every use."""
+    monkeypatch.setattr(streaming, "GRANULE", 1024)
+    whole = nonzero_model(ARGS, seed=2)
+    read = Reader(whole)
+    with torch.device("meta"):
+        model = FluxModel(ARGS)
+    load_outside(model, BLOCKS, read, torch.device("cpu"), torch.float32)
+    read.asked.clear()
+    blocks = {name: model.get_submodule(name) for name in BLOCKS}
+    sizes = block_sizes(list(blocks.values()), torch.float32)
+    inputs = model_inputs(ARGS, 1, 3, 5, 7, seed=1)
+    expected = whole(**inputs)
+    pinned = pretend_a_card(monkeypatch)
+    streamed = Streamed(blocks, read, torch.device("cuda"), torch.float32, keep)
+    for _ in range(2):
+        assert torch.equal(model(**inputs), expected)
+    streamed.close()
+    if keep:
+        assert pinned == [piece for size in sizes for piece in piece_sizes(size)]
+        assert len(pinned) > 2 * len(sizes)
+        assert len(read.asked) == len(set(read.asked))
+    else:
+        assert pinned == [max(sizes)] * 2
+        assert len(read.asked) > len(set(read.asked))
+
+
+def flux_blocks() -> list[int]:
+    """Bytes of each of FLUX.1's blocks in bfloat16."""
+    with torch.device("meta"):
+        shown = FluxModel(replace(FLAVORS["flux-dev"], depth=1, depth_single_blocks=1))
+    double, single = shown.double_blocks["0"], shown.single_blocks["0"]
+    return [
+        size
+        for block, count in ((double, 19), (single, 38))
+        for size in block_sizes([block], torch.bfloat16) * count
+    ]
+
+
+def test_pinned_pieces_are_what_the_allocator_gives_and_hardly_more_than_the_blocks():
+    """torch's pinned allocator gives the next power of two for every request."""
+    sizes = flux_blocks()
+    taken = 0
+    for size in sizes:
+        pieces = piece_sizes(size)
+        assert [1 << (piece - 1).bit_length() for piece in pieces] == pieces
+        assert 0 <= sum(pieces) - size < GRANULE
+        taken += sum(pieces)
+    assert round(taken / 2**30) == 22, "docs/inference.md says it"
+    assert sum(1 << (size - 1).bit_length() for size in sizes) > 37 * 2**30, "were each asked whole"
+    assert can_be_kept(sizes, int(1.26 * taken))
+    assert not can_be_kept(sizes, int(1.24 * taken))
+
+
+@pytest.mark.parametrize("size", [1, GRANULE // 2, 3 * GRANULE + 5])
+def test_pieces_hold_the_values_in_their_order(size):
+    values = torch.arange(size, dtype=torch.int16)
+    pieces = in_pieces(values, pin=False)
+    assert torch.equal(torch.cat(pieces), values)
+    bytes_ = [piece.untyped_storage().nbytes() for piece in pieces]
+    assert bytes_ == piece_sizes(2 * size)
+
+
+def test_what_is_free_is_looked_at_when_a_part_is_streamed_and_given_back_after(monkeypatch):
+    """What the part before had pinned must not stay with torch, or the next has none."""
+    free, streamed, emptied = iter([2**30, 2**20]), MagicMock(), MagicMock()
+    monkeypatch.setattr(stages, "free_memory", lambda device: next(free))
+    monkeypatch.setattr(stages, "Streamed", streamed)
+    monkeypatch.setattr(stages, "load_outside", MagicMock())
+    monkeypatch.setattr(torch.cuda, "empty_cache", MagicMock())
+    monkeypatch.setattr(torch._C, "_host_emptyCache", emptied, raising=False)
+    part = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    for turn, kept in enumerate([True, False]):
+        model = nonzero_model(ARGS, seed=2)
+        blocks = {name: model.get_submodule(name) for name in BLOCKS}
+        with OneAfterAnother._streamed(part, model, blocks, MagicMock()):
+            assert streamed.call_args.args[-1] is kept
+            assert emptied.call_count == turn
+        assert emptied.call_count == turn + 1
