@@ -26,7 +26,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from documents import REPO, Command, block
 from PIL import Image
-from ranks import run_ranks
+from ranks import keep_process_group, run_ranks
 from torchtitan.tools.logging import logger
 from unit.data.test_data_mnist import write_idx
 
@@ -142,9 +142,7 @@ def script(path: str) -> Callable[[], None]:
 
 
 def attempt(folder: Path, main: Callable[[], None], argv: list[str]) -> Said:
-    destroy = torch.distributed.destroy_process_group
-    # run_ranks needs that of all ranks
-    torch.distributed.destroy_process_group = lambda group=None: group is None or destroy(group)
+    keep_process_group()
     os.chdir(folder)
     sys.argv[1:] = argv
     lines = io.StringIO()

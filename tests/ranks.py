@@ -58,3 +58,9 @@ def _rank(folder: str, rank: int, world_size: int, function: Callable, args: tup
         Path(folder, f"error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the others wait in a collective: their connection breaks, and they end too
     os._exit(0)  # no clean-up of what the parent owns
+
+
+def keep_process_group() -> None:
+    """For a program that leaves the ranks' group at its end: it is needed again by the next one."""
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: group and destroy(group)

@@ -22,7 +22,7 @@ import torch
 from helpers import nonzero_model
 from made_weights import save_checkpoint
 from PIL import Image
-from ranks import run_ranks
+from ranks import keep_process_group, run_ranks
 from safetensors.torch import save_file
 from tiny_run import arguments
 from torchtitan.tools.logging import logger
@@ -66,9 +66,7 @@ class Command:
 
 def run(commands: list[Command]) -> list[Said]:
     """`run_infer.sh` without its launcher, several times in one process."""
-    destroy = torch.distributed.destroy_process_group
-    # the one that all share is needed again
-    torch.distributed.destroy_process_group = lambda group=None: group and destroy(group)
+    keep_process_group()
     found = []
     for command in commands:
         lines = io.StringIO()
