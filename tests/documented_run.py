@@ -22,7 +22,6 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import made_weights as made
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 import torch.distributed.checkpoint as dcp
 from documents import REPO, Command, block
 from PIL import Image
