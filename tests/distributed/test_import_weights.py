@@ -30,6 +30,7 @@ from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
+from torchtitan_flux.training import session
 from torchtitan_flux.training import trainer as trainer_module
 from torchtitan_flux.training.trainer import FluxTrainer
 
@@ -278,6 +279,15 @@ def test_a_wrong_path_ends_the_run_with_status_2(files, tmp_path):
 
     argv = beginning(tmp_path, files.guided, "--checkpoint.initial_load_in_hf")
     assert run_ranks(1, status, argv) == [2]
+
+
+def test_weights_that_may_not_be_read_are_one_message(files, monkeypatch):
+    def locked(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(session, "open_for", locked)
+    with pytest.raises(ValueError, match=r"--weights .*flux1-tiny\.safetensors: .*denied"):
+        session._open(str(files.bfl), ARGS, load_config(["--model.flavor", "flux-tiny"]))
 
 
 def test_contradictions_are_named(files, tmp_path):

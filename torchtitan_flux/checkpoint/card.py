@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import torch
 
 from torchtitan_flux.checkpoint import architecture
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
-from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.checkpoint.sources import DcpSource
+from torchtitan_flux.checkpoint.storage import METADATA
+from torchtitan_flux.checkpoint.weights import Weights, open_weights
+from torchtitan_flux.config.paths import locate
+from torchtitan_flux.model import FLAVORS, FluxModelArgs
 
 CARD = "README.md"
 FOREIGN_CARD = "SOURCE_README.md"
@@ -36,25 +41,51 @@ def travelling_files(
     """Licences and the model card of an export, by file name.
 
     The licence files and the card of the source come along: a card of somebody else's as
-    `SOURCE_README.md`, one of ours as the beginning of the new one. Derivatives of FLUX.1-dev name
-    its licence.
+    `SOURCE_README.md`, one of ours as the beginning of the new one. A run's weights have the
+    licence of what it began with. Derivatives of FLUX.1-dev name its licence.
 
     Args:
         weights: what is exported.
         format, target, dtype: as what, where to, in which element type (None keeps it).
     """
-    found = _source_files(weights)
-    files = {name: path.read_bytes() for name, path in found.items() if name != CARD}
-    text = found[CARD].read_text(encoding="utf-8", errors="replace") if CARD in found else ""
-    if text and _OURS not in text:
-        files[FOREIGN_CARD] = text.encode()
-    files[CARD] = _card(weights, format, target, dtype, text).encode()
+    origins = _origins(weights)
+    found = [_source_files(path) for path in origins]
+    files = {
+        name: path.read_bytes()
+        for of_one in reversed(found)
+        for name, path in of_one.items()
+        if name != CARD
+    }
+    cards = [_read(of_one[CARD]) if CARD in of_one else "" for of_one in found]
+    if cards[0] and _OURS not in cards[0]:
+        files[FOREIGN_CARD] = cards[0].encode()
+    licence = next((one for one in map(_stated_licence, cards) if one), {})
+    told = any(_OURS in card for card in cards)  # a card of ours without a licence says: none
+    if not licence and not told and _derives_from_dev(weights, origins[-1]):
+        licence = {**_DEV_LICENCE, "base_model": "black-forest-labs/FLUX.1-dev"}
+    files[CARD] = _card(weights, format, target, dtype, cards[0], licence).encode()
     return files
 
 
-def _source_files(weights: Weights) -> dict[str, Path]:
-    """Card and licences that lie with the source, by the names they get."""
-    path = weights.path
+def _origins(weights: Weights) -> list[Path]:
+    """The source, what the run that made it began with, what made that, and so on."""
+    found = [weights.path]
+    while named := (_begun(found[-1]) or {}).get("initial_load_path"):
+        path = locate(str(named))
+        if path is None or path in found:
+            break
+        found.append(path)
+    return found
+
+
+def _begun(path: Path) -> Mapping[str, Any] | None:
+    """Section `checkpoint` of the run that made a checkpoint; None for anything else."""
+    config = architecture.run_config(path) if (path / METADATA).is_file() else None
+    return None if config is None else config.get("checkpoint", {})
+
+
+def _source_files(path: Path) -> dict[str, Path]:
+    """Card and licences that lie with weights, by the names they get."""
     if path.is_file():
         begin = f"{path.stem}."
         own = {one.name.removeprefix(begin): one for one in path.parent.glob(f"{begin}*")}
@@ -77,16 +108,23 @@ def _known(folder: Path) -> dict[str, Path]:
 def _is_model_repository(folder: Path) -> bool:
     """Whether the card in a folder is about the weights beside it, and not about some project."""
     card = folder / CARD
-    return (
-        card.is_file()
-        and _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) is not None
-    )
+    return card.is_file() and _FRONT_MATTER.match(_read(card)) is not None
+
+
+def _read(card: Path) -> str:
+    return card.read_text(encoding="utf-8", errors="replace")
 
 
 def _card(
-    weights: Weights, format: str, target: Path, dtype: torch.dtype | None, before: str
+    weights: Weights,
+    format: str,
+    target: Path,
+    dtype: torch.dtype | None,
+    before: str,
+    licence: Mapping[str, str],
 ) -> str:
-    matter = _front_matter(weights, format, before)
+    library = "diffusers" if format in ("diffusers", "pipeline") else "torchtitan-flux"
+    matter = {**licence, "library_name": library, "pipeline_tag": "text-to-image"}
     lines = [f"{name}: {value}" for name, value in matter.items()]
     trained, history = _sections(before) if _OURS in before else ("", "")
     source = "/".join(weights.path.resolve().parts[-2:])
@@ -122,14 +160,6 @@ def _sections(card: str) -> tuple[str, str]:
     return (found[1].strip(), found[2].rstrip("\n") + "\n") if found else ("", "")
 
 
-def _front_matter(weights: Weights, format: str, before: str) -> dict[str, str]:
-    licence = _stated_licence(before)
-    if not licence and _derives_from_dev(weights):
-        licence = {**_DEV_LICENCE, "base_model": "black-forest-labs/FLUX.1-dev"}
-    library = "diffusers" if format in ("diffusers", "pipeline") else "torchtitan-flux"
-    return {**licence, "library_name": library, "pipeline_tag": "text-to-image"}
-
-
 def _stated_licence(card: str) -> dict[str, str]:
     """The licence entries in the front matter of a card."""
     found = _FRONT_MATTER.match(card)
@@ -137,14 +167,31 @@ def _stated_licence(card: str) -> dict[str, str]:
     return dict(re.findall(entry, found[1] if found else "", re.MULTILINE))
 
 
-def _derives_from_dev(weights: Weights) -> bool:
-    """FLUX.1-dev's architecture, unless the run that made it says that it began with nothing."""
-    dev = FLAVORS["flux-dev"]
-    if weights.args != dev:
+def _derives_from_dev(weights: Weights, origin: Path) -> bool:
+    """Whether the first of its origins has FLUX.1-dev's architecture as it is stored.
+
+    Not if the run that made it began with nothing. Of what a run began with, and which is not there
+    any more, is known what the run did about guidance.
+    """
+    begun = _begun(origin)
+    if begun is not None and not begun.get("initial_load_path"):
         return False
-    config = architecture.run_config(weights.path) if weights.format == "dcp" else None
-    checkpoint = config.get("checkpoint", {}) if config else {}
-    return config is None or bool(checkpoint.get("initial_load_path"))
+    stored = weights.stored
+    if origin != weights.path:
+        with suppress(ValueError, OSError):
+            stored = _stored(origin)
+    guided = {"drop": True, "initialize": False}.get((begun or {}).get("guidance_weights", ""))
+    if guided is not None:
+        stored = replace(stored, guidance_embed=guided)
+    return stored == FLAVORS["flux-dev"]
+
+
+def _stored(path: Path) -> FluxModelArgs:
+    """Architecture of weights; reads no values, so that it is quick at any size."""
+    if not (path / METADATA).is_file():
+        return open_weights(path, alone=True).stored
+    alike = architecture.flavor_of_run(path)
+    return architecture.from_shapes(path, DcpSource(path).shapes, alike)
 
 
 def _description(weights: Weights) -> str:

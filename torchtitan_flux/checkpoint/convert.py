@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from torchtitan_flux.checkpoint import architecture
 from torchtitan_flux.checkpoint.card import travelling_files
+from torchtitan_flux.checkpoint.convert_autoencoder import check_vae, open_autoencoder
 from torchtitan_flux.checkpoint.export_dcp import write_checkpoint
 from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.pipeline_folder import PipelineParts, pipeline_plan
+from torchtitan_flux.checkpoint.pipeline_folder import PipelineParts, PipelinePlan, pipeline_plan
 from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
 from torchtitan_flux.checkpoint.safetensors_writer import (
@@ -78,7 +79,8 @@ def convert(
         dtype: element type; None keeps what each parameter has.
         max_shard_size: of the files of a diffusers folder, as "10GB".
         overwrite: replace an earlier export of this name.
-        verify: read the result back and compare every parameter bit for bit.
+        verify: read the result back and compare every parameter, of a pipeline every file, bit for
+            bit.
         parts: encoders and autoencoder of a pipeline; None takes those that the source names.
 
     Raises:
@@ -96,9 +98,14 @@ def convert(
     job = _Job(source, dtype, parse_size(max_shard_size))
     pipeline = pipeline_plan(source, parts) if format == "pipeline" else None
     needed = job.bytes + (pipeline.bytes if pipeline else 0)
-    with staged(target, needed, overwrite, reads=[source.path]) as stage:
+    reads = [source.path, *(pipeline.reads if pipeline else ())]
+    files = travelling_files(source, format, target, dtype)
+    beside, outdated = [], []
+    if format in ("bfl", "comfyui"):
+        beside = [f"{target.stem}.{name}" for name in (*files, CHECKSUMS)]
+        outdated = _companions(target)
+    with staged(target, needed, overwrite, reads, beside, outdated) as stage:
         made = stage / target.name
-        files = travelling_files(source, format, target, dtype)
         logger.info(f"Writing {target}: {job.bytes / 1e9:.2f} GB of weights")
         if format == "dcp":
             _write_dcp(job, made, files)
@@ -106,17 +113,19 @@ def convert(
             _write_single(job, made, COMFYUI_PREFIX if format == "comfyui" else "", files)
         else:
             made.mkdir()
-            sums: dict[str, str] = {}
             inner = made
+            copied: dict[str, str] = {}
             if pipeline is not None:
-                sums |= pipeline.write(made)
+                copied = pipeline.write(made)
                 inner = made / "transformer"
                 inner.mkdir()
             names = _write_diffusers(job, inner)
-            sums |= {str((inner / name).relative_to(made)): one for name, one in names.items()}
+            sums = {str((inner / name).relative_to(made)): one for name, one in names.items()}
             for name, content in files.items():
                 (made / name).write_bytes(content)
-            _write_checksums(made / CHECKSUMS, made, sums)
+            _write_checksums(made / CHECKSUMS, made, copied | sums)
+            if verify and pipeline is not None:
+                compare_parts(pipeline, made, copied)
         if verify:
             compare_written(job, made)
     logger.info(f"Wrote {target}" + (", verified: every tensor is bit-equal" if verify else ""))
@@ -246,6 +255,17 @@ def _write_checksums(path: Path, folder: Path, known: Mapping[str, str]) -> None
     path.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
+def _companions(target: Path) -> list[str]:
+    """Names that the checksums beside an earlier single file tell of; the file's own is not one."""
+    path = target.with_name(f"{target.stem}.{CHECKSUMS}")
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [line.partition("  ")[2] for line in lines]
+    begin = f"{target.stem}."
+    return [n for n in names if n.startswith(begin) and Path(n).name == n and n != target.name]
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -284,6 +304,23 @@ def compare_written(job: _Job, written: Path) -> None:
             f"what was written differs from {job.weights.path} in {len(wrong)} parameters "
             f"({wrong[0]} first); the disk or the memory is at fault, nothing was kept"
         )
+
+
+def compare_parts(pipeline: PipelinePlan, written: Path, copied: Mapping[str, str]) -> None:
+    """Read back what stands beside a transformer; UnreadableWeights names what is not as it was.
+
+    Args:
+        pipeline: what was written.
+        written: its folder.
+        copied: checksums of the files that were copied, by name.
+    """
+    for name, digest in copied.items():
+        if sha256(written / name) != digest:
+            raise UnreadableWeights(
+                f"the copy {name} differs from {pipeline.copies[name]}; the disk or the memory is "
+                "at fault, nothing was kept"
+            )
+    check_vae(open_autoencoder(pipeline.autoencoder), written / "vae")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -109,10 +109,7 @@ def convert_autoencoder(
         made = stage / target.name
         write_vae(source, made) if format == "diffusers" else _write_file(source, made)
         if verify:
-            written = open_autoencoder(made)
-            for name, tensor in source.tensors.items():
-                if not torch.equal(written.tensors[name], tensor):
-                    raise UnreadableWeights(f"what was written differs from {path}: {name}")
+            check_vae(source, made)
 
 
 def _write_file(source: AutoencoderWeights, path: Path) -> None:
@@ -140,6 +137,14 @@ def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
     with TensorsWriter(folder, name, specs, {"format": "pt"}) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
+
+
+def check_vae(source: AutoencoderWeights, written: Path) -> None:
+    """Read an autoencoder back; UnreadableWeights names the first tensor that differs."""
+    found = open_autoencoder(written)
+    for name, tensor in source.tensors.items():
+        if not torch.equal(found.tensors[name], tensor):
+            raise UnreadableWeights(f"what was written differs from {source.path}: {name}")
 
 
 def vae_config(args: AutoencoderArgs, sample_size: int = 1024) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What `checkpoint.last_save_in_hf` adds to the last checkpoint: a diffusers folder beside it."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
@@ -9,11 +8,8 @@ from torchtitan_flux.engine import give_back_freed_memory
 import torch.distributed as dist
 
 from torchtitan_flux.checkpoint.convert import convert
-from torchtitan_flux.checkpoint.folder import rename_over
+from torchtitan_flux.checkpoint.folder import WAITING, rename_over
 from torchtitan_flux.model import FluxModelArgs
-
-WAITING = timedelta(hours=2)
-"""How long ranks wait for rank 0; 48 GB at 7 MB/s."""
 
 
 def exported(checkpoint: Path) -> Path:

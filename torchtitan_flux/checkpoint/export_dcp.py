@@ -22,7 +22,8 @@ from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.checkpoint.safetensors_writer import Specs
 from torchtitan_flux.checkpoint.storage import ManifestWriter, Written, causes_of
 
-_DATA = "__0_0.distcp"
+_FILE_BYTES = 2 * 2**30
+"""A file that has this much is complete: ranks that verify the checkpoint share its files."""
 
 
 def write_checkpoint(
@@ -81,16 +82,20 @@ class _LazyWriter(ManifestWriter):
         self._beside = beside
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        written, path = Written(), Path(self.path) / _DATA
-        with path.open("wb") as file:
-            for item in plan.items:
-                begin = file.tell()
-                torch.save(planner.resolve_data(item), file)
-                place = _StorageInfo(_DATA, begin, file.tell() - begin)
-                written.append(WriteResult(item.index, place.length, place))
-            file.flush()
-            os.fsync(file.fileno())
-        written.files = {_DATA: file_facts(path)}
+        written, files, waiting = Written(), {}, list(reversed(plan.items))
+        while waiting:
+            name = f"__0_{len(files)}.distcp"
+            path = Path(self.path) / name
+            with path.open("wb") as file:
+                while waiting and (begin := file.tell()) < _FILE_BYTES:
+                    item = waiting.pop()
+                    torch.save(planner.resolve_data(item), file)
+                    place = _StorageInfo(name, begin, file.tell() - begin)
+                    written.append(WriteResult(item.index, place.length, place))
+                file.flush()
+                os.fsync(file.fileno())
+            files[name] = file_facts(path)
+        written.files = files
         future: Future = Future()
         future.set_result(written)
         return future

@@ -15,7 +15,13 @@ from torchtitan_flux.checkpoint.convert_autoencoder import (
     open_autoencoder,
     write_vae,
 )
-from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights, read_json
+from torchtitan_flux.checkpoint.safetensors_file import (
+    TensorsFile,
+    UnreadableWeights,
+    listed,
+    read_json,
+    read_weight_map,
+)
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.config.paths import locate
 from torchtitan_flux.encoders.pretrained import TOKENIZER_FILES, has_tokenizer
@@ -74,6 +80,11 @@ class PipelinePlan:
         """How much will be copied."""
         vae = [self.autoencoder] if self.autoencoder.is_file() else self.autoencoder.glob("*")
         return sum(one.stat().st_size for one in (*self.copies.values(), *vae))
+
+    @property
+    def reads(self) -> list[Path]:
+        """All that is copied."""
+        return [*self.copies.values(), self.autoencoder]
 
     def write(self, folder: Path) -> dict[str, str]:
         """Everything but the transformer; returns the checksums of large files by name."""
@@ -171,10 +182,23 @@ def _model_files(folder: Path, part: str) -> dict[str, Path]:
         pickles = [one.name for one in folder.glob("*.bin")]
         more = f" (only {', '.join(pickles)}, and pickles are not used)" if pickles else ""
         raise UnreadableWeights(f"{_FLAGS[part]}: {folder} holds no model*.safetensors{more}")
+    indexes = sorted(folder.glob("model*.safetensors.index.json"))
+    for index in indexes:
+        shards = {folder / name for name in read_weight_map(index).values()}
+        if missing := sorted(one.name for one in shards if not one.is_file()):
+            raise UnreadableWeights(
+                f"{_FLAGS[part]}: {index} names {listed(missing)}, which {folder} does not hold; "
+                "get it again"
+            )
+        weights = sorted({*weights, *shards})
+    if not indexes and not (folder / "model.safetensors").is_file():
+        raise UnreadableWeights(
+            f"{_FLAGS[part]}: {folder} has {listed(one.name for one in weights)}, but neither "
+            "model.safetensors nor model.safetensors.index.json; get it again"
+        )
     for one in weights:
         TensorsFile.open(one)
-    names = [config, *weights, *sorted(folder.glob("model*.safetensors.index.json"))]
-    return {one.name: one for one in names}
+    return {one.name: one for one in (config, *weights, *indexes)}
 
 
 def _tokenizer_files(folder: Path, part: str) -> dict[str, Path]:

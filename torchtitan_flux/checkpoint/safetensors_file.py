@@ -7,6 +7,7 @@ file before anything is allocated, and a part of a tensor costs the pages it lie
 import json
 import math
 import mmap
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
 _LENGTH = 8  # bytes of the header's length, little endian
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _PICKLE_NAMES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_LFS = b"version https://git-lfs"
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
@@ -106,15 +108,14 @@ class TensorsFile:
     def tensor(self, name: str) -> Tensor:
         """A tensor that lies on the file's pages: whatever is not touched is not read.
 
-        Not to be written to. Copy what is kept, then `release` what was read.
+        Not to be written to: that ends the process. Copy what is kept, then `release` what was
+        read.
         """
         place = self._places[name]
         if place.begin == place.end:
             return torch.empty(place.shape, dtype=place.dtype)
         start = self._data_begin + place.begin
-        raw = torch.frombuffer(
-            self._map, dtype=torch.uint8, count=place.end - place.begin, offset=start
-        )
+        raw = self._bytes[start : self._data_begin + place.end]
         if start % place.dtype.itemsize:  # a header of odd length: only foreign writers do that
             raw = raw.clone()
         return raw.view(place.dtype).view(place.shape)
@@ -130,8 +131,14 @@ class TensorsFile:
     @cached_property
     def _map(self) -> mmap.mmap:
         with self.path.open("rb") as file:
-            # ACCESS_COPY only so that torch takes the buffer as writable; nobody writes
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # a private copy (ACCESS_COPY) would have to fit into memory and swap
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=torch.uint8)
 
 
 def refuse_pickle(path: Path) -> None:
@@ -154,6 +161,10 @@ def _refuse_other_formats(path: Path, begin: bytes) -> None:
         raise UnreadableWeights(
             f"{path} is a GGUF file, whose weights are quantised; give the safetensors file that "
             "it was made from"
+        )
+    if begin == _LFS[: len(begin)] and path.read_bytes().startswith(_LFS):
+        raise UnreadableWeights(
+            f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` there"
         )
 
 

@@ -4,7 +4,7 @@ import pickle
 import signal
 import time
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -124,11 +124,12 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _member  # how Python 3.11.0 to 3.11.3 pickle a member of an enum
+        if module in ("pathlib", "pathlib._local") and name == "PosixPath":
+            return PurePosixPath  # Python 3.13 has its paths in pathlib._local, others lack it
         known = (
             (module in self.MODULES and name in self.CLASSES)
             or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
             or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-            or (module in ("pathlib", "pathlib._local") and name == "PosixPath")
             or (module, name) == ("collections", "OrderedDict")
         )
         if not known:

@@ -90,6 +90,7 @@ class Weights:
         path: what was opened.
         format: what it is.
         args: the architecture that its parameters make up.
+        stored: that of the file, before guidance was dropped or initialised.
         shapes, dtypes: of every parameter, by our name; dtypes as they are stored.
     """
 
@@ -110,7 +111,7 @@ class Weights:
         """
         self.path, self.format, self.args = path, format, args
         self._source = source
-        stored = replace(args, guidance_embed=_has_guidance(source))
+        self.stored = stored = replace(args, guidance_embed=_has_guidance(source))
         entries = layout_entries(_LAYOUTS[format], stored)
         expected = foreign_shapes(stored, entries)
         found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}

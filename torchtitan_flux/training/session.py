@@ -144,7 +144,7 @@ def _open(weights: str, args: FluxModelArgs, config: Any) -> Weights:
         raise FileNotFoundError(f"--weights {weights} does not exist")
     try:
         return open_for(path, config.model.flavor, args, config.checkpoint.guidance_weights)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"--weights {weights}: {error}") from None
 
 

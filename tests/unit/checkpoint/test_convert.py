@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,7 +21,14 @@ from helpers import diffusers_forward, model_inputs, relative_l2
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchtitan_flux.checkpoint import compare_command, convert_command, staging
+from torchtitan_flux import engine
+from torchtitan_flux.checkpoint import (
+    compare,
+    compare_command,
+    convert_command,
+    export_dcp,
+    staging,
+)
 from torchtitan_flux.checkpoint import convert as convert_module
 from torchtitan_flux.checkpoint.card import travelling_files
 from torchtitan_flux.checkpoint.convert import convert
@@ -210,9 +218,79 @@ def test_a_pipelines_parts_must_fit(sources, tmp_path, models):
     refused(
         path, r"--t5: .* no model\*\.safetensors \(only pytorch_model\.bin", t5=tmp_path / "pickled"
     )
+    shutil.copytree(TINY / "t5", tmp_path / "part")
+    (tmp_path / "part" / "model.safetensors").rename(tmp_path / "part" / "model-1-of-2.safetensors")
+    refused(path, r"--t5: .* has model-1-of-2\.safetensors, but neither", t5=tmp_path / "part")
+    shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    index = tmp_path / "part" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    refused(path, r"--t5: .* names model-2-of-2\.safetensors, which", t5=tmp_path / "part")
     digits = replace(FLAVORS["flux-digits"], depth=1, depth_single_blocks=1)
     pixels = made.make(tmp_path / "pixels", "bfl", digits, made.state_dict(digits))
     refused(pixels, r"works on pixels")
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", f"vae/{SINGLE}"])
+def test_verification_covers_all_of_a_pipeline(sources, tmp_path, monkeypatch, name):
+    real = convert_module._write_diffusers
+
+    def flip(job, folder):
+        part = folder.parent / name
+        content = part.read_bytes()
+        part.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        return real(job, folder)
+
+    monkeypatch.setattr(convert_module, "_write_diffusers", flip)
+    with pytest.raises(UnreadableWeights, match=r"the copy tokenizer|what was written differs"):
+        convert(sources["bfl", FOR_PIPELINE], tmp_path / "out", "pipeline", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_is_not_made_in_place_of_its_own_parts(tmp_path, sources):
+    there = tmp_path / "FLUX.1-dev"
+    shutil.copytree(TINY, there)
+    (there / "model_index.json").write_text("{}")
+    before = sorted(there.rglob("*"))
+    parts = convert_module.PipelineParts(autoencoder=there / "ae.safetensors")
+    with pytest.raises(TargetRefused, match=r"holds what is read from.*ae\.safetensors"):
+        convert(sources["bfl", FOR_PIPELINE], there, "pipeline", overwrite=True, parts=parts)
+    assert sorted(there.rglob("*")) == before
+
+
+def test_what_lies_beside_a_single_file(tmp_path, sources):
+    """An earlier export's companions go with it; without --overwrite nothing is touched."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(sources["diffusers", made.ARGS], theirs)
+    (theirs / "LICENSE.md").write_text("do no harm")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "flux1-a.README.md").write_text("written by hand")
+    with pytest.raises(TargetRefused, match=r"flux1-a\.README\.md exists"):
+        convert(theirs, folder / "flux1-a.safetensors", "bfl")
+    assert [one.name for one in folder.iterdir()] == ["flux1-a.README.md"]
+    convert(theirs, folder / "flux1-a.safetensors", "bfl", overwrite=True)
+    (folder / "flux1-a.png").write_text("a picture")
+    (folder / "flux1-a").mkdir()
+    names = {"flux1-a", "flux1-a.README.md", "flux1-a.SHA256SUMS", "flux1-a.png"}
+    names.add("flux1-a.safetensors")
+    assert {one.name for one in folder.iterdir()} == names | {"flux1-a.LICENSE.md"}
+    convert(sources["dcp", made.ARGS], folder / "flux1-a", "diffusers", overwrite=True)
+    assert (folder / "flux1-a.LICENSE.md").exists(), "it belongs to the file, not to the folder"
+    convert(sources["dcp", made.ARGS], folder / "flux1-a.safetensors", "bfl", overwrite=True)
+    assert {one.name for one in folder.iterdir()} == names
+
+
+def test_a_large_checkpoint_has_several_files(sources, models, tmp_path, monkeypatch):
+    """So that ranks share the reading, when they verify it."""
+    monkeypatch.setattr(export_dcp, "_FILE_BYTES", 200_000)
+    convert(sources["bfl", made.ARGS], tmp_path / "out", "dcp", verify=True)
+    names = {one.name for one in (tmp_path / "out").glob("*.distcp")}
+    assert len(names) > 3
+    assert names < set(Manifest.read(tmp_path / "out").files)
+    assert_same(tmp_path / "out", models[made.ARGS], made.ARGS)
+    loaded = {name: torch.zeros_like(t) for name, t in models[made.ARGS].items()}
+    load_states(loaded, set(loaded), tmp_path / "out")
+    assert all(torch.equal(loaded[name], t) for name, t in models[made.ARGS].items())
 
 
 # ---- the autoencoder -----------------------------------------------------------------------
@@ -463,6 +541,24 @@ def test_compare(sources, models, tmp_path, capsys):
     assert code == 1
     assert "not run: their inputs" in told
     assert run(sources["dcp", made.ARGS], tmp_path / "absent")[0] == 2
+
+
+def test_a_difference_that_is_no_number(models, tmp_path, monkeypatch):
+    states = dict(models[made.ARGS])
+    states["img_in.bias"] = states["img_in.bias"].clone()
+    states["img_in.bias"][0] = torch.nan
+    first, second = (
+        open_weights(made.make(tmp_path / name, "bfl", made.ARGS, one))
+        for name, one in (("a", models[made.ARGS]), ("b", states))
+    )
+    largest = {one.block: one.largest for one in compare.differences(first, second)}
+    assert [block for block, value in largest.items() if value != 0] == ["img_in"]
+    assert math.isnan(largest["img_in"])
+    # of a container, in a machine that has more
+    monkeypatch.setattr(engine, "_physical_memory", lambda: 1_000_000)
+    assert "not run: 0.0 GB in float32 is over half" in str(
+        compare.forward_difference(first, second)
+    )
 
 
 @pytest.mark.slow

@@ -1,7 +1,11 @@
 """Weights of every format: what they are is found out, any part is read as it is in the whole."""
 
 import json
+import os
+import pickle
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
@@ -9,16 +13,20 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import made_weights as made
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import model_inputs
 from ranks import run_ranks
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from torchtitan_flux.checkpoint import architecture, to_bfl
+from torchtitan_flux.checkpoint import architecture, manifest, to_bfl
+from torchtitan_flux.checkpoint.folder import verify
 from torchtitan_flux.checkpoint.safetensors_file import TensorsFile
 from torchtitan_flux.checkpoint.sources import DcpSource
+from torchtitan_flux.checkpoint.storage import SafeReader
 from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries, our_shapes
 from torchtitan_flux.checkpoint.weights import open_weights
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
@@ -252,6 +260,58 @@ def test_the_published_configuration_is_the_flavor(tmp_path):
         theirs.save_config(tmp_path)  # type: ignore[union-attr]
         found = architecture.from_diffusers_config(tmp_path / "config.json")
         assert found == replace(args, depth=1, depth_single_blocks=1)
+
+
+def test_a_file_larger_than_the_memory(tmp_path):
+    """Read where it lies: nothing of it counts as memory of this process."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines}
+    there = (kilobytes["MemTotal:"] + kilobytes["SwapTotal:"]) * 1024
+    path = made.sparse(tmp_path / "large.safetensors", {"x": (there // 2 + 2**29,), "last": (3,)})
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x80\x3f")
+    file = TensorsFile.open(path)
+    assert file.tensor("last").tolist() == [0, 0, 1]
+    file.release("x")
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert {line.split()[1] for line in maps if str(path) in line} == {"r--s"}, "no private copy"
+
+
+def test_a_checkpoint_of_another_python_version(tmp_path, states):
+    """Python 3.13 stores paths as of a module that others lack."""
+    folder = made.make(tmp_path, "dcp", made.ARGS, states["plain"])
+    metadata = SafeReader(folder).read_metadata()
+    metadata.storage_meta = StorageMeta(Path("/some/where"))
+    text = pickle.dumps(metadata, protocol=2)  # names are plain text there
+    for module in (b"cpathlib", b"cpathlib._local"):
+        assert b"\nPosixPath\n" in text
+        older = text.replace(b"cpathlib._local\n", b"cpathlib\n")
+        (folder / ".metadata").write_bytes(older.replace(b"cpathlib\n", module + b"\n"))
+        found = SafeReader(folder).read_metadata().storage_meta
+        assert found is not None
+        assert str(found.checkpoint_id) == "/some/where"
+
+
+def slow_disk(folder: Path) -> str:
+    """What `verify` says where rank 0 reads for longer than any step may take."""
+    real, group = manifest.file_facts, dist.group.WORLD
+
+    def slow(path):
+        if path.suffix == ".distcp":
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), group)
+            time.sleep(1.5)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), group)
+        return real(path)
+
+    manifest.file_facts = slow  # in a process of its own
+    problem = verify(folder)[1]
+    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=5), group)
+    return problem
+
+
+def test_ranks_wait_for_the_one_that_reads_the_largest_file(paths):
+    assert run_ranks(2, slow_disk, paths["dcp", "plain"]) == ["", ""]
 
 
 @pytest.mark.parametrize(

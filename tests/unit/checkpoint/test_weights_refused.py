@@ -94,6 +94,10 @@ def trailing(path):
     path.write_bytes(path.read_bytes() + b"more")
 
 
+def pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:46\nsize 2380\n")
+
+
 def too_short(path):
     path.write_bytes(b"\x01\x02")
 
@@ -252,6 +256,7 @@ def metadata_with_code(path):
 
 CASES: list[tuple[str, Callable, str]] = [
     ("bfl", missing_key, r"1 missing: txt_in\.bias"),
+    ("bfl", pointer, r"is a git-lfs pointer, not the weights: run `git lfs pull` there"),
     ("bfl", extra_key, r"1 unknown: lora_A\.weight"),
     ("bfl", mis_shaped_key, r"1 mis-shaped: double_blocks\.1\.img_mlp\.0\.bias: \(7,\), expected"),
     ("diffusers", missing_in_diffusers, r"missing: .*transformer_blocks\.1\.attn\.to_k\.bias"),
