@@ -4,7 +4,7 @@ import pickle
 import signal
 import time
 from enum import Enum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _member  # how Python 3.11.0 to 3.11.3 pickle a member of an enum
         if module in ("pathlib", "pathlib._local") and name == "PosixPath":
-            return PurePosixPath  # Python 3.13 has its paths in pathlib._local, others lack it
+            return type(Path())  # Python 3.13 has its paths in pathlib._local, others lack it
         known = (
             (module in self.MODULES and name in self.CLASSES)
             or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -12,9 +13,10 @@ from torchtitan_flux.training import stopping
 from torchtitan_flux.training.stopping import StopSignals
 
 
-def wait_for(signals: StopSignals) -> None:
+def wait_for(told: Callable[[], bool]) -> None:
+    """Until the thread that reads signals has done so."""
     end = time.monotonic() + 5
-    while not signals.requested:
+    while not told():
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -27,10 +29,12 @@ def test_a_signal_is_a_request_and_handlers_are_given_back(number, caplog):
     assert not signals.requested
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), number)  # at once: Slurm's and the launcher's are one request
-    wait_for(signals)
+    said = "stopping at the next step boundary; a second signal leaves"
+    wait_for(lambda: said in caplog.text)
+    assert signals.requested
     signals.uninstall()
     assert {s: signal.getsignal(s) for s in stopping.SIGNALS} == before
-    assert caplog.text.count("stopping at the next step boundary; a second signal leaves") == 1
+    assert caplog.text.count(said) == 1
 
 
 HELD_BACK = """
