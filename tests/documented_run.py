@@ -3,9 +3,6 @@
 Stand-ins: flavors, FLUX.1's files and data sets are tiny; /data is in the folder.
 """
 
-import contextlib
-import io
-import logging
 import os
 import runpy
 import shlex
@@ -14,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
@@ -24,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch.distributed.checkpoint as dcp
 from documents import REPO, Command, block
-from PIL import Image
-from ranks import keep_process_group, run_ranks
-from torchtitan.tools.logging import logger
+from programs import Said, attempt
+from ranks import run_ranks
 from unit.data.test_data_mnist import write_idx
 
 from torchtitan_flux import infer, launch
@@ -84,14 +80,6 @@ def make_data(data: Path) -> None:
     write_idx(data / "mnist")
 
 
-@dataclass(frozen=True)
-class Said:
-    """How a command ended, and what it said on both streams and in the log."""
-
-    status: int
-    text: str
-
-
 def shell(command: Command, folder: Path, *more: str, **environment: str) -> str:
     """Bash runs it in the folder; what it said. It has to end with 0."""
     python = str(Path(sys.executable).parent)
@@ -125,13 +113,13 @@ def here(command: Command, folder: Path, *more: str) -> str:
         if "--check" in words:
             main, ranks = (lambda: sys.exit(launch.launch("train", arguments))), 1
         else:
-            run_ranks(1, attempt, folder, lambda: launch.check(kind, arguments, ranks), [])
+            run_ranks(1, attempt_in, folder, lambda: launch.check(kind, arguments, ranks), [])
     elif words[1] == "-m":
         assert words[2] == "torchtitan_flux.infer"
         main, arguments, ranks = infer.main, words[3:], 1
     else:
         main, arguments, ranks = script(words[1]), words[2:], 1
-    said = run_ranks(ranks, attempt, folder, main, arguments)
+    said = run_ranks(ranks, attempt_in, folder, main, arguments)
     assert [one.status for one in said] == [0] * ranks, f"{command.text} {more}\n{said[0].text}"
     return said[0].text
 
@@ -140,23 +128,6 @@ def script(path: str) -> Callable[[], None]:
     return runpy.run_path(str(REPO / path))["main"]
 
 
-def attempt(folder: Path, main: Callable[[], None], argv: list[str]) -> Said:
-    keep_process_group()
+def attempt_in(folder: Path, main: Callable[[], None], argv: list[str]) -> Said:
     os.chdir(folder)
-    sys.argv[1:] = argv
-    lines = io.StringIO()
-    handler = logging.StreamHandler(lines)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    status = 0
-    with contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
-        try:
-            main()
-        except SystemExit as leaving:
-            status = leaving.code or 0
-    return Said(status, lines.getvalue())
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as picture:
-        return picture.tobytes()
+    return attempt(main, argv)

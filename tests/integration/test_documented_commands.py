@@ -25,12 +25,12 @@ from documented_run import (
     TINY,
     here,
     make_folder,
-    pixels,
     shell,
     write_own_files,
 )
 from documents import DOCUMENTS, REPO, Command, block, claimed, commands
 from PIL import Image
+from programs import pixels
 
 from torchtitan_flux import infer
 from torchtitan_flux.config.manager import read_config

@@ -1,16 +1,13 @@
 """Pictures for people, by `infer.main` on forked ranks: repeated, in little memory, refused."""
 
 import errno
-import io
-import logging
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -22,10 +19,10 @@ import torch
 from helpers import nonzero_model
 from made_weights import save_checkpoint
 from PIL import Image
-from ranks import keep_process_group, run_ranks
+from programs import Said, attempt, pixels
+from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny_run import arguments
-from torchtitan.tools.logging import logger
 
 from torchtitan_flux import infer
 from torchtitan_flux.checkpoint import to_bfl
@@ -48,14 +45,6 @@ SINGLE = ("--inference.local_batch_size", "1")
 
 
 @dataclass(frozen=True)
-class Said:
-    """How a command ended, and what it said on both streams and in the log."""
-
-    status: int
-    text: str
-
-
-@dataclass(frozen=True)
 class Command:
     """A command line, and what is done to this rank before."""
 
@@ -66,24 +55,12 @@ class Command:
 
 def run(commands: list[Command]) -> list[Said]:
     """`run_infer.sh` without its launcher, several times in one process."""
-    keep_process_group()
-    found = []
-    for command in commands:
-        lines = io.StringIO()
-        handler = logging.StreamHandler(lines)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        sys.argv[1:] = command.argv
-        status = 0
-        try:
-            with redirect_stdout(lines), redirect_stderr(lines):
-                command.before()
-                command.main()
-        except SystemExit as leaving:
-            status = leaving.code
-        logger.removeHandler(handler)
-        found.append(Said(status, lines.getvalue()))
-    return found
+
+    def prepared(command: Command) -> None:
+        command.before()
+        command.main()
+
+    return [attempt(partial(prepared, command), command.argv) for command in commands]
 
 
 def warm(dump: Path) -> None:
@@ -103,11 +80,6 @@ def checkpoint(dump: Path, seed: int) -> Path:
 
 def own(dump: Path, *more: str) -> list[str]:
     return [*PROMPTS, *SETTINGS, *more, *arguments(dump, 8)]
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as picture:
-        return picture.tobytes()
 
 
 @dataclass(frozen=True)

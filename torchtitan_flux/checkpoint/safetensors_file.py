@@ -162,10 +162,11 @@ def _refuse_other_formats(path: Path, begin: bytes) -> None:
             f"{path} is a GGUF file, whose weights are quantised; give the safetensors file that "
             "it was made from"
         )
-    if begin == _LFS[: len(begin)] and path.read_bytes().startswith(_LFS):
-        raise UnreadableWeights(
-            f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` there"
-        )
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UnreadableWeights(
+                f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` there"
+            )
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

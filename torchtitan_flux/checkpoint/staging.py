@@ -1,6 +1,5 @@
 """An export is complete or not there: made beside its place, and renamed at the end."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchtitan_flux.checkpoint.safetensors_file import listed
-from torchtitan_flux.durable import sync_folder
+from torchtitan_flux.durable import sync_folder, take
 
 _MARKS = ("model_index.json", "config.json", "manifest.json", ".metadata")
 _REPLACED = "replaced"
@@ -117,14 +116,9 @@ def _stage(target: Path) -> Iterator[Path]:
 
 def _lock(descriptor: int, stage: Path) -> bool:
     """Whether the folder is ours until the descriptor is closed."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks, on which nothing can be known
     # whoever held it may have removed it before the lock was ours
-    return stage.exists() and os.path.samestat(os.fstat(descriptor), stage.stat())
+    there = take(descriptor) and stage.exists()
+    return there and os.path.samestat(os.fstat(descriptor), stage.stat())
 
 
 def _check_free(

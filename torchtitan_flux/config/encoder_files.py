@@ -13,13 +13,14 @@ from typing import Any
 
 from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.encoders.pretrained import (
+    PUBLISHED,
     TOKENIZER_FILES,
     has_tokenizer,
     read_clip_config,
     read_t5_config,
 )
 
-TEXT = {"t5_encoder": "tokenizer_2", "clip_encoder": "tokenizer"}
+TEXT = {key.removeprefix("encoder."): tokenizer for key, (_, tokenizer) in PUBLISHED.items()}
 """Key of [encoder] -> the folder beside the encoder's in FLUX.1's repositories."""
 
 REPOSITORIES = {name: f"black-forest-labs/{name}" for name in ("FLUX.1-dev", "FLUX.1-schnell")}

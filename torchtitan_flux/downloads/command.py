@@ -1,7 +1,6 @@
 """Command line of scripts/download_hf_assets.py and of `python -m torchtitan_flux.downloads`."""
 
 import argparse
-import fcntl
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from torchtitan_flux.config.paths import PACKAGE, locate
 from torchtitan_flux.downloads.choose import KINDS, DownloadError, RemoteFile, choose
 from torchtitan_flux.downloads.fetch import fetch, is_right, part_path
 from torchtitan_flux.downloads.hub import Hub
+from torchtitan_flux.durable import take
 
 EPILOG = f"""\
 --assets takes folders of the repository (transformer, text_encoder, tokenizer_2, ...) or, where it
@@ -178,10 +178,6 @@ def _alone(folder: Path, dry_run: bool) -> Iterator[None]:
     except OSError as error:
         raise DownloadError(f"{path} cannot be written: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(f"another download is writing to {folder}: wait for it") from None
-        except OSError:  # a file system without locks
-            pass
+        if not take(lock.fileno()):
+            raise DownloadError(f"another download is writing to {folder}: wait for it")
         yield

@@ -16,8 +16,8 @@ CLIP_KEY = "encoder.clip_encoder"
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 """A tokenizer has one of these."""
 
-_PUBLISHED = {T5_KEY: ("text_encoder_2", "tokenizer_2"), CLIP_KEY: ("text_encoder", "tokenizer")}
-"""Folders of FLUX.1's repositories."""
+PUBLISHED = {T5_KEY: ("text_encoder_2", "tokenizer_2"), CLIP_KEY: ("text_encoder", "tokenizer")}
+"""Folders of FLUX.1's repositories: the encoder, and its tokenizer beside it."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # One line of the reason is enough: what transformers raises goes on for a screen.
@@ -49,8 +49,8 @@ def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> Va
     if len(reason) > _REASON_LENGTH:
         reason = reason[:_REASON_LENGTH] + " …"
     said = f"{key}: cannot load the {what} from {path}: {reason}"
-    if not Path(path).exists() and key in _PUBLISHED:
-        encoder, tokenizer = _PUBLISHED[key]
+    if not Path(path).exists() and key in PUBLISHED:
+        encoder, tokenizer = PUBLISHED[key]
         said += (
             "; FLUX.1's own is downloaded by `python scripts/download_hf_assets.py --repo_id "
             f"black-forest-labs/FLUX.1-schnell --assets {encoder} {tokenizer}`, then {key} = "

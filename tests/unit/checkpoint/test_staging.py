@@ -8,7 +8,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
 
-from torchtitan_flux.checkpoint import staging
+from torchtitan_flux import durable
 from torchtitan_flux.checkpoint.staging import TargetRefused, staged
 
 
@@ -44,13 +44,13 @@ def test_a_second_export_to_the_same_target_is_refused_and_spoils_nothing(tmp_pa
 
 def test_a_folder_that_its_writer_removes_meanwhile_is_not_taken(tmp_path, monkeypatch):
     """The other process is done between this one's opening the folder and its lock."""
-    real = staging.fcntl.flock
+    real = durable.fcntl.flock
 
     def flock(descriptor, operation):
         shutil.rmtree(tmp_path / "out.partial")
         real(descriptor, operation)
 
-    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    monkeypatch.setattr(durable.fcntl, "flock", flock)
     with pytest.raises(TargetRefused, match="being written by another process"):
         export(tmp_path / "out")
 
@@ -59,7 +59,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
     def flock(descriptor, operation):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    monkeypatch.setattr(durable.fcntl, "flock", flock)
     export(tmp_path / "out")
 
 

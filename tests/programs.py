@@ -1,0 +1,47 @@
+"""A program's `main` in this process, and how it ended; its pictures."""
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+from PIL import Image
+from ranks import keep_process_group
+from torchtitan.tools.logging import logger
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended, and what it said on both streams and in the log."""
+
+    status: int
+    text: str
+
+
+def attempt(main: Callable[[], None], argv: list[str]) -> Said:
+    """As its command line would; in a forked rank, for it changes `sys.argv` and the group."""
+    keep_process_group()
+    sys.argv[1:] = argv
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    status = 0
+    try:
+        with contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
+            main()
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    logger.removeHandler(handler)
+    return Said(status, lines.getvalue())
+
+
+def pixels(path: Path) -> bytes:
+    """What a picture shows, without its metadata."""
+    with Image.open(path) as picture:
+        return picture.tobytes()
