@@ -1,23 +1,22 @@
 """Seconds of one optimisation step, ours beside that of torchtitan 0.2.2's own FLUX:
 
-    python benchmarks/step_time.py --batch 1 --rounds 5
-    python benchmarks/step_time.py --case defaults --batch 1 --rounds 1
-    python benchmarks/step_time.py --device cuda --dtype bfloat16 --compile --batch 16 --rounds 20
+    python benchmarks/step_time.py --dtype bfloat16
+    python benchmarks/step_time.py --case alike --dtype bfloat16 --compile ours
+    python benchmarks/step_time.py --case alike --device cuda --dtype bfloat16 --compile --batch 16
 
 A step is the flow step, forward, backward, clipping and AdamW of the transformer, on one rank and
 on encoded tensors that are the same for both; encoders, codec and data loading are left out of
 both. The model is flux-debug, whose dimensions are equal in both: hidden 1536, 12 heads, 2 + 2
 blocks, 4096 text and 768 pooled features. Each side is put together as its trainer does it on one
-rank: ours under fully_shard, theirs bare under torch.autocast; clipping and AdamW (fused) are
-torchtitan's, for both. They step by turns, each in a process of its own that is set up as by its
-trainer (on a CPU ours keeps freed memory), with the same threads; ratios are those of neighbouring
-turns.
+rank: ours under fully_shard, theirs bare under torch.autocast; each clips with its own function,
+and AdamW (fused) is torchtitan's, for both. They step by turns, each in a process of its own that
+is set up as by its trainer (on a CPU ours keeps freed memory), with the same threads; ratios are
+those of neighbouring turns.
 
---case alike (the default) gives both the same --dtype, --ac and --compile. Their trainer compiles
-nothing; with --compile their blocks are compiled as ours are, with --compile ours only ours.
---case defaults takes each as its debug_model.toml runs on this machine: full activation
-checkpointing in both, and computation in bf16 in theirs, in float32 on a CPU and bf16 on a GPU in
-ours.
+--case shipped (the default) gives each the activation checkpointing of its own debug_model.toml:
+full in theirs, none in ours, where it fits; --case alike gives both --ac. The --dtype is the same
+in both. With --compile the blocks of both are compiled, though their trainer compiles nothing, and
+with --compile ours only ours.
 
 Their attention is causal (0.2.2 lets is_causal default to true), half of attention's arithmetic and
 3 % of the step's at 256 px; the times are compared as they are.
@@ -31,10 +30,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torchtitan_flux.engine  # isort: skip  before torchtitan
 
+import tomli
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.generate import TextConditioning
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
+from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.training.losses import EncodedBatch, sample_losses
@@ -89,13 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", choices=["alike", "defaults"], default="alike")
+    parser.add_argument("--case", choices=["alike", "shipped"], default="shipped")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--ac", choices=["none", "full"], default="none")
+    parser.add_argument("--ac", choices=["none", "full"], help="with --case alike: of both")
     parser.add_argument("--compile", nargs="?", choices=["both", "ours"], const="both")
     parser.add_argument("--size", type=int, default=256, help="pixels")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--text-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
@@ -104,6 +106,8 @@ def main() -> None:
     if (options.device == "cuda") != torch.cuda.is_available():
         # torchtitan binds its device when it is imported
         parser.error("--device cuda needs a GPU; --device cpu needs CUDA_VISIBLE_DEVICES=''")
+    if options.ac and options.case == "shipped":
+        parser.error("--ac is of --case alike; --case shipped takes it from the two TOML files")
     args = FLAVORS[FLAVOR]
     sides = dict(zip(STEPS, settings(options), strict=True))
     for name, setting in sides.items():
@@ -121,14 +125,19 @@ def main() -> None:
 
 def settings(options: argparse.Namespace) -> tuple[Setting, Setting]:
     """Ours and theirs."""
-    if options.case == "alike":
-        alike = (options.dtype, options.ac)
-        return (
-            Setting(*alike, compile=options.compile is not None),
-            Setting(*alike, compile=options.compile == "both"),
-        )
-    dtype = "float32" if options.device == "cpu" else "bfloat16"
-    return Setting(dtype, "full", compile=False), Setting("bfloat16", "full", compile=False)
+    files = ("train_configs/debug_model.toml", "tests/assets/torchtitan/debug_model.toml")
+    shipped = options.case == "shipped"
+    ours, theirs = (checkpointing(file) if shipped else options.ac or "none" for file in files)
+    return (
+        Setting(options.dtype, ours, compile=options.compile is not None),
+        Setting(options.dtype, theirs, compile=options.compile == "both"),
+    )
+
+
+def checkpointing(file: str) -> str:
+    """activation_checkpoint.mode of a TOML file of this repository."""
+    section = tomli.loads(Path(file).read_text()).get("activation_checkpoint", {})
+    return section.get("mode", "none")
 
 
 def draw(args: FluxModelArgs, size: ImageSize, options: argparse.Namespace) -> Inputs:
@@ -173,7 +182,8 @@ def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
         encoded = EncodedBatch(latents, noise, text, ImageSize(height, width))
         loss = sample_losses(model, args, encoded, inputs.t, None).sum() / latents.numel()
         loss.backward()
-        clip_and_step(model, optimizers)
+        clip_gradients(model.parameters(), MAX_NORM)
+        optimizers.step()
         return loss.detach()
 
     return step
@@ -218,7 +228,8 @@ def their_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
             loss = loss_fn(predicted, target) / target.numel()
         del predicted, target
         loss.backward()
-        clip_and_step(model, optimizers)
+        dist_utils.clip_grad_norm_(list(model.parameters()), MAX_NORM, foreach=True)
+        optimizers.step()
         return loss.detach()
 
     return step
@@ -230,11 +241,6 @@ def ready(model: nn.Module, inputs: Inputs) -> None:
     with torch.no_grad():
         model.init_weights()  # type: ignore[operator]
     model.train()
-
-
-def clip_and_step(model: nn.Module, optimizers: Any) -> None:
-    dist_utils.clip_grad_norm_(list(model.parameters()), MAX_NORM, foreach=True)
-    optimizers.step()
 
 
 class Stepper:

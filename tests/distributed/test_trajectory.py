@@ -18,20 +18,24 @@ def one_rank(tmp_path_factory) -> tuple[dict[int, float], Path]:
     return series, dump
 
 
+DDP = ("--parallelism.data_parallel_replicate_degree", "2")
+KEPT = ("--parallelism.fsdp_reshard_after_forward", "never")
+
+
 @pytest.mark.parametrize(
-    ("ranks", "local_batch", "mesh"),
+    ("ranks", "local_batch", "more"),
     [
         pytest.param(1, 2, (), id="1 rank, 4 microbatches"),
         pytest.param(2, 4, (), id="FSDP 2", marks=pytest.mark.long),
         pytest.param(2, 2, (), id="FSDP 2, 2 microbatches", marks=pytest.mark.slow),
-        pytest.param(2, 4, ("replicate", 2), id="DDP 2"),
+        pytest.param(2, 4, KEPT, id="FSDP 2, weights kept"),
+        pytest.param(2, 4, DDP, id="DDP 2"),
         pytest.param(4, 2, (), id="FSDP 4", marks=pytest.mark.long),
-        pytest.param(4, 1, ("replicate", 2), id="HSDP 2x2, 2 microbatches"),
+        pytest.param(4, 1, DDP, id="HSDP 2x2, 2 microbatches"),
     ],
 )
-def test_same_losses_on_any_mesh(one_rank, tmp_path, ranks, local_batch, mesh):
+def test_same_losses_on_any_mesh(one_rank, tmp_path, ranks, local_batch, more):
     reference, _ = one_rank
-    more = ("--parallelism.data_parallel_replicate_degree", str(mesh[1])) if mesh else ()
     series = loss_series(ranks, arguments(tmp_path, local_batch, *more))
     assert series.keys() == reference.keys()
     assert worst(series, reference) <= 1e-5

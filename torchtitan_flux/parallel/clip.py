@@ -46,7 +46,9 @@ def clip_gradients(
     if pp_mesh is not None:
         dist.all_reduce(total, group=pp_mesh.get_group())
     norm = total.sqrt()
-    torch._foreach_mul_(local, (max_norm / (norm + TINY)).clamp(max=1.0))
+    factor = (max_norm / (norm + TINY)).clamp(max=1.0)
+    if factor.is_cuda or factor < 1.0:  # to look would make the CPU wait for a GPU
+        torch._foreach_mul_(local, factor)
     return norm
 
 

@@ -72,24 +72,44 @@ def parallelize_flux(
         compile_blocks(model, job_config.compile.backend)
 
     # Data parallel last: it owns the parameters.
+    reshards = _reshards(job_config, parallel_dims)
     shard_model(
         model,
         parallel_dims.data_mesh,
         param_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
         reduce_dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_reduce],
-        reshard_after_forward=_reshards(job_config.parallelism, parallel_dims.pp_enabled),
+        reshard_after_forward=reshards,
         cpu_offload=job_config.training.enable_cpu_offload,
     )
+    if not (reshards or parallel_dims.pp_enabled):  # a pipeline does it after all microbatches
+        model.register_forward_hook(_reshard_unless_training)
     return model
 
 
-def _reshards(parallelism: Any, pipelined: bool) -> bool:
+def _reshards(config: Any, dims: FluxParallelDims) -> bool:
     """Whether weights are given back after the forward pass.
 
-    By default not in a pipeline: they would be gathered again for each of its microbatches.
+    By default not in a pipeline, where they would be gathered again for each of its microbatches,
+    and not where a rank has all of them anyway: they would be cast again, and what they take is
+    free before the gradients, no smaller, are whole. Beside offloaded weights it counts.
     """
-    policy = parallelism.fsdp_reshard_after_forward
-    return policy == "always" or (policy == "default" and not pipelined)
+    policy = config.parallelism.fsdp_reshard_after_forward
+    if policy != "default":
+        return policy == "always"
+    whole = dims.data_mesh.size(1) == 1 and not config.training.enable_cpu_offload
+    return not (dims.pp_enabled or whole)
+
+
+def _reshard_unless_training(model: nn.Module, *_: Any) -> None:
+    if not torch.is_grad_enabled():  # no backward pass will do it
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave each rank its shards only: a state dict would find whole weights, soon out of date."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard_model(

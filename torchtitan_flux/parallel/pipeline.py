@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -26,6 +25,7 @@ from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.context import tokens_per_rank
+from torchtitan_flux.parallel.parallelize import reshard
 from torchtitan_flux.parallel.pipeline_split import split_model
 from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, LaterStage
 
@@ -213,9 +213,7 @@ class Pipeline(nn.Module):
         velocity = run.schedule.eval(
             *(batch.first() if run.has_first else ()), **batch.everywhere()
         )
-        for module in self.stages.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # or a state dict would find whole weights, soon out of date
+        reshard(self.stages)
         if velocity is None:
             velocity = torch.empty(
                 count * microbatch,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,12 @@ def spread(items: list, count: int) -> list:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def read_grid(step: int, path: Path, known: tuple[str, ...] = ()) -> Grid:
+def read_grid(step: int, path: Path) -> Grid:
     """A grid's file.
 
     Args:
         step: from its name.
         path: a PNG.
-        known: prompts of the configuration; they tell where one ends that contains a bar.
 
     Raises:
         OSError: it cannot be read as a picture.
@@ -71,12 +71,20 @@ def read_grid(step: int, path: Path, known: tuple[str, ...] = ()) -> Grid:
                 content = _smaller(image)
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from error
-    joined = facts.pop("prompts", "")
+    prompts = _prompts(facts.pop("prompts", ""))
     facts.pop("step", None)
-    prompts = known if joined == " | ".join(known) else tuple(joined.split(" | "))
     kind = "jpeg" if reduced else "png"
     data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return Grid(step, prompts if joined else (), facts, width, height, data, reduced)
+    return Grid(step, prompts, facts, width, height, data, reduced)
+
+
+def _prompts(text: str) -> tuple[str, ...]:
+    """Of the list that the trainer writes; none where another program wrote something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
 def _smaller(image: Image.Image) -> bytes:

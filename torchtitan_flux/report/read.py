@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
     grids = []
     for step, file in spread(found, MAX_GRIDS):
         try:
-            grids.append(read_grid(step, file, tuple(value.get("sampling.prompts") or ())))
+            grids.append(read_grid(step, file))
         except OSError:
             missing.append(f"{file.name} cannot be read as a picture.")
     if not found:

@@ -4,6 +4,7 @@
         --job.config_file train_configs/flux_digits.toml
 """
 
+import json
 import signal
 import sys
 import time
@@ -351,7 +352,7 @@ class FluxTrainer(Trainer):
                 self.grid_path(),
                 s.images_per_prompt,
                 settings,
-                prompts=" | ".join(s.prompts),
+                prompts=json.dumps(s.prompts, ensure_ascii=False),
                 step=self.step,
                 flavor=config.model.flavor,
             )

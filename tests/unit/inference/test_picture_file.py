@@ -107,7 +107,7 @@ def test_foreign_files_are_refused(tmp_path):
     plain = tmp_path / "plain.png"
     Image.new("RGB", (4, 4)).save(plain)
     grid = tmp_path / "grid.png"
-    save_png(Image.new("L", (4, 4)), grid, PLAIN.settings, step=4, prompts="a | b")
+    save_png(Image.new("L", (4, 4)), grid, PLAIN.settings, step=4, prompts="[]")
     jpeg = tmp_path / "named.png"
     Image.new("RGB", (4, 4)).save(jpeg, format="JPEG")
     text = tmp_path / "text.png"

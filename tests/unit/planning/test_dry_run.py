@@ -59,8 +59,9 @@ def test_states_of_flux_dev(ranks, gib):
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_three_blocks_of_a_kind_stand_for_all(mode):
-    config = configured(mode, Mesh(shard=2, cp=2), "flux-tiny")
+@pytest.mark.parametrize("mesh", [Mesh(shard=2, cp=2), Mesh(replicate=2)], ids=str)
+def test_three_blocks_of_a_kind_stand_for_all(mesh, mode):
+    config = configured(mode, mesh, "flux-tiny")
     few = dry_run(config, TINY, 2, 64, 16)
     whole = dry_run(config, TINY, 2, 64, 16, whole=True)
     assert few.parameters == whole.parameters

@@ -58,10 +58,11 @@ def write_events(folder: Path, begin: float, scalars: list[tuple[str, int, float
     writer.close()
 
 
-def write_grid(path: Path, prompts: str, size: tuple[int, int] = (12, 8)) -> None:
+def write_grid(path: Path, prompts: list[str], size: tuple[int, int] = (12, 8)) -> None:
     """A PNG with prompts in its metadata."""
     metadata = PngImagePlugin.PngInfo()
-    for name, value in {"prompts": prompts, "step": "9", "cfg": "2.0", "guidance": "None"}.items():
+    facts = {"prompts": json.dumps(prompts), "step": "9", "cfg": "2.0", "guidance": "None"}
+    for name, value in facts.items():
         metadata.add_text(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (200, 30, 30)).save(path, pnginfo=metadata)
@@ -112,8 +113,8 @@ def written(tmp_path_factory) -> Written:
         expected.setdefault(tag, {})[step] = float32(value)
 
     (folder / "config.toml").write_text(CONFIG)
-    write_grid(folder / "samples" / "step-9.png", "a | b | c")
-    write_grid(folder / "samples" / "step-18.png", f"{HOSTILE} | c", (1200, 1600))
+    write_grid(folder / "samples" / "step-9.png", ["a | b", "c"])
+    write_grid(folder / "samples" / "step-18.png", [HOSTILE, "c"], (1200, 1600))
     checkpoint = folder / "checkpoint" / "step-12"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(b"x" * 3072)

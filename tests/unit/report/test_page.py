@@ -12,7 +12,7 @@ from pathlib import Path
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from torchtitan_flux.report.charts import number
 from torchtitan_flux.report.command import main
@@ -279,6 +279,15 @@ def test_pictures_are_those_of_the_run(written, read):
         path.read_bytes() for path in files
     ]
     assert [values["data-step"] for _, values in read.tags if "data-step" in values] == ["9", "18"]
+
+
+@pytest.mark.parametrize("text", [None, "a, b", '"a"', "7"])
+def test_a_grid_of_another_program_has_no_prompts(tmp_path, text):
+    metadata = PngImagePlugin.PngInfo()
+    if text is not None:
+        metadata.add_text("prompts", text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "step-5.png", pnginfo=metadata)
+    assert read_grid(5, tmp_path / "step-5.png").prompts == ()
 
 
 def test_large_grids_are_reduced(tmp_path):

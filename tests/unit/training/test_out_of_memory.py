@@ -60,6 +60,7 @@ def test_it_ends_the_process_and_other_errors_do_not(caplog, monkeypatch):
 
 def test_remedies_are_keys_that_can_still_be_changed():
     config = load_config(["--job.config_file", "train_configs/debug_model.toml"])
+    config.activation_checkpoint.mode = "full"
     said = "; ".join(training_remedies(config))
     assert "training.local_batch_size (now 4)" in said
     assert "activation_checkpoint.offload_inputs" in said
