@@ -100,7 +100,7 @@ USED = {
     "parallelism.data_parallel_shard_degree": "Ranks that a replica's parameters, gradients and "
     "optimizer are sharded over (FSDP); -1 takes the ranks that are left",
     "parallelism.fsdp_reshard_after_forward": "Whether gathered parameters are given up after the "
-    "forward pass; default: yes, where they are sharded or offloaded, and no pipeline stage",
+    "forward pass; default: where they are sharded or offloaded, except in a pipeline",
     "parallelism.tensor_parallel_degree": "Ranks that share the heads and the MLP of every block",
     "parallelism.enable_async_tensor_parallel": "Not available: it needs sequence parallel "
     "activations",

@@ -47,7 +47,7 @@ def clip_gradients(
         dist.all_reduce(total, group=pp_mesh.get_group())
     norm = total.sqrt()
     factor = (max_norm / (norm + TINY)).clamp(max=1.0)
-    if factor.is_cuda or factor < 1.0:  # to look would make the CPU wait for a GPU
+    if factor.device.type != "cpu" or factor < 1.0:  # to look at a GPU's is to wait for it
         torch._foreach_mul_(local, factor)
     return norm
 

@@ -91,7 +91,7 @@ def _reshards(config: Any, dims: FluxParallelDims) -> bool:
 
     By default not in a pipeline, where they would be gathered again for each of its microbatches,
     and not where a rank has all of them anyway: they would be cast again, and what they take is
-    free before the gradients, no smaller, are whole. Beside offloaded weights it counts.
+    free before the gradients, no smaller, are whole. Where weights are offloaded memory is scarce.
     """
     policy = config.parallelism.fsdp_reshard_after_forward
     if policy != "default":
