@@ -210,9 +210,16 @@ def test_compiled_and_checkpointed_blocks_train_and_load_as_plain_ones(tmp_path)
     assert series["checkpointed"] == pytest.approx(series["plain"], rel=1e-5)
 
 
-HSDP_CP = ("--parallelism.data_parallel_replicate_degree", "2",
-           "--parallelism.data_parallel_shard_degree", "2",
-           "--parallelism.context_parallel_degree", "2")  # fmt: skip
+HSDP_CP = (
+    "--parallelism.data_parallel_replicate_degree",
+    "2",
+    "--parallelism.data_parallel_shard_degree",
+    "2",
+    "--parallelism.context_parallel_degree",
+    "2",
+    "--activation_checkpoint.mode",
+    "full",
+)  # fmt: skip  (8 ranks on one machine)
 
 
 @pytest.mark.long
