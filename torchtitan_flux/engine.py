@@ -74,6 +74,11 @@ def _physical_memory() -> int:
     return total
 
 
+def local_ranks() -> int:
+    """Ranks on this machine: they share its CPU memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def keep_freed_memory() -> None:
     """Have the C library (glibc) reuse what is freed instead of returning it to the system.
 

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from torchtitan_flux.engine import local_ranks  # isort: skip
+
 import torch
 
 INTERVAL = 0.004
@@ -29,7 +31,7 @@ def free_memory(device: torch.device) -> int:
     if device.type != "cpu":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return min(_available(), _left_in_group()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(_available(), _left_in_group()) // local_ranks()
 
 
 def _available() -> int:

@@ -1,7 +1,7 @@
 """What is applied to the model, in which order. Read top to bottom."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
@@ -107,9 +107,13 @@ def _reshard_unless_training(model: nn.Module, *_: Any) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Leave each rank its shards only: a state dict would find whole weights, soon out of date."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded(model):
+        module.reshard()
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules that fully_shard was applied to."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def shard_model(
@@ -156,10 +160,9 @@ def sum_gradients(model: nn.Module) -> None:
 
     The forced sum keeps gloo from being asked for PREMUL_SUM, which it lacks.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in _sharded(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 class InPlace:
@@ -187,9 +190,8 @@ class InPlace:
 
 def keep_gradients_in_place(model: nn.Module) -> None:
     """Spare a lone rank one pass over all gradients."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]
+    for module in _sharded(model):
+        module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

@@ -8,7 +8,7 @@ on the allocator's luck; a run is refused when not even this fits.
 import os
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+from torchtitan_flux.engine import local_ranks  # isort: skip  before torchtitan
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ def fits(config: Any) -> str | None:
     """
     memory = utils.device_module.get_device_properties(0).total_memory
     if utils.device_type == "cpu":  # ranks of a machine share it
-        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory //= local_ranks()
     need = least(config, int(os.environ.get("WORLD_SIZE", "1")))
     if sum(need.values()) <= memory:
         return None

@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import signal
 import sys
 import time
@@ -451,8 +450,7 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
-    alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
-    if utils.device_type == "cpu" and alone:  # ranks of one machine share its memory
+    if utils.device_type == "cpu" and torchtitan_flux.engine.local_ranks() == 1:
         torchtitan_flux.engine.keep_freed_memory()
     # What holds after StopSignals: a saved run ends well. SIG_IGN would also drop a signal that the
     # launcher's rank holds back until StopSignals listens.
