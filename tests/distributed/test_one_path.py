@@ -99,6 +99,32 @@ def test_replicas_that_never_meet_are_seen():
     assert off > 0.1 * reference["grads"][name].abs().max()
 
 
+def reduced(shard: int, with_replicas: bool) -> tuple[int, dict[str, torch.Tensor]]:
+    """All-reduces of a backward pass, and its full gradients, where there is one replica."""
+    dims = dims_of(1, shard)
+    mesh = dims.get_mesh(["dp_replicate", "fsdp"]) if with_replicas else dims.data_mesh
+    model = nonzero_model(ARGS, seed=5)
+    shard_model(model, mesh, param_dtype=torch.float32)
+    asked, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda *args, **more: asked.append(1) or all_reduce(*args, **more)
+    try:
+        model(**model_inputs(ARGS, BATCH, 3, 5, 7, seed=6)).square().mean().backward()
+    finally:
+        dist.all_reduce = all_reduce
+    return len(asked), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_gradients_are_not_reduced_over_a_dimension_of_size_one(shard):
+    """The same bit by bit as with the reductions that FSDP2 makes over one replica."""
+    ((with_them, expected), *_) = run_ranks(shard, reduced, shard, True)
+    ((without, result), *_) = run_ranks(shard, reduced, shard, False)
+    assert without == 0 < with_them
+    assert result.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert torch.equal(result[name], grad), name
+
+
 def bf16_gradients(through_fsdp: bool) -> tuple[dict[str, torch.Tensor], list[torch.dtype]]:
     """Gradients of a model that computes in bf16: by shard_model, or as plain bf16 weights."""
     args = replace(ARGS, guidance_embed=True)

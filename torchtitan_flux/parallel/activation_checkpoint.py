@@ -41,6 +41,7 @@ SAVED_OPS = [
     # what came over the network is dearer still
     _collective.all_to_all_single.default,
     _collective.all_reduce.default,
+    _collective.all_gather_into_tensor.default,
 ]
 
 

@@ -13,9 +13,9 @@ from torchtitan.distributed import ParallelDims
 
 @dataclass
 class FluxParallelDims(ParallelDims):
-    """ParallelDims whose (dp_replicate, fsdp) mesh always exists.
+    """ParallelDims whose dp_replicate and fsdp meshes always exist.
 
-    One call of fully_shard on that mesh is then one rank, DDP, FSDP and HSDP alike (contract 4).
+    One call of fully_shard on `data_mesh` is then one rank, DDP, FSDP and HSDP alike (contract 4).
     torchtitan's own drops dimensions of size one, and with them mixed precision and the
     synchronisation of replicas.
     """
@@ -46,8 +46,12 @@ class FluxParallelDims(ParallelDims):
 
     @property
     def data_mesh(self) -> DeviceMesh:
-        """The (dp_replicate, fsdp) mesh that parameters live on."""
-        return self.get_mesh(["dp_replicate", "fsdp"])
+        """The mesh that parameters live on: (dp_replicate, fsdp), without replicas (fsdp) alone.
+
+        FSDP2 all-reduces gradients over a replicate dimension of any size; over one rank that is
+        a pass over all of them for nothing.
+        """
+        return self.get_mesh(["dp_replicate", "fsdp"] if self.dp_replicate > 1 else "fsdp")
 
     @property
     def data_degree(self) -> int:

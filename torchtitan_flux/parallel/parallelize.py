@@ -96,7 +96,7 @@ def _reshards(config: Any, dims: FluxParallelDims) -> bool:
     policy = config.parallelism.fsdp_reshard_after_forward
     if policy != "default":
         return policy == "always"
-    whole = dims.data_mesh.size(1) == 1 and not config.training.enable_cpu_offload
+    whole = dims.get_mesh("fsdp").size() == 1 and not config.training.enable_cpu_offload
     return not (dims.pp_enabled or whole)
 
 
@@ -124,7 +124,8 @@ def shard_model(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """One path for one rank, DDP, FSDP and HSDP: fully_shard on the (replicate, shard) mesh.
+    """One path for one rank, DDP, FSDP and HSDP: fully_shard on the (replicate, shard) mesh, or on
+    the (shard) mesh where there is one replica.
 
     Gradients are summed, never averaged: the loss is already divided by the global count.
     """

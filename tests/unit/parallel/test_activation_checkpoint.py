@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import model_inputs, nonzero_model
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +16,8 @@ from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel import activation_checkpoint
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
+from torchtitan_flux.parallel.context import apply_context_parallel
+from torchtitan_flux.planning.dry_run import fake_ranks
 
 # two double and three single blocks: an even and an odd number
 ARGS = replace(
@@ -131,6 +134,26 @@ def test_by_operation_no_product_and_no_attention_runs_twice():
     assert op[ATTENTION] == none[ATTENTION] == 5
     assert full[ATTENTION] == 10
     assert op[torch.ops.aten.gelu.default] == 2 * none[torch.ops.aten.gelu.default]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "collective"),
+    [(2, "all_to_all_single"), (3, "all_gather_into_tensor")],
+    ids=["heads that divide", "heads that do not"],
+)
+def test_by_operation_nothing_is_sent_twice(ranks, collective):
+    """Of 4 heads, 2 ranks exchange some; 3 gather the keys and values of all."""
+    op = getattr(torch.ops._c10d_functional, collective).default
+    runs = {}
+    for mode in ("none", "full", "op"):
+        with fake_ranks(ranks):
+            model = nonzero_model(ARGS, seed=5)
+            apply_context_parallel(model, init_device_mesh("cpu", (ranks,)))
+            apply_activation_checkpoint(model, **OPTIONS | MODES[mode])
+            with Memory(model) as memory:
+                model(**model_inputs(ARGS, 2, 6, 12, 12, seed=6)).square().mean().backward()
+        runs[mode] = memory.runs[op]
+    assert runs["op"] == runs["none"] < runs["full"]
 
 
 def test_a_list_without_addmm_would_be_seen(monkeypatch):
