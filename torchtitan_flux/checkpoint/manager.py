@@ -84,7 +84,7 @@ class FluxCheckpointManager(CheckpointManager):
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """Save where the interval, the first or the last step asks for it (torchtitan's loop)."""
-        if not self._should_save(curr_step, last_step):
+        if not self.saves_at(curr_step, last_step):
             return
         if self._is_saved(curr_step):
             pass
@@ -97,6 +97,10 @@ class FluxCheckpointManager(CheckpointManager):
             self._save(curr_step, model_only=False, background=background, required=required)
         if last_step and curr_step > 0 and self.last_save_in_hf:
             self._export(curr_step)
+
+    def saves_at(self, step: int, last_step: bool) -> bool:
+        """Whether the interval, the first or the last step asks for a checkpoint of this one."""
+        return self._should_save(step, last_step)
 
     @torch.no_grad()
     def save_now(self, step: int) -> bool:

@@ -28,6 +28,12 @@ class Model:
 
 
 @dataclass
+class DataLoader:
+    pin_memory: bool = True
+    """Hand out batches in pinned memory where there is a GPU: it copies them while it computes"""
+
+
+@dataclass
 class Training:
     dataset: str = "digits"
     """Where images and captions come from: digits, shapes, mnist, folder, webdataset, parquet,
@@ -48,6 +54,7 @@ class Training:
     """When the loss or a gradient is not finite: skip that step, or stop the run"""
     max_nonfinite_steps: int = 10
     """The run stops when so many steps in a row had to be skipped"""
+    dataloader: DataLoader = field(default_factory=DataLoader)
     test_mode: bool = False
     """torchtitan's test mode: here the tiny encoders of assets/tiny, loaded as any others"""
 
@@ -122,6 +129,7 @@ class Validation:
     """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     save_img_folder: str = "img"
     """Kept for torchtitan's files; pictures are drawn by [sampling]"""
+    dataloader: DataLoader = field(default_factory=DataLoader)
 
 
 @dataclass

@@ -93,7 +93,6 @@ USED = {
     "training.dataloader.num_workers": "Processes of each rank that read and decode images; 0 does "
     "it in a thread",
     "training.dataloader.persistent_workers": "Keep these processes when the position is moved",
-    "training.dataloader.pin_memory": "Hand out batches in pinned memory (GPU only)",
     "training.dataloader.prefetch_factor": "Batches that each process makes ahead; unset: 2",
     "parallelism.data_parallel_replicate_degree": "Replicas of the model: DDP, and with sharding "
     "HSDP",
@@ -177,7 +176,6 @@ USED = {
     "validation.steps": "Batches over all ranks; -1 takes all held-out data",
     "validation.dataloader.num_workers": "As training.dataloader.num_workers",
     "validation.dataloader.persistent_workers": "As training.dataloader.persistent_workers",
-    "validation.dataloader.pin_memory": "As training.dataloader.pin_memory",
     "validation.dataloader.prefetch_factor": "As training.dataloader.prefetch_factor",
     "debug.seed": "Seed of everything random; unset: drawn once, logged and kept in checkpoints",
     "debug.deterministic": "Use deterministic algorithms where there are any; slower",

@@ -70,7 +70,7 @@ class FluxDataLoader:
         dp_rank, dp_world_size: data rank, and number of data ranks. Context and tensor peers have
             the same rank and get equal batches.
         num_workers: processes that prepare batches; with 0 a thread of this one prepares the next.
-        pin_memory: hand out batches in pinned memory.
+        pin_memory: hand out batches in pinned memory, where there is a GPU.
         prefetch_factor: batches that each worker prepares ahead; 2 when None. Unused without
             workers.
         persistent_workers: keep the workers when the position is moved. Unused without workers.
@@ -314,7 +314,7 @@ class _WorkerBatches:
             "batch_sampler": batch_sampler,
             "collate_fn": _collate,
             "num_workers": num_workers,
-            "pin_memory": pin_memory,
+            "pin_memory": pin_memory and torch.cuda.is_available(),
             "worker_init_fn": _init_worker,
             # Without one, every iterator would draw a number from torch's global generator.
             "generator": torch.Generator(),

@@ -16,6 +16,7 @@ from torchtitan_flux.generate import TextConditioning
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import OTHER_TRAINER, shard_text_encoder
+from torchtitan_flux.training.transfer import sent
 
 
 def build_tokenizer(config: Any) -> CaptionTokenizer:
@@ -59,7 +60,7 @@ class FrozenParts:
     def _once(self, encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encodings of the distinct rows, and which of them each row has."""
         distinct, which = torch.unique(tokens.cpu(), dim=0, return_inverse=True)
-        return encoder(distinct.to(self.device)), which.to(self.device)
+        return encoder(sent(distinct, self.device)), sent(which, self.device)
 
     def encode_captions(self, captions: Sequence[str]) -> TextConditioning:
         """Tokenise and encode captions; "" is the empty prompt of inference."""
@@ -71,8 +72,8 @@ class FrozenParts:
         self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None
     ) -> Float[Tensor, "b ch h w"]:
         """Latents in float32: a posterior sample with `noise`, the mean without."""
-        noise = None if noise is None else noise.to(self.device, non_blocking=True)
-        return self.codec.encode(images.to(self.device, non_blocking=True), noise).float()
+        noise = None if noise is None else sent(noise, self.device)
+        return self.codec.encode(sent(images, self.device), noise).float()
 
 
 def build_frozen_parts(

@@ -14,6 +14,7 @@ from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.training.conditioning import FrozenParts
 from torchtitan_flux.training.peers import ALONE, Peers
+from torchtitan_flux.training.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def encode_batch(
     text = parts.encode_tokens(peers.own(batch["t5_tokens"]), peers.own(batch["clip_tokens"]))
     return EncodedBatch(
         latents=pack(peers.join(latents, count), patch),
-        noise=pack(batch["noise"].to(parts.device, non_blocking=True), patch),
+        noise=pack(sent(batch["noise"], parts.device), patch),
         text=TextConditioning(peers.join(text.txt, count), peers.join(text.vec, count)),
         size=ImageSize(height, width),
     )
@@ -81,7 +82,7 @@ def sample_losses(
         packed_velocity(model, encoded.text, args.geometry, encoded.size, guidance),
         encoded.latents,
         encoded.noise,
-        t.to(encoded.latents.device, non_blocking=True),
+        sent(t, encoded.latents.device),
         errors,
     )
 
@@ -104,7 +105,7 @@ def pipelined_losses(
         elements: of the global batch.
         last: whether no other batch adds to these gradients, and data ranks are to share them.
     """
-    t = t.to(encoded.latents.device, non_blocking=True)
+    t = sent(t, encoded.latents.device)
     x_t, target = interpolate(encoded.latents, encoded.noise, t)
     arguments = packed_arguments(x_t, t, encoded.text, args.geometry, encoded.size, guidance)
     return pipeline.step(arguments, target, elements, reduce=last, errors=errors)

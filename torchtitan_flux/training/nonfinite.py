@@ -6,9 +6,9 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int64
-from torch import Tensor
 from torchtitan.tools.logging import logger
+
+from torchtitan_flux.training.agreement import Step
 
 _SHOWN = 20
 
@@ -17,29 +17,20 @@ class NonFinite(RuntimeError):
     """The loss or a gradient is not finite, and the run is not to go on."""
 
 
-def report_nonfinite(
-    step: int,
-    positions: Int64[Tensor, " samples"],
-    losses: Float[Tensor, " samples"],
-    grad_norm: float,
-    training: Any,
-    skipped_in_a_row: int,
-) -> None:
+def report_nonfinite(step: Step, training: Any, skipped_in_a_row: int) -> None:
     """Say which samples of the step it came from; collective, the same on every rank.
 
-    The weights are those before the step: the optimizer did not move.
+    The optimizer did not move in it.
 
     Args:
-        step: the step.
-        positions, losses: of the samples of this rank.
-        grad_norm: over all ranks.
+        step: what this rank knows of it.
         training: section [training]: `nonfinite` and `max_nonfinite_steps`.
         skipped_in_a_row: such steps one after another, this one among them.
 
     Raises:
         NonFinite: where the run is to stop.
     """
-    bad = positions[~torch.isfinite(losses).to(positions.device)].tolist()
+    bad = step.positions[~torch.isfinite(step.losses).to(step.positions.device)].tolist()
     gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, bad)
     found = sorted({position for of_rank in gathered for position in of_rank})
@@ -48,7 +39,7 @@ def report_nonfinite(
         where = f"the loss is not finite at positions {found[:_SHOWN]}{more}"
     else:
         where = "every loss is finite, the gradient is not"
-    message = f"Step {step}: {where}; gradient norm {grad_norm}"
+    message = f"Step {step.number}: {where}; gradient norm {float(step.grad_norm)}"
     if training.nonfinite == "stop":
         raise NonFinite(
             f'{message}. The run stops, as training.nonfinite = "stop" says; the last checkpoint '

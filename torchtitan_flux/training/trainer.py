@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torchtitan_flux.engine
 
@@ -19,7 +19,6 @@ import torchtitan.train
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
@@ -47,6 +46,7 @@ from torchtitan_flux.parallel.parallelize import sync_gradients
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.planning.fits import fits
 from torchtitan_flux.report.environment import append_environment, environment
+from torchtitan_flux.training.agreement import Agreed, Agreement, Step, step_unless
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader
@@ -70,14 +70,6 @@ from torchtitan_flux.training.validator import FluxValidator
 
 # it warns that only the last pipeline rank knows the loss; here all do
 torchtitan.train.ensure_pp_loss_visible = lambda *_: None  # type: ignore[attr-defined]
-
-
-class Agreed(NamedTuple):
-    """What at least one rank said in a step."""
-
-    nonfinite: bool
-    stop: bool
-    unreadable: bool
 
 
 class FluxTrainer(Trainer):
@@ -131,6 +123,7 @@ class FluxTrainer(Trainer):
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         )
         self.peers = Peers(self.parallel_dims.peer_group)
+        self._agreement = Agreement(device, late=device.type == "cuda")
         self._errors = (
             compiled_squared_errors(config.compile.backend)
             if compiles(config, "loss")
@@ -217,14 +210,23 @@ class FluxTrainer(Trainer):
             self.config.training.max_norm,
             self.parallel_dims.get_optional_mesh("pp"),
         )
-        agreed = self._agree(loss, grad_norm)
+        self._heartbeat.beat(self.step, "agreeing")
+        skip = self._agreement.say(
+            Step(
+                self.step,
+                torch.cat([batch["position"] for batch in microbatches]),
+                torch.cat(losses),
+                grad_norm,
+            ),
+            loss,
+            stop=self._signals.requested,
+            unreadable=len(self.dataloader.replaced) > 0,
+        )
         self._heartbeat.beat(self.step, "optimizer")
         self.checkpointer.maybe_wait_for_staging()
-        if agreed.nonfinite:
-            self._handle_nonfinite(microbatches, losses, grad_norm)
-        else:
-            self._skipped_in_a_row = 0
-            self.optimizers.step()
+        step_unless(skip, self.optimizers)
+        self._heartbeat.beat(self.step, "agreeing")
+        heard = self._hear()
         self.lr_schedulers.step()
 
         self.ntokens_seen += images * self.metrics_processor.tokens_per_image
@@ -233,35 +235,34 @@ class FluxTrainer(Trainer):
             self._log(loss, grad_norm, lr)
         self._grid_is_due = self._should_draw()
         self._heartbeat.beat(self.step, "saving")
-        if agreed.unreadable:
+        if any(one.unreadable for one in heard):
             self.quarantine.record(take_replaced(self.dataloader), "training")
             self._check_unreadable()
-        if agreed.stop and self.step < self.config.training.steps:
+        if any(one.stop for one in heard) and self.step < self.config.training.steps:
             self._stop()
 
-    def _agree(self, loss: Tensor, grad_norm: Tensor) -> "Agreed":
-        """What any rank has to say before the optimizer steps, heard by all: one small sum."""
-        self._heartbeat.beat(self.step, "agreeing")
-        said = torch.tensor(
-            [0.0, float(self._signals.requested), float(len(self.dataloader.replaced))],
-            device=self.device,
-        )
-        said[0] = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        torch.distributed.all_reduce(said)
-        return Agreed(*(value > 0 for value in said.tolist()))
+    def _hear(self) -> list[Agreed]:
+        """What ranks said in steps up to this one; those that were not finite are reported.
 
-    def _handle_nonfinite(
-        self, microbatches: list[Batch], losses: list[Tensor], grad_norm: Tensor
-    ) -> None:
-        """Say where it happened; go on without this step, or end the run on every rank."""
-        self._skipped_in_a_row += 1
-        report_nonfinite(
-            self.step,
-            torch.cat([batch["position"] for batch in microbatches]),
-            torch.cat(losses),
-            float(grad_norm),
-            self.config.training,
-            self._skipped_in_a_row,
+        Nothing is left open before something is saved, logged, validated or drawn.
+        """
+        heard = self._agreement.hear(everything=self._is_watched())
+        if any(one.stop or one.unreadable for one in heard):  # either may save
+            heard += self._agreement.hear(everything=True)
+        for one in heard:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if one.nonfinite else 0
+            if one.nonfinite:
+                report_nonfinite(one.step, self.config.training, self._skipped_in_a_row)
+        return heard
+
+    def _is_watched(self) -> bool:
+        """Whether anything but training belongs to this step."""
+        config, step = self.config, self.step
+        return (
+            self.metrics_processor.should_log(step)
+            or self.checkpointer.saves_at(step, step == config.training.steps)
+            or (config.validation.enable and self.validator.should_validate(step))
+            or self._should_draw()
         )
 
     # ---- stopping, and what cannot be read --------------------------------------------------
@@ -314,12 +315,15 @@ class FluxTrainer(Trainer):
         return self.config.flow.guidance if self.model_args.guidance_embed else None
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        mesh = self.parallel_dims.get_optional_mesh("batch")  # context peers have the same loss
+        mean, worst = loss.clone(), loss * self.parallel_dims.data_degree
+        group = self.parallel_dims.data_group  # context peers have the same loss
+        if group is not None:
+            torch.distributed.all_reduce(mean, group=group)
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=group)
+        values = torch.stack([mean, worst, grad_norm.to(mean)]).tolist()  # waits, once
         self.metrics_processor.log(
             self.step,
-            dist_utils.dist_sum(loss, mesh),
-            dist_utils.dist_max(loss * self.parallel_dims.data_degree, mesh),
-            grad_norm.item(),
+            *values,
             extra_metrics={"n_tokens_seen": self.ntokens_seen, "lr": lr},
         )
 

@@ -1,0 +1,105 @@
+"""What the ranks tell each other in every step: stop, not finite, unreadable."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torchtitan.components.optimizer import OptimizersContainer
+
+from torchtitan_flux.training.transfer import Returning, sent
+
+
+@dataclass(frozen=True)
+class Step:
+    """What this rank knows of a step, should it turn out not to be finite.
+
+    Attributes:
+        number: of the step.
+        positions, losses: of this rank's samples.
+        grad_norm: over all ranks.
+    """
+
+    number: int
+    positions: Int64[Tensor, " samples"]
+    losses: Float[Tensor, " samples"]
+    grad_norm: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What at least one rank said of a step."""
+
+    step: Step
+    nonfinite: bool
+    stop: bool
+    unreadable: bool
+
+
+class Agreement:
+    """One small sum over all ranks in each step.
+
+    A GPU is a step behind the host. To read the sum at once would be to let it run dry in every
+    step, so it is read one step later: by then it has been there for long.
+
+    Args:
+        device: where the ranks communicate.
+        late: whether the newest step is left unread until the next one is said, or all is asked
+            for. Every rank asks in the same step, and so hears the same.
+    """
+
+    def __init__(self, device: torch.device, late: bool):
+        self.device = device
+        self.late = late
+        self._unread: deque[tuple[Step, Returning]] = deque()
+
+    def say(self, step: Step, loss: Tensor, stop: bool, unreadable: bool) -> Float[Tensor, ""]:
+        """Say what this rank knows after the backward pass; collective, before the optimizer.
+
+        Args:
+            step: the step, whose gradient norm is looked at.
+            loss: of this rank's samples, a scalar.
+            stop: whether it was asked to stop.
+            unreadable: whether it met items that cannot be read.
+
+        Returns:
+            1 where the loss or the gradient of any rank is not finite, else 0; on the device.
+        """
+        said = sent(torch.tensor([0.0, float(stop), float(unreadable)]), self.device)
+        said[0] = ~(torch.isfinite(loss) & torch.isfinite(step.grad_norm))
+        if dist.get_world_size() > 1:
+            dist.all_reduce(said)
+        self._unread.append((step, Returning(said)))
+        return (said[0] > 0).float()
+
+    def hear(self, everything: bool) -> list[Agreed]:
+        """What is known of steps not heard of before, in their order.
+
+        Args:
+            everything: the newest step too, where that is otherwise left for later.
+        """
+        left = 1 if self.late and not everything else 0
+        heard = []
+        while len(self._unread) > left:
+            step, said = self._unread.popleft()
+            heard.append(Agreed(step, *(value > 0 for value in said.read())))
+        return heard
+
+
+def step_unless(skip: Float[Tensor, ""], optimizers: OptimizersContainer) -> None:
+    """One step of the optimizers, or where `skip` is 1 no change: weights, moments, step counts.
+
+    Fused kernels look at `skip` on the device; before the others the host waits to look.
+    """
+    if all(group["fused"] for optimizer in optimizers for group in optimizer.param_groups):
+        for optimizer in optimizers:
+            # what GradScaler tells these kernels by; offloaded parameters are on the CPU
+            device = optimizer.param_groups[0]["params"][0].device
+            optimizer.found_inf = skip.to(device)  # type: ignore[attr-defined]
+    elif skip:
+        return
+    optimizers.step()
