@@ -11,6 +11,7 @@ from ranks import run_ranks
 from tiny_run import Run, arguments, train, worst
 
 from torchtitan_flux.checkpoint.folder import complete_steps
+from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.data.sources import UnreadableItem
 from torchtitan_flux.training.trainer import FluxTrainer
 
@@ -163,3 +164,63 @@ def test_too_many_unreadable_items_stop_the_run_with_the_list_and_a_checkpoint(t
     assert max(again.losses) == 6
     names = [entry["item"] for entry in listed(tmp_path)]
     assert len(names) == len(set(names)) > count, "gone on with, each item once"
+
+
+QUIET = (
+    *("--metrics.log_freq", "100", "--checkpoint.interval", "100", "--validation.no-enable"),
+    *("--data.max_unreadable_share", "0.9"),
+)
+"""Nothing in steps 2 to 5 that would have the ranks hear of them at once."""
+
+
+def late(*changes):
+    """As on a GPU: what is agreed on is read one step later."""
+
+    def change(trainer: FluxTrainer) -> None:
+        trainer._agreement.late = True
+        for one in changes:
+            one(trainer)
+
+    return change
+
+
+def test_read_a_step_later_the_run_is_the_same(tmp_path):
+    """Bit by bit, with a step that is skipped, the same list, and the same count of it stored."""
+    at_once = run(2, tmp_path / "now", lambda t: (poison({17})(t), unreadable(5)(t)), *QUIET)
+    later = run(2, tmp_path / "late", late(poison({17}), unreadable(5)), *QUIET)
+    for one, other in zip(at_once, later, strict=True):
+        assert one.error == other.error == ""
+        assert "Step 3: the loss is not finite at positions [17]" in other.log
+        for name, weight in one.weights.items():
+            assert torch.equal(other.weights[name], weight), name
+    assert listed(tmp_path / "late") == listed(tmp_path / "now") != []
+    counts = [
+        run_ranks(1, stored_count, arguments(tmp_path / dump, 8, *SHORT, *QUIET))
+        for dump in ("now", "late")
+    ]
+    assert counts[0] == counts[1] != [0]
+
+
+def stored_count(argv: list[str]) -> int:
+    """Unreadable items that the newest checkpoint has counted."""
+    trainer = FluxTrainer(load_config(argv))
+    trainer.checkpointer.load()
+    trainer.close()
+    return trainer.quarantine.count
+
+
+def test_read_a_step_later_a_stop_is_one_step_later_on_all_ranks(whole, tmp_path):
+    ranks = run(2, tmp_path, late(before_step(3, signal_rank_1)), *QUIET)
+    for of_rank in ranks:
+        assert of_rank.results == ["stopped at step 4 and saved; the same command continues"]
+    again = run(2, tmp_path, late(), *QUIET)
+    for name, weight in again[0].weights.items():
+        assert torch.equal(weight, whole.weights[name]), name
+
+
+def test_read_a_step_later_a_bad_loss_ends_the_run_before_anything_is_saved(tmp_path):
+    stop = ("--training.nonfinite", "stop", "--checkpoint.interval", "4")
+    ranks = run(2, tmp_path, late(poison({17})), *QUIET, *stop)
+    for of_rank in ranks:
+        assert "NonFinite: Step 3: the loss is not finite at positions [17]" in of_rank.error
+    assert list(complete_steps(tmp_path / "checkpoint")) == []
