@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.launching.verdict import DONE, FAILED, MISCONFIGURED, End, judge
 from torchtitan_flux.launching.watch import Watch
 from torchtitan_flux.training.heartbeat import FOLDER, read_beats
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that set torch's allocator: its newer name, and those of CUDA and ROCm."""
 
 TAIL = 60
 """Lines shown of what a failed rank that is not shown said last."""
@@ -64,10 +68,7 @@ class Job:
 
     def _launch(self, output: RankOutput, signs: Path) -> None:
         os.environ.update({FOLDER: str(signs), LAUNCHER: str(os.getpid())})
-        # c10d's warnings about peers that left would bury the one report that matters
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        if self.settings.ranks_per_node > 1:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun does, in six lines
+        os.environ.update(unset(os.environ, self.settings.ranks_per_node, sys.platform))
         if "LOGLEVEL" not in os.environ:  # torchrun's own; the report says what it would
             logging.getLogger("torch.distributed.elastic").propagate = False
             logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
@@ -128,6 +129,24 @@ class Job:
         if verdict.status == FAILED and output.hidden_ones_in is not None:
             _say(f"output of the ranks that were not shown: {output.hidden_ones_in}")
         return verdict.status
+
+
+def unset(environment: Mapping[str, str], ranks_per_node: int, platform: str) -> dict[str, str]:
+    """Variables that the ranks get beyond `environment`, which keeps what it says.
+
+    Args:
+        environment: of the launcher.
+        ranks_per_node: how many ranks share a machine.
+        platform: sys.platform.
+    """
+    # c10d's warnings about peers that left would bury the one report that matters
+    wanted = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if ranks_per_node > 1:
+        wanted["OMP_NUM_THREADS"] = "1"  # torchrun does, in six lines
+    if platform == "linux" and not any(name in environment for name in ALLOCATOR):
+        # a GPU's memory would else be cut into pieces that fit nothing: 4 of 44 GiB
+        wanted[ALLOCATOR[0]] = "expandable_segments:True"
+    return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def _text(path: Path) -> str:
