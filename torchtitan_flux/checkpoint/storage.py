@@ -29,7 +29,7 @@ from torchtitan_flux.checkpoint.manifest import (
     Manifest,
     file_facts,
 )
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.durable import sync_folder
 from torchtitan_flux.state_dict_keys import check_keys
 
@@ -53,18 +53,25 @@ class ManifestWriter(FileSystemWriter):
 
     Args:
         folder: what the checkpoint will be called.
-        step, kind, facts: for the manifest.
+        step, kind, facts, settings: for the manifest.
         replaces_damaged: one that lies there is known to be damaged, and set aside.
     """
 
     def __init__(
-        self, folder: Path, step: int, kind: Kind, facts: RunFacts, replaces_damaged: bool
+        self,
+        folder: Path,
+        step: int,
+        kind: Kind,
+        facts: RunFacts,
+        settings: Settings,
+        replaces_damaged: bool,
     ):
         super().__init__(partial_of(folder))
         self.folder = folder
         self.step = step
         self.kind: Kind = kind
         self.facts = facts
+        self.settings = settings
         self.replaces_damaged = replaces_damaged
         self.checksum_seconds = 0.0
         """Time this rank spent on checksums."""
@@ -94,7 +101,7 @@ class ManifestWriter(FileSystemWriter):
         for of_rank in results:
             assert isinstance(of_rank, Written)
             files |= of_rank.files
-        Manifest(self.step, self.kind, self.facts, time.time(), files).write(folder)
+        Manifest(self.step, self.kind, self.facts, time.time(), files, self.settings).write(folder)
         make_room(self.folder, self.replaces_damaged)
         folder.rename(self.folder)
         sync_folder(self.folder.parent)

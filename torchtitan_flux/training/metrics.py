@@ -109,7 +109,7 @@ class FluxMetrics(MetricsProcessor):
             global_avg_loss: mean squared velocity error over the global batch.
             global_max_loss: the largest mean of one rank.
             grad_norm: before clipping.
-            extra_metrics: more scalars for TensorBoard.
+            extra_metrics: more scalars for TensorBoard; "lr" is in the line, too.
         """
         assert self.last_logged_step is not None
         seconds = time.perf_counter() - self.time_last_log
@@ -142,10 +142,12 @@ class FluxMetrics(MetricsProcessor):
 
         c = self.color
         mfu_text = f"  mfu: {mfu:.1f}%" if has_mfu else ""
+        lr_text = f"lr: {metrics['lr']:.2e}  " if "lr" in metrics else ""
         logger.info(
             f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
-            f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.2f}  "
-            f"tokens/s: {tokens_per_second:,.0f}  {c.cyan}TFLOP/s/device: {tflops:,.3f}{mfu_text}  "
+            f"{c.orange}grad_norm: {grad_norm:7.4f}  {lr_text}"
+            f"{c.blue}images/s: {images_per_second:,.2f}  tokens/s: {tokens_per_second:,.0f}  "
+            f"{c.cyan}TFLOP/s/device: {tflops:,.3f}{mfu_text}  "
             f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  "
             f"{c.magenta}data wait: {waiting:.1f}%  left: {left}{c.reset}"
         )

@@ -18,6 +18,7 @@ import torch
 import torchtitan.train
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
@@ -114,6 +115,7 @@ class FluxTrainer(Trainer):
         )
         with checkpoint_manager_bound(
             facts=self.facts,
+            settings=self.settled.settings,
             choice=self.settled.choice,
             initial=self.settled.initial,
             on_save_error=job_config.checkpoint.on_save_error,
@@ -174,12 +176,6 @@ class FluxTrainer(Trainer):
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of the loader, with the time spent waiting for them."""
         self.metrics_processor.start(self.step)  # here, before the loop counts its first step
-        kept = self.lr_schedulers.schedulers[0].base_lrs[0]
-        if kept != self.config.optimizer.lr:
-            logger.warning(
-                f"optimizer.lr = {self.config.optimizer.lr} is not used: the run goes on with the "
-                f"{kept} that its checkpoint holds, and with that optimizer's other settings"
-            )
         return self._timed(iter(data_iterable))
 
     def _timed(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
@@ -435,7 +431,8 @@ class FluxTrainer(Trainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.quarantine.count = state_dict["unreadable"]
+        if DATALOADER not in self.config.checkpoint.exclude_from_loading:
+            self.quarantine.count = state_dict["unreadable"]  # of the positions before this one
         if state_dict["items"] != self.dataloader.items:
             logger.warning(
                 f"The data set had {state_dict['items']} items and now has "
