@@ -107,8 +107,7 @@ def test_what_changed_is_one_line_and_the_rate_is_shown(two_steps, tmp_path):
     ):
         assert part in line
     assert "beta1" not in line
-    (step,) = [line for line in again.log.splitlines() if "step:     3" in line]
-    assert "lr: 1.50e-04" in step, "half-way down"
+    assert "lr: 1.50e-04" in again.log, "half-way down"
 
 
 def test_a_checkpoint_from_before_settings_were_stored_takes_those_of_now(two_steps, tmp_path):
@@ -123,7 +122,7 @@ def test_a_checkpoint_from_before_settings_were_stored_takes_those_of_now(two_st
 
 
 def test_a_run_made_longer_goes_on_with_the_longer_schedule(tmp_path):
-    """Of 2 steps the second would have been followed by none; of 4 it is followed by two halves."""
+    """The shorter one's rate would have fallen to nothing after its last step."""
 
     def rates(steps: int) -> list[str]:
         log = run(tmp_path, *LINEAR, "--training.steps", str(steps)).log

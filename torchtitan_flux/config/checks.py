@@ -26,6 +26,8 @@ from torchtitan_flux.model import FLAVORS, FluxModelArgs
 AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")
 OPTIMIZERS = ("AdamW", "Adam")
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+"""What a checkpoint consists of."""
 
 
 def problems(config: Any, training: bool = True) -> list[str]:
@@ -123,12 +125,14 @@ def _checkpoints(config: Any) -> list[str]:
         )
     if c.enable and c.initial_load_path and locate(c.initial_load_path) is None:
         found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} does not exist")
-    for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf"):
+    for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf",
+                "exclude_from_loading"):  # fmt: skip
         if getattr(c, key) and not c.enable:
             found.append(
                 f"checkpoint.{key} is set, and nothing is loaded or saved: set checkpoint.enable = "
                 "true (with checkpoint.load_only = true to save nothing), or remove the key"
             )
+    found += _left_out(c)
     if c.initial_load_in_hf and not c.initial_load_path:
         found.append(
             "checkpoint.initial_load_in_hf = true needs checkpoint.initial_load_path: a diffusers "
@@ -147,6 +151,29 @@ def _checkpoints(config: Any) -> list[str]:
     if c.last_save_in_hf and c.load_only:
         found.append(
             "checkpoint.last_save_in_hf = true saves, checkpoint.load_only = true does not"
+        )
+    return found
+
+
+def _left_out(checkpoint: Any) -> list[str]:
+    """Whether a run can go on without the parts that checkpoint.exclude_from_loading names."""
+    key, parts = "checkpoint.exclude_from_loading", checkpoint.exclude_from_loading
+    found = [
+        f"{key} names {part!r}, which no checkpoint has; its parts are {', '.join(PARTS)}"
+        for part in dict.fromkeys(parts)
+        if part not in PARTS
+    ]
+    if "train_state" in parts:
+        found.append(
+            f"{key} names 'train_state': the steps would be counted from 0 beside checkpoints of "
+            "later ones, from which the next start would go on; to begin anew from these weights, "
+            "set another job.dump_folder and checkpoint.initial_load_path"
+        )
+    weights_alone = checkpoint.initial_load_path and checkpoint.initial_load_model_only
+    if "model" in parts and weights_alone:
+        found.append(
+            f"{key} names 'model', and checkpoint.initial_load_path has nothing else to give while "
+            "checkpoint.initial_load_model_only = true; remove one of them"
         )
     return found
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -454,7 +455,9 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, noted)
     with exit_on_config_error():
-        if reason := fits(config):
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        if reason := fits(config, ranks, torchtitan_flux.engine.local_ranks(), device):
             raise ConfigError([reason])
         with exit_when_out_of_memory(lambda: training_remedies(config)):
             trainer = FluxTrainer(config)
