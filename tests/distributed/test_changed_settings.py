@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from tiny_run import Run, arguments, train
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import read_states
@@ -41,8 +42,7 @@ def given(state: Path):
     """
 
     def put(target: Tensor, value: Tensor) -> None:
-        local = target.to_local() if hasattr(target, "to_local") else target
-        local.copy_(value)
+        (target.to_local() if isinstance(target, DTensor) else target).copy_(value)
 
     def change(trainer: FluxTrainer) -> None:
         values = read_states(state)

@@ -48,6 +48,7 @@ from torchtitan_flux.checkpoint.optimizer_states import (
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of, load_states, partial_of
 from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.durable import DiskFull
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -177,9 +178,7 @@ class FluxCheckpointManager(CheckpointManager):
             states = self._flattened_model_states_sd()
         folder = step_folder(Path(self.folder), step)
         kind = "model" if model_only else "full"
-        writer = ManifestWriter(
-            folder, step, kind, self.facts, self.settings, step in self.damaged
-        )
+        writer = ManifestWriter(folder, step, kind, self.facts, self.settings, step in self.damaged)
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(folder), ignore_errors=True)
         self._saving = step, writer, time.monotonic()
@@ -261,9 +260,14 @@ class FluxCheckpointManager(CheckpointManager):
         """Give back the space; then report, or raise where the run must not go on without it."""
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(writer.folder), ignore_errors=True)
-        told = isinstance(error, CheckpointException)
+        told = isinstance(error, CheckpointException)  # by each rank, to all of them
         causes = causes_of(error) if told else f"{type(error).__name__}: {error}"
         message = f"The checkpoint of step {step} could not be saved to {writer.folder} ({causes})"
+        if told and any(isinstance(cause, DiskFull) for cause, _ in error.failures.values()):
+            message += (
+                "; make room there, keep fewer (checkpoint.keep_latest_k), or go on in a copy on "
+                "another disk (job.dump_folder)"
+            )
         if required:
             raise CheckpointNotSaved(f"{message}; those before it are intact") from error
         logger.error(

@@ -39,6 +39,7 @@ from torchtitan_flux.config.manager import (
 )
 from torchtitan_flux.config.resolve import compiles, resolve_model_args, sample_settings
 from torchtitan_flux.data.loader import Batch, FluxDataLoader
+from torchtitan_flux.durable import disk_full
 from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score_settings
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
@@ -343,17 +344,24 @@ class FluxTrainer(Trainer):
         settings = sample_settings(config, self.model_args)
         prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
         images = self.painter.draw(prompts, settings)
-        if torch.distributed.get_rank() == 0:
+        if torch.distributed.get_rank() != 0:
+            return
+        path = self.grid_path()
+        try:
             pixels = save_grid(
                 images,
-                self.grid_path(),
+                path,
                 s.images_per_prompt,
                 settings,
                 prompts=json.dumps(s.prompts, ensure_ascii=False),
                 step=self.step,
                 flavor=config.model.flavor,
             )
-            self.metrics_processor.log_image("samples", pixels.numpy(), self.step)
+        except OSError as error:  # a full disk must not end the run here
+            why = disk_full(error, path.parent) or error
+            logger.error(f"{path} could not be written ({why}); training goes on without it")
+            return
+        self.metrics_processor.log_image("samples", pixels.numpy(), self.step)
 
     def grid_path(self) -> Path:
         """Where the grid of this step lies."""
@@ -378,11 +386,9 @@ class FluxTrainer(Trainer):
             prompts, labels = score_prompts(config.score.count)
             images = self.painter.draw(prompts, score_settings(config, self.model_args))
             score = score_digits(images, labels)
-            self.metrics_processor.logger.log(
-                {"score/read_as_prompted(%)": 100 * score.read}, self.step
-            )
+            self.metrics_processor.write({"score/read_as_prompted(%)": 100 * score.read}, self.step)
             self.results.append(score.line)
-        if config.sampling.enable:
+        if config.sampling.enable and self.grid_path().exists():
             self.results.append(f"grid: {self.grid_path()}")
 
     def _note_environment(self) -> None:
