@@ -68,7 +68,14 @@ def launch(command: str, arguments: list[str]) -> int:
     with exit_on_config_error():
         check_cards(settings.ranks_per_node)
     logs = Path(config.job.dump_folder) / "logs"
-    return Job(settings, MODULES[command], arguments, logs, saves=command == "train").run()
+    return Job(
+        settings,
+        MODULES[command],
+        arguments,
+        logs,
+        saves=command == "train",
+        join_timeout=config.comm.init_timeout_seconds,
+    ).run()
 
 
 def check(command: str, arguments: list[str], ranks: int) -> Any:
