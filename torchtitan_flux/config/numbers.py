@@ -1,0 +1,61 @@
+"""Numbers that torch or torchtitan would refuse, or misunderstand, only once a run is under way."""
+
+import math
+from typing import Any
+
+from torchtitan_flux.config.schema import get, keys_of
+
+MAY_BE_INFINITE = ("training.max_norm",)
+
+WHOLE = range(-(2**63), 2**63)
+"""What a whole number of TOML, and a counter of torch, can be."""
+SEED = range(-(2**63), 2**64)
+LONGEST_WAIT = 10**9
+"""Seconds; three times as much as nanoseconds in 64 bits would be wrong."""
+
+
+def number_problems(config: Any) -> list[str]:
+    """Numbers of any section that are beyond what can be computed with."""
+    return [*_beyond(config), *_schedule(config), *_profiler(config.profiling)]
+
+
+def _beyond(config: Any) -> list[str]:
+    found = []
+    for key in keys_of(type(config)):
+        value = get(config, key.name)
+        if isinstance(value, float) and math.isinf(value) and key.name not in MAY_BE_INFINITE:
+            found.append(f"{key.name} = {value} is not finite")
+        elif type(value) is int and value not in (SEED if key.name == "debug.seed" else WHOLE):
+            found.append(f"{key.name} = {value} is beyond 64 bits")
+    for name in ("comm.init_timeout_seconds", "comm.train_timeout_seconds"):
+        if LONGEST_WAIT < get(config, name) < WHOLE.stop:
+            found.append(f"{name} = {get(config, name)} must be at most {LONGEST_WAIT}")
+    return found
+
+
+def _schedule(config: Any) -> list[str]:
+    """torchtitan's schedule falls below zero after its last step, or is not defined there."""
+    steps, total = config.training.steps, config.lr_scheduler.total_steps
+    if total is None or steps <= total:
+        return []
+    return [
+        f"training.steps = {steps} is beyond the schedule of the learning rate, "
+        f"lr_scheduler.total_steps = {total}; raise that, or remove it to take training.steps"
+    ]
+
+
+def _profiler(profiling: Any) -> list[str]:
+    if not profiling.enable_profiling:
+        return []
+    found = [
+        f"profiling.{name} = {getattr(profiling, name)} must be at least {least}"
+        for name, least in (("profiler_active", 1), ("profiler_warmup", 0), ("profile_freq", 1))
+        if getattr(profiling, name) < least
+    ]
+    period = profiling.profiler_warmup + profiling.profiler_active
+    if not found and profiling.profile_freq < period:
+        found.append(
+            f"profiling.profile_freq = {profiling.profile_freq} must be at least profiler_warmup + "
+            f"profiler_active = {period}"
+        )
+    return found
