@@ -8,6 +8,7 @@ import torch
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.folders import folder_problems
+from torchtitan_flux.config.loading import loading_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.numbers import number_problems
@@ -33,8 +34,6 @@ ON_GPUS = (
 )
 """Switches of what there is on GPUs alone."""
 OPTIMIZERS = ("AdamW", "Adam")
-PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
-"""What a checkpoint consists of."""
 
 
 def problems(config: Any, training: bool = True) -> list[str]:
@@ -47,8 +46,6 @@ def problems(config: Any, training: bool = True) -> list[str]:
     """
     flavor = FLAVORS.get(config.model.flavor)
     found = _at_least(config)
-    named = {line.split(" = ")[0] for line in found}  # -inf is too small, and that is enough
-    found += [line for line in number_problems(config) if line.split(" = ")[0] not in named]
     if config.model.name != "flux":
         found.append(f"model.name = {config.model.name!r}: this trainer trains 'flux'")
     if training:
@@ -65,8 +62,16 @@ def problems(config: Any, training: bool = True) -> list[str]:
     if training and config.training.local_batch_size > 0:
         found += [*mesh_problems(config), *pipeline_problems(config)]
     if training:
-        found += [*_checkpoints(config), *recomputation_problems(config), *_evaluation(config)]
-    return found + _compute_type(config)
+        found += [
+            *_checkpoints(config),
+            *loading_problems(config),
+            *recomputation_problems(config),
+            *_evaluation(config),
+        ]
+    found += _compute_type(config)
+    named = {line.split(" = ")[0] for line in found}  # -inf is too small, and that is enough
+    beyond = number_problems(config, training)
+    return found + [line for line in beyond if line.split(" = ")[0] not in named]
 
 
 def _unsupported(config: Any) -> list[str]:
@@ -145,15 +150,6 @@ def _checkpoints(config: Any) -> list[str]:
     c = config.checkpoint
     if c.create_seed_checkpoint and not c.enable:
         found.append("checkpoint.create_seed_checkpoint = true needs checkpoint.enable = true")
-    if c.create_seed_checkpoint and c.load_only:
-        found.append(
-            "checkpoint.create_seed_checkpoint = true saves, checkpoint.load_only = true does not"
-        )
-    if c.load_step != -1 and not c.enable:
-        found.append(
-            f"checkpoint.load_step = {c.load_step} is set, and nothing is loaded: set "
-            "checkpoint.enable = true, or remove the key"
-        )
     if c.enable and c.keep_latest_k == 1:
         found.append(
             "checkpoint.keep_latest_k = 1: keep at least 2, for the newest may turn out damaged; "
@@ -168,7 +164,6 @@ def _checkpoints(config: Any) -> list[str]:
                 f"checkpoint.{key} is set, and nothing is loaded or saved: set checkpoint.enable = "
                 "true (with checkpoint.load_only = true to save nothing), or remove the key"
             )
-    found += _left_out(c)
     if c.initial_load_in_hf and not c.initial_load_path:
         found.append(
             "checkpoint.initial_load_in_hf = true needs checkpoint.initial_load_path: a diffusers "
@@ -187,29 +182,6 @@ def _checkpoints(config: Any) -> list[str]:
     if c.last_save_in_hf and c.load_only:
         found.append(
             "checkpoint.last_save_in_hf = true saves, checkpoint.load_only = true does not"
-        )
-    return found
-
-
-def _left_out(checkpoint: Any) -> list[str]:
-    """Whether a run can go on without the parts that checkpoint.exclude_from_loading names."""
-    key, parts = "checkpoint.exclude_from_loading", checkpoint.exclude_from_loading
-    found = [
-        f"{key} names {part!r}, which no checkpoint has; its parts are {', '.join(PARTS)}"
-        for part in dict.fromkeys(parts)
-        if part not in PARTS
-    ]
-    if "train_state" in parts:
-        found.append(
-            f"{key} names 'train_state': the steps would be counted from 0 beside checkpoints of "
-            "later ones, from which the next start would go on; to begin anew from these weights, "
-            "set another job.dump_folder and checkpoint.initial_load_path"
-        )
-    weights_alone = checkpoint.initial_load_path and checkpoint.initial_load_model_only
-    if "model" in parts and weights_alone:
-        found.append(
-            f"{key} names 'model', and checkpoint.initial_load_path has nothing else to give while "
-            "checkpoint.initial_load_model_only = true; remove one of them"
         )
     return found
 

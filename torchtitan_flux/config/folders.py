@@ -26,6 +26,9 @@ def folder_problems(config: Any) -> list[str]:
     if problem := _unwritable(Path(given)):
         return [f"job.dump_folder = {given!r}: {problem}"]
     found = []
+    prefix = config.comm.save_traces_file_prefix
+    if os.sep in prefix:
+        found.append(f"comm.save_traces_file_prefix = {prefix!r}: it begins a file's name, so no /")
     kept = config.job.save_config_file
     for key, used in USED_BY.items():
         name = get(config, key)

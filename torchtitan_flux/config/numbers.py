@@ -3,28 +3,33 @@
 import math
 from typing import Any
 
+import torch
+
 from torchtitan_flux.config.schema import get, keys_of
 
 MAY_BE_INFINITE = ("training.max_norm",)
 
+LARGEST = torch.finfo(torch.float32).max
 WHOLE = range(-(2**63), 2**63)
 """What a whole number of TOML, and a counter of torch, can be."""
 SEED = range(-(2**63), 2**64)
 LONGEST_WAIT = 10**9
-"""Seconds; three times as much as nanoseconds in 64 bits would be wrong."""
+"""Seconds; ten times as much, in nanoseconds, is beyond 64 bits."""
 
 
-def number_problems(config: Any) -> list[str]:
-    """Numbers of any section that are beyond what can be computed with."""
-    return [*_beyond(config), *_schedule(config), *_profiler(config.profiling)]
+def number_problems(config: Any, training: bool) -> list[str]:
+    """Numbers that cannot be computed with; those that only training reads, where it trains."""
+    found = _beyond(config)
+    return [*found, *_schedule(config), *_profiler(config.profiling)] if training else found
 
 
 def _beyond(config: Any) -> list[str]:
     found = []
     for key in keys_of(type(config)):
         value = get(config, key.name)
-        if isinstance(value, float) and math.isinf(value) and key.name not in MAY_BE_INFINITE:
-            found.append(f"{key.name} = {value} is not finite")
+        if isinstance(value, float) and abs(value) > LARGEST and key.name not in MAY_BE_INFINITE:
+            what = "not finite" if math.isinf(value) else "beyond float32"
+            found.append(f"{key.name} = {value} is {what}")
         elif type(value) is int and value not in (SEED if key.name == "debug.seed" else WHOLE):
             found.append(f"{key.name} = {value} is beyond 64 bits")
     for name in ("comm.init_timeout_seconds", "comm.train_timeout_seconds"):

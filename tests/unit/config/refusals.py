@@ -257,17 +257,17 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             "profiling.enable_profiling = true\nprofiling.profile_freq = 2",
-            "run.toml:2: profiling.profile_freq = 2 must be at least profiler_warmup + profiler_active = 4",
             "run.toml:1: profiling.enable_profiling = true needs a GPU; set it to false",
+            "run.toml:2: profiling.profile_freq = 2 must be at least profiler_warmup + profiler_active = 4",
         ),
         file(
             "profiling.enable_profiling = true\nprofiling.profiler_active = 0",
-            "run.toml:2: profiling.profiler_active = 0 must be at least 1",
             "run.toml:1: profiling.enable_profiling = true needs a GPU; set it to false",
+            "run.toml:2: profiling.profiler_active = 0 must be at least 1",
         ),
         file("optimizer.lr = inf", "run.toml:1: optimizer.lr = inf is not finite"),
         file("optimizer.lr = -inf", "run.toml:1: optimizer.lr = -inf must be at least 0"),
-        file("flow.guidance = -inf", "run.toml:1: flow.guidance = -inf is not finite"),
+        file("optimizer.lr = 1e300", "run.toml:1: optimizer.lr = 1e+300 is beyond float32"),
         line("--flow.logit_mean inf", "flow.logit_mean = inf is not finite"),
         file(
             f"optimizer.lr = 1{'0' * 310}",
@@ -515,6 +515,14 @@ TABLE: dict[str, list[Refusal]] = {
         line(
             "--checkpoint.enable --checkpoint.create_seed_checkpoint --checkpoint.load_only",
             "checkpoint.create_seed_checkpoint = true saves, checkpoint.load_only = true does not",
+        ),
+        line(
+            "--checkpoint.enable --checkpoint.load_step 100",
+            "checkpoint.load_step = 100: outputs/checkpoint/step-100 does not exist; there is none",
+        ),
+        line(
+            "--comm.save_traces_file_prefix ranks/rank_",
+            "comm.save_traces_file_prefix = 'ranks/rank_': it begins a file's name, so no /",
         ),
         line(
             "--checkpoint.load_step 100",
