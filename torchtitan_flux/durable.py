@@ -1,8 +1,11 @@
-"""Files that are to be there after a power failure, and those that one process has alone."""
+"""Files that are to be there after a power failure, or that one process has alone; full disks."""
 
+import errno
 import fcntl
 import os
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 def sync_folder(folder: Path) -> None:
@@ -26,3 +29,34 @@ def take(descriptor: int) -> bool:
     except OSError:
         pass
     return True
+
+
+class DiskFull(OSError):
+    """Something could not be written for want of room; the message names the disk and its room."""
+
+
+def disk_full(error: BaseException, path: Path) -> DiskFull | None:
+    """What to say of an error that came of a full disk or quota; None where it came of else.
+
+    Args:
+        error: raised on writing. torch's own (a position of its archive that was unexpected) hides
+            the system's, which is then found behind it.
+        path: a folder on the disk, as it is at that moment.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in (errno.ENOSPC, errno.EDQUOT):
+            break
+        behind = behind.__cause__ or behind.__context__
+    if behind is None:
+        return None
+    disk = next(one for one in (path, *path.absolute().parents) if os.path.ismount(one))
+    if behind.errno == errno.EDQUOT:
+        return DiskFull(f"the quota on {disk} is used up")
+    found = os.statvfs(disk)
+    free, whole = (
+        tqdm.format_sizeof(blocks * found.f_frsize, "B")
+        for blocks in (found.f_bavail, found.f_blocks)
+    )
+    files = ", and no further file may be made" if found.f_files and not found.f_favail else ""
+    return DiskFull(f"no space left on {disk}: {free} of {whole} are free{files}")

@@ -58,7 +58,7 @@ def launch(command: str, arguments: list[str]) -> int:
             arguments = ["--job.config_file", settings.config_file, *arguments]
         config = check(command, arguments, settings.ranks)
         if command == "train" and only["--check"]:
-            print(_would(config, settings.ranks))
+            print(_would(config, settings.ranks, settings.ranks_per_node))
     if only["--print-config"]:
         from torchtitan_flux.config.resolved import resolved_toml
 
@@ -68,7 +68,14 @@ def launch(command: str, arguments: list[str]) -> int:
     with exit_on_config_error():
         check_cards(settings.ranks_per_node)
     logs = Path(config.job.dump_folder) / "logs"
-    return Job(settings, MODULES[command], arguments, logs, saves=command == "train").run()
+    return Job(
+        settings,
+        MODULES[command],
+        arguments,
+        logs,
+        saves=command == "train",
+        join_timeout=config.comm.init_timeout_seconds,
+    ).run()
 
 
 def check(command: str, arguments: list[str], ranks: int) -> Any:
@@ -108,7 +115,7 @@ def check_cards(ranks: int) -> None:
         raise ConfigError([f"NGPU = {ranks}: {cards} of this machine's GPUs can be seen"])
 
 
-def _would(config: Any, ranks: int) -> str:
+def _would(config: Any, ranks: int, ranks_per_machine: int) -> str:
     """What a checked run would do, in one line.
 
     Raises:
@@ -118,7 +125,7 @@ def _would(config: Any, ranks: int) -> str:
     from torchtitan_flux.config.resolve import image_size
     from torchtitan_flux.planning.fits import fits
 
-    if reason := fits(config):
+    if reason := fits(config, ranks, ranks_per_machine):
         raise ConfigError([reason])
     t = config.training
     size = image_size(config)

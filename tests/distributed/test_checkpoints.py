@@ -1,5 +1,8 @@
 """Contract 5: a checkpoint is complete or invisible; damage is named and passed over."""
 
+import contextlib
+import errno
+import io
 import json
 import os
 import pickle
@@ -11,12 +14,15 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny_run import Run, arguments, refusal, train, worst
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.utils.tensorboard import SummaryWriter
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, complete_steps
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan_flux.checkpoint.storage import SafeReader
 from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.training import pictures
 from torchtitan_flux.training.trainer import FluxTrainer
 
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "2", "--lr_scheduler.warmup_steps", "2")
@@ -265,25 +271,82 @@ def limit_files(trainer: FluxTrainer) -> None:
     trainer.close = closed  # type: ignore[method-assign]
 
 
+class SmallDisk(io.FileIO):
+    """A file on a disk that is full after 100 kB, in the midst of torch's archive of a tensor."""
+
+    def write(self, data) -> int:
+        if self.tell() + len(data) > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def fill_disk(trainer: FluxTrainer) -> None:
+    """torch closes its archive on such a disk with an error of its own, which says nothing."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode):
+        with SmallDisk(path, mode) if mode == "wb" else open(path, mode) as file:
+            yield file
+
+    FileSystem.create_stream = create_stream
+
+
+FAULTS = {
+    "continue": (fill_disk, "ranks 0, 1: no space left on /"),
+    "stop": (limit_files, "File too large"),
+}
+
+
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_a_full_disk_is_reported_and_the_run_goes_on_or_stops(finished, tmp_path, mode):
     for policy, last_loss in (("continue", 5), ("stop", 4 if mode == "disabled" else 5)):
         dump = copy_of(finished, tmp_path / policy, 2)
+        fault, said = FAULTS[policy]
         again = run(
             2,
             dump,
             *("--checkpoint.on_save_error", policy, "--checkpoint.async_mode", mode),
             *("--checkpoint.interval", "4", "--training.steps", "5"),
-            change=limit_files,
+            change=fault,
         )
         # the last checkpoint is required whatever the policy
         assert again.error.startswith("CheckpointNotSaved")
-        assert "File too large" in again.error
+        assert said in again.error
         assert max(again.losses) == last_loss
         if policy == "continue":
             assert "The checkpoint of step 4 could not be saved" in again.log
+            assert again.log.count("no space left on") == 1, "and the last one raises"
+            assert "checkpoint.keep_latest_k" in again.error
+            assert "inline_container" not in again.log + again.error
         assert steps_in(dump) == ["step-2"], "the partial one gave its space back"
         assert choose_checkpoint(dump / "checkpoint").manifest is not None
+
+
+def fill_disk_for_others(trainer: FluxTrainer) -> None:
+    """TensorBoard's writer and the grid's file meet a full disk."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    SummaryWriter.add_scalar = full
+    pictures.save_png = full
+
+
+def test_curves_and_grids_that_have_no_room_end_no_run(tmp_path):
+    again = run(
+        1,
+        tmp_path,
+        *("--training.steps", "2", "--metrics.enable_tensorboard", "--sampling.enable"),
+        *("--sampling.prompts", "one", "--sampling.images_per_prompt", "1"),
+        *("--sampling.denoising_steps", "1", "--sampling.freq", "1", "--validation.no-enable"),
+        change=fill_disk_for_others,
+    )
+    assert again.error == ""
+    assert list(again.losses) == [1, 2]
+    assert again.log.count("TensorBoard's file could not be written (no space left on") == 1
+    for step in (1, 2):
+        assert f"step-{step}.png could not be written (no space left on" in again.log
+    assert again.results == []
 
 
 def test_a_seed_checkpoint_begins_runs(finished, tmp_path):

@@ -20,7 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
-from torchtitan.components.checkpoint import MODEL, AsyncMode, CheckpointManager
+from torchtitan.components.checkpoint import (
+    LR_SCHEDULER,
+    MODEL,
+    OPTIMIZER,
+    AsyncMode,
+    CheckpointManager,
+)
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
@@ -34,9 +40,15 @@ from torchtitan_flux.checkpoint.folder import (
     step_folder,
 )
 from torchtitan_flux.checkpoint.import_weights import import_weights
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.optimizer_states import (
+    PART_LEFT_OUT,
+    OptimizerStates,
+    ScheduleState,
+)
+from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of, load_states, partial_of
 from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.durable import DiskFull
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -48,6 +60,7 @@ class FluxCheckpointManager(CheckpointManager):
 
     Args:
         facts: what the run is tied to; stored with every checkpoint.
+        settings: what it may change when it goes on; stored, too.
         choice: the run's own checkpoint to continue from, verified; empty to begin.
         initial: the weights to begin with, or the verified folder of another run's checkpoint to
             go on from, or None.
@@ -63,6 +76,7 @@ class FluxCheckpointManager(CheckpointManager):
         self,
         *arguments: Any,
         facts: RunFacts,
+        settings: Settings,
         choice: Choice,
         initial: Weights | Path | None,
         on_save_error: str,
@@ -71,6 +85,7 @@ class FluxCheckpointManager(CheckpointManager):
         self.save_future: Future | None = None
         super().__init__(*arguments, **more)
         self.facts = facts
+        self.settings = settings
         self.choice = choice
         self.initial = initial
         self.on_save_error = on_save_error
@@ -78,6 +93,9 @@ class FluxCheckpointManager(CheckpointManager):
         self._saved_step: int | None = None  # known complete, in this process
         self._saving: tuple[int, ManifestWriter, float] | None = None
         self._background = ThreadPoolExecutor(1, "save")  # a thread only once it is needed
+        if self.enable:
+            self.states[OPTIMIZER] = OptimizerStates(self.states[OPTIMIZER])
+            self.states[LR_SCHEDULER] = ScheduleState(self.states[LR_SCHEDULER])
 
     # ---- saving -----------------------------------------------------------------------------
 
@@ -164,7 +182,7 @@ class FluxCheckpointManager(CheckpointManager):
             states = self._flattened_model_states_sd()
         folder = step_folder(Path(self.folder), step)
         kind = "model" if model_only else "full"
-        writer = ManifestWriter(folder, step, kind, self.facts, step in self.damaged)
+        writer = ManifestWriter(folder, step, kind, self.facts, self.settings, step in self.damaged)
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(folder), ignore_errors=True)
         self._saving = step, writer, time.monotonic()
@@ -246,9 +264,14 @@ class FluxCheckpointManager(CheckpointManager):
         """Give back the space; then report, or raise where the run must not go on without it."""
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(writer.folder), ignore_errors=True)
-        told = isinstance(error, CheckpointException)
+        told = isinstance(error, CheckpointException)  # by each rank, to all of them
         causes = causes_of(error) if told else f"{type(error).__name__}: {error}"
         message = f"The checkpoint of step {step} could not be saved to {writer.folder} ({causes})"
+        if told and any(isinstance(cause, DiskFull) for cause, _ in error.failures.values()):
+            message += (
+                "; make room there, keep fewer (checkpoint.keep_latest_k), or go on in a copy on "
+                "another disk (job.dump_folder)"
+            )
         if required:
             raise CheckpointNotSaved(f"{message}; those before it are intact") from error
         logger.error(
@@ -302,10 +325,15 @@ class FluxCheckpointManager(CheckpointManager):
 
     def _load_states(self, folder: Path, model_only: bool) -> None:
         logger.info(f"Loading {folder}")
-        states = self._states_to_load(model_only)
+        left_out = [part for part in PART_LEFT_OUT if part in self.exclude_from_loading]
+        if model_only:  # there is nothing else to leave out
+            left_out = [part for part in left_out if part == MODEL]
+        for part in left_out:
+            logger.warning(f"checkpoint.exclude_from_loading: {part}: {PART_LEFT_OUT[part]}")
+        states = {} if model_only and left_out else self._states_to_load(model_only)
         model_keys = set(self.states[MODEL].state_dict()) & set(states)
         load_states(states, model_keys, folder)
-        if model_keys:  # checkpoint.exclude_from_loading may name the model
+        if model_keys:
             self.states[MODEL].load_state_dict({name: states[name] for name in model_keys})
 
     def _make_up_for_export(self) -> None:

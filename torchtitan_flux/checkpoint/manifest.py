@@ -6,13 +6,13 @@ read without unpickling anything.
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.durable import sync_folder
 
 MANIFEST = "manifest.json"
@@ -44,6 +44,7 @@ class Manifest:
         facts: what the run is tied to.
         created: seconds since 1970, when it was complete.
         files: facts of each file by its name in the folder; the manifest itself is not among them.
+        settings: what the run was trained with; empty in manifests from before there were any.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Manifest:
     facts: RunFacts
     created: float
     files: dict[str, FileFacts]
+    settings: Settings = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Put the manifest into a folder, durably and at once."""
@@ -85,6 +87,7 @@ class Manifest:
                 facts=RunFacts.from_state(content["facts"]),
                 created=float(content["created"]),
                 files={name: FileFacts(**facts) for name, facts in content["files"].items()},
+                settings=dict(content.get("settings", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"its {MANIFEST} cannot be understood ({error!r})") from error

@@ -5,6 +5,10 @@ from typing import Any
 
 from torchtitan_flux.randomness import RANDOMNESS_VERSION
 
+Settings = dict[str, str]
+"""Keys of the configuration that may change while a run goes on -> their values as TOML writes
+them."""
+
 
 @dataclass(frozen=True)
 class RunFacts:

@@ -3,6 +3,8 @@
 import pickle
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.default_planner import (
     _EmptyStateDictLoadPlanner,
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -29,8 +31,8 @@ from torchtitan_flux.checkpoint.manifest import (
     Manifest,
     file_facts,
 )
-from torchtitan_flux.checkpoint.run_facts import RunFacts
-from torchtitan_flux.durable import sync_folder
+from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
+from torchtitan_flux.durable import DiskFull, disk_full, sync_folder
 from torchtitan_flux.state_dict_keys import check_keys
 
 METADATA = ".metadata"
@@ -53,18 +55,25 @@ class ManifestWriter(FileSystemWriter):
 
     Args:
         folder: what the checkpoint will be called.
-        step, kind, facts: for the manifest.
+        step, kind, facts, settings: for the manifest.
         replaces_damaged: one that lies there is known to be damaged, and set aside.
     """
 
     def __init__(
-        self, folder: Path, step: int, kind: Kind, facts: RunFacts, replaces_damaged: bool
+        self,
+        folder: Path,
+        step: int,
+        kind: Kind,
+        facts: RunFacts,
+        settings: Settings,
+        replaces_damaged: bool,
     ):
         super().__init__(partial_of(folder))
         self.folder = folder
         self.step = step
         self.kind: Kind = kind
         self.facts = facts
+        self.settings = settings
         self.replaces_damaged = replaces_damaged
         self.checksum_seconds = 0.0
         """Time this rank spent on checksums."""
@@ -76,8 +85,23 @@ class ManifestWriter(FileSystemWriter):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         vars(self).update(state)
 
+    @contextmanager
+    def _full_disk_named(self) -> Iterator[None]:
+        """On the rank that met it, while all that it wrote is there: later some room is free."""
+        try:
+            yield
+        except Exception as error:
+            if full := disk_full(error, Path(self.path)):
+                raise full from error
+            raise
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        with self._full_disk_named():
+            return super().prepare_local_plan(plan)
+
     def write_data(self, plan: Any, planner: Any) -> Future:
-        results = super().write_data(plan, planner).wait()
+        with self._full_disk_named():
+            results = super().write_data(plan, planner).wait()
         begin = time.perf_counter()
         written = Written(results)
         names = sorted({result.storage_data.relative_path for result in results})
@@ -88,16 +112,19 @@ class ManifestWriter(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        folder = Path(self.path)
-        files = {METADATA: file_facts(folder / METADATA)}
-        for of_rank in results:
-            assert isinstance(of_rank, Written)
-            files |= of_rank.files
-        Manifest(self.step, self.kind, self.facts, time.time(), files).write(folder)
-        make_room(self.folder, self.replaces_damaged)
-        folder.rename(self.folder)
-        sync_folder(self.folder.parent)
+        with self._full_disk_named():
+            super().finish(metadata, results)
+            folder = Path(self.path)
+            files = {METADATA: file_facts(folder / METADATA)}
+            for of_rank in results:
+                assert isinstance(of_rank, Written)
+                files |= of_rank.files
+            Manifest(self.step, self.kind, self.facts, time.time(), files, self.settings).write(
+                folder
+            )
+            make_room(self.folder, self.replaces_damaged)
+            folder.rename(self.folder)
+            sync_folder(self.folder.parent)
 
 
 def partial_of(folder: Path) -> Path:
@@ -209,10 +236,13 @@ def _of_all_ranks(own: dict[str, Any], complete: bool) -> dict[str, Any]:
 
 
 def causes_of(error: CheckpointException) -> str:
-    """What went wrong on which rank, in a line."""
+    """What went wrong on which ranks, in a line."""
+    ranks: dict[str, list[str]] = {}
+    for rank, (cause, _) in sorted(error.failures.items()):
+        kind = "" if isinstance(cause, DiskFull) else f"{type(cause).__name__}: "
+        ranks.setdefault(f"{kind}{cause}", []).append(str(rank))
     return "; ".join(
-        f"rank {rank}: {type(cause).__name__}: {cause}"
-        for rank, (cause, _) in sorted(error.failures.items())
+        f"rank{'s' if len(of) > 1 else ''} {', '.join(of)}: {said}" for said, of in ranks.items()
     )
 
 

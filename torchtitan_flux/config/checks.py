@@ -1,18 +1,21 @@
 """What is wrong with a configuration, all of it, each with its key and the remedy."""
 
-import os
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
+from torchtitan_flux.config.folders import folder_problems
+from torchtitan_flux.config.loading import loading_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
+from torchtitan_flux.config.numbers import number_problems
 from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
-from torchtitan_flux.config.resolve import compiles, image_size, resolve_model_args
+from torchtitan_flux.config.recomputation import AC_MODES, recomputation_problems
+from torchtitan_flux.config.resolve import image_size, resolve_model_args
 from torchtitan_flux.config.schema import get
 from torchtitan_flux.data.registry import (
     BUILT_IN,
@@ -23,8 +26,13 @@ from torchtitan_flux.data.registry import (
 )
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 
-AC_MODES = ("none", "full", "selective", "memory_budget")
-COMPILED = ("model", "loss")
+ON_GPUS = (
+    "training.enable_cpu_offload",
+    "training.gc_debug",
+    "profiling.enable_profiling",
+    "profiling.enable_memory_snapshot",
+)
+"""Switches of what there is on GPUs alone."""
 OPTIMIZERS = ("AdamW", "Adam")
 
 
@@ -41,7 +49,7 @@ def problems(config: Any, training: bool = True) -> list[str]:
     if config.model.name != "flux":
         found.append(f"model.name = {config.model.name!r}: this trainer trains 'flux'")
     if training:
-        found += [*_unsupported(config), *_folder(config), *_data(config)]
+        found += [*_unsupported(config), *folder_problems(config), *_data(config)]
     encoders = encoder_problems(config, flavor is not None and flavor.pixel_space)
     found += encoders
     low_precision = low_precision_problems(config) if training else []
@@ -54,8 +62,16 @@ def problems(config: Any, training: bool = True) -> list[str]:
     if training and config.training.local_batch_size > 0:
         found += [*mesh_problems(config), *pipeline_problems(config)]
     if training:
-        found += [*_checkpoints(config), *_recomputation(config), *_evaluation(config)]
-    return found + _compute_type(config)
+        found += [
+            *_checkpoints(config),
+            *loading_problems(config),
+            *recomputation_problems(config),
+            *_evaluation(config),
+        ]
+    found += _compute_type(config)
+    named = {line.split(" = ")[0] for line in found}  # -inf is too small, and that is enough
+    beyond = number_problems(config, training)
+    return found + [line for line in beyond if line.split(" = ")[0] not in named]
 
 
 def _unsupported(config: Any) -> list[str]:
@@ -104,11 +120,29 @@ def _unsupported(config: Any) -> list[str]:
             f"{', '.join(OPTIMIZERS)}"
         )
     if not torch.cuda.is_available():
-        if config.training.enable_cpu_offload:
-            found.append("training.enable_cpu_offload = true needs a GPU; set it to false")
         if config.checkpoint.async_mode == "async_with_pinned_mem":
             found.append('checkpoint.async_mode = "async_with_pinned_mem" needs a GPU; use "async"')
+        found += [
+            f"{key} = true needs a GPU; set it to false" for key in ON_GPUS if get(config, key)
+        ]
+    if config.metrics.enable_wandb and find_spec("wandb") is None:
+        found.append(
+            "metrics.enable_wandb = true, and wandb is not installed: pip install wandb, or set it "
+            "to false"
+        )
+    found += _custom_import(config.experimental.custom_import)
     return found
+
+
+def _custom_import(module: str) -> list[str]:
+    if not module:
+        return []
+    key = f"experimental.custom_import = {module!r}"
+    try:
+        there = find_spec(module) is not None
+    except (ImportError, ValueError) as error:  # of what is above it
+        return [f"{key} cannot be imported ({error})"]
+    return [] if there else [f"{key} is no module that can be imported"]
 
 
 def _checkpoints(config: Any) -> list[str]:
@@ -123,7 +157,8 @@ def _checkpoints(config: Any) -> list[str]:
         )
     if c.enable and c.initial_load_path and locate(c.initial_load_path) is None:
         found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} does not exist")
-    for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf"):
+    for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf",
+                "exclude_from_loading"):  # fmt: skip
         if getattr(c, key) and not c.enable:
             found.append(
                 f"checkpoint.{key} is set, and nothing is loaded or saved: set checkpoint.enable = "
@@ -149,69 +184,6 @@ def _checkpoints(config: Any) -> list[str]:
             "checkpoint.last_save_in_hf = true saves, checkpoint.load_only = true does not"
         )
     return found
-
-
-def _recomputation(config: Any) -> list[str]:
-    """Sections [activation_checkpoint] and [compile]."""
-    found = []
-    ac, compiling = config.activation_checkpoint, config.compile
-    section = "activation_checkpoint"
-    option = ac.selective_ac_option
-    by_number = option.isdecimal() and int(option) > 0
-    if ac.mode == "selective" and option != "op" and not by_number:
-        found.append(
-            f'{section}.selective_ac_option = {option!r}: use "op", or a number N >= 1 in quotes '
-            "to recompute every N-th block"
-        )
-    if ac.mode == "memory_budget" and not compiles(config, "model"):
-        found.append(
-            f'{section}.mode = "memory_budget" is a choice of the compiler: set compile.enable = '
-            'true with "model" in compile.components, or use another mode'
-        )
-    if ac.mode == "memory_budget" and not 0 <= ac.memory_budget <= 1:
-        found.append(f"{section}.memory_budget = {ac.memory_budget} is not in [0, 1]")
-    if ac.mode == "memory_budget" and config.parallelism.tensor_parallel_degree > 1:
-        found.append(
-            f'{section}.mode = "memory_budget": the compiler cannot size the graphs of tensor '
-            'parallelism; use mode = "selective", or set parallelism.tensor_parallel_degree = 1'
-        )
-    if ac.offload_inputs and not (ac.mode == "full" or (ac.mode == "selective" and by_number)):
-        found.append(
-            f"{section}.offload_inputs = true is about blocks that are recomputed as a whole: set "
-            f'{section}.mode = "full", or "selective" with a number, or offload_inputs = false'
-        )
-    if ac.determinism_check not in ("default", "none"):
-        found.append(
-            f'{section}.determinism_check = {ac.determinism_check!r}: use "default" or "none"'
-        )
-    if ac.debug and ac.mode == "selective" and option == "op":
-        found.append(
-            f'{section}.debug = true does not go with selective_ac_option = "op"; set one of them '
-            "otherwise"
-        )
-    if ac.visualize_memory_budget_pareto:
-        found.append(
-            f"{section}.visualize_memory_budget_pareto = true is not available; remove the key"
-        )
-    unknown = [name for name in compiling.components if name not in COMPILED]
-    if compiling.enable and unknown:
-        found.append(f"compile.components names {', '.join(unknown)}; known: {', '.join(COMPILED)}")
-    return found
-
-
-def _folder(config: Any) -> list[str]:
-    """Whether job.dump_folder can be written."""
-    given = config.job.dump_folder
-    folder = Path(given)
-    # unlike Path.exists, os.path.exists raises nothing
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not given:
-        return ['job.dump_folder = "" is no folder; name one']
-    if not there.is_dir():
-        return [f"job.dump_folder = {given!r}: {there} is a file; name a folder"]
-    if not os.access(there, os.W_OK | os.X_OK):
-        return [f"job.dump_folder = {given!r}: {there} cannot be written by this user"]
-    return []
 
 
 def _compute_type(config: Any) -> list[str]:
@@ -272,7 +244,7 @@ MINIMA = {
     "metrics.log_freq": 1,
     "lr_scheduler.warmup_steps": 0,
     "optimizer.lr": 0,
-    "optimizer.eps": 0,
+    "optimizer.eps": torch.finfo(torch.float32).tiny,  # what has no gradient yet is 0 / 0 else
     "optimizer.weight_decay": 0,
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,
@@ -328,12 +300,6 @@ def _at_least(config: Any) -> list[str]:
                 f"made ahead by {section}.dataloader.num_workers = {loader.num_workers} processes; "
                 "both must be at least 1"
             )
-    p = config.profiling
-    if p.enable_profiling and p.profile_freq < p.profiler_warmup + p.profiler_active:
-        found.append(
-            f"profiling.profile_freq = {p.profile_freq} must be at least profiler_warmup + "
-            f"profiler_active = {p.profiler_warmup + p.profiler_active}"
-        )
     data = config.data
     if not 0 <= data.held_out_share < 1:
         found.append(f"data.held_out_share = {data.held_out_share} is not a share in [0, 1)")

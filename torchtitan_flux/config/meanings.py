@@ -47,7 +47,7 @@ USED = {
     "job.print_config": "Print the configuration as resolved at the start of the run",
     "job.custom_config_module": "Python module whose JobConfig adds sections or keys; torchtitan's "
     "own name for its FLUX sections means ours, which are always there",
-    "profiling.enable_profiling": "Record traces with torch's profiler",
+    "profiling.enable_profiling": "Record traces with torch's profiler (GPU only)",
     "profiling.save_traces_folder": "Folder below job.dump_folder for traces",
     "profiling.profile_freq": "Record a trace every so many steps",
     "profiling.profiler_active": "Steps that a trace covers",
@@ -71,7 +71,8 @@ USED = {
     "optimizer.implementation": "Kernels of the optimizer: fused is the fastest",
     "optimizer.early_step_in_backward": "Not available: gradients could not be clipped",
     "lr_scheduler.warmup_steps": "Steps in which the learning rate grows from zero",
-    "lr_scheduler.total_steps": "Steps that the schedule is made for; unset: training.steps",
+    "lr_scheduler.total_steps": "Steps that the schedule is made for, training.steps at least; "
+    "unset: training.steps",
     "lr_scheduler.decay_ratio": "Share of the steps, at the end, in which the learning rate falls; "
     "unset: from the end of warm-up on",
     "lr_scheduler.decay_type": "Shape of the fall",
@@ -89,7 +90,7 @@ USED = {
     "this key is set",
     "training.mixed_precision_reduce": "Type in which gradients are summed over ranks",
     "training.gc_freq": "Collect Python's garbage every so many steps",
-    "training.gc_debug": "Collect it in every step, to find cycles that hold tensors",
+    "training.gc_debug": "Collect it in every step, to find cycles that hold tensors (GPU only)",
     "training.dataloader.num_workers": "Processes of each rank that read and decode images; 0 does "
     "it in a thread",
     "training.dataloader.persistent_workers": "Keep these processes when the position is moved",
@@ -136,7 +137,8 @@ USED = {
     "checkpoint.async_mode": "Write checkpoints while training goes on",
     "checkpoint.keep_latest_k": "Keep so many checkpoints; 0 keeps all",
     "checkpoint.load_step": "Continue from this step; -1: from the newest",
-    "checkpoint.exclude_from_loading": "Parts of a checkpoint that are not loaded",
+    "checkpoint.exclude_from_loading": "Parts of a checkpoint that begin anew, at every start: "
+    "model, optimizer, lr_scheduler, dataloader",
     "checkpoint.enable_first_step_checkpoint": "Save after the first step too",
     "checkpoint.create_seed_checkpoint": "Save the initial weights as step 0, and leave",
     "checkpoint.load_only": "Continue from checkpoints, and save none",

@@ -43,7 +43,7 @@ def from_toml(value: Any, annotation: Any) -> Any:
         if isinstance(value, list):
             return [from_toml(item, get_args(annotation)[0]) for item in value]
     elif annotation is float:
-        if type(value) in (int, float) and not math.isnan(value):
+        if type(value) in (int, float) and not _is_no_float(value):
             return float(value)
     elif type(value) is annotation:
         return value
@@ -142,6 +142,8 @@ def what_it_is(value: Any) -> str:
     """The type of a TOML value that is not the wanted one, in words."""
     if isinstance(value, float) and math.isnan(value):
         return "nan"
+    if type(value) is int and _is_no_float(value):
+        return "one of more than 308 digits"
     return {
         bool: "a boolean",
         int: "a whole number",
@@ -181,6 +183,13 @@ def _escaped(c: str) -> str:
     if c in special:
         return special[c]
     return c if ord(c) >= 32 and ord(c) != 127 else f"\\u{ord(c):04x}"
+
+
+def _is_no_float(number: int | float) -> bool:
+    try:
+        return math.isnan(number)
+    except OverflowError:  # a whole number that is too large for one
+        return True
 
 
 def _is_union(origin: Any) -> bool:

@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
+from torchtitan_flux.launching.joining import NotJoined, join
 from torchtitan_flux.launching.output import RankOutput
 from torchtitan_flux.launching.rank import LAUNCHER, traceback_path
 from torchtitan_flux.launching.settings import Settings
@@ -37,6 +38,7 @@ class Job:
         arguments: its command line.
         logs: folder for the output of ranks that are not shown.
         saves: whether the ranks save and leave when they are asked to.
+        join_timeout: seconds that machines wait for each other.
     """
 
     settings: Settings
@@ -44,6 +46,7 @@ class Job:
     arguments: list[str]
     logs: Path
     saves: bool
+    join_timeout: int
 
     def run(self) -> int:
         """Start the ranks and wait for their end.
@@ -61,6 +64,9 @@ class Job:
                     return DONE
                 except ChildFailedError as error:
                     failed = error
+                except NotJoined as error:
+                    _say(f"the ranks were not started: {error}")
+                    return FAILED
                 except Exception as error:
                     _say(f"the ranks were not started: {type(error).__name__}: {error}")
                     return FAILED
@@ -75,6 +81,8 @@ class Job:
         arguments = [*self._torchrun_arguments(), self.module, *self.arguments]
         config, entry, arguments = config_from_args(parse_args(arguments))
         config.logs_specs = output
+        # kept: its server is the one that torchrun meets at
+        _store = join(self.settings, self.join_timeout, _say) if self.settings.nodes > 1 else None
         elastic_launch(config, entry)(*arguments)
 
     def _torchrun_arguments(self) -> list[str]:
@@ -90,6 +98,8 @@ class Job:
                        "--rdzv-id", "torchtitan-flux", "--node-rank", str(s.node_rank)]  # fmt: skip
         return [
             *("--nnodes", str(s.nodes), "--nproc-per-node", str(s.ranks_per_node), *meeting),
+            # the one name is static's, the other c10d's
+            *("--rdzv-conf", f"timeout={self.join_timeout},join_timeout={self.join_timeout}"),
             *("--max-restarts", "0", "--log-dir", os.devnull),
             # the launcher's own watch handles the others
             *("--signals-to-handle", "SIGQUIT"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from torchtitan_flux.launching.output import RankOutput
 from torchtitan_flux.training.heartbeat import Beat, read_beats
+from torchtitan_flux.training.stopping import ONE_REQUEST
 
 PATIENCE = 5.0
 """Seconds after the first failure in which the other ranks may leave a traceback of their own.
@@ -96,6 +97,9 @@ class Watch:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.requested is not None:
+            # a terminal signals the whole group, and what stands between (uv, make, timeout) again
+            if time.monotonic() - self._requested_at < ONE_REQUEST:
+                return
             _say(f"{number.name} again: ending all ranks; the last checkpoint stays")
             self._leave_at_once()
         self.requested = number

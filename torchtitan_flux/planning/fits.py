@@ -5,10 +5,9 @@ what blocks keep between forward and backward pass. What a plan adds (planning/e
 on the allocator's luck; a run is refused when not even this fits.
 """
 
-import os
 from typing import Any
 
-from torchtitan_flux.engine import local_ranks  # isort: skip  before torchtitan
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
 from torch import nn
@@ -34,16 +33,19 @@ from torchtitan_flux.planning.timeline import Timeline, blocks_of
 from torchtitan_flux.planning.tracker import MemoryTracker
 
 
-def fits(config: Any) -> str | None:
+def fits(config: Any, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:
     """Why the configured run cannot fit this machine, with the keys to change; None if it may.
 
     Args:
-        config: a checked configuration. Ranks are those of the environment (WORLD_SIZE).
+        config: a checked configuration.
+        ranks: of the whole run.
+        ranks_per_machine: how many share this machine, and its memory where there is no GPU.
+        device: number of the GPU that is looked at.
     """
-    memory = utils.device_module.get_device_properties(0).total_memory
-    if utils.device_type == "cpu":  # ranks of a machine share it
-        memory //= local_ranks()
-    need = least(config, int(os.environ.get("WORLD_SIZE", "1")))
+    memory = utils.device_module.get_device_properties(device).total_memory
+    if utils.device_type == "cpu":
+        memory //= ranks_per_machine
+    need = least(config, ranks)
     if sum(need.values()) <= memory:
         return None
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchtitan_flux.engine import give_back_freed_memory
 import numpy as np
 import torch
 from torchtitan.components.metrics import (
+    BaseLogger,
     LoggerContainer,
     MetricsProcessor,
     TensorBoardLogger,
@@ -27,6 +29,7 @@ from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
 from torchtitan_flux.config.resolve import image_size
+from torchtitan_flux.durable import disk_full
 from torchtitan_flux.model import FluxModelArgs, flops_per_image
 
 _RANK_0 = SimpleNamespace(pp_enabled=False)
@@ -109,7 +112,7 @@ class FluxMetrics(MetricsProcessor):
             global_avg_loss: mean squared velocity error over the global batch.
             global_max_loss: the largest mean of one rank.
             grad_norm: before clipping.
-            extra_metrics: more scalars for TensorBoard.
+            extra_metrics: more scalars for TensorBoard; "lr" is in the line, too.
         """
         assert self.last_logged_step is not None
         seconds = time.perf_counter() - self.time_last_log
@@ -138,14 +141,16 @@ class FluxMetrics(MetricsProcessor):
         has_mfu = not math.isnan(mfu)
         if has_mfu:
             metrics["mfu(%)"] = mfu
-        self.logger.log(metrics, step)
+        self.write(metrics, step)
 
         c = self.color
         mfu_text = f"  mfu: {mfu:.1f}%" if has_mfu else ""
+        lr_text = f"lr: {metrics['lr']:.2e}  " if "lr" in metrics else ""
         logger.info(
             f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
-            f"{c.orange}grad_norm: {grad_norm:7.4f}  {c.blue}images/s: {images_per_second:,.2f}  "
-            f"tokens/s: {tokens_per_second:,.0f}  {c.cyan}TFLOP/s/device: {tflops:,.3f}{mfu_text}  "
+            f"{c.orange}grad_norm: {grad_norm:7.4f}  {lr_text}"
+            f"{c.blue}images/s: {images_per_second:,.2f}  tokens/s: {tokens_per_second:,.0f}  "
+            f"{c.cyan}TFLOP/s/device: {tflops:,.3f}{mfu_text}  "
             f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  "
             f"{c.magenta}data wait: {waiting:.1f}%  left: {left}{c.reset}"
         )
@@ -156,17 +161,38 @@ class FluxMetrics(MetricsProcessor):
     ) -> None:
         """Validation loss, overall and (in extra_metrics) by time."""
         metrics = {"validation_metrics/loss": loss, **(extra_metrics or {})}
-        self.logger.log(metrics, step)
+        self.write(metrics, step)
         c = self.color
         logger.info(f"{c.yellow}validate step: {step:5d}  {c.green}loss: {loss:8.5f}{c.reset}")
 
     def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """A picture [H, W] or [H, W, 3], uint8, into TensorBoard where that is on."""
-        loggers = self.logger._loggers if isinstance(self.logger, LoggerContainer) else []
-        for one in loggers:
-            if isinstance(one, TensorBoardLogger):
-                formats = "HW" if image.ndim == 2 else "HWC"
-                one.writer.add_image(tag, image, step, dataformats=formats)
+        formats = "HW" if image.ndim == 2 else "HWC"
+        with self._tensorboard_may_fail():
+            for one in self._loggers:
+                if isinstance(one, TensorBoardLogger):
+                    one.writer.add_image(tag, image, step, dataformats=formats)
+
+    def write(self, metrics: dict[str, Any], step: int) -> None:
+        """Scalars into TensorBoard and Weights & Biases, where they are on."""
+        with self._tensorboard_may_fail():
+            self.logger.log(metrics, step)
+
+    @property
+    def _loggers(self) -> list[BaseLogger]:
+        return self.logger._loggers if isinstance(self.logger, LoggerContainer) else []
+
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """A full disk must not end the run here; its writer takes nothing more once it failed."""
+        try:
+            yield
+        except OSError as error:
+            folder = Path(self.job_config.job.dump_folder)
+            why = disk_full(error, folder) or error
+            logger.error(f"TensorBoard's file could not be written ({why}); no more is, until the "
+                         "run is started again")  # fmt: skip
+            self._loggers[:] = [x for x in self._loggers if not isinstance(x, TensorBoardLogger)]
 
     def close(self) -> None:
         if self.bar is not None:

@@ -23,17 +23,22 @@ from torchtitan_flux.checkpoint.folder import (
 )
 from torchtitan_flux.checkpoint.import_weights import open_for
 from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.config.meshes import peer_degree
 from torchtitan_flux.config.resolve import resolve_model_args, resolved_path
+from torchtitan_flux.config.schema import get, keys_of
+from torchtitan_flux.config.values import toml_text
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.training.data import global_batch_size
 from torchtitan_flux.training.run_folder import RunFolderLock, lock_run_folder
 
 T = TypeVar("T")
+
+MAY_CHANGE = ("training", "optimizer", "lr_scheduler", "flow")
+"""Sections of the configuration that decide how a run trains, and hold for the steps to come."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Settled:
     Attributes:
         config: the configuration with its seed settled.
         facts: what the run is tied to.
+        settings: what may be another when it goes on.
         choice: the run's own checkpoint that it continues from; empty when it begins.
         initial: the weights that it begins with, or the folder of another run's checkpoint that it
             goes on from, or None.
@@ -51,6 +57,7 @@ class Settled:
 
     config: Any
     facts: RunFacts
+    settings: Settings
     choice: Choice
     initial: Weights | Path | None
     lock: RunFolderLock | None
@@ -98,9 +105,28 @@ def settle(job_config: Any) -> Settled:
         vec_in_dim=args.vec_in_dim,
         in_channels=args.in_channels,
     )
+    settings = settings_of(config)
     if manifest is not None:
         _check_same_run(facts, manifest, continued, config)
-    return Settled(config, facts, choice, initial, lock)
+        changed = differences(manifest.settings, settings)
+        if changed and manifest.kind == "full" and manifest.step < config.training.steps:
+            logger.info(f"From step {manifest.step + 1} on: {', '.join(changed)}")
+    return Settled(config, facts, settings, choice, initial, lock)
+
+
+def settings_of(config: Any) -> Settings:
+    """What is stored with a checkpoint of how the run trains."""
+    keys = (key.name for key in keys_of(type(config)) if key.section in MAY_CHANGE)
+    return {name: toml_text(get(config, name)) for name in keys}
+
+
+def differences(before: Settings, now: Settings) -> list[str]:
+    """The keys with another value than before: "optimizer.lr 0.0001 -> 5e-05"."""
+    return [
+        f"{key} {before[key]} -> {value}"
+        for key, value in now.items()
+        if before.get(key, value) != value
+    ]
 
 
 def checkpoint_folder(config: Any) -> Path:

@@ -16,8 +16,8 @@ from torchtitan.tools.logging import logger
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 ONE_REQUEST = 1.0
-"""Seconds in which several signals are one request: Slurm signals every process of a job, and the
-launcher then forwards its own."""
+"""Seconds in which several signals are one request, for a rank and for the launcher: Slurm signals
+every process of a job, a terminal every one of its group, and launchers and wrappers forward it."""
 
 
 class StopSignals:

@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 import torchtitan.train
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
+from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
@@ -36,6 +38,7 @@ from torchtitan_flux.config.manager import (
 )
 from torchtitan_flux.config.resolve import compiles, resolve_model_args, sample_settings
 from torchtitan_flux.data.loader import Batch, FluxDataLoader
+from torchtitan_flux.durable import disk_full
 from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score_settings
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
@@ -106,6 +109,7 @@ class FluxTrainer(Trainer):
         )
         with checkpoint_manager_bound(
             facts=self.facts,
+            settings=self.settled.settings,
             choice=self.settled.choice,
             initial=self.settled.initial,
             on_save_error=job_config.checkpoint.on_save_error,
@@ -167,12 +171,6 @@ class FluxTrainer(Trainer):
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:  # type: ignore[override]
         """Batches of the loader, with the time spent waiting for them."""
         self.metrics_processor.start(self.step)  # here, before the loop counts its first step
-        kept = self.lr_schedulers.schedulers[0].base_lrs[0]
-        if kept != self.config.optimizer.lr:
-            logger.warning(
-                f"optimizer.lr = {self.config.optimizer.lr} is not used: the run goes on with the "
-                f"{kept} that its checkpoint holds, and with that optimizer's other settings"
-            )
         return self._timed(iter(data_iterable))
 
     def _timed(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
@@ -350,17 +348,24 @@ class FluxTrainer(Trainer):
         settings = sample_settings(config, self.model_args)
         prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
         images = self.painter.draw(prompts, settings)
-        if torch.distributed.get_rank() == 0:
+        if torch.distributed.get_rank() != 0:
+            return
+        path = self.grid_path()
+        try:
             pixels = save_grid(
                 images,
-                self.grid_path(),
+                path,
                 s.images_per_prompt,
                 settings,
                 prompts=json.dumps(s.prompts, ensure_ascii=False),
                 step=self.step,
                 flavor=config.model.flavor,
             )
-            self.metrics_processor.log_image("samples", pixels.numpy(), self.step)
+        except OSError as error:  # a full disk must not end the run here
+            why = disk_full(error, path.parent) or error
+            logger.error(f"{path} could not be written ({why}); training goes on without it")
+            return
+        self.metrics_processor.log_image("samples", pixels.numpy(), self.step)
 
     def grid_path(self) -> Path:
         """Where the grid of this step lies."""
@@ -385,11 +390,9 @@ class FluxTrainer(Trainer):
             prompts, labels = score_prompts(config.score.count)
             images = self.painter.draw(prompts, score_settings(config, self.model_args))
             score = score_digits(images, labels)
-            self.metrics_processor.logger.log(
-                {"score/read_as_prompted(%)": 100 * score.read}, self.step
-            )
+            self.metrics_processor.write({"score/read_as_prompted(%)": 100 * score.read}, self.step)
             self.results.append(score.line)
-        if config.sampling.enable:
+        if config.sampling.enable and self.grid_path().exists():
             self.results.append(f"grid: {self.grid_path()}")
 
     def _note_environment(self) -> None:
@@ -439,7 +442,8 @@ class FluxTrainer(Trainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.quarantine.count = state_dict["unreadable"]
+        if DATALOADER not in self.config.checkpoint.exclude_from_loading:
+            self.quarantine.count = state_dict["unreadable"]  # of the positions before this one
         if state_dict["items"] != self.dataloader.items:
             logger.warning(
                 f"The data set had {state_dict['items']} items and now has "
@@ -461,7 +465,9 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, noted)
     with exit_on_config_error():
-        if reason := fits(config):
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        if reason := fits(config, ranks, torchtitan_flux.engine.local_ranks(), device):
             raise ConfigError([reason])
         with exit_when_out_of_memory(lambda: training_remedies(config)):
             trainer = FluxTrainer(config)

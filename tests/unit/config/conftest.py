@@ -48,6 +48,10 @@ def arguments(tmp_path, monkeypatch):
         for name in case.needs:
             if name == "card 7.5":
                 monkeypatch.setattr(checks, "card", lambda: Card("Tesla T4", (7, 5)))
+            elif name == "no wandb":
+                monkeypatch.setattr(
+                    checks, "find_spec", lambda name: None if name == "wandb" else 1
+                )
             else:
                 put_stand_in(name, tmp_path)
         given = {text.split(" = ")[0] for text in case.toml.splitlines()}

@@ -27,7 +27,8 @@ class Refusal:
         toml: what stands in the file, as its first lines.
         argv: what stands on the command line.
         ranks: how many are started.
-        needs: stand-ins that test_refusals.py puts into the current folder, or a card.
+        needs: stand-ins that test_refusals.py puts into the current folder, a card, or a package
+            that is not installed.
     """
 
     message: tuple[str, ...]
@@ -256,7 +257,38 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             "profiling.enable_profiling = true\nprofiling.profile_freq = 2",
+            "run.toml:1: profiling.enable_profiling = true needs a GPU; set it to false",
             "run.toml:2: profiling.profile_freq = 2 must be at least profiler_warmup + profiler_active = 4",
+        ),
+        file(
+            "profiling.enable_profiling = true\nprofiling.profiler_active = 0",
+            "run.toml:1: profiling.enable_profiling = true needs a GPU; set it to false",
+            "run.toml:2: profiling.profiler_active = 0 must be at least 1",
+        ),
+        file("optimizer.lr = inf", "run.toml:1: optimizer.lr = inf is not finite"),
+        file("optimizer.lr = -inf", "run.toml:1: optimizer.lr = -inf must be at least 0"),
+        file("optimizer.lr = 1e300", "run.toml:1: optimizer.lr = 1e+300 is beyond float32"),
+        line("--flow.logit_mean inf", "flow.logit_mean = inf is not finite"),
+        file(
+            f"optimizer.lr = 1{'0' * 310}",
+            f"run.toml:1: optimizer.lr = 1{'0' * 55} …0 must be a number, not one of more than 308 digits",
+        ),
+        file("optimizer.eps = 0", "run.toml:1: optimizer.eps = 0.0 must be at least 1.17549 …"),
+        file(
+            "debug.seed = 18446744073709551616",
+            "run.toml:1: debug.seed = 18446744073709551616 is beyond 64 bits",
+        ),
+        file(
+            "training.steps = 9223372036854775808",
+            "run.toml:1: training.steps = 9223372036854775808 is beyond 64 bits",
+        ),
+        file(
+            "comm.init_timeout_seconds = 1000000000000",
+            "run.toml:1: comm.init_timeout_seconds = 1000000000000 must be at most 1000000000",
+        ),
+        file(
+            "training.steps = 200\nlr_scheduler.total_steps = 100\nlr_scheduler.decay_ratio = 0.0",
+            "run.toml:1: training.steps = 200 is beyond the schedule of the learning rate, lr_scheduler.total_steps = 100; raise that, or remove it to take training.steps",
         ),
     ],
     "Files and folders": [
@@ -330,6 +362,28 @@ TABLE: dict[str, list[Refusal]] = {
         file(
             'training.dataset = "cc12m-wds"',
             "training.dataset_path is not set: 'cc12m-wds' needs the folder of its files; download them with `hf download pixparse/cc12m-wds --repo-type dataset --include '*.tar' --local-dir cc12m-wds`",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.folder = "/data/checkpoints"',
+            "run.toml:2: checkpoint.folder = '/data/checkpoints' is not below job.dump_folder, the one folder that is kept from being written by two runs; name one in it",
+        ),
+        file(
+            'sampling.enable = true\nsampling.prompts = ["one"]\nsampling.folder = "../samples"',
+            "run.toml:3: sampling.folder = '../samples' is not below job.dump_folder, the one folder that is kept from being written by two runs; name one in it",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.folder = "config.toml"',
+            "run.toml:2: checkpoint.folder = 'config.toml' is the name of job.save_config_file; choose another",
+        ),
+        file(
+            'job.dump_folder = "."\nmetrics.enable_tensorboard = true\nmetrics.save_tb_folder = "picture.toml/tb"',
+            "run.toml:3: metrics.save_tb_folder = 'picture.toml/tb': picture.toml is a file; name a folder",
+            needs=("picture.toml",),
+        ),
+        file(
+            'job.dump_folder = "."\njob.save_config_file = "folder"',
+            "run.toml:2: job.save_config_file = 'folder': folder is a folder; name a file",
+            needs=("folder",),
         ),
         file(
             'checkpoint.enable = true\ncheckpoint.initial_load_path = "./nowhere"',
@@ -457,6 +511,57 @@ TABLE: dict[str, list[Refusal]] = {
         line(
             "--checkpoint.create_seed_checkpoint",
             "checkpoint.create_seed_checkpoint = true needs checkpoint.enable = true",
+        ),
+        line(
+            "--checkpoint.enable --checkpoint.create_seed_checkpoint --checkpoint.load_only",
+            "checkpoint.create_seed_checkpoint = true saves, checkpoint.load_only = true does not",
+        ),
+        line(
+            "--checkpoint.enable --checkpoint.load_step 100",
+            "checkpoint.load_step = 100: outputs/checkpoint/step-100 does not exist; there is none",
+        ),
+        line(
+            "--comm.save_traces_file_prefix ranks/rank_",
+            "comm.save_traces_file_prefix = 'ranks/rank_': it begins a file's name, so no /",
+        ),
+        line(
+            "--checkpoint.load_step 100",
+            "checkpoint.load_step = 100 is set, and nothing is loaded: set checkpoint.enable = true, or remove the key",
+        ),
+        line(
+            "--checkpoint.enable --checkpoint.exclude_from_loading model,scheduler",
+            "checkpoint.exclude_from_loading names 'scheduler', which no checkpoint has; its parts are model, optimizer, lr_scheduler, dataloader, train_state",
+        ),
+        line(
+            "--checkpoint.enable --checkpoint.exclude_from_loading train_state",
+            "checkpoint.exclude_from_loading names 'train_state': the steps would be counted from 0 beside checkpoints of later ones, from which the next start would go on; to begin anew from these weights, set another job.dump_folder and checkpoint.initial_load_path",
+        ),
+        line(
+            "--checkpoint.enable --checkpoint.exclude_from_loading model --checkpoint.initial_load_path folder",
+            "checkpoint.exclude_from_loading names 'model', and checkpoint.initial_load_path has nothing else to give while checkpoint.initial_load_model_only = true; remove one of them",
+            needs=("folder",),
+        ),
+        line(
+            "--checkpoint.exclude_from_loading optimizer",
+            "checkpoint.exclude_from_loading is set, and nothing is loaded or saved: set checkpoint.enable = true (with checkpoint.load_only = true to save nothing), or remove the key",
+        ),
+        line("--training.gc_debug", "training.gc_debug = true needs a GPU; set it to false"),
+        line(
+            "--profiling.enable_memory_snapshot",
+            "profiling.enable_memory_snapshot = true needs a GPU; set it to false",
+        ),
+        line(
+            "--metrics.enable_wandb",
+            "metrics.enable_wandb = true, and wandb is not installed: pip install wandb, or set it to false",
+            needs=("no wandb",),
+        ),
+        line(
+            "--experimental.custom_import nowhere",
+            "experimental.custom_import = 'nowhere' is no module that can be imported",
+        ),
+        line(
+            "--compile.enable --compile.backend inductr",
+            "compile.backend = 'inductr' is not available; torch has …",
         ),
     ],
 }

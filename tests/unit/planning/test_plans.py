@@ -129,7 +129,6 @@ def test_the_bound_from_below_is_below(monkeypatch):
 
 def test_a_run_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(fits_module, "resolve_model_args", lambda _: FLAVORS["flux-dev"])
-    monkeypatch.setenv("WORLD_SIZE", "8")
 
     class Card:
         total_memory = 40 * GIB
@@ -137,18 +136,31 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(
         fits_module.utils.device_module, "get_device_properties", lambda _=None: Card, raising=False
     )
-    reason = fits(dev("--activation_checkpoint.mode", "none"))
+    reason = fits(dev("--activation_checkpoint.mode", "none"), 8, 1)
     assert reason is not None
     assert "at least 59.9 GiB" in reason
     assert 'activation_checkpoint.mode = "full"' in reason
-    assert fits(dev("--activation_checkpoint.mode", "full")) is None
-    reason = fits(dev("--activation_checkpoint.mode", "full", "--training.global_batch_size", "16"))
+    assert fits(dev("--activation_checkpoint.mode", "full"), 8, 1) is None
+    accumulated = ("--training.global_batch_size", "16")
+    reason = fits(dev("--activation_checkpoint.mode", "full", *accumulated), 8, 1)
     assert reason is not None
     assert "training.global_batch_size" in reason
 
 
 def test_a_small_run_is_never_refused():
-    assert fits(tiny()) is None
+    assert fits(tiny(), 1, 1) is None
+
+
+def test_ranks_that_share_a_machine_without_gpus_share_its_memory(monkeypatch):
+    need = sum(least(tiny(), 4).values())
+
+    class Machine:
+        total_memory = 2 * need
+
+    device = fits_module.utils.device_module
+    monkeypatch.setattr(device, "get_device_properties", lambda _=None: Machine, raising=False)
+    assert fits(tiny(), 4, 2) is None, "two machines"
+    assert "the run needs at least" in (fits(tiny(), 4, 4) or "")
 
 
 def test_degrees_are_read_and_refused():

@@ -1,0 +1,34 @@
+"""The launcher before any rank starts."""
+
+import pytest
+
+from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.launch import launch
+from torchtitan_flux.planning import fits as fits_module
+from torchtitan_flux.planning.fits import least
+
+CONFIG = ["--job.config_file", "train_configs/debug_model.toml"]
+
+
+def test_check_judges_memory_with_the_ranks_of_a_machine(monkeypatch, capsys):
+    """Two of them fit, four share what two need; the environment of ranks says nothing here."""
+    need = sum(least(load_config(CONFIG), 1).values())
+
+    class Machine:
+        total_memory = 3 * need
+
+    device = fits_module.utils.device_module
+    monkeypatch.setattr(device, "get_device_properties", lambda _=None: Machine, raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # the launcher sets it for its checks
+    for ranks, replicas in ((2, "2"), (4, "4")):
+        monkeypatch.setenv("NGPU", str(ranks))
+        argv = [*CONFIG, "--parallelism.data_parallel_replicate_degree", replicas, "--check"]
+        if ranks == 2:
+            assert launch("train", argv) == 0
+            assert "The configuration is sound" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit) as leaving:
+                launch("train", argv)
+            assert leaving.value.code == 2
+            assert "the run needs at least" in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""What a run that goes on takes from a checkpoint of its optimizer and of its schedule.
+
+Moments and numbers of steps come from the checkpoint. Rates, betas, weight decay and the shape of
+the schedule are the configuration's, as for a run that begins.
+"""
+
+from typing import Any
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim.lr_scheduler import LambdaLR
+from torchtitan.components.lr_scheduler import LRSchedulersContainer
+from torchtitan.components.optimizer import OptimizersContainer
+
+PART_LEFT_OUT = {
+    "model": "the weights are fresh ones, as a new run begins with; leave out optimizer too where "
+    "its moments are not to be those of the weights in the checkpoint",
+    "optimizer": "the optimizer's moments begin at zero",
+    "lr_scheduler": "the learning rate's schedule begins again, warm-up included",
+    "dataloader": "the data begin again at position 0, with the samples, times and noise that the "
+    "first steps had",
+}
+"""Parts of a checkpoint that a run can go on without -> what that means."""
+
+
+class OptimizerStates(Stateful):
+    """Saves all of a torchtitan optimizer; loads its moments and counts, and keeps its settings.
+
+    Args:
+        optimizers: as built from the configuration.
+    """
+
+    def __init__(self, optimizers: OptimizersContainer):
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizers.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # exchanged beforehand: torch decides by these settings where it puts the loaded states
+        settings = {
+            name: value
+            for name, value in self._optimizers.state_dict().items()
+            if name.startswith("param_groups.")
+        }
+        self._optimizers.load_state_dict({**state_dict, **settings})
+
+
+class ScheduleState(Stateful):
+    """Saves all of torchtitan's schedules; loads how many steps were taken, no rates.
+
+    Args:
+        schedulers: as built from the configuration.
+    """
+
+    def __init__(self, schedulers: LRSchedulersContainer):
+        self._schedulers = schedulers
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._schedulers.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        steps = state_dict["last_epoch"]
+        for scheduler in self._schedulers:
+            assert isinstance(scheduler, LambdaLR)
+            base = scheduler.base_lrs
+            rates = [lr * f(steps) for lr, f in zip(base, scheduler.lr_lambdas, strict=True)]
+            scheduler.load_state_dict({**state_dict, "base_lrs": base, "_last_lr": rates})
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate

@@ -1,0 +1,53 @@
+"""What a run goes on from: which of its checkpoints, and which parts of it."""
+
+from pathlib import Path
+from typing import Any
+
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
+"""What a checkpoint consists of."""
+
+
+def loading_problems(config: Any) -> list[str]:
+    """Keys of [checkpoint] about loading that a run could not follow."""
+    found, c = [], config.checkpoint
+    if c.create_seed_checkpoint and c.load_only:
+        found.append(
+            "checkpoint.create_seed_checkpoint = true saves, checkpoint.load_only = true does not"
+        )
+    if c.load_step != -1 and not c.enable:
+        found.append(
+            f"checkpoint.load_step = {c.load_step} is set, and nothing is loaded: set "
+            "checkpoint.enable = true, or remove the key"
+        )
+    if c.load_step >= 0 and c.enable:
+        folder = Path(config.job.dump_folder) / c.folder
+        if not (folder / f"step-{c.load_step}").is_dir():
+            there = sorted(int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdecimal())
+            found.append(
+                f"checkpoint.load_step = {c.load_step}: {folder}/step-{c.load_step} does not "
+                f"exist; there {'are ' + ', '.join(map(str, there)) if there else 'is none'}"
+            )
+    return found + _left_out(c)
+
+
+def _left_out(checkpoint: Any) -> list[str]:
+    """Whether a run can go on without the parts that checkpoint.exclude_from_loading names."""
+    key, parts = "checkpoint.exclude_from_loading", checkpoint.exclude_from_loading
+    found = [
+        f"{key} names {part!r}, which no checkpoint has; its parts are {', '.join(PARTS)}"
+        for part in dict.fromkeys(parts)
+        if part not in PARTS
+    ]
+    if "train_state" in parts:
+        found.append(
+            f"{key} names 'train_state': the steps would be counted from 0 beside checkpoints of "
+            "later ones, from which the next start would go on; to begin anew from these weights, "
+            "set another job.dump_folder and checkpoint.initial_load_path"
+        )
+    weights_alone = checkpoint.initial_load_path and checkpoint.initial_load_model_only
+    if "model" in parts and weights_alone:
+        found.append(
+            f"{key} names 'model', and checkpoint.initial_load_path has nothing else to give while "
+            "checkpoint.initial_load_model_only = true; remove one of them"
+        )
+    return found
