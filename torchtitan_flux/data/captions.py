@@ -14,6 +14,9 @@ CAPTION_NAMES = ("text", "caption", "captions", "prompt")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 """Files that caption the pictures of their folder, as Hugging Face's `imagefolder` has them."""
 
+NO_CAPTION = "has no caption"
+"""Why an item without any caption is not read, unless `data.default_caption` stands in for it."""
+
 Captions = tuple[tuple[str, ...], str]
 """Captions and "", or none and why."""
 
@@ -30,7 +33,7 @@ def captions_of(value: object, item_id: str) -> tuple[str, ...]:
     lines = [line.strip() for text in texts if isinstance(text, str) for line in text.splitlines()]
     captions = tuple(line for line in lines if line)
     if not captions:
-        raise UnreadableItem(item_id, "has no caption")
+        raise UnreadableItem(item_id, NO_CAPTION)
     return captions
 
 

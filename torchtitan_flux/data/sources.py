@@ -48,10 +48,14 @@ class SourceOptions:
             by the transform.
         index_folder: where indexes are kept; None for beside the data.
         image_column, caption_column: names in tables; "" finds them.
+        captions_by_line: every line of a text is a caption of its own; else a text is one caption.
+        default_caption: caption of items that have none; None for leaving them out.
+        caption_prefix: stands before every caption, the default one included.
         validates_training_data: a "held_out" part is wanted of the data that are trained on; a
             source that has none to give refuses.
         held_out_share: share of the items that a source without a held-out part of its own keeps
             back from training, in [0, 1).
+        min_size: pixels that the shorter side of a picture must have.
         max_pixels: pictures of more pixels are not decoded: decompression bombs.
     """
 
@@ -60,16 +64,28 @@ class SourceOptions:
     index_folder: Path | None = None
     image_column: str = ""
     caption_column: str = ""
+    captions_by_line: bool = False
+    default_caption: str | None = None
+    caption_prefix: str = ""
     validates_training_data: bool = False
     held_out_share: float = 0.0
+    min_size: int = 1
     max_pixels: int = 2**27
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A fixed, indexed collection of items; index i is the same item in every run."""
+    """A fixed, indexed collection of items; index i is the same item in every run.
+
+    Attributes:
+        name: what the configuration calls it.
+        digest: differs where the item ids, or their order, do.
+    """
 
     name: str
+
+    @property
+    def digest(self) -> str: ...  # fixed for a source whose items cannot change
 
     def __len__(self) -> int: ...
 

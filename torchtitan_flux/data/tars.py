@@ -13,11 +13,11 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from torchtitan_flux.data.captions import Captions, captions_of_json, captions_of_text
-from torchtitan_flux.data.decode import open_image
 from torchtitan_flux.data.files import PATH_KEY, given_path, header_size, matches, walk
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
-from torchtitan_flux.data.sources import Item, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.indexed import IndexedSource
+from torchtitan_flux.data.sources import SourceOptions, Split, UnreadableItem
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 OPEN_SHARDS = 64
@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 logger = logging.getLogger(__name__)
 
 
-class TarSource:
+class TarSource(IndexedSource):
     """The samples of local tar shards; ids are "<shard>/<key>", keys as in WebDataset.
 
     Shards come in the order of their names, or of the braces that spell them out; samples in the
@@ -40,35 +40,24 @@ class TarSource:
         name: what the configuration calls the data set.
         split: whose path key messages name.
         options: path (a folder, a tar file or a pattern), caption_column (a key of the samples'
-            .json; "" prefers their .txt), index_folder, max_pixels.
+            .json; "" prefers their .txt), index_folder, what they say of captions and of pictures.
 
     Raises:
         ValueError: there are no shards, or no pictures in them.
     """
 
     def __init__(self, name: str, split: Split, options: SourceOptions):
-        self.name = name
         given = given_path(options.path, split, "a folder of tar files, one of them, or a pattern")
         place, shards = find_shards(given, split, options.index_folder)
         recipe = _Shards(given, place, shards, options.caption_column, split)
-        self._index = open_index(recipe, options.index_folder)
+        super().__init__(name, given, open_index(recipe, options.index_folder), options)
         self._files = _ShardFiles([place / shard for shard in shards])
-        self.max_pixels = options.max_pixels
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Item:
-        row = self._index[index]
-        if row.reason:
-            raise UnreadableItem(row.item_id, row.reason)
-        try:
-            data = self._files.read(row.shard, row.offset, row.length)
-        except OSError as error:
-            raise UnreadableItem(row.item_id, str(error.strerror)) from error
+    def read(self, row: Row) -> bytes:
+        data = self._files.read(row.shard, row.offset, row.length)
         if len(data) < row.length:
             raise UnreadableItem(row.item_id, "lies beyond the end of its shard")
-        return Item(open_image(data, row.item_id, self.max_pixels), row.captions, row.item_id)
+        return data
 
 
 def find_shards(given: str, split: Split, without: Path | None) -> tuple[Path, list[str]]:
