@@ -72,7 +72,6 @@ class DigitsSource:
     """Items of one split: mode "L" images of 8 x 8 pixels; ids are "digits/<row>"."""
 
     name = "digits"
-    digest = "digits"
 
     def __init__(self, split: Split):
         images, labels = load_digit_arrays(split)

@@ -52,7 +52,6 @@ class IdxSource:
     """
 
     name = "mnist"
-    digest = "mnist"
 
     def __init__(self, images: Path, labels: Path, split: Split):
         self.split = split
@@ -79,7 +78,6 @@ class MnistTable:
     """Rows of columns image and label; ids are "<file or part>/<row>"."""
 
     name = "mnist"
-    digest = "mnist"
 
     def __init__(self, table: Table, options: SourceOptions, split: Split):
         if table.shared and split == "held_out":

@@ -138,7 +138,6 @@ class ShapesSource:
     """
 
     name = "shapes"
-    digest = "shapes"
 
     def __init__(self, split: Split, image_size: ImageSize, length: int | None = None):
         self.split = split

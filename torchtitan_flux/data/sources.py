@@ -75,20 +75,20 @@ class SourceOptions:
 
 @runtime_checkable
 class Source(Protocol):
-    """A fixed, indexed collection of items; index i is the same item in every run.
-
-    Attributes:
-        name: what the configuration calls it.
-        digest: differs where the item ids, or their order, do.
-    """
+    """A fixed, indexed collection of items; index i is the same item in every run."""
 
     name: str
-
-    @property
-    def digest(self) -> str: ...  # fixed for a source whose items cannot change
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Item:
         """The item at 0 <= index < len; raises UnreadableItem when its data are damaged."""
         ...
+
+
+def items_digest(source: Source) -> str:
+    """Differs where the ids of a source's items, or their order, do.
+
+    A source without a `digest` of its own has items that only the program changes.
+    """
+    return getattr(source, "digest", f"{source.name}/{len(source)}")

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int64
 
 from torchtitan_flux.data.indexed import IndexedSource
 from torchtitan_flux.data.order import Permutation
-from torchtitan_flux.data.sources import Item, Source, Split
+from torchtitan_flux.data.sources import Item, Source, Split, items_digest
 
 Rows = Int64[np.ndarray, " n"]
 
@@ -67,7 +67,7 @@ class SourcePart:
     @property
     def digest(self) -> str:
         return hashlib.blake2b(
-            f"{self.source.digest}/{self.split}/{self._count}/{self._held_out.tolist()}".encode(),
+            f"{items_digest(self.source)}/{self.split}/{self._count}/{self._held_out}".encode(),
             digest_size=16,
         ).hexdigest()
 
