@@ -108,6 +108,7 @@ class IndexWriter:
         self.reasons: Counter[str] = Counter()
         self._notes: dict[str, Note] = {}
         self._unopened: list[str] = []
+        self._unread: list[tuple[str, int]] = []
         self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
         self._characters = 0
@@ -145,15 +146,32 @@ class IndexWriter:
         examples = (*so_far.examples, example)[:EXAMPLES]
         self._notes[text] = Note(text, so_far.count + count, so_far.lost + lost, examples)
 
-    def unopened(self, path: Path, error: OSError) -> None:
+    @property
+    def notes(self) -> list[Note]:
+        """What was noted so far."""
+        return list(self._notes.values())
+
+    def unopened(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
         """Note a file or folder that the operating system refused.
 
         The index is built anew as soon as one of them can be opened: what is said of it today is
         not stored as if it were so for good.
+
+        Args:
+            path: of the file or folder.
+            error: what was said.
+            at: byte at which a file that could be opened could not be read; None for one that
+                could not be opened.
+            lost: items that are lost by it.
         """
-        self.note(f"files or folders that cannot be opened: {error.strerror}", str(path))
-        if len(self._unopened) < UNOPENED:
-            self._unopened.append(str(path))
+        cannot = "opened" if at is None else "read"
+        text = f"files or folders that cannot be {cannot}: {error.strerror}"
+        self.note(text, str(path), lost=lost)
+        if len(self._unopened) + len(self._unread) < UNOPENED:
+            if at is None:
+                self._unopened.append(str(path))
+            else:
+                self._unread.append((str(path), at))
 
     def close(self) -> None:
         """Finish the file and see it through to the disk."""
@@ -161,6 +179,7 @@ class IndexWriter:
         last = {
             "notes": list(self._notes.values()),
             "unopened": self._unopened,
+            "unread": self._unread,
             "digest": self._digest.hexdigest(),
         }
         nothing = pa.RecordBatch.from_pylist([], SCHEMA)
@@ -197,7 +216,8 @@ class Index:
         facts: what the rows were made from.
         identity: differs between any two indexes.
         notes: what was met while it was built and the rows do not show.
-        unopened: files and folders that the operating system refused then.
+        unopened: files and folders that the operating system refused to open then.
+        unread: files that it refused to read, and the byte at which it did.
         digest: of the item ids, in their order.
 
     Raises:
@@ -223,6 +243,7 @@ class Index:
             found = json.loads(last[_KEY])
             self.notes = [Note(t, c, lost, tuple(names)) for t, c, lost, names in found["notes"]]
             self.unopened: list[str] = found["unopened"]
+            self.unread: list[tuple[str, int]] = [(path, at) for path, at in found["unread"]]
             self.digest: str = found["digest"]
         except FileNotFoundError:
             raise

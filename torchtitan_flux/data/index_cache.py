@@ -23,6 +23,8 @@ from torchtitan_flux.durable import sync_folder, take
 HIDDEN = ".flux-index"
 """Name of the folder beside the data."""
 
+_TRIED_AGAIN = 2**17  # bytes; what is read at once may have failed anywhere in it
+
 logger = logging.getLogger(__name__)
 
 
@@ -114,13 +116,21 @@ def _open_if_it_holds(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
         return None, f"it is damaged ({error})"
     change = recipe.change(index.facts)
     change = change or next((f"{p} can be opened now" for p in index.unopened if can_open(p)), "")
+    change = change or next(
+        (f"{p} can be read now" for p, at in index.unread if can_open(p, at)), ""
+    )
     return (None, change) if change else (index, "")
 
 
-def can_open(path: str) -> bool:
-    """Whether the operating system lets a file or folder be read."""
+def can_open(path: str, at: int | None = None) -> bool:
+    """Whether the operating system lets a file or folder be opened, a file be read at a byte."""
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if at is not None:
+                os.pread(opened, _TRIED_AGAIN, at)
+        finally:
+            os.close(opened)
     except OSError:
         return False
     return True

@@ -9,7 +9,7 @@ from torchtitan_flux.data.indexed import IndexedSource
 from torchtitan_flux.data.order import Permutation
 from torchtitan_flux.data.sources import Item, Source, SourceOptions, Split, items_digest
 
-Rows = Int64[np.ndarray, " n"]
+Rows = Int64[np.ndarray, " _"]
 
 _SEED = 0  # the split is a property of the data set: held-out losses of different runs must compare
 
