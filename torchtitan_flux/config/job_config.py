@@ -57,7 +57,7 @@ class Data:
     index_folder: str = ""
     """Where indexes of data sets are kept; empty: beside the data, or the user's cache folder"""
     image_column: str = ""
-    """Column of parquet and Arrow files that holds images; empty finds it"""
+    """Column of tables that holds images, or suffix of the pictures in tar shards; empty finds it"""
     caption_column: str = ""
     """Column of tables, or key of json captions; empty finds it. "json.caption" is the field caption
     of the column json"""

@@ -47,7 +47,8 @@ class SourceOptions:
         image_size: size in pixels at which a procedural source draws; stored pictures are resized
             by the transform.
         index_folder: where indexes are kept; None for beside the data.
-        image_column, caption_column: names in tables; "" finds them.
+        image_column, caption_column: names in tables, of suffixes and json keys in shards; "" finds
+            them.
         captions_by_line: every line of a text is a caption of its own; else a text is one caption.
         default_caption: caption of items that have none; None for leaving them out.
         caption_prefix: stands before every caption, the default one included.

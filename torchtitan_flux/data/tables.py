@@ -161,25 +161,22 @@ def _common_columns(schemas: Mapping[str, pa.Schema], choose: Choose, where: str
         ValueError: a table lacks one or has it of another type; names both.
     """
     first, *others = schemas
-    for name, schema in schemas.items():
-        twice = {column for column in schema.names if schema.names.count(column) > 1}
-        if twice:
-            raise ValueError(f"{where}: {name} has two columns called {min(twice)!r}")
-    fields: dict[str, pa.Field] = {field.name: field for field in schemas[first]}
+    fields = {field.name: field for field in schemas[first]}
     for name in others:
         for field in schemas[name]:
             if field.name in fields and pa.types.is_null(fields[field.name].type):
                 fields[field.name] = field
     schema = pa.schema(list(fields.values()), schemas[first].metadata)
     chosen = {name: plain_type(schema.field(name).type) for name in choose(schema)}
-    for name in others:
+    for name, schema in schemas.items():
         for column, of in chosen.items():
-            if column not in schemas[name].names:
-                raise ValueError(f"{where}: {name} has no column {column!r}, {first} has one")
-            found = plain_type(schemas[name].field(column).type)
-            if found != of and not pa.types.is_null(found):
+            found = [plain_type(field.type) for field in schema if field.name == column]
+            if len(found) != 1:
+                many = f"{len(found)} columns" if found else "no column"
+                raise ValueError(f"{where}: {name} has {many} {column!r}, it should be one")
+            if found[0] != of and not pa.types.is_null(found[0]):
                 raise ValueError(
-                    f"{where}: column {column!r} is {found} in {name}, {of} in {first}"
+                    f"{where}: column {column!r} is {found[0]} in {name}, {of} in {first}"
                 )
     return pa.schema(list(chosen.items()))
 

@@ -21,17 +21,18 @@ from torchtitan_flux.data.formats import IMAGE_SUFFIXES
 TEXT_BYTES = 2**24  # a longer .txt or .json is not a caption
 
 CUT = "lies beyond the end of its shard"
-REPEATED = "its key is repeated in the shard, and what belongs to which picture is not known"
+UNCLEAR = "its key has several pictures or texts in the shard, and which belong together is unknown"
 
 _AGAIN = "keys that are repeated in their shard, each time with a picture of their own"
-_UNCLEAR = "pictures whose key is repeated in their shard, so that their captions are not known"
+_UNKNOWN = "pictures whose key has several pictures or texts, so that their captions are not known"
 _FURTHER = "further pictures of a sample (names of several suffixes) that are not read"
 _DOTTED = "members with a further dot in their names, where the key ends at the first"
 
 _PADDING = 2**20
 """Zeros that tar programs may write behind the end, in bytes."""
 
-_PICTURE, _TEXT, _RECORD, _CAPTION = "picture", "txt", "json", "caption"
+_PICTURE = "picture"
+_TEXTS = _TEXT, _RECORD, _CAPTION = "txt", "json", "caption"
 
 
 class Picture(NamedTuple):
@@ -95,6 +96,7 @@ class Scan:
 
     Args:
         path: the shard.
+        image: suffix of the members that are pictures, "jpg" or "seg.png"; "" for any that is read.
         column: key of the samples' .json that holds their captions; "" finds it.
         by_line: every line of a text is a caption of its own.
 
@@ -108,7 +110,7 @@ class Scan:
         notes: what belongs to no sample.
     """
 
-    def __init__(self, path: Path, column: str, by_line: bool):
+    def __init__(self, path: Path, image: str, column: str, by_line: bool):
         self.end = self.size = 0
         self.damage = ""
         self.no_mark = False
@@ -116,6 +118,7 @@ class Scan:
         self.refused_at: int | None = None
         self.notes: list[Lost] = []
         self._path = path
+        self._image = image.lower().removeprefix(".")
         self._column = column
         self._by_line = by_line
         self._runs: list[_Run] = []
@@ -159,18 +162,17 @@ class Scan:
         if not (stem and dot) or member.isdir():
             return
         key = f"{folder}/{stem}" if folder else stem
-        last = f".{suffix.rpartition('.')[2]}"
-        is_picture = last in IMAGE_SUFFIXES
+        is_picture = suffix == self._image if self._image else _is_image(file)
         if key != key.encode("utf-8", "replace").decode():
             name, lost = ascii(member.name), int(is_picture)
             self.notes.append(Lost("members whose names are not UTF-8", name, lost))
             return
         key = key.removeprefix("./")
         follows, self._current = key == self._current, key
-        if "." in suffix:
-            if is_picture or last[1:] in (_TEXT, _RECORD, _CAPTION):
+        if "." in suffix and suffix != self._image:
+            if _is_image(file) or suffix.endswith(_TEXTS):
                 self._dotted[key].append(file)
-        elif not is_picture and suffix not in (_TEXT, _RECORD, _CAPTION):
+        elif not is_picture and suffix not in _TEXTS:
             self._others[key] = suffix
         elif not member.isfile() or member.issparse():
             lost = int(is_picture)
@@ -212,7 +214,7 @@ class Scan:
         pictured = {run.key for run, _ in runs if run.pictures()}
         issued: set[str] = set()
         for run, is_clear in runs:
-            captions = run.captions(bool(self._column)) if is_clear else ((), REPEATED)
+            captions = run.captions(bool(self._column)) if is_clear else ((), UNCLEAR)
             for picture in run.pictures():
                 name, number = picture.key, 1
                 while name in issued or (number > 1 and name in pictured):
@@ -220,7 +222,7 @@ class Scan:
                     name = f"{picture.key}#{number}"
                 issued.add(name)
                 if not is_clear:
-                    self.notes.append(Lost(_UNCLEAR, name, 0))
+                    self.notes.append(Lost(_UNKNOWN, name, 0))
                 elif number > 1:
                     self.notes.append(Lost(_AGAIN, name, 0))
                 yield Sample(name, picture, captions)
@@ -230,7 +232,7 @@ class Scan:
                 self.notes.append(Lost(f"samples without a picture{what}", run.key, 0))
         for key, files in self._dotted.items():
             for file in files:
-                if not _is_picture(file):
+                if not _is_image(file):
                     self.notes.append(Lost(_DOTTED, file, 0))
                 elif key in pictured:
                     self.notes.append(Lost(_FURTHER, file, 0))
@@ -292,7 +294,7 @@ def _other_spellings_joined(runs: list[tuple[_Run, bool]]) -> list[tuple[_Run, b
     ]
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 

@@ -59,8 +59,9 @@ class TarSource(IndexedSource):
     Args:
         name: what the configuration calls the data set.
         split: which part is read, and whose path key messages name.
-        options: path (a folder, a tar file or a pattern), caption_column (a key of the samples'
-            .json; "" prefers their .txt), index_folder, what they say of captions and of pictures.
+        options: path (a folder, a tar file or a pattern), image_column (the suffix of pictures, ""
+            for any), caption_column (a key of the samples' .json; "" prefers their .txt),
+            index_folder, what they say of captions and of pictures.
 
     Attributes:
         shared: no shards were named for a split, so both splits see all of them.
@@ -225,10 +226,10 @@ class _Shards:
     def __init__(self, given: str, found: Shards, options: SourceOptions, split: Split):
         self.title = given
         self.place = found.place
-        self._column, self._by_line = options.caption_column, options.captions_by_line
+        self._read_as = options.image_column, options.caption_column, options.captions_by_line
         # Relative, since folders are moved. A folder's own shards may change, a pattern may not.
         self.identity = json.dumps(
-            [self._column, self._by_line, found.part, os.path.relpath(given, found.place)]
+            [*self._read_as, found.part, os.path.relpath(given, found.place)]
         )
         self._shards = found.names
         self._left_out = found.left_out
@@ -271,7 +272,7 @@ class _Shards:
         done = 0
         read = []
         for number, (shard, size) in enumerate(zip(self._shards, sizes, strict=True)):
-            scan = Scan(self.place / shard, self._column, self._by_line)
+            scan = Scan(self.place / shard, *self._read_as)
             for position in scan.members():
                 bar.update(done + position - bar.n)
             done += size

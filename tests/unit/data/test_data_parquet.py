@@ -16,8 +16,11 @@ from torchtitan_flux.data.sources import Source, SourceOptions, UnreadableItem
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
+    monkeypatch.setenv(
+        "HOME", str(tmp_path / "home")
+    )  # where the index of tables in memory is kept
 
 
 def rows(first: int, last: int, **columns) -> dict:

@@ -53,7 +53,7 @@ def test_columns_that_are_not_used_do_not_matter(tmp_path):
     [
         (
             {"image": [png()], "caption": ["x"]},
-            r"b\.parquet has no column 'text', a\.parquet has one",
+            r"b\.parquet has no column 'text', it should be one",
         ),
         (
             {"image": [png()], "text": [3]},

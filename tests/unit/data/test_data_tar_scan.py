@@ -13,7 +13,7 @@ from data_files import png, write_tar
 from torchtitan_flux.data.captions import NO_CAPTION
 from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.sources import Source, SourceOptions, Split
-from torchtitan_flux.data.tar_scan import CUT, REPEATED, Scan
+from torchtitan_flux.data.tar_scan import CUT, UNCLEAR, Scan
 from torchtitan_flux.data.tars import TarSource
 
 
@@ -106,10 +106,21 @@ def test_a_repeated_key_is_never_paired_wrongly(tmp_path):
     for name, members in unclear.items():
         items = of(tmp_path / name, *members)
         count = sum(member in ("0.png", "0.jpg") for member, _ in members)
-        wanted = [("x.tar/0", (), REPEATED), ("x.tar/0#2", (), REPEATED)][:count]
+        wanted = [("x.tar/0", (), UNCLEAR), ("x.tar/0#2", (), UNCLEAR)][:count]
         assert [row for row in rows(items) if "/0" in row[0]] == wanted, name
         assert sum(note.count for note in items.index.notes) == count, name
         assert all(row[1] for row in rows(items) if "/1" in row[0]), name
+
+
+def test_the_suffix_of_pictures_can_be_named(tmp_path):
+    members = (("0.jpg", png(1)), ("0.png", png(2)), ("0.seg.PNG", png(3)), ("0.txt", "a"))
+    assert rows(of(tmp_path, *members)) == [("x.tar/0", (), UNCLEAR), ("x.tar/0#2", (), UNCLEAR)]
+    for number, suffix in enumerate(("jpg", ".PNG", "seg.png"), 1):
+        items = source(tmp_path, image_column=suffix)
+        assert rows(items) == [("x.tar/0", ("a",), "")]
+        assert items[0].image.getpixel((0, 0)) == number
+    with pytest.raises(ValueError, match=r"hold no pictures; samples without a picture: \.png is"):
+        source(tmp_path, image_column="webp")
 
 
 def test_texts_in_any_kind_case_and_spelling(tmp_path):
@@ -260,7 +271,7 @@ def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_cannot_be_opened_is_no_damage(tmp_path):
-    scan = Scan(tmp_path / "nowhere.tar", "", False)
+    scan = Scan(tmp_path / "nowhere.tar", "", "", False)
     assert (list(scan.members()), list(scan.samples()), scan.damage) == ([], [], "")
     assert isinstance(scan.refusal, FileNotFoundError)
     assert scan.refused_at is None
