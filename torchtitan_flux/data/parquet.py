@@ -1,12 +1,13 @@
 """Pictures and captions in the columns of a table: parquet, Arrow, data sets of the hub."""
 
+import io
 import json
 import os
 import stat
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -168,7 +169,7 @@ class _Rows:
             with damage_is_unreadable(item_id):
                 data, path = picture_of(scalar, self._image.below, item_id)
             if data is not None:
-                return data.size, *header_size(pa.BufferReader(data))
+                return data.size, *header_size(io.BufferedReader(_BufferFile(data)))
             file = _beside(self.place, path, item_id)
             with file.open("rb") as opened:
                 return os.fstat(opened.fileno()).st_size, *header_size(opened)
@@ -177,6 +178,36 @@ class _Rows:
         except OSError as error:
             writer.unopened(Path(str(error.filename)), error)
             return 0, 0, 0, ""
+
+
+class _BufferFile(io.RawIOBase):
+    """A buffer as a file, no more of which is touched than is read.
+
+    Arrow's own, `pa.BufferReader`, refuses to seek beyond the end, as decoders do.
+    """
+
+    def __init__(self, buffer: pa.Buffer):
+        self._bytes = memoryview(buffer).cast("B")
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        piece = self._bytes[self._at : self._at + len(into)]
+        into[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = (0, self._at, len(self._bytes))[whence]
+        if start + offset < 0:
+            raise ValueError("seeks before the beginning")
+        self._at = start + offset
+        return self._at
 
 
 def _beside(root: Path, path: str, item_id: str) -> Path:

@@ -277,6 +277,8 @@ def _other_spellings_joined(runs: list[tuple[_Run, bool]]) -> list[tuple[_Run, b
 
     macOS writes é as two characters (NFD), most others as one (NFC).
     """
+    if all(run.pictures() for run, _ in runs):
+        return runs
     by_spelling: defaultdict[str, list[_Run]] = defaultdict(list)
     for run, _ in runs:
         by_spelling[unicodedata.normalize("NFC", run.key)].append(run)

@@ -11,6 +11,7 @@ import pytest
 from data_files import png, write_parquet
 from PIL import Image
 
+from torchtitan_flux.data.decode import header_size
 from torchtitan_flux.data.parquet import ParquetSource
 from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.sources import SourceOptions, Split
@@ -156,6 +157,22 @@ def test_headers_are_in_the_index_and_only_readable_rows_are_held_out(tmp_path):
         build_source(
             "parquet", "held_out", SourceOptions(path=str(file), validates_training_data=True)
         )
+
+
+def test_headers_are_what_they_are_in_files(tmp_path):
+    pictures = []
+    for format in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "TGA", "ICO", "PPM"):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 20)).save(
+            file, format, **{"sizes": [(32, 20)]} if format == "ICO" else {}
+        )
+        pictures += [file.getvalue(), file.getvalue()[:40]]
+    expected = [header_size(io.BytesIO(data)) for data in pictures]
+    texts = ["x"] * len(pictures)
+    found = source(write_parquet(tmp_path / "a.parquet", {"image": pictures, "text": texts}))
+    assert [found.index[i][4:6] for i in range(len(found))] == [size[:2] for size in expected]
+    assert [found.index[i].reason for i in range(len(found))] == [size[2] for size in expected]
+    assert sum(size[0] == 32 for size in expected) >= 9
 
 
 def test_saved_folders_have_an_index_too(tmp_path):
