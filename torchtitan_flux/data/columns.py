@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from torchtitan_flux.data.captions import CAPTION_NAMES
+from torchtitan_flux.data.captions import CAPTION_NAMES, caption_value
 from torchtitan_flux.data.sources import UnreadableItem
 
 
@@ -124,7 +124,7 @@ def text_of(value: Any, below: tuple[str, ...], item_id: str) -> Any:
             raise UnreadableItem(item_id, "its record is no JSON") from error
     if not isinstance(value, dict):
         return None
-    return text_of(value.get(below[0]), below[1:], item_id)
+    return text_of(caption_value(value, below[0]), below[1:], item_id)
 
 
 def picture_of(

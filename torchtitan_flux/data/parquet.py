@@ -3,11 +3,11 @@
 import io
 import json
 import os
-import stat
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from unicodedata import normalize
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from torchtitan_flux.data.columns import (
 )
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size
 from torchtitan_flux.data.files import PATH_KEY, given_path
+from torchtitan_flux.data.foreign import no_plain_file
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
 from torchtitan_flux.data.indexed import IndexedSource
@@ -170,13 +171,15 @@ class _Rows:
                 data, path = picture_of(scalar, self._image.below, item_id)
             if data is not None:
                 return data.size, *header_size(io.BufferedReader(_BufferFile(data)))
-            file = _beside(self.place, path, item_id)
-            with file.open("rb") as opened:
+        except UnreadableItem as error:
+            return 0, 0, 0, error.reason
+        try:
+            with _beside(self.place, path, item_id).open("rb") as opened:
                 return os.fstat(opened.fileno()).st_size, *header_size(opened)
         except UnreadableItem as error:
             return 0, 0, 0, error.reason
         except OSError as error:
-            writer.unopened(Path(str(error.filename)), error)
+            writer.unopened(self.place / path, error, at=0)
             return 0, 0, 0, ""
 
 
@@ -217,13 +220,15 @@ def _beside(root: Path, path: str, item_id: str) -> Path:
         UnreadableItem: it is outside of that folder, not there, or no plain file.
         OSError: the operating system refuses it.
     """
+    spellings = (path, path.replace("\\", "/"))  # a path may have been written on Windows
+    spellings += tuple(normalize(form, path) for form in ("NFC", "NFD") for path in spellings)
     try:
-        file = root / path_inside("", path, "its path")
-        mode = file.stat().st_mode
+        files = [root / path_inside("", spelling, "its path") for spelling in spellings]
     except ValueError as error:
         raise UnreadableItem(item_id, str(error)) from error
-    except FileNotFoundError as error:
-        raise UnreadableItem(item_id, f"{path}: does not exist") from error
-    if not stat.S_ISREG(mode):
-        raise UnreadableItem(item_id, f"{path}: is no plain file")
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise UnreadableItem(item_id, f"{path}: does not exist")
+    if what := no_plain_file(file):
+        raise UnreadableItem(item_id, f"{path} is {what}, no file")
     return file

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".parquet", ".arrow")
 
+_PACKED = re.compile(r"\.(parquet|arrow)\.(gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 _NO_ROWS = "tables without rows"
@@ -106,13 +108,12 @@ def open_table(
         ValueError: there is nothing to read, or it is damaged, or tables differ in a column;
             names the key of the path.
     """
-    local = Path(path).expanduser()
-    if not local.exists():
-        if _HUB_NAME.fullmatch(path):
-            return _of_parts(_from_hub(path, split, download or path), split, path, choose)
-        raise ValueError(f"{PATH_KEY[split]}: {path} does not exist")
-    local = local.absolute()
+    local = Path(path).expanduser().absolute()
     try:
+        if not local.exists():
+            if _HUB_NAME.fullmatch(path):
+                return _of_parts(_from_hub(path, split, download or path), split, path, choose)
+            raise ValueError(f"{PATH_KEY[split]}: {path} does not exist")
         saved = _saved(local, split)
         if saved is not None:
             return _of_parts(saved, split, path, choose)
@@ -201,7 +202,9 @@ def _from_files(
     names = [path.name]
     if path.is_dir():
         names = [name for d in walk(path, index_folder) for name in d.paths()]
-    names = [name for name in names if name.endswith(_SUFFIXES)]
+    if packed := [name for name in names if _PACKED.search(name)]:
+        raise ValueError(f"{PATH_KEY[split]}: {root / packed[0]} is compressed: unpack it")
+    names = [name for name in names if name.lower().endswith(_SUFFIXES)]
     if not names:
         raise ValueError(f"{PATH_KEY[split]}: {given} holds no {' or '.join(_SUFFIXES)} file")
     parts = {name: part_of(name) if path.is_dir() else "" for name in names}
@@ -215,7 +218,7 @@ def _from_files(
         with _damage_is_named(root / name, split):
             if what := no_plain_file(root / name):
                 raise ValueError(f"{what} is no file")
-            if name.endswith(".parquet"):
+            if name.lower().endswith(".parquet"):
                 with pq.ParquetFile(root / name) as opened:
                     schemas[name], rows[name] = opened.schema_arrow, opened.metadata.num_rows
             else:
@@ -227,7 +230,7 @@ def _from_files(
     if not names:
         raise ValueError(f"{PATH_KEY[split]}: {given} holds no row")
     columns = _common_columns({n: schemas[n] for n in names}, choose, f"{PATH_KEY[split]}: {given}")
-    parquet = {name: rows[name] for name in names if name.endswith(".parquet")}
+    parquet = {name: rows[name] for name in names if name not in arrow}
     tables = {n: table.select_columns(columns.names) for n, table in arrow.items() if rows[n]}
     if parquet:
         with _damage_is_named(path, split):

@@ -113,6 +113,14 @@ def find_shards(given: str, split: Split, without: Path | None) -> Shards:
         ValueError: there are none, some that the pattern spells out are missing, or some are
             compressed.
     """
+    try:
+        return _found(given, split, without)
+    except OSError as error:
+        where = error.filename or given
+        raise ValueError(f"{PATH_KEY[split]}: {where}: {error.strerror}") from error
+
+
+def _found(given: str, split: Split, without: Path | None) -> Shards:
     key, path = PATH_KEY[split], Path(given)
     if path.is_dir():
         place = path.absolute()

@@ -88,6 +88,22 @@ def test_what_is_no_table_is_named(tmp_path, content, message, suffix):
         source(tmp_path)
 
 
+def test_suffixes_count_in_any_case_and_compressed_tables_are_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", columns(1))
+    write_parquet(tmp_path / "B.PARQUET", columns(2))
+    found = source(tmp_path)
+    assert [found.index[i].item_id for i in range(3)] == [
+        "B.PARQUET/0",
+        "B.PARQUET/1",
+        "a.parquet/0",
+    ]
+    (tmp_path / "c.parquet.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"c\.parquet\.gz is compressed: unpack it"):
+        source(tmp_path)
+    with pytest.raises(ValueError, match=r"training\.dataset_path: .*File name too long"):
+        source(tmp_path / ("x" * 300))
+
+
 def test_pipes_and_broken_links_are_refused(tmp_path):
     write_parquet(tmp_path / "0.parquet", columns(1))
     os.mkfifo(tmp_path / "1.parquet")

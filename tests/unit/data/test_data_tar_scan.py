@@ -322,6 +322,11 @@ def test_pipes_are_left_out(tmp_path):
         source(tmp_path / "1.tar")
 
 
+def test_what_the_system_says_of_the_path_is_a_refusal(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.dataset_path: .*: File name too long"):
+        source(tmp_path / ("x" * 300))
+
+
 def built(path: Path, split: Split = "train", **options) -> Source:
     return build_source("webdataset", split, SourceOptions(path=str(path), **options))
 
