@@ -119,7 +119,8 @@ def open_table(
             return _of_parts(saved, split, path, choose)
         return _from_files(local, split, path, options.index_folder, choose)
     except OSError as error:
-        raise ValueError(f"{PATH_KEY[split]}: {path} cannot be read: {error}") from error
+        what = error.filename or path
+        raise ValueError(f"{PATH_KEY[split]}: {what} cannot be read: {error.strerror}") from error
 
 
 def download_command(name: str) -> str:
@@ -199,9 +200,13 @@ def _from_files(
     path: Path, split: Split, given: str, index_folder: Path | None, choose: Choose
 ) -> Table:
     root = path if path.is_dir() else path.parent
-    names = [path.name]
+    names, nameless = [path.name], []
     if path.is_dir():
-        names = [name for d in walk(path, index_folder) for name in d.paths()]
+        directories = list(walk(path, index_folder))
+        if error := next((d.error for d in directories if d.error), None):
+            raise error
+        names = [name for directory in directories for name in directory.paths()]
+        nameless = [d.name or given for d in directories for _ in range(d.unnameable)]
     if packed := [name for name in names if _PACKED.search(name)]:
         raise ValueError(f"{PATH_KEY[split]}: {root / packed[0]} is compressed: unpack it")
     names = [name for name in names if name.lower().endswith(_SUFFIXES)]
@@ -226,6 +231,7 @@ def _from_files(
                 schemas[name] = arrow[name].data.schema
                 rows[name] = len(arrow[name])
     left_out[_NO_ROWS] = [name for name in names if not rows[name]]
+    left_out["files whose names are not UTF-8 are left out"] = nameless
     names = [name for name in names if rows[name]]
     if not names:
         raise ValueError(f"{PATH_KEY[split]}: {given} holds no row")

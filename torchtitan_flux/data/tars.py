@@ -3,7 +3,6 @@
 import json
 import os
 import tarfile
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -93,12 +92,14 @@ class Shards(NamedTuple):
         names: tar files that are read, relative to it.
         part: which part of the data they are; "" when they are not parted.
         left_out: files that are not read, by why.
+        refused: folders that the operating system does not list, and what it says.
     """
 
     place: Path
     names: list[str]
     part: str
     left_out: dict[str, list[str]]
+    refused: list[tuple[Path, OSError]]
 
 
 def find_shards(given: str, split: Split, without: Path | None) -> Shards:
@@ -122,9 +123,10 @@ def find_shards(given: str, split: Split, without: Path | None) -> Shards:
 
 def _found(given: str, split: Split, without: Path | None) -> Shards:
     key, path = PATH_KEY[split], Path(given)
-    if path.is_dir():
+    directories = list(walk(path, without)) if path.is_dir() else []
+    if directories:
         place = path.absolute()
-        names = sorted(name for d in walk(path, without) for name in d.paths())
+        names = sorted(name for directory in directories for name in directory.paths())
         names = [name for name in names if name.lower().endswith((".tar", *_UNPACK))]
         if not names:
             raise ValueError(f"{key}: {given} holds no .tar files")
@@ -144,17 +146,20 @@ def _found(given: str, split: Split, without: Path | None) -> Shards:
     there = set(parts.values()) - {""}
     both = "train" in there and len(there) > 1
     own = own_parts(there, split, given) if both else None
-    left_out = not_read(parts, own)
     if own is not None:
         names = [name for name in names if parts[name] == own[0]]
-    for name in names:
-        with suppress(OSError):  # told of when the shard is read
-            if what := no_plain_file(place / name):
-                left_out.setdefault(f"files left out, each is {what}", []).append(name)
-    special = {name for found in left_out.values() for name in found}
-    if special.issuperset(names):
-        raise ValueError(f"{key}: {place / names[0]} is {no_plain_file(place / names[0])}, no file")
-    names = [name for name in names if name not in special]
+    left_out = not_read(parts, own)
+    kinds = {name: _kind(place / name) for name in names}
+    for name, kind in kinds.items():
+        if kind:
+            left_out.setdefault(f"files left out, each is {kind}", []).append(name)
+    names = [name for name, kind in kinds.items() if not kind]
+    if not names:
+        name, kind = next(iter(kinds.items()))
+        raise ValueError(f"{key}: {place / name} is {kind}, no file")
+    if nameless := [d.name or given for d in directories for _ in range(d.unnameable)]:
+        left_out["files whose names are not UTF-8 are left out"] = nameless
+    refused = [(place / d.name, d.error) for d in directories if d.error]
     packed = [name for name in names if name.lower().endswith(tuple(_UNPACK))]
     if packed:
         command = next(c for suffix, c in _UNPACK.items() if packed[0].lower().endswith(suffix))
@@ -163,7 +168,15 @@ def _found(given: str, split: Split, without: Path | None) -> Shards:
             f"{_listed(place, packed)} to plain .tar (`{command} {packed[0]}`), or move them out "
             "of the data"
         )
-    return Shards(place, names, own[0] if own else "", left_out)
+    return Shards(place, names, own[0] if own else "", left_out, refused)
+
+
+def _kind(path: Path) -> str:
+    """`no_plain_file`, for one that may be refused: that is told of when the shard is read."""
+    try:
+        return no_plain_file(path)
+    except OSError:
+        return ""
 
 
 def _listed(place: Path, names: list[str]) -> str:
@@ -240,7 +253,7 @@ class _Shards:
             [*self._read_as, found.part, os.path.relpath(given, found.place)]
         )
         self._shards = found.names
-        self._left_out = found.left_out
+        self._left_out, self._refused = found.left_out, found.refused
         self._split: Split = split
 
     def facts(self) -> dict[str, str]:
@@ -275,6 +288,8 @@ class _Shards:
         for text, names in self._left_out.items():
             for name in names:
                 writer.note(text, name)
+        for folder, error in self._refused:
+            writer.unopened(folder, error)
         sizes = [self._stamp(shard)[0] for shard in self._shards]
         bar.unit, bar.unit_scale, bar.total = "B", True, sum(sizes)
         done = 0

@@ -1,5 +1,6 @@
 """Which files are tables, which rows of them are read, and the index of those."""
 
+import errno
 import io
 import os
 import pickle
@@ -113,6 +114,22 @@ def test_pipes_and_broken_links_are_refused(tmp_path):
     (tmp_path / "1.parquet").unlink()
     (tmp_path / "1.parquet").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"1\.parquet cannot be opened: No such file"):
+        source(tmp_path)
+
+
+def test_folders_that_are_not_listed_are_refused(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a" / "0.parquet", columns(1))
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(
+        ValueError, match=r"training\.dataset_path: .*/a cannot be read: Permission"
+    ):
         source(tmp_path)
 
 

@@ -322,6 +322,30 @@ def test_pipes_are_left_out(tmp_path):
         source(tmp_path / "1.tar")
 
 
+def test_folders_that_are_not_listed_and_names_that_are_no_text(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_tar(tmp_path / name / "0.tar", [("0.png", png()), ("0.txt", name)])
+    (tmp_path / os.fsdecode(b"\xff.tar")).write_bytes(b"")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr("torchtitan_flux.data.index_cache.can_open", lambda path, at: False)
+    items = source(tmp_path)
+    assert rows(items) == [("a/0.tar/0", ("a",), "")]
+    found = {note.text: note.examples for note in items.index.notes}
+    assert found == {
+        "files whose names are not UTF-8 are left out": (str(tmp_path),),
+        "files or folders that cannot be opened: Permission denied": (str(tmp_path / "b"),),
+    }
+    monkeypatch.undo()
+    assert len(source(tmp_path)) == 2
+
+
 def test_what_the_system_says_of_the_path_is_a_refusal(tmp_path):
     with pytest.raises(ValueError, match=r"training\.dataset_path: .*: File name too long"):
         source(tmp_path / ("x" * 300))
