@@ -23,6 +23,7 @@ from torchtitan_flux.data.columns import (
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size
 from torchtitan_flux.data.files import PATH_KEY, given_path
 from torchtitan_flux.data.foreign import no_plain_file
+from torchtitan_flux.data.formats import formats
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
 from torchtitan_flux.data.indexed import IndexedSource
@@ -124,10 +125,13 @@ class _Rows:
         self._by_line = by_line
 
     def facts(self) -> dict[str, str]:
-        return self._table.facts
+        return self._table.facts | {"formats": " ".join(formats())}
 
     def change(self, stored: dict[str, str]) -> str:
-        return "" if stored == self.facts() else "its files have changed"
+        now = self.facts()
+        if stored["formats"] != now["formats"]:
+            return "other formats can be read"
+        return "" if stored == now else "its files have changed"
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
         for text, names in self._table.left_out.items():

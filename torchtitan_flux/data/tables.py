@@ -203,8 +203,6 @@ def _from_files(
     names, nameless = [path.name], []
     if path.is_dir():
         directories = list(walk(path, index_folder))
-        if error := next((d.error for d in directories if d.error), None):
-            raise error
         names = [name for directory in directories for name in directory.paths()]
         nameless = [d.name or given for d in directories for _ in range(d.unnameable)]
     if packed := [name for name in names if _PACKED.search(name)]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from torchtitan_flux.data.files import PATH_KEY, given_path, matches, walk
 from torchtitan_flux.data.foreign import HEAD, foreign_content, no_plain_file
+from torchtitan_flux.data.formats import formats
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
 from torchtitan_flux.data.indexed import IndexedSource
@@ -123,7 +124,7 @@ def find_shards(given: str, split: Split, without: Path | None) -> Shards:
 
 def _found(given: str, split: Split, without: Path | None) -> Shards:
     key, path = PATH_KEY[split], Path(given)
-    directories = list(walk(path, without)) if path.is_dir() else []
+    directories = list(walk(path, without, strict=False)) if path.is_dir() else []
     if directories:
         place = path.absolute()
         names = sorted(name for directory in directories for name in directory.paths())
@@ -258,7 +259,11 @@ class _Shards:
 
     def facts(self) -> dict[str, str]:
         stamps = [[shard, *self._stamp(shard)] for shard in self._shards]
-        return {"shards": json.dumps(stamps), "left out": json.dumps(self._left_out)}
+        return {
+            "shards": json.dumps(stamps),
+            "left out": json.dumps(self._left_out),
+            "formats": " ".join(formats()),
+        }
 
     def _stamp(self, shard: str) -> tuple[int, int]:
         """Size and time of a shard; (0, 0) where the operating system refuses them."""
@@ -281,6 +286,8 @@ class _Shards:
                 return f"{name} has changed"
         if before != after:
             return "its shards come in another order"
+        if stored["formats"] != now["formats"]:
+            return "other formats can be read"
         return "" if stored["left out"] == now["left out"] else "other files are left out"
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:

@@ -147,7 +147,7 @@ def test_files_that_are_not_read_are_noted(tmp_path):
     assert source(tmp_path, "held_out").index[0].item_id == "validation-0.parquet/0"
 
 
-def test_a_kept_index_is_used_until_a_file_changes(tmp_path):
+def test_a_kept_index_is_used_until_a_file_changes(tmp_path, monkeypatch):
     file = write_parquet(tmp_path / "a.parquet", columns(3))
     first = source(tmp_path)
     assert source(tmp_path).index.identity == first.index.identity
@@ -160,6 +160,8 @@ def test_a_kept_index_is_used_until_a_file_changes(tmp_path):
     again = source(tmp_path)
     assert again.index.identity != first.index.identity
     assert again.digest == first.digest  # the same ids
+    monkeypatch.setattr("torchtitan_flux.data.parquet.formats", lambda: ("HEIF",))
+    assert source(tmp_path).index.identity != again.index.identity
     write_parquet(file, columns(4))
     assert source(tmp_path).digest != first.digest
 

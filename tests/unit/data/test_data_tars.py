@@ -291,7 +291,7 @@ def test_errors_name_the_key(tmp_path, monkeypatch, split, key):
     fails("cc12m-test", None, "tests/assets/cc12m_test is neither here nor in")
 
 
-def test_changes_are_noticed(tmp_path, caplog):
+def test_changes_are_noticed(tmp_path, caplog, monkeypatch):
     def why(path: Path | str = tmp_path) -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO):
@@ -317,6 +317,9 @@ def test_changes_are_noticed(tmp_path, caplog):
     assert why() == ""
     (tmp_path / "unrelated").write_text("")
     assert why() == ""
+    monkeypatch.setattr(tars_module, "formats", lambda: ("HEIF",))
+    assert why() == "other formats can be read"
+    monkeypatch.undo()
 
 
 def test_files_are_shared_with_workers_and_few_are_open(tmp_path, monkeypatch):
