@@ -17,17 +17,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def take(descriptor: int) -> bool:
-    """Whether a file or folder is this process's until the descriptor is closed.
+def take(descriptor: int, wait: bool = False) -> bool | None:
+    """Make a file or folder this process's until the descriptor is closed.
 
-    False where another one has it. A file system without locks cannot tell, and says True.
+    Args:
+        descriptor: of the open file or folder.
+        wait: for as long as another process has it.
+
+    Returns:
+        True; False where another one has it; None where the file system knows no locks.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
 
 

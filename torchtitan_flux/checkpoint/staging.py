@@ -117,7 +117,7 @@ def _stage(target: Path) -> Iterator[Path]:
 def _lock(descriptor: int, stage: Path) -> bool:
     """Whether the folder is ours until the descriptor is closed."""
     # whoever held it may have removed it before the lock was ours
-    there = take(descriptor) and stage.exists()
+    there = take(descriptor) is not False and stage.exists()
     return there and os.path.samestat(os.fstat(descriptor), stage.stat())
 
 

@@ -64,9 +64,18 @@ class Data:
     index_folder: str = ""
     """Where indexes of data sets are kept; empty: beside the data, or the user's cache folder"""
     image_column: str = ""
-    """Column of parquet and Arrow files that holds images; empty finds it"""
+    """Column of tables that holds images, or suffix of the pictures in tar shards; empty finds it"""
     caption_column: str = ""
-    """Column of tables, or key of json captions; empty finds it"""
+    """Column of tables, or key of json captions; empty finds it. "json.caption" is the field caption
+    of the column json"""
+    captions: Literal["whole", "lines"] = "whole"
+    """Whether a text is one caption, or every line of it that is not blank is one of several"""
+    default_caption: str | None = None
+    """Caption of items that have none; "" trains without captions. Unset: such items are left out"""
+    caption_prefix: str = ""
+    """Text before every caption"""
+    color_profiles: Literal["ignore", "srgb"] = "ignore"
+    """srgb converts images with an embedded ICC profile to sRGB"""
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     """Red, green and blue, 0 to 255, behind transparent parts of images"""
     held_out_share: float = 0.0

@@ -17,11 +17,12 @@ from torchtitan_flux.data.captions import (
     captions_or_reason,
     metadata_captions,
 )
-from torchtitan_flux.data.decode import open_image
-from torchtitan_flux.data.files import PATH_KEY, Directory, given_path, header_size, walk
+from torchtitan_flux.data.decode import header_size
+from torchtitan_flux.data.files import PATH_KEY, Directory, given_path, walk
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
-from torchtitan_flux.data.sources import Item, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.indexed import IndexedSource
+from torchtitan_flux.data.sources import SourceOptions, Split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -31,7 +32,7 @@ WATCHED_FILES = 200_000
 logger = logging.getLogger(__name__)
 
 
-class FolderSource:
+class FolderSource(IndexedSource):
     """All pictures below a folder, sorted; ids are their paths relative to it.
 
     A picture's captions are what the metadata files say that name it, in order; without any, the
@@ -39,40 +40,27 @@ class FolderSource:
 
     Args:
         split: whose path key messages name.
-        options: path, caption_column, index_folder, max_pixels.
+        options: path, index_folder, what they say of captions and of pictures.
 
     Raises:
         ValueError: there is no folder, no picture in it, or a metadata file cannot be understood.
     """
 
-    name = "folder"
-
     def __init__(self, split: Split, options: SourceOptions):
         given = given_path(options.path, split, "the folder that holds the pictures")
         self.root = Path(given).absolute()
-        self.max_pixels = options.max_pixels
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
             if given.endswith(".tar"):
                 what += '; training.dataset = "webdataset" reads tar files'
             raise ValueError(f"{PATH_KEY[split]}: {given} {what}")
-        recipe = _Pictures(self.root, options.caption_column, options.index_folder, split)
-        self._index = open_index(recipe, options.index_folder)
+        recipe = _Pictures(self.root, options, split)
+        super().__init__(
+            "folder", str(self.root), open_index(recipe, options.index_folder), options
+        )
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Item:
-        row = self._index[index]
-        if row.reason:
-            raise UnreadableItem(row.item_id, row.reason)
-        try:
-            data = (self.root / row.item_id).read_bytes()
-        except FileNotFoundError as error:
-            raise UnreadableItem(row.item_id, "does not exist") from error
-        except OSError as error:
-            raise UnreadableItem(row.item_id, str(error.strerror)) from error
-        return Item(open_image(data, row.item_id, self.max_pixels), row.captions, row.item_id)
+    def read(self, row: Row) -> bytes:
+        return (self.root / row.item_id).read_bytes()
 
 
 class _Pictures:
@@ -80,12 +68,13 @@ class _Pictures:
 
     kind = "folder"
 
-    def __init__(self, root: Path, column: str, index_folder: Path | None, split: Split):
+    def __init__(self, root: Path, options: SourceOptions, split: Split):
         self.place = root
         self.title = str(root)
-        self.identity = column
-        self._column = column
-        self._index_folder = index_folder
+        self.identity = json.dumps([options.caption_column, options.captions_by_line])
+        self._column = options.caption_column
+        self._by_line = options.captions_by_line
+        self._index_folder = options.index_folder
         self._split: Split = split
 
     def _walk(self) -> Iterator[Directory]:
@@ -138,7 +127,7 @@ class _Pictures:
                     continue
                 text = os.path.splitext(file)[0] + ".txt"
                 if path in named:
-                    captions = captions_or_reason(named.pop(path))
+                    captions = captions_or_reason(named.pop(path), self._by_line)
                 elif text in files:
                     captions = self._text(self.place / directory.name / text)
                 else:
@@ -146,7 +135,7 @@ class _Pictures:
                 writer.add(self._row(path, captions))
                 bar.update()
         for path in sorted(named):  # missing, hidden, or of a suffix of their own
-            writer.add(self._row(path, captions_or_reason(named[path])))
+            writer.add(self._row(path, captions_or_reason(named[path], self._by_line)))
         if not writer.rows:
             raise ValueError(
                 f"{PATH_KEY[self._split]}: {self.place} holds no pictures "
@@ -175,7 +164,7 @@ class _Pictures:
 
     def _text(self, path: Path) -> Captions:
         try:
-            return captions_of_text(path.read_bytes())
+            return captions_of_text(path.read_bytes(), self._by_line)
         except OSError as error:
             return (), f"its .txt: {error.strerror}"
 
@@ -185,7 +174,7 @@ class _Pictures:
         try:
             with (self.place / path).open("rb") as file:
                 length = os.fstat(file.fileno()).st_size
-                width, height = header_size(file)
+                width, height, _ = header_size(file)
         except FileNotFoundError:
             reason = "does not exist"
         except OSError as error:

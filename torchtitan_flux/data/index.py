@@ -1,7 +1,8 @@
 """The file that an index is: one row for each item of a data set, read one row at a time.
 
 An Arrow file of record batches, memory-mapped: what was not looked at takes no memory, and what was
-is the kernel's to drop. What the rows were made from stands in the metadata of its schema.
+is the kernel's to drop. What the rows were made from stands in the metadata of its schema; what is
+known only at the end (notes, the digest of the item ids) in that of a last batch without rows.
 """
 
 import json
@@ -9,20 +10,26 @@ import os
 import secrets
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import xxhash
 
 BATCH_ROWS = 65_536
 """Rows that the writer keeps in memory; also what a reader may have to look through."""
 BATCH_CHARACTERS = 2**27  # of captions: a batch of long ones is written earlier
 
-FORMAT = "1"
+FORMAT = "2"
 """Indexes of other formats are built anew."""
 _KEY = b"torchtitan_flux.index"
+
+EXAMPLES = 5
+"""Names that a note keeps."""
+UNOPENED = 1000
+"""Paths that an index remembers to try again."""
 
 
 class Row(NamedTuple):
@@ -33,8 +40,10 @@ class Row(NamedTuple):
         shard: which file of the data set holds the image; meaningless where each has its own.
         offset, length: where the file's bytes are the image's, in bytes.
         width, height: of the upright image in pixels; 0 when its header cannot be read.
-        captions: canonical first; empty for an item that cannot be read.
-        reason: why the item cannot be read, "" when nothing speaks against it.
+        captions: canonical first; empty where there are none, and for an item that is not read.
+        reason: why there are no captions, or what is wrong with the image by its header; "" when
+            nothing is, and where the operating system refused (what it says can be over tomorrow).
+            An image is tried again whatever is said here.
     """
 
     item_id: str
@@ -62,6 +71,22 @@ SCHEMA = pa.schema(
 assert tuple(SCHEMA.names) == Row._fields
 
 
+class Note(NamedTuple):
+    """What was met while an index was built and its rows do not show.
+
+    Attributes:
+        text: what, in the plural, to be read after a number.
+        count: how often.
+        lost: items that are lost by it, an estimate where the files do not tell; 0 for none.
+        examples: the first names.
+    """
+
+    text: str
+    count: int
+    lost: int
+    examples: tuple[str, ...]
+
+
 class DamagedIndex(Exception):
     """The file is no index, or not the whole of one."""
 
@@ -81,6 +106,10 @@ class IndexWriter:
     def __init__(self, path: Path, facts: Mapping[str, str]):
         self.rows = 0
         self.reasons: Counter[str] = Counter()
+        self._notes: dict[str, Note] = {}
+        self._unopened: list[str] = []
+        self._unread: list[tuple[str, int]] = []
+        self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
         self._characters = 0
         # The identity tells a worker process that it reads the very index its parent opened.
@@ -107,12 +136,54 @@ class IndexWriter:
         self._flush()
         arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
         table = pa.Table.from_arrays(arrays, names=SCHEMA.names)
-        self._writer.write_table(table, max_chunksize=BATCH_ROWS)
+        for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+            self._write(batch)
         self.rows += len(table)
+
+    def note(self, text: str, example: str, count: int = 1, lost: int = 0) -> None:
+        """Count something that the rows do not show; notes of one text are one `Note`."""
+        so_far = self._notes.get(text, Note(text, 0, 0, ()))
+        examples = (*so_far.examples, example)[:EXAMPLES]
+        self._notes[text] = Note(text, so_far.count + count, so_far.lost + lost, examples)
+
+    @property
+    def notes(self) -> list[Note]:
+        """What was noted so far."""
+        return list(self._notes.values())
+
+    def unopened(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
+        """Note a file or folder that the operating system refused.
+
+        The index is built anew as soon as one of them can be opened: what is said of it today is
+        not stored as if it were so for good.
+
+        Args:
+            path: of the file or folder.
+            error: what was said.
+            at: byte at which a file that could be opened could not be read; None for one that
+                could not be opened.
+            lost: items that are lost by it.
+        """
+        cannot = "opened" if at is None else "read"
+        text = f"files or folders that cannot be {cannot}: {error.strerror}"
+        self.note(text, str(path), lost=lost)
+        if len(self._unopened) + len(self._unread) < UNOPENED:
+            if at is None:
+                self._unopened.append(str(path))
+            else:
+                self._unread.append((str(path), at))
 
     def close(self) -> None:
         """Finish the file and see it through to the disk."""
         self._flush()
+        last = {
+            "notes": list(self._notes.values()),
+            "unopened": self._unopened,
+            "unread": self._unread,
+            "digest": self._digest.hexdigest(),
+        }
+        nothing = pa.RecordBatch.from_pylist([], SCHEMA)
+        self._writer.write_batch(nothing, custom_metadata={_KEY: json.dumps(last)})
         self._writer.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -127,8 +198,12 @@ class IndexWriter:
             return
         columns = zip(*self._rows, strict=True)
         arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, names=SCHEMA.names))
+        self._write(pa.RecordBatch.from_arrays(arrays, names=SCHEMA.names))
         self._rows, self._characters = [], 0
+
+    def _write(self, batch: pa.RecordBatch) -> None:
+        self._digest.update("\0".join([*batch.column("item_id").to_pylist(), ""]).encode())
+        self._writer.write_batch(batch)
 
 
 class Index:
@@ -140,6 +215,10 @@ class Index:
     Attributes:
         facts: what the rows were made from.
         identity: differs between any two indexes.
+        notes: what was met while it was built and the rows do not show.
+        unopened: files and folders that the operating system refused to open then.
+        unread: files that it refused to read, and the byte at which it did.
+        digest: of the item ids, in their order.
 
     Raises:
         DamagedIndex: the file is no index of this format.
@@ -155,9 +234,17 @@ class Index:
             stored = json.loads((reader.schema.metadata or {})[_KEY])
             if stored["format"] != FORMAT or not reader.schema.equals(SCHEMA):
                 raise DamagedIndex(f"{path}: an index of another format")
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            *batches, (_, last) = (
+                reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)
+            )
+            self._batches = [batch for batch, _ in batches]
             self.facts: dict[str, str] = stored["facts"]
             self.identity: str = stored["identity"]
+            found = json.loads(last[_KEY])
+            self.notes = [Note(t, c, lost, tuple(names)) for t, c, lost, names in found["notes"]]
+            self.unopened: list[str] = found["unopened"]
+            self.unread: list[tuple[str, int]] = [(path, at) for path, at in found["unread"]]
+            self.digest: str = found["digest"]
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
@@ -176,6 +263,10 @@ class Index:
         at = index - self._ends[number] + batch.num_rows
         row = Row._make(column[at].as_py() for column in batch.columns)
         return row._replace(captions=tuple(row.captions))
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, many at a time and in order, for what is computed over all of them."""
+        return iter(self._batches)
 
     def __reduce__(self):
         return _reopen, (self.path, self.identity)

@@ -4,10 +4,10 @@ An index lies beside the data in a hidden folder, in a folder that the configura
 where the data cannot be written to, in the user's cache folder.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +18,12 @@ from typing import Protocol, runtime_checkable
 from tqdm import tqdm
 
 from torchtitan_flux.data.index import DamagedIndex, Index, IndexWriter
-from torchtitan_flux.durable import sync_folder
+from torchtitan_flux.durable import sync_folder, take
 
 HIDDEN = ".flux-index"
 """Name of the folder beside the data."""
+
+_TRIED_AGAIN = 2**17  # bytes; what is read at once may have failed anywhere in it
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +81,8 @@ def open_index(recipe: Recipe, folder: Path | None = None) -> Index:
     for file in files:
         try:
             make_folder(file.parent)
-            with locked(file.with_suffix(".lock"), recipe.title):
-                return _build(file, recipe)
+            with locked(file.with_suffix(".lock"), recipe.title) as alone:
+                return _build(file, recipe, alone)
         except OSError as error:
             if not _is_about(error, file):
                 raise
@@ -113,10 +115,28 @@ def _open_if_it_holds(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
     except DamagedIndex as error:
         return None, f"it is damaged ({error})"
     change = recipe.change(index.facts)
+    change = change or next((f"{p} can be opened now" for p in index.unopened if can_open(p)), "")
+    change = change or next(
+        (f"{p} can be read now" for p, at in index.unread if can_open(p, at)), ""
+    )
     return (None, change) if change else (index, "")
 
 
-def _build(file: Path, recipe: Recipe) -> Index:
+def can_open(path: str, at: int | None = None) -> bool:
+    """Whether the operating system lets a file or folder be opened, a file be read at a byte."""
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            if at is not None:
+                os.pread(opened, _TRIED_AGAIN, at)
+        finally:
+            os.close(opened)
+    except OSError:
+        return False
+    return True
+
+
+def _build(file: Path, recipe: Recipe, alone: bool) -> Index:
     """Build under the lock, unless another process has done so while this one waited for it."""
     index, change = _open_if_it_holds(file, recipe)
     if index is not None:
@@ -126,7 +146,9 @@ def _build(file: Path, recipe: Recipe) -> Index:
     start = time.monotonic()
     # Facts come before rows: of what changes in between, the next one to open the index hears.
     facts = recipe.facts()
-    unfinished = file.with_suffix(".tmp")  # of this name alone, so that killed builds leave but one
+    # One name, so that killed builds leave but one file; where there are no locks, one for each.
+    own = "" if alone else f".{socket.gethostname()}-{os.getpid()}"
+    unfinished = file.with_suffix(f"{own}.tmp")
     writer = IndexWriter(unfinished, facts)
     try:
         # A bar for those who watch, a line now and then for those who keep the log.
@@ -170,15 +192,19 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, title: str) -> Iterator[None]:
-    """Hold a lock that at most one process has, and that ends with the process."""
+def locked(path: Path, title: str) -> Iterator[bool]:
+    """Hold a lock that at most one process has, and that ends with the process.
+
+    False where the file system knows no locks: others may do the same at once.
+    """
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        taken = take(file.fileno())
+        if taken is False:
             logger.info("Another process indexes %s: waiting for it", title)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            take(file.fileno(), wait=True)
+        elif taken is None:
+            logger.warning("%s: this file system knows no locks; nobody is waited for", path)
+        yield taken is not None
 
 
 def _is_about(error: OSError, file: Path) -> bool:

@@ -7,13 +7,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import UInt8
 from PIL import Image
 
-from torchtitan_flux.data.decode import open_image
+from torchtitan_flux.data.columns import Column, image_column, picture_of
+from torchtitan_flux.data.decode import damage_is_unreadable, open_image
 from torchtitan_flux.data.digits import DIGIT_WORDS, digit_captions
 from torchtitan_flux.data.files import walk
-from torchtitan_flux.data.parquet import encoded, image_bytes, image_column, read_row, row_id
 from torchtitan_flux.data.sources import Item, Source, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.data.tables import Table, open_table
 
@@ -38,8 +39,20 @@ def mnist_source(split: Split, options: SourceOptions) -> Source:
         images, labels = (_find(root, _PREFIX[split], kind) for kind in ("images", "labels"))
         if images and labels:
             return IdxSource(images, labels, split)
-    table = open_table(options.path or HUB_NAME, split, options, download=HUB_NAME)
-    return MnistTable(table, options, split)
+    path = options.path or HUB_NAME
+
+    def choose(schema: pa.Schema) -> list[str]:
+        if "label" not in schema.names:
+            raise ValueError(
+                f"training.dataset: MNIST has columns image and label, {path} has "
+                f"{', '.join(schema.names)}"
+            )
+        return [image_column(schema, options.image_column).name, "label"]
+
+    table = open_table(path, split, options, choose, download=HUB_NAME)
+    if table.shared and split == "held_out":
+        raise ValueError(f"validation.dataset_path: {path} has no test part")
+    return MnistTable(table, image_column(table.schema, options.image_column), options.max_pixels)
 
 
 class IdxSource:
@@ -75,33 +88,33 @@ class IdxSource:
 
 
 class MnistTable:
-    """Rows of columns image and label; ids are "<file or part>/<row>"."""
+    """Rows of a picture and a label; ids are "<file or part>/<row>"."""
 
     name = "mnist"
 
-    def __init__(self, table: Table, options: SourceOptions, split: Split):
-        if table.shared and split == "held_out":
-            raise ValueError(f"validation.dataset_path: {options.path} has no test part")
-        if "label" not in table.features:
-            raise ValueError(
-                f"training.dataset: MNIST has columns image and label, {options.path} has "
-                f"{', '.join(table.features)}"
-            )
-        self.max_pixels = options.max_pixels
-        self._image = image_column(table, options.image_column)
-        self._table = encoded(table, self._image, "label")
+    def __init__(self, table: Table, image: Column, max_pixels: int):
+        self.max_pixels = max_pixels
+        self._image = image
+        self._table = table
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Item:
-        item_id = row_id(self._table, index)
-        row = read_row(self._table, index, item_id)
-        label = row["label"]
+        name, row = self._table.place(index)
+        item_id = f"{name}/{row}"
+        with damage_is_unreadable(item_id):
+            found = self._table.row(index)
+            image = found.column(self._image.name)[0]
+            data, path = picture_of(image, self._image.below, item_id)
+            label = found.column("label")[0].as_py()
         if not isinstance(label, int) or not 0 <= label < len(DIGIT_WORDS):
             raise UnreadableItem(item_id, f"label {label!r} is not in 0 to 9")
-        data = image_bytes(row[self._image], item_id, Path())
-        return Item(open_image(data, item_id, self.max_pixels), digit_captions(label), item_id)
+        if data is None:
+            raise UnreadableItem(item_id, f"{path}: only its path is there")
+        return Item(
+            open_image(data.to_pybytes(), item_id, self.max_pixels), digit_captions(label), item_id
+        )
 
 
 def read_idx(file: Path, axes: int) -> UInt8[np.ndarray, "..."]:

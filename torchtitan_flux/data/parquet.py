@@ -1,63 +1,85 @@
 """Pictures and captions in the columns of a table: parquet, Arrow, data sets of the hub."""
 
+import io
+import json
+import os
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+from unicodedata import normalize
 
-from torchtitan_flux.data.captions import CAPTION_NAMES, captions_of
-from torchtitan_flux.data.decode import damage_is_unreadable, open_image
+import pyarrow as pa
+from tqdm import tqdm
+
+from torchtitan_flux.data.captions import NO_CAPTION, Captions, captions_of, path_inside
+from torchtitan_flux.data.columns import (
+    Column,
+    caption_column,
+    image_column,
+    picture_of,
+    text_of,
+)
+from torchtitan_flux.data.decode import damage_is_unreadable, header_size
 from torchtitan_flux.data.files import PATH_KEY, given_path
-from torchtitan_flux.data.sources import Item, Source, SourceOptions, Split, UnreadableItem
-from torchtitan_flux.data.split import part_of
+from torchtitan_flux.data.foreign import no_plain_file
+from torchtitan_flux.data.formats import formats
+from torchtitan_flux.data.index import IndexWriter, Row
+from torchtitan_flux.data.index_cache import open_index
+from torchtitan_flux.data.indexed import IndexedSource
+from torchtitan_flux.data.sources import Source, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.split import part_or_share
 from torchtitan_flux.data.tables import Table, download_command, open_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _COCO = "howard-hou/COCO-Text"
 
+_ROWS = 256
+"""Rows that are taken from a table at once."""
 
-class ParquetSource:
+
+class ParquetSource(IndexedSource):
     """All rows of a table; ids are "<file or set>/<row>".
 
     Args:
-        table: rows.
-        options: image_column, caption_column, max_pixels.
-        root: folder that paths in the image column are relative to.
+        split: which part is read, and whose path key messages name.
+        options: path, image_column, caption_column, index_folder, what they say of captions and of
+            pictures.
+
+    Attributes:
+        shared: no table was named for a split, so both splits see all rows.
 
     Raises:
-        ValueError: a column is missing or of another type; names the key.
+        ValueError: there is no table, a column is missing or of another type; names the key.
     """
 
-    name = "parquet"
+    def __init__(self, split: Split, options: SourceOptions):
+        path = given_path(options.path, split, "parquet or Arrow files, or a data set of the hub")
+        table = open_table(path, split, options, partial(_names, options=options))
+        image, caption = _columns(table.schema, options)
+        recipe = _Rows(path, table, image, caption, options.captions_by_line)
+        super().__init__("parquet", path, open_index(recipe, options.index_folder), options)
+        self.shared = table.shared
+        self._root = table.root
+        self._image = image
+        self._tables = list(table.parts.values())
 
-    def __init__(self, table: Table, options: SourceOptions, root: Path):
-        self.root = root
-        self.max_pixels = options.max_pixels
-        self._image = image_column(table, options.image_column)
-        self._caption = _caption_column(table, options.caption_column)
-        self._table = encoded(table, self._image, self._caption)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Item:
-        item_id = row_id(self._table, index)
-        row = read_row(self._table, index, item_id)
-        captions = captions_of(row[self._caption], item_id)
-        data = image_bytes(row[self._image], item_id, self.root)
-        return Item(open_image(data, item_id, self.max_pixels), captions, item_id)
+    def read(self, row: Row) -> bytes:
+        with damage_is_unreadable(row.item_id):
+            found = cast(pa.Table, self._tables[row.shard][row.offset])
+            value = found.column(self._image.name)[0]
+            data, path = picture_of(value, self._image.below, row.item_id)
+            if data is not None:
+                return data.to_pybytes()
+        return _beside(self._root, path, row.item_id).read_bytes()
 
 
 def parquet_source(split: Split, options: SourceOptions) -> Source:
     """One split of the table at `options.path`: its own part, or a share of the rows."""
-    path = given_path(options.path, split, "parquet or Arrow files, or a data set of the hub")
-    table = open_table(path, split, options)
-    if table.shared and options.validates_training_data and not options.held_out_share:
-        raise ValueError(
-            f"validation.enable = true, and {path} has no validation or test part: set "
-            "validation.dataset_path to other data, or data.held_out_share to the share of the "
-            "training data to keep back"
-        )
-    root = Path(path).absolute()
-    source = ParquetSource(table, options, root.parent if root.is_file() else root)
-    return part_of(source, split, options.held_out_share) if table.shared else source
+    source = ParquetSource(split, options)
+    return part_or_share(source, source.shared, split, options)
 
 
 def coco_source(split: Split, options: SourceOptions) -> Source:
@@ -70,101 +92,147 @@ def coco_source(split: Split, options: SourceOptions) -> Source:
     return parquet_source(split, options)
 
 
-def image_column(table: Table, named: str) -> str:
-    """The column that holds pictures: the one named, else "image", else the only one.
+def _columns(schema: pa.Schema, options: SourceOptions) -> tuple[Column, Column | None]:
+    """The columns of pictures and captions; none of captions where none is needed."""
+    image = image_column(schema, options.image_column)
+    try:
+        return image, caption_column(schema, options.caption_column)
+    except ValueError:
+        if options.caption_column or options.default_caption is None:
+            raise
+        return image, None  # every row has the default caption
+
+
+def _names(schema: pa.Schema, options: SourceOptions) -> list[str]:
+    columns = _columns(schema, options)
+    return list(dict.fromkeys(column.name for column in columns if column))
+
+
+class _Rows:
+    """The recipe of a table's index (`index_cache.Recipe`)."""
+
+    kind = "parquet"
+
+    def __init__(
+        self, given: str, table: Table, image: Column, caption: Column | None, by_line: bool
+    ):
+        self.title = given
+        self.place = table.root
+        file = Path(given).name if Path(given).is_file() else ""
+        self.identity = json.dumps([file, table.part, str(image), str(caption), by_line])
+        self._table = table
+        self._image, self._caption = image, caption
+        self._by_line = by_line
+
+    def facts(self) -> dict[str, str]:
+        return self._table.facts | {"formats": " ".join(formats())}
+
+    def change(self, stored: dict[str, str]) -> str:
+        now = self.facts()
+        if stored["formats"] != now["formats"]:
+            return "other formats can be read"
+        return "" if stored == now else "its files have changed"
+
+    def build(self, writer: IndexWriter, bar: tqdm) -> None:
+        for text, names in self._table.left_out.items():
+            for name in names:
+                writer.note(text, name)
+        bar.total = len(self._table)
+        for number, (name, part) in enumerate(self._table.parts.items()):
+            self._add_rows(writer, bar, number, name, part)
+
+    def _add_rows(
+        self, writer: IndexWriter, bar: tqdm, number: int, name: str, part: "Dataset"
+    ) -> None:
+        start = 0
+        for batch in cast(Iterable[pa.Table], part.iter(batch_size=_ROWS)):
+            pictures = batch.column(self._image.name)
+            texts = batch.column(self._caption.name) if self._caption else None
+            for at in range(len(batch)):
+                item_id = f"{name}/{start + at}"
+                captions = self._captions(texts[at], item_id) if texts else ((), NO_CAPTION)
+                length, width, height, reason = self._picture(pictures[at], item_id, writer)
+                row = (captions[0], captions[1] or reason)
+                writer.add(Row(item_id, number, start + at, length, width, height, *row))
+            start += len(batch)
+            bar.update(len(batch))
+
+    def _captions(self, scalar: pa.Scalar, item_id: str) -> Captions:
+        assert self._caption is not None
+        try:
+            with damage_is_unreadable(item_id):
+                text = text_of(scalar.as_py(), self._caption.below, item_id)
+                return captions_of(text, item_id, self._by_line), ""
+        except UnreadableItem as error:
+            return (), error.reason
+
+    def _picture(
+        self, scalar: pa.Scalar, item_id: str, writer: IndexWriter
+    ) -> tuple[int, int, int, str]:
+        """(bytes, width, height, what is wrong with it)."""
+        try:
+            with damage_is_unreadable(item_id):
+                data, path = picture_of(scalar, self._image.below, item_id)
+            if data is not None:
+                return data.size, *header_size(io.BufferedReader(_BufferFile(data)))
+        except UnreadableItem as error:
+            return 0, 0, 0, error.reason
+        try:
+            with _beside(self.place, path, item_id).open("rb") as opened:
+                return os.fstat(opened.fileno()).st_size, *header_size(opened)
+        except UnreadableItem as error:
+            return 0, 0, 0, error.reason
+        except OSError as error:
+            writer.unopened(self.place / path, error, at=0)
+            return 0, 0, 0, ""
+
+
+class _BufferFile(io.RawIOBase):
+    """A buffer as a file, no more of which is touched than is read.
+
+    Arrow's own, `pa.BufferReader`, refuses to seek beyond the end, as decoders do.
+    """
+
+    def __init__(self, buffer: pa.Buffer):
+        self._bytes = memoryview(buffer).cast("B")
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        piece = self._bytes[self._at : self._at + len(into)]
+        into[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = (0, self._at, len(self._bytes))[whence]
+        if start + offset < 0:
+            raise ValueError("seeks before the beginning")
+        self._at = start + offset
+        return self._at
+
+
+def _beside(root: Path, path: str, item_id: str) -> Path:
+    """The file that a path in a table names, within the folder of the data.
 
     Raises:
-        ValueError: there is none, or more than one.
+        UnreadableItem: it is outside of that folder, not there, or no plain file.
+        OSError: the operating system refuses it.
     """
-    features = table.features
-    if named:
-        if named not in features:
-            raise ValueError(f"data.image_column: there is no column {named!r}; {_listed(table)}")
-        if not _holds_pictures(features[named]):
-            raise ValueError(
-                f"data.image_column: column {named!r} holds no encoded images; {_listed(table)}"
-            )
-        return named
-    found = [name for name, feature in features.items() if _is_image(feature)]
-    found = found or [name for name, feature in features.items() if _holds_pictures(feature)]
-    if "image" in found:
-        return "image"
-    if len(found) != 1:
-        which = f"one of {', '.join(found)} has to be named" if found else "no column holds images"
-        raise ValueError(f"data.image_column: {which}; {_listed(table)}")
-    return found[0]
-
-
-def encoded(table: Table, image: str, other: str) -> Table:
-    """Two columns of a table, pictures as the bytes of their files."""
-    from datasets import Image
-
-    if _is_image(table.features[image]):
-        table = table.mapped(lambda part: part.cast_column(image, Image(decode=False)))
-    return table.mapped(lambda part: part.select_columns([image, other]))
-
-
-def row_id(table: Table, index: int) -> str:
-    """Stable name of a row."""
-    name, row = table.place(index)
-    return f"{name}/{row}"
-
-
-def read_row(table: Table, index: int, item_id: str) -> dict[str, Any]:
-    """Values of a row; UnreadableItem where the file behind it is damaged."""
-    with damage_is_unreadable(item_id):
-        return table.row(index)
-
-
-def image_bytes(value: object, item_id: str, root: Path) -> bytes:
-    """The file of a picture, from a column of bytes or of {bytes, path}."""
-    path = None
-    if isinstance(value, dict):
-        value, path = value.get("bytes"), value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if isinstance(path, str):
-        try:
-            return (root / path).read_bytes()
-        except OSError as error:
-            raise UnreadableItem(item_id, f"{path}: {error.strerror}") from error
-    raise UnreadableItem(item_id, "has no image")
-
-
-def _caption_column(table: Table, named: str) -> str:
-    features = table.features
-    if named and named not in features:
-        raise ValueError(f"data.caption_column: there is no column {named!r}; {_listed(table)}")
-    column = named or next((name for name in CAPTION_NAMES if name in features), "")
-    if not column:
-        raise ValueError(
-            f"data.caption_column: no column is called {', '.join(CAPTION_NAMES)}; {_listed(table)}"
-        )
-    if not _is_text(features[column]):
-        raise ValueError(f"data.caption_column: column {column!r} holds no text; {_listed(table)}")
-    return column
-
-
-def _is_image(feature: Any) -> bool:
-    from datasets import Image
-
-    return isinstance(feature, Image)
-
-
-def _holds_pictures(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return "bytes" in feature and _holds_pictures(feature["bytes"])
-    return _is_image(feature) or getattr(feature, "dtype", "") in ("binary", "large_binary")
-
-
-def _is_text(feature: Any) -> bool:
-    inner = getattr(feature, "feature", None)  # of lists
-    if isinstance(feature, list):
-        inner = feature[0]
-    if inner is not None:
-        return _is_text(inner)
-    return getattr(feature, "dtype", "") in ("string", "large_string")
-
-
-def _listed(table: Table) -> str:
-    return f"the columns are {', '.join(table.features)}"
+    spellings = (path, path.replace("\\", "/"))  # a path may have been written on Windows
+    spellings += tuple(normalize(form, path) for form in ("NFC", "NFD") for path in spellings)
+    try:
+        files = [root / path_inside("", spelling, "its path") for spelling in spellings]
+    except ValueError as error:
+        raise UnreadableItem(item_id, str(error)) from error
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise UnreadableItem(item_id, f"{path}: does not exist")
+    if what := no_plain_file(file):
+        raise UnreadableItem(item_id, f"{path} is {what}, no file")
+    return file

@@ -37,10 +37,9 @@ def _folder(split: Split, options: SourceOptions) -> Source:
 
 
 def _webdataset(split: Split, options: SourceOptions, name: str = "webdataset") -> Source:
-    from torchtitan_flux.data.split import part_of
-    from torchtitan_flux.data.tars import TarSource
+    from torchtitan_flux.data.tars import webdataset_source
 
-    return part_of(TarSource(name, split, options), split, options.held_out_share)
+    return webdataset_source(name, split, options)
 
 
 def _cc12m(split: Split, options: SourceOptions) -> Source:

@@ -47,11 +47,16 @@ class SourceOptions:
         image_size: size in pixels at which a procedural source draws; stored pictures are resized
             by the transform.
         index_folder: where indexes are kept; None for beside the data.
-        image_column, caption_column: names in tables; "" finds them.
+        image_column, caption_column: names in tables, of suffixes and json keys in shards; "" finds
+            them.
+        captions_by_line: every line of a text is a caption of its own; else a text is one caption.
+        default_caption: caption of items that have none; None for leaving them out.
+        caption_prefix: stands before every caption, the default one included.
         validates_training_data: a "held_out" part is wanted of the data that are trained on; a
             source that has none to give refuses.
         held_out_share: share of the items that a source without a held-out part of its own keeps
             back from training, in [0, 1).
+        min_size: pixels that the shorter side of a picture must have.
         max_pixels: pictures of more pixels are not decoded: decompression bombs.
     """
 
@@ -60,8 +65,12 @@ class SourceOptions:
     index_folder: Path | None = None
     image_column: str = ""
     caption_column: str = ""
+    captions_by_line: bool = False
+    default_caption: str | None = None
+    caption_prefix: str = ""
     validates_training_data: bool = False
     held_out_share: float = 0.0
+    min_size: int = 1
     max_pixels: int = 2**27
 
 
@@ -76,3 +85,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Item:
         """The item at 0 <= index < len; raises UnreadableItem when its data are damaged."""
         ...
+
+
+def items_digest(source: Source) -> str:
+    """Differs where the ids of a source's items, or their order, do.
+
+    A source without a `digest` of its own has items that only the program changes.
+    """
+    return getattr(source, "digest", f"{source.name}/{len(source)}")

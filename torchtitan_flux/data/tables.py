@@ -1,20 +1,27 @@
 """Opening tables: parquet and Arrow files, `save_to_disk` folders, data sets of the hub.
 
-Rows are read through memory maps. Parquet is converted once, by `datasets`, into Arrow files that
-are kept where indexes are kept.
+Rows are read through memory maps. Of parquet, the columns that are read are converted once, by
+`datasets`, into Arrow files that are kept where indexes are kept.
 """
 
 import bisect
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchtitan_flux.data.columns import plain_type
 from torchtitan_flux.data.files import PATH_KEY, walk
+from torchtitan_flux.data.foreign import HEAD, foreign_content, no_plain_file
 from torchtitan_flux.data.index_cache import HIDDEN, locked, make_folder
+from torchtitan_flux.data.parts import PARTS, not_read, own_parts, part_of
 from torchtitan_flux.data.sources import SourceOptions, Split
 
 if TYPE_CHECKING:
@@ -22,42 +29,48 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".parquet", ".arrow")
 
-# How files and folders of the hub name their part.
-_PART_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_HELD_OUT = ("validation", "test")
+_PACKED = re.compile(r"\.(parquet|arrow)\.(gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+_NO_ROWS = "tables without rows"
 
 
 class Table:
     """Rows of several `datasets` tables one after the other, as seen from one split.
 
     Attributes:
-        parts: name of each table, and the table.
+        root: folder of the data.
+        parts: name of each table, and the table, whose rows and batches are Arrow tables.
+        part: which part of the data this is; "" where no part is named.
+        schema: the columns that are read.
         shared: no table was named for a split, so both splits see all rows.
+        left_out: names of what is there and not read, by why.
+        facts: what the rows depend on, to tell whether they are the same as before.
     """
 
-    def __init__(self, parts: Mapping[str, "Dataset"], shared: bool):
-        self.parts = dict(parts)
+    def __init__(
+        self,
+        root: Path,
+        parts: Mapping[str, "Dataset"],
+        schema: pa.Schema,
+        part: str,
+        shared: bool,
+        left_out: Mapping[str, list[str]],
+        facts: Mapping[str, str],
+    ):
+        self.root = root
+        self.parts = {name: table.with_format("arrow") for name, table in parts.items()}
+        self.schema = schema
+        self.part = part
         self.shared = shared
+        self.left_out = dict(left_out)
+        self.facts = dict(facts)
         self._ends = list(itertools.accumulate(len(part) for part in self.parts.values()))
         self._names = list(self.parts)
 
     def __len__(self) -> int:
         return self._ends[-1]
-
-    @property
-    def features(self) -> dict[str, Any]:
-        """Columns and their `datasets` types, those of the first table."""
-        return dict(next(iter(self.parts.values())).features)
-
-    def mapped(self, change: Callable[["Dataset"], "Dataset"]) -> "Table":
-        """The same rows of changed tables."""
-        return Table({name: change(part) for name, part in self.parts.items()}, self.shared)
 
     def place(self, index: int) -> tuple[str, int]:
         """(name of the table, row in it); IndexError outside."""
@@ -66,14 +79,20 @@ class Table:
         which = bisect.bisect_right(self._ends, index)
         return self._names[which], index - (self._ends[which - 1] if which else 0)
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Values of one row by column."""
+    def row(self, index: int) -> pa.Table:
+        """One row."""
         name, row = self.place(index)
-        return self.parts[name][row]
+        return cast(pa.Table, self.parts[name][row])
 
 
-def open_table(path: str, split: Split, options: SourceOptions, download: str = "") -> Table:
-    """The rows of one split.
+Choose = Callable[[pa.Schema], Sequence[str]]
+"""Which columns are read of a table; raises ValueError where they are not there."""
+
+
+def open_table(
+    path: str, split: Split, options: SourceOptions, choose: Choose, download: str = ""
+) -> Table:
+    """The rows of one split, pictures undecoded.
 
     Tables that are named after a part (train-00000.parquet, test/0.parquet, parts of a
     `save_to_disk` folder) belong to it; "held_out" is the validation part, else the test part.
@@ -82,24 +101,26 @@ def open_table(path: str, split: Split, options: SourceOptions, download: str = 
         path: a folder, a file, or owner/name of the hub.
         split: "train" or "held_out".
         options: index_folder.
+        choose: the columns that are read; the others do not matter.
         download: hub name for the message that tells how to get the data; "" takes `path`.
 
     Raises:
-        ValueError: there is nothing to read, or it is damaged; names the key of the path.
+        ValueError: there is nothing to read, or it is damaged, or tables differ in a column;
+            names the key of the path.
     """
-    local = Path(path).expanduser()
-    if not local.exists():
-        if _HUB_NAME.fullmatch(path):
-            return _choose(_from_hub(path, split, download or path), split, path)
-        raise ValueError(f"{PATH_KEY[split]}: {path} does not exist")
-    local = local.absolute()
+    local = Path(path).expanduser().absolute()
     try:
-        saved = _saved(local)
+        if not local.exists():
+            if _HUB_NAME.fullmatch(path):
+                return _of_parts(_from_hub(path, split, download or path), split, path, choose)
+            raise ValueError(f"{PATH_KEY[split]}: {path} does not exist")
+        saved = _saved(local, split)
         if saved is not None:
-            return _choose(saved, split, path)
-        return _from_files(local, split, path, options.index_folder)
+            return _of_parts(saved, split, path, choose)
+        return _from_files(local, split, path, options.index_folder, choose)
     except OSError as error:
-        raise ValueError(f"{PATH_KEY[split]}: {path} cannot be read: {error}") from error
+        what = error.filename or path
+        raise ValueError(f"{PATH_KEY[split]}: {what} cannot be read: {error.strerror}") from error
 
 
 def download_command(name: str) -> str:
@@ -107,70 +128,125 @@ def download_command(name: str) -> str:
     return f"hf download {name} --repo-type dataset --local-dir {name.split('/')[-1]}"
 
 
-def _choose(tables: "dict[str, Dataset]", split: Split, path: str) -> Table:
+def _of_parts(tables: "dict[str, Dataset]", split: Split, path: str, choose: Choose) -> Table:
     """The table of a split among those of the hub's parts, under the names of these."""
-    own = _own_parts(set(tables), split, path)
-    if own is None:
-        return Table(tables, shared=True)
-    return Table({own[0]: tables[own[0]]}, shared=own[1])
+    own = own_parts(set(tables), split, path)
+    left_out = not_read({name: name if name in PARTS else "" for name in tables}, own)
+    if own is not None:
+        tables = {own[0]: tables[own[0]]}
+    left_out[_NO_ROWS] = [name for name, table in tables.items() if not len(table)]
+    tables = {name: table for name, table in tables.items() if len(table)}
+    if not tables:
+        raise ValueError(f"{PATH_KEY[split]}: {path} holds no row")
+    schemas = {name: table.features.arrow_schema for name, table in tables.items()}
+    columns = _common_columns(schemas, choose, f"{PATH_KEY[split]}: {path}")
+    files = [Path(f["filename"]) for table in tables.values() for f in table.cache_files]
+    stamps = {name: table._fingerprint for name, table in tables.items()}
+    stamps |= {file.name: _stamp(file) for file in files}
+    root = Path(path).expanduser().absolute()
+    if not root.is_dir():  # of the hub
+        root = files[0].parent if files else Path.home() / ".cache" / "torchtitan_flux"
+    return Table(
+        root,
+        {name: table.select_columns(columns.names) for name, table in tables.items()},
+        columns,
+        *(own or ("", True)),
+        left_out,
+        {"tables": json.dumps(stamps)},
+    )
 
 
-def _own_parts(parts: set[str], split: Split, path: str) -> tuple[str, bool] | None:
-    """(part of a split, whether both splits share it); None where no part is named at all."""
-    held_out = next((part for part in _HELD_OUT if part in parts), None)
-    if split == "held_out" and held_out:
-        return held_out, False
-    if "train" in parts:
-        return "train", held_out is None
-    if held_out:
-        raise ValueError(
-            f"{PATH_KEY[split]}: {path} has no train part, only {', '.join(sorted(parts))}"
-        )
-    return None
+def _common_columns(schemas: Mapping[str, pa.Schema], choose: Choose, where: str) -> pa.Schema:
+    """The columns that are read, which all tables must have alike; a column of nulls is like any.
+
+    Raises:
+        ValueError: a table lacks one or has it of another type; names both.
+    """
+    first, *others = schemas
+    fields = {field.name: field for field in schemas[first]}
+    for name in others:
+        for field in schemas[name]:
+            if field.name in fields and pa.types.is_null(fields[field.name].type):
+                fields[field.name] = field
+    schema = pa.schema(list(fields.values()), schemas[first].metadata)
+    chosen = {name: plain_type(schema.field(name).type) for name in choose(schema)}
+    for name, schema in schemas.items():
+        for column, of in chosen.items():
+            found = [plain_type(field.type) for field in schema if field.name == column]
+            if len(found) != 1:
+                many = f"{len(found)} columns" if found else "no column"
+                raise ValueError(f"{where}: {name} has {many} {column!r}, it should be one")
+            if found[0] != of and not pa.types.is_null(found[0]):
+                raise ValueError(
+                    f"{where}: column {column!r} is {found[0]} in {name}, {of} in {first}"
+                )
+    return pa.schema(list(chosen.items()))
 
 
-def _saved(path: Path) -> "dict[str, Dataset] | None":
+def _saved(path: Path, split: Split) -> "dict[str, Dataset] | None":
     """What `save_to_disk` wrote to a folder; None when it wrote nothing there."""
     if not ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
         return None
     from datasets import DatasetDict, load_from_disk
 
-    saved = load_from_disk(str(path))
+    with _damage_is_named(path, split):
+        saved = load_from_disk(str(path))
     if isinstance(saved, DatasetDict):
         return {str(part): table for part, table in saved.items()}
     return {path.name: saved}
 
 
-def _from_files(path: Path, split: Split, given: str, index_folder: Path | None) -> Table:
-    root = path.parent if path.is_file() else path
-    names = [path.name]
+def _from_files(
+    path: Path, split: Split, given: str, index_folder: Path | None, choose: Choose
+) -> Table:
+    root = path if path.is_dir() else path.parent
+    names, nameless = [path.name], []
     if path.is_dir():
-        names = [n for d in walk(path) for n in d.paths() if n.endswith(_SUFFIXES)]
-    names = [name for name in names if name.endswith(_SUFFIXES)]
+        directories = list(walk(path, index_folder))
+        names = [name for directory in directories for name in directory.paths()]
+        nameless = [d.name or given for d in directories for _ in range(d.unnameable)]
+    if packed := [name for name in names if _PACKED.search(name)]:
+        raise ValueError(f"{PATH_KEY[split]}: {root / packed[0]} is compressed: unpack it")
+    names = [name for name in names if name.lower().endswith(_SUFFIXES)]
     if not names:
         raise ValueError(f"{PATH_KEY[split]}: {given} holds no {' or '.join(_SUFFIXES)} file")
-    parts = {name: _part_of(name) for name in names} if path.is_dir() else {}
-    own = _own_parts({part for part in parts.values() if part}, split, given)
+    parts = {name: part_of(name) if path.is_dir() else "" for name in names}
+    own = own_parts(set(parts.values()) - {""}, split, given)
+    left_out = not_read(parts, own)
     if own is not None:
         names = [name for name in names if parts[name] == own[0]]
-    parquet = [name for name in names if name.endswith(".parquet")]
-    tables = {}
+    arrow: dict[str, Dataset] = {}
+    schemas, rows = {}, {}
     for name in names:
-        if name not in parquet:
-            with _damage_is_named(root / name, split):
-                tables[name] = _from_arrow(root / name)
-    rows = {}
-    for name in parquet:
         with _damage_is_named(root / name, split):
-            rows[name] = _rows_of(root / name)
-    rows = {name: count for name, count in rows.items() if count}
-    if rows:
-        with _damage_is_named(path, split):
-            tables |= _from_parquet(root, rows, index_folder)
-    tables = {name: tables[name] for name in names if len(tables.get(name, ()))}
-    if not tables:
+            if what := no_plain_file(root / name):
+                raise ValueError(f"{what} is no file")
+            if name.lower().endswith(".parquet"):
+                with pq.ParquetFile(root / name) as opened:
+                    schemas[name], rows[name] = opened.schema_arrow, opened.metadata.num_rows
+            else:
+                arrow[name] = _from_arrow(root / name)
+                schemas[name] = arrow[name].data.schema
+                rows[name] = len(arrow[name])
+    left_out[_NO_ROWS] = [name for name in names if not rows[name]]
+    left_out["files whose names are not UTF-8 are left out"] = nameless
+    names = [name for name in names if rows[name]]
+    if not names:
         raise ValueError(f"{PATH_KEY[split]}: {given} holds no row")
-    return Table(tables, shared=own is None or own[1])
+    columns = _common_columns({n: schemas[n] for n in names}, choose, f"{PATH_KEY[split]}: {given}")
+    parquet = {name: rows[name] for name in names if name not in arrow}
+    tables = {n: table.select_columns(columns.names) for n, table in arrow.items() if rows[n]}
+    if parquet:
+        with _damage_is_named(path, split):
+            tables |= _from_parquet(root, parquet, columns, index_folder)
+    facts = {"files": json.dumps([[name, _stamp(root / name)] for name in names])}
+    tables = {name: tables[name] for name in names}
+    return Table(root, tables, columns, *(own or ("", True)), left_out, facts)
+
+
+def _stamp(file: Path) -> str:
+    found = file.stat()
+    return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 @contextmanager
@@ -180,20 +256,21 @@ def _damage_is_named(file: Path, split: Split) -> Iterator[None]:
     except Exception as error:  # pyarrow and datasets raise sorts of their own
         if str(error).startswith("data.index_folder"):
             raise
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{PATH_KEY[split]}: {file} cannot be read as a table: {reason[0]}"
-        ) from error
+        raise ValueError(f"{PATH_KEY[split]}: {file} {_what_is_wrong(file, error)}") from error
 
 
-def _part_of(name: str) -> str:
-    """The part that a file belongs to by its name, or that of the nearest folder; "" for none."""
-    for piece in reversed(name.lower().split("/")):
-        words = re.split(r"[-._\s\d]+", piece)
-        for part, spellings in _PART_WORDS.items():
-            if any(word in spellings for word in words):
-                return part
-    return ""
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    """Why a file cannot be read: what it is instead, or what was said when it was read."""
+    with suppress(OSError):
+        if not no_plain_file(file):
+            with file.open("rb") as opened:
+                head = opened.read(HEAD)
+            if what := foreign_content(head, file.name):
+                return what
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened: {error.strerror}"
+    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    return f"cannot be read as a table: {reason[0]}"
 
 
 def _from_arrow(file: Path) -> "Dataset":
@@ -202,23 +279,24 @@ def _from_arrow(file: Path) -> "Dataset":
     return Dataset.from_file(str(file))
 
 
-def _rows_of(file: Path) -> int:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_metadata(file).num_rows
-
-
 def _from_parquet(
-    root: Path, rows: dict[str, int], index_folder: Path | None
+    root: Path, rows: dict[str, int], columns: pa.Schema, index_folder: Path | None
 ) -> "dict[str, Dataset]":
-    """Files of known numbers of rows as tables."""
-    from datasets import Dataset, load_dataset
+    """Columns of files of known numbers of rows, as tables."""
+    from datasets import Dataset, Features, load_dataset
 
     folder = _cache_folder(root, index_folder)
     files = [str(root / name) for name in rows]
     # One process converts, the others wait and find it done.
     with locked(folder.parent / "parquet.lock", str(root)):
-        table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder))
+        table = load_dataset(
+            "parquet",
+            data_files=files,
+            split="train",
+            cache_dir=str(folder),
+            columns=columns.names,
+            features=Features.from_arrow_schema(columns),
+        )
     assert isinstance(table, Dataset)
     assert len(table) == sum(rows.values())
     ends = itertools.accumulate(rows.values())

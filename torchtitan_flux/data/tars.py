@@ -1,108 +1,189 @@
 """Tar shards as WebDataset writes them, read at random: each item by its offset in its shard."""
 
 import json
-import logging
 import os
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from torchtitan_flux.data.captions import Captions, captions_of_json, captions_of_text
-from torchtitan_flux.data.decode import open_image
-from torchtitan_flux.data.files import PATH_KEY, given_path, header_size, matches, walk
+from torchtitan_flux.data.files import PATH_KEY, given_path, matches, walk
+from torchtitan_flux.data.foreign import HEAD, foreign_content, no_plain_file
+from torchtitan_flux.data.formats import formats
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
-from torchtitan_flux.data.sources import Item, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.indexed import IndexedSource
+from torchtitan_flux.data.parts import not_read, own_parts
+from torchtitan_flux.data.parts import part_of as part_of_name
+from torchtitan_flux.data.sources import Source, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.split import part_or_share
+from torchtitan_flux.data.tar_scan import CUT, Sample, Scan
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 OPEN_SHARDS = 64
 """Shards that one process keeps open."""
-TEXT_BYTES = 2**24  # a longer .txt or .json is not a caption
+_UNPACK = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip",
+    ".tar.zst": "unzstd",
+    ".tar.zstd": "unzstd",
+    ".tzst": "unzstd",
+    ".tar.xz": "unxz",
+    ".txz": "unxz",
+    ".tar.bz2": "bunzip2",
+    ".tbz2": "bunzip2",
+    ".tbz": "bunzip2",
+    ".tar.lz4": "unlz4",
+    ".tar.z": "uncompress",
+}
+"""Suffixes of compressed tar files, and the program that unpacks each."""
 
 CC12M_TEST = "tests/assets/cc12m_test"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-logger = logging.getLogger(__name__)
+
+def webdataset_source(name: str, split: Split, options: SourceOptions) -> Source:
+    """One split of tar shards: its own shards, where they are named after parts, or a share."""
+    source = TarSource(name, split, options)
+    return part_or_share(source, source.shared, split, options)
 
 
-class TarSource:
+class TarSource(IndexedSource):
     """The samples of local tar shards; ids are "<shard>/<key>", keys as in WebDataset.
 
     Shards come in the order of their names, or of the braces that spell them out; samples in the
-    order in which a shard first names them.
+    order in which a shard first names them. The second sample of a key that a shard repeats is
+    "<shard>/<key>#2".
 
     Args:
         name: what the configuration calls the data set.
-        split: whose path key messages name.
-        options: path (a folder, a tar file or a pattern), caption_column (a key of the samples'
-            .json; "" prefers their .txt), index_folder, max_pixels.
+        split: which part is read, and whose path key messages name.
+        options: path (a folder, a tar file or a pattern), image_column (the suffix of pictures, ""
+            for any), caption_column (a key of the samples' .json; "" prefers their .txt),
+            index_folder, what they say of captions and of pictures.
+
+    Attributes:
+        shared: no shards were named for a split, so both splits see all of them.
 
     Raises:
-        ValueError: there are no shards, or no pictures in them.
+        ValueError: there are no shards, or no pictures in them, or they are something else.
     """
 
     def __init__(self, name: str, split: Split, options: SourceOptions):
-        self.name = name
         given = given_path(options.path, split, "a folder of tar files, one of them, or a pattern")
-        place, shards = find_shards(given, split, options.index_folder)
-        recipe = _Shards(given, place, shards, options.caption_column, split)
-        self._index = open_index(recipe, options.index_folder)
-        self._files = _ShardFiles([place / shard for shard in shards])
-        self.max_pixels = options.max_pixels
+        found = find_shards(given, split, options.index_folder)
+        recipe = _Shards(given, found, options, split)
+        super().__init__(name, given, open_index(recipe, options.index_folder), options)
+        self.shared = not found.part
+        self._files = _ShardFiles([found.place / shard for shard in found.names])
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Item:
-        row = self._index[index]
-        if row.reason:
-            raise UnreadableItem(row.item_id, row.reason)
-        try:
-            data = self._files.read(row.shard, row.offset, row.length)
-        except OSError as error:
-            raise UnreadableItem(row.item_id, str(error.strerror)) from error
+    def read(self, row: Row) -> bytes:
+        data = self._files.read(row.shard, row.offset, row.length)
         if len(data) < row.length:
-            raise UnreadableItem(row.item_id, "lies beyond the end of its shard")
-        return Item(open_image(data, row.item_id, self.max_pixels), row.captions, row.item_id)
+            raise UnreadableItem(row.item_id, CUT)
+        return data
 
 
-def find_shards(given: str, split: Split, without: Path | None) -> tuple[Path, list[str]]:
-    """(a folder, the tar files that a path means, relative to it).
+class Shards(NamedTuple):
+    """What a path means.
+
+    Attributes:
+        place: a folder.
+        names: tar files that are read, relative to it.
+        part: which part of the data they are; "" when they are not parted.
+        left_out: files that are not read, by why.
+        refused: folders that the operating system does not list, and what it says.
+    """
+
+    place: Path
+    names: list[str]
+    part: str
+    left_out: dict[str, list[str]]
+    refused: list[tuple[Path, OSError]]
+
+
+def find_shards(given: str, split: Split, without: Path | None) -> Shards:
+    """The tar files that a path means for a split.
 
     Args:
         given: a folder, all of whose tar files are meant, one tar file, or a pattern.
-        split: whose path key messages name.
+        split: "train" or "held_out".
         without: a folder that is not searched.
 
     Raises:
-        ValueError: there are none, or some that the pattern spells out are missing.
+        ValueError: there are none, some that the pattern spells out are missing, or some are
+            compressed.
     """
+    try:
+        return _found(given, split, without)
+    except OSError as error:
+        where = error.filename or given
+        raise ValueError(f"{PATH_KEY[split]}: {where}: {error.strerror}") from error
+
+
+def _found(given: str, split: Split, without: Path | None) -> Shards:
     key, path = PATH_KEY[split], Path(given)
-    if path.is_dir():
-        directories = list(walk(path, without))
-        names = [name for directory in directories for name in directory.paths()]
-        shards = sorted(name for name in names if name.lower().endswith(".tar"))
-        if shards:
-            return path.absolute(), shards
-        packed = next((name for name in names if ".tar." in name.lower()), None)
-        hint = f"; {packed} is compressed: unpack it to a plain .tar" if packed else ""
-        raise ValueError(f"{key}: {given} holds no .tar files{hint}")
-    files = [path] if path.is_file() else matches(given)
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        remote = "; shards are read where they lie: download them" if "://" in given else ""
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{key}: {missing[0]}{more} does not exist{remote}")
-    if not files:
-        raise ValueError(f"{key}: no file matches {given}")
-    files = [file.absolute() for file in files]
-    place = Path(os.path.commonpath([file.parent for file in files]))
-    return place, [file.relative_to(place).as_posix() for file in files]
+    directories = list(walk(path, without, strict=False)) if path.is_dir() else []
+    if directories:
+        place = path.absolute()
+        names = sorted(name for directory in directories for name in directory.paths())
+        names = [name for name in names if name.lower().endswith((".tar", *_UNPACK))]
+        if not names:
+            raise ValueError(f"{key}: {given} holds no .tar files")
+    else:
+        files = [path] if path.exists() else matches(given)
+        missing = [str(file) for file in files if not file.exists()]
+        if missing:
+            remote = "; shards are read where they lie: download them" if "://" in given else ""
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"{key}: {missing[0]}{more} does not exist{remote}")
+        if not files:
+            raise ValueError(f"{key}: no file matches {given}")
+        files = [file.absolute() for file in files]
+        place = Path(os.path.commonpath([file.parent for file in files]))
+        names = [file.relative_to(place).as_posix() for file in files]
+    parts = {name: part_of_name(name) for name in names}
+    there = set(parts.values()) - {""}
+    both = "train" in there and len(there) > 1
+    own = own_parts(there, split, given) if both else None
+    if own is not None:
+        names = [name for name in names if parts[name] == own[0]]
+    left_out = not_read(parts, own)
+    kinds = {name: _kind(place / name) for name in names}
+    for name, kind in kinds.items():
+        if kind:
+            left_out.setdefault(f"files left out, each is {kind}", []).append(name)
+    names = [name for name, kind in kinds.items() if not kind]
+    if not names:
+        name, kind = next(iter(kinds.items()))
+        raise ValueError(f"{key}: {place / name} is {kind}, no file")
+    if nameless := [d.name or given for d in directories for _ in range(d.unnameable)]:
+        left_out["files whose names are not UTF-8 are left out"] = nameless
+    refused = [(place / d.name, d.error) for d in directories if d.error]
+    packed = [name for name in names if name.lower().endswith(tuple(_UNPACK))]
+    if packed:
+        command = next(c for suffix, c in _UNPACK.items() if packed[0].lower().endswith(suffix))
+        raise ValueError(
+            f"{key}: compressed tar files cannot be read at random: unpack "
+            f"{_listed(place, packed)} to plain .tar (`{command} {packed[0]}`), or move them out "
+            "of the data"
+        )
+    return Shards(place, names, own[0] if own else "", left_out, refused)
+
+
+def _kind(path: Path) -> str:
+    """`no_plain_file`, for one that may be refused: that is told of when the shard is read."""
+    try:
+        return no_plain_file(path)
+    except OSError:
+        return ""
+
+
+def _listed(place: Path, names: list[str]) -> str:
+    """The first of many files, in words."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(str(place / name) for name in names[:3]) + more
 
 
 def cc12m_test_folder(split: Split) -> str:
@@ -159,57 +240,43 @@ class _File:
             close(self.descriptor)
 
 
-class _Image(NamedTuple):
-    """Where an image lies, in bytes, and its size in pixels."""
-
-    offset: int
-    length: int
-    width: int
-    height: int
-    complete: bool
-
-
-class _Sample:
-    """What members of one key have been met so far. Of two of a kind the later one counts."""
-
-    image: _Image | None = None
-    text: Captions | None = None
-    record: Captions | None = None
-
-    def captions(self, prefer_json: bool) -> Captions:
-        """Of text and record the first that says anything; else why neither does."""
-        found = (self.record, self.text) if prefer_json else (self.text, self.record)
-        present = [captions for captions in found if captions is not None]
-        fallback = present[0] if present else ((), "has no caption")
-        return next((captions for captions in present if captions[0]), fallback)
-
-
 class _Shards:
     """The recipe of a webdataset's index (`index_cache.Recipe`)."""
 
     kind = "webdataset"
 
-    def __init__(self, given: str, place: Path, shards: list[str], column: str, split: Split):
+    def __init__(self, given: str, found: Shards, options: SourceOptions, split: Split):
         self.title = given
-        self.place = place
+        self.place = found.place
+        self._read_as = options.image_column, options.caption_column, options.captions_by_line
         # Relative, since folders are moved. A folder's own shards may change, a pattern may not.
-        self.identity = json.dumps([column, os.path.relpath(given, place)])
-        self._shards = shards
-        self._column = column
+        self.identity = json.dumps(
+            [*self._read_as, found.part, os.path.relpath(given, found.place)]
+        )
+        self._shards = found.names
+        self._left_out, self._refused = found.left_out, found.refused
         self._split: Split = split
 
     def facts(self) -> dict[str, str]:
-        stamps = []
-        for shard in self._shards:
+        stamps = [[shard, *self._stamp(shard)] for shard in self._shards]
+        return {
+            "shards": json.dumps(stamps),
+            "left out": json.dumps(self._left_out),
+            "formats": " ".join(formats()),
+        }
+
+    def _stamp(self, shard: str) -> tuple[int, int]:
+        """Size and time of a shard; (0, 0) where the operating system refuses them."""
+        try:
             found = (self.place / shard).stat()
-            stamps.append([shard, found.st_size, found.st_mtime_ns])
-        return {"shards": json.dumps(stamps)}
+        except OSError:
+            return 0, 0
+        return found.st_size, found.st_mtime_ns
 
     def change(self, stored: dict[str, str]) -> str:
-        before, now = (json.loads(facts["shards"]) for facts in (stored, self.facts()))
-        if before == now:
-            return ""
-        stamps_before, stamps_now = ({name: rest for name, *rest in all} for all in (before, now))
+        now = self.facts()
+        before, after = (json.loads(facts["shards"]) for facts in (stored, now))
+        stamps_before, stamps_now = ({name: rest for name, *rest in all} for all in (before, after))
         for name in sorted(stamps_before.keys() | stamps_now.keys()):
             if name not in stamps_now:
                 return f"{name} is gone"
@@ -217,136 +284,90 @@ class _Shards:
                 return f"{name} is new"
             if stamps_before[name] != stamps_now[name]:
                 return f"{name} has changed"
-        return "its shards come in another order"
+        if before != after:
+            return "its shards come in another order"
+        if stored["formats"] != now["formats"]:
+            return "other formats can be read"
+        return "" if stored["left out"] == now["left out"] else "other files are left out"
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
-        bar.unit, bar.unit_scale = "B", True
-        bar.total = sum((self.place / shard).stat().st_size for shard in self._shards)
-        imageless = unnameable = done = 0
-        for number, shard in enumerate(self._shards):
-            scan = _Scan(self.place / shard, self._column)
+        self._refuse_what_is_no_tar()
+        for text, names in self._left_out.items():
+            for name in names:
+                writer.note(text, name)
+        for folder, error in self._refused:
+            writer.unopened(folder, error)
+        sizes = [self._stamp(shard)[0] for shard in self._shards]
+        bar.unit, bar.unit_scale, bar.total = "B", True, sum(sizes)
+        done = 0
+        read = []
+        for number, (shard, size) in enumerate(zip(self._shards, sizes, strict=True)):
+            scan = Scan(self.place / shard, *self._read_as)
             for position in scan.members():
                 bar.update(done + position - bar.n)
-            done += (self.place / shard).stat().st_size
+            done += size
             bar.update(done - bar.n)
-            if scan.damage:
-                logger.warning(
-                    "%s is damaged (%s): its %d samples up to there are used",
-                    self.place / shard,
-                    scan.damage,
-                    len(scan.samples),
-                )
-            unnameable += scan.unnameable
-            for key, sample in scan.samples.items():
-                if sample.image is None:
-                    imageless += 1
-                else:
-                    captions = sample.captions(prefer_json=bool(self._column))
-                    writer.add(_row(f"{shard}/{key}", number, sample.image, captions))
-        if imageless:
-            logger.warning("%s: %d samples have no picture", self.title, imageless)
-        if unnameable:
-            logger.warning("%s: %d members whose names are not UTF-8", self.title, unnameable)
+            before = writer.rows
+            for sample in scan.samples():
+                writer.add(_row(f"{shard}/{sample.name}", number, sample))
+            for note in scan.notes:
+                writer.note(note.text, f"{shard}/{note.example}", lost=note.lost)
+            read.append(_Read(shard, writer.rows - before, scan))
+        self._note_losses(writer, read)
         if not writer.rows:
+            why = "".join(f"; {note.text}: {', '.join(note.examples)}" for note in writer.notes)
             raise ValueError(
                 f"{PATH_KEY[self._split]}: the {len(self._shards)} tar files of {self.title} hold "
-                f"no pictures ({', '.join(IMAGES)})"
+                f"no pictures{why}"
             )
 
+    def _refuse_what_is_no_tar(self) -> None:
+        found = []
+        for shard in self._shards:
+            try:
+                with (self.place / shard).open("rb") as file:
+                    head = file.read(HEAD)
+            except OSError:  # told of when the shard is read
+                continue
+            if head and (what := foreign_content(head, Path(shard).name)):
+                found.append(f"{self.place / shard} {what}")
+        if found:
+            more = f" ({len(found) - 1} more files like it)" if len(found) > 1 else ""
+            raise ValueError(f"{PATH_KEY[self._split]}: {found[0]}{more}")
 
-def _row(item_id: str, shard: int, image: _Image, captions: Captions) -> Row:
-    texts, reason = captions
-    if not image.complete:
-        reason = "lies beyond the end of its shard"
-    offset, length, width, height, _ = image
-    return Row(item_id, shard, offset, length, width, height, texts, reason)
-
-
-class _Scan:
-    """What the headers of one shard say.
-
-    Attributes:
-        samples: key -> sample, in the order in which they are first named.
-        damage: what is wrong with the shard, "" when nothing is.
-        unnameable: members left out because their names are not UTF-8.
-    """
-
-    def __init__(self, path: Path, column: str):
-        self.samples: dict[str, _Sample] = {}
-        self.damage = ""
-        self.unnameable = 0
-        self._path = path
-        self._column = column
-
-    def members(self) -> Iterator[int]:
-        """Go through the shard; yields the position reached, in bytes, after each member."""
-        end = 0
-        try:
-            with self._path.open("rb") as file, _open_tar(file) as tar:
-                size = os.fstat(file.fileno()).st_size
-                while (member := _next_member(tar)) is not None:
-                    if tar.offset <= end:  # would go round in circles
-                        raise tarfile.ReadError(f"negative size at byte {member.offset}")
-                    end = tar.offset
-                    if member.isfile() and not member.issparse():
-                        self._note(tar, member, size)
-                    yield min(end, size)
-                file.seek(end)
-                # tarfile takes what is no header for the end, where 512 zeros have to be.
-                mark = file.read(tarfile.BLOCKSIZE)
-                if mark != bytes(tarfile.BLOCKSIZE):
-                    self.damage = "ends without the mark that ends a tar file"
-                    if len(mark) == tarfile.BLOCKSIZE:
-                        self.damage = f"no tar header at byte {end}"
-        except (tarfile.TarError, OSError) as error:
-            self.damage = str(error)
-
-    def _note(self, tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> None:
-        """Take down a member that is of use."""
-        folder, _, file = member.name.rpartition("/")
-        stem, dot, suffix = file.partition(".")
-        suffix = suffix.lower()
-        if not (stem and dot) or suffix not in (*IMAGES, "txt", "json"):
-            return
-        key = f"{folder}/{stem}" if folder else stem
-        if key != key.encode("utf-8", "replace").decode():
-            self.unnameable += 1
-            return
-        sample = self.samples.setdefault(key.removeprefix("./"), _Sample())
-        complete = member.offset_data + member.size <= size
-        if suffix in IMAGES:
-            width = height = 0
-            if complete and (content := tar.extractfile(member)):
-                with content:
-                    width, height = header_size(content)
-            sample.image = _Image(member.offset_data, member.size, width, height, complete)
-        elif complete and (content := tar.extractfile(member)):
-            with content:
-                data = content.read(TEXT_BYTES)
-            if suffix == "txt":
-                sample.text = captions_of_text(data)
+    def _note_losses(self, writer: IndexWriter, read: "list[_Read]") -> None:
+        """Note the shards that were not read to their end, and about how many samples that cost."""
+        whole = [
+            shard.samples for shard in read if not shard.scan.damage and not shard.scan.refusal
+        ]
+        usual = sum(whole) / len(whole) if whole else 0.0
+        sample_bytes = sum(shard.scan.end for shard in read) / max(writer.rows, 1)
+        for shard, samples, scan in read:
+            unread = scan.size - scan.end
+            if unread >= tarfile.BLOCKSIZE and sample_bytes:
+                lost = max(round(unread / sample_bytes), 1)
+            elif scan.no_mark:
+                lost = 0  # a writer that was not closed: every member is there
             else:
-                sample.record = captions_of_json(data, self._column)
+                lost = max(round(usual) - samples, 1)
+            if scan.refusal is not None:
+                place = self.place / shard
+                writer.unopened(place, scan.refusal, at=scan.refused_at, lost=lost)
+            elif scan.damage:
+                writer.note("damaged shards", f"{shard}: {scan.damage}", lost=lost)
 
 
-def _open_tar(file: BinaryIO) -> tarfile.TarFile:
-    with _any_damage_is_a_tar_error():
-        return tarfile.open(fileobj=file, mode="r:")
+class _Read(NamedTuple):
+    """What came of one shard."""
+
+    shard: str
+    samples: int
+    scan: Scan
 
 
-def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    # Else it would keep all of them.
-    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
-    with _any_damage_is_a_tar_error():
-        return tar.next()
-
-
-@contextmanager
-def _any_damage_is_a_tar_error() -> Iterator[None]:
-    """tarfile meets garbage in extended headers as ValueError, KeyError, OverflowError, …"""
-    try:
-        yield
-    except (tarfile.TarError, OSError):
-        raise
-    except Exception as error:
-        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+def _row(item_id: str, shard: int, sample: Sample) -> Row:
+    texts, reason = sample.captions
+    _, offset, length, width, height, wrong = sample.picture
+    if not reason or wrong == CUT:
+        reason = wrong
+    return Row(item_id, shard, offset, length, width, height, texts, reason)

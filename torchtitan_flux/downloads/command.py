@@ -178,6 +178,6 @@ def _alone(folder: Path, dry_run: bool) -> Iterator[None]:
     except OSError as error:
         raise DownloadError(f"{path} cannot be written: {error.strerror}") from None
     with lock:
-        if not take(lock.fileno()):
+        if take(lock.fileno()) is False:
             raise DownloadError(f"another download is writing to {folder}: wait for it")
         yield

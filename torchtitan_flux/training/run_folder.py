@@ -11,6 +11,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.manager import ConfigError
+from torchtitan_flux.durable import take
 
 NAME = "run.lock"
 
@@ -50,9 +51,8 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
     path = Path(folder) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    taken = take(descriptor)
+    if taken is False:
         with contextlib.closing(os.fdopen(descriptor)) as file:
             holder = file.read().strip() or "a process that has not said who it is"
         raise ConfigError(
@@ -60,10 +60,10 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
                 f"job.dump_folder = {str(folder)!r} is being written by another run ({holder}); "
                 "wait for it, stop it, or set another job.dump_folder"
             ]
-        ) from None
-    except OSError as error:
+        )
+    if taken is None:
         os.close(descriptor)
-        logger.warning(f"{path} cannot be locked ({error.strerror}): start no second run there")
+        logger.warning(f"{path}: this file system knows no locks; start no second run there")
         return None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)

@@ -36,7 +36,7 @@ def source(root: Path, **options) -> FolderSource:
 
 
 def ids(items: FolderSource) -> list[str]:
-    return [items._index[i].item_id for i in range(len(items))]
+    return [items.index[i].item_id for i in range(len(items))]
 
 
 def refusal(items: FolderSource, index: int) -> str:
@@ -63,7 +63,7 @@ def test_all_pictures_in_order_with_their_pixels_and_captions(tmp_path):
         stem = "no. sub/c.webp" if name == "sub/c.png" else f"no. {name}"
         assert item.captions == (stem,)
         assert item.image.tobytes() == Image.open(tmp_path / name).tobytes()
-        row = items._index[index]
+        row = items.index[index]
         assert (row.width, row.height) == (11, 7)
         assert row.length == (tmp_path / name).stat().st_size
 

@@ -1,6 +1,5 @@
 """Tables of pictures: every way they are stored, columns, splits, damage, workers."""
 
-import io
 import multiprocessing
 import os
 import pickle
@@ -10,21 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from data_files import png, write_parquet
 
 from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.sources import Source, SourceOptions, UnreadableItem
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (5, 3), value).save(file, "PNG")
-    return file.getvalue()
+    monkeypatch.setenv(
+        "HOME", str(tmp_path / "home")
+    )  # where the index of tables in memory is kept
 
 
 def rows(first: int, last: int, **columns) -> dict:
@@ -32,12 +28,6 @@ def rows(first: int, last: int, **columns) -> dict:
         "image": [{"bytes": png(i), "path": None} for i in range(first, last)],
         "text": [f"number {i}" for i in range(first, last)],
     } | columns
-
-
-def write_parquet(path, columns: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
-    return path
 
 
 def contents(source: Source) -> list[tuple[int, tuple[str, ...]]]:
@@ -146,7 +136,8 @@ def test_columns(tmp_path):
     }
     file = write_parquet(tmp_path / "a.parquet", files)
     source = source_of(file)
-    assert source[0].captions == ("a", "b", "c")
+    assert source[0].captions == ("a", "b\nc")
+    assert source_of(file, captions_by_line=True)[0].captions == ("a", "b", "c")
     assert np.asarray(source[1].image).max() == 1
     for row in 2, 3:
         with pytest.raises(UnreadableItem, match=f"a.parquet/{row}: has no caption"):
@@ -189,7 +180,7 @@ def test_rows_that_cannot_be_read(tmp_path):
     source = source_of(file)
     assert np.asarray(source[0].image).max() == 9
     for row, reason in (
-        (1, "missing.png: No such file"),
+        (1, "missing.png: does not exist"),
         (2, "has no image"),
         (3, "no image in a known format"),
         (4, "has no image"),
