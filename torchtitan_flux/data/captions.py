@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchtitan_flux.data.foreign import is_lfs_pointer
 from torchtitan_flux.data.sources import UnreadableItem
 
 CAPTION_NAMES = ("text", "caption", "captions", "prompt")
@@ -17,60 +19,110 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 NO_CAPTION = "has no caption"
 """Why an item without any caption is not read, unless `data.default_caption` stands in for it."""
 
+_LINE_END = re.compile("\r\n|\n|\r")
+_MISSING = object()
+
 Captions = tuple[tuple[str, ...], str]
 """Captions and "", or none and why."""
 
 
-def captions_of(value: object, item_id: str) -> tuple[str, ...]:
+def captions_of(value: object, item_id: str, by_line: bool) -> tuple[str, ...]:
     """Captions from what stands beside an image: a text, or a list of texts.
 
-    Every line of a text that is not blank is a caption of its own.
+    Args:
+        value: a text is one caption, a list of texts as many as it holds.
+        item_id: for the message.
+        by_line: every line of a text that is not blank is a caption of its own.
 
     Raises:
         UnreadableItem: nothing is left.
     """
     texts = value if isinstance(value, list | tuple) else [value]
-    lines = [line.strip() for text in texts if isinstance(text, str) for line in text.splitlines()]
-    captions = tuple(line for line in lines if line)
+    texts = [text for text in texts if isinstance(text, str)]
+    if by_line:
+        texts = [line for text in texts for line in lines_of(text)]
+    captions = tuple(text.strip() for text in texts if text.strip())
     if not captions:
         raise UnreadableItem(item_id, NO_CAPTION)
     return captions
 
 
-def captions_or_reason(value: object) -> Captions:
-    """What a text, or a list of texts, says; every line of it is a caption."""
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that are not blank; str.splitlines would also split at U+2028, VT, …"""
+    return [line for line in _LINE_END.split(text) if line.strip()]
+
+
+def captions_or_reason(value: object, by_line: bool) -> Captions:
+    """What a text, or a list of texts, says; `by_line` as in `captions_of`."""
     try:
-        return captions_of(value, ""), ""
+        return captions_of(value, "", by_line), ""
     except UnreadableItem as error:
         return (), error.reason
 
 
-def captions_of_text(data: bytes) -> Captions:
-    """Captions of a text file."""
+def captions_of_text(data: bytes, by_line: bool, suffix: str = ".txt") -> Captions:
+    """Captions of a text file; `by_line` as in `captions_of`."""
+    if is_lfs_pointer(data):
+        return (), f"its {suffix} is a Git LFS pointer, run `git lfs pull`"
     try:
-        return captions_or_reason(data.decode("utf-8-sig"))
+        return captions_or_reason(data.decode("utf-8-sig"), by_line)
     except UnicodeDecodeError:
-        return (), "its .txt is not UTF-8"
+        return (), f"its {suffix} is not UTF-8"
 
 
-def captions_of_json(data: bytes, column: str) -> Captions:
-    """Captions of a file that holds one JSON record; `column` as in `caption_value`."""
+def captions_of_json(data: bytes, column: str, by_line: bool) -> Captions:
+    """Captions of a file that holds one JSON record.
+
+    Args:
+        data: of the file.
+        column: as in `caption_value`.
+        by_line: as in `captions_of`.
+    """
+    if is_lfs_pointer(data):
+        return (), "its .json is a Git LFS pointer, run `git lfs pull`"
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
         return (), "its .json is no JSON"
     if not isinstance(record, dict):
         return (), "its .json holds no object"
-    if column and column not in record:
+    if column and not has_field(record, column):
         return (), f"its .json has no {column!r}"
-    return captions_or_reason(caption_value(record, column))
+    return captions_or_reason(caption_value(record, column), by_line)
 
 
 def caption_value(record: Mapping[str, Any], column: str) -> Any:
-    """The value of the column named, else of the first of CAPTION_NAMES that is not empty."""
-    if column:
-        return record.get(column)
-    return next((record[name] for name in CAPTION_NAMES if record.get(name)), None)
+    """What a record says in a field: the one named, else the first of CAPTION_NAMES that says any.
+
+    Args:
+        record: names of fields are found in any case where the exact one is not there.
+        column: name of the field; "json.caption" is the field caption of the field json; "" for
+            none.
+    """
+    names = (column,) if column else CAPTION_NAMES
+    values = (_field(record, name) for name in names)
+    return next((value for value in values if value and value is not _MISSING), None)
+
+
+def has_field(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a record has a field, which `caption_value` would find."""
+    return _field(record, name) is not _MISSING
+
+
+def _field(record: Any, name: str) -> Any:
+    """The value of a field; _MISSING where there is none."""
+    if not isinstance(record, Mapping):
+        return _MISSING
+    if name in record:
+        return record[name]
+    found = [key for key in record if isinstance(key, str) and key.lower() == name.lower()]
+    if found:
+        return record[found[0]]
+    outer, dot, inner = name.partition(".")
+    if not dot:
+        return _MISSING
+    below = _field(record, outer)
+    return _MISSING if below is _MISSING else _field(below, inner)
 
 
 def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str, Any]]:
@@ -92,8 +144,8 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
         if not isinstance(file_name, str) or not file_name:
             raise ValueError(f"{root / name}, line {line}: has no 'file_name'")
         wanted = (column,) if column else CAPTION_NAMES
-        captioned = captioned or any(known in record for known in wanted)
-        picture = _inside(folder, file_name, f"{root / name}, line {line}")
+        captioned = captioned or any(has_field(record, known) for known in wanted)
+        picture = path_inside(folder, file_name, f"{root / name}, line {line}")
         yield picture, caption_value(record, column)
     if line and not captioned:
         wanted = repr(column) if column else " or ".join(map(repr, CAPTION_NAMES))
@@ -144,7 +196,7 @@ def _line_of_damage(path: Path) -> int:
     return 0
 
 
-def _inside(folder: str, file_name: str, where: str) -> str:
+def path_inside(folder: str, file_name: str, where: str) -> str:
     """`file_name`, relative to `folder`, as a path relative to the root; it may not leave that."""
     parts = folder.split("/") if folder else []
     for part in file_name.split("/"):

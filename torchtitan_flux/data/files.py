@@ -1,16 +1,12 @@
-"""Finding data on disk: walking folders, expanding patterns, the size in an image's header."""
+"""Finding data on disk: walking folders, expanding patterns."""
 
 import glob
 import itertools
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from torchtitan_flux.data.sources import Split
 
@@ -19,8 +15,6 @@ PATH_KEY: dict[Split, str] = {
     "held_out": "validation.dataset_path",
 }
 """The TOML key that says where the data of each split lie."""
-
-_ORIENTATION = 0x0112  # EXIF: 5 to 8 lie on their side
 
 
 @dataclass(frozen=True)
@@ -126,26 +120,6 @@ def expand_braces(pattern: str) -> list[str]:
         expanded = (expand_braces(head + choice + tail) for choice in choices)
         return list(dict.fromkeys(itertools.chain.from_iterable(expanded)))
     return [pattern]
-
-
-def header_size(file: Any) -> tuple[int, int]:
-    """(width, height) in pixels of an image as it is meant to be seen; (0, 0) when unreadable.
-
-    Only the header of the file, open for reading bytes, is looked at. Pictures that their EXIF
-    data turn by a quarter have the two exchanged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whoever decodes the picture judges it
-            image = Image.open(file)
-            width, height = image.size
-            # Without the test, PNG files would be decoded in search of EXIF data at their end.
-            if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5:
-                width, height = height, width
-    except Exception:
-        # Decoders meet damage in every way there is: struct.error, IndexError, ZeroDivisionError.
-        return 0, 0
-    return width, height
 
 
 def given_path(path: str | None, split: Split, what: str) -> str:

@@ -17,7 +17,8 @@ from torchtitan_flux.data.captions import (
     captions_or_reason,
     metadata_captions,
 )
-from torchtitan_flux.data.files import PATH_KEY, Directory, given_path, header_size, walk
+from torchtitan_flux.data.decode import header_size
+from torchtitan_flux.data.files import PATH_KEY, Directory, given_path, walk
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
 from torchtitan_flux.data.indexed import IndexedSource
@@ -54,7 +55,9 @@ class FolderSource(IndexedSource):
                 what += '; training.dataset = "webdataset" reads tar files'
             raise ValueError(f"{PATH_KEY[split]}: {given} {what}")
         recipe = _Pictures(self.root, options, split)
-        super().__init__("folder", str(self.root), open_index(recipe, options.index_folder), options)
+        super().__init__(
+            "folder", str(self.root), open_index(recipe, options.index_folder), options
+        )
 
     def read(self, row: Row) -> bytes:
         return (self.root / row.item_id).read_bytes()
@@ -68,8 +71,9 @@ class _Pictures:
     def __init__(self, root: Path, options: SourceOptions, split: Split):
         self.place = root
         self.title = str(root)
-        self.identity = options.caption_column
+        self.identity = json.dumps([options.caption_column, options.captions_by_line])
         self._column = options.caption_column
+        self._by_line = options.captions_by_line
         self._index_folder = options.index_folder
         self._split: Split = split
 
@@ -123,7 +127,7 @@ class _Pictures:
                     continue
                 text = os.path.splitext(file)[0] + ".txt"
                 if path in named:
-                    captions = captions_or_reason(named.pop(path))
+                    captions = captions_or_reason(named.pop(path), self._by_line)
                 elif text in files:
                     captions = self._text(self.place / directory.name / text)
                 else:
@@ -131,7 +135,7 @@ class _Pictures:
                 writer.add(self._row(path, captions))
                 bar.update()
         for path in sorted(named):  # missing, hidden, or of a suffix of their own
-            writer.add(self._row(path, captions_or_reason(named[path])))
+            writer.add(self._row(path, captions_or_reason(named[path], self._by_line)))
         if not writer.rows:
             raise ValueError(
                 f"{PATH_KEY[self._split]}: {self.place} holds no pictures "
@@ -160,7 +164,7 @@ class _Pictures:
 
     def _text(self, path: Path) -> Captions:
         try:
-            return captions_of_text(path.read_bytes())
+            return captions_of_text(path.read_bytes(), self._by_line)
         except OSError as error:
             return (), f"its .txt: {error.strerror}"
 
@@ -170,7 +174,7 @@ class _Pictures:
         try:
             with (self.place / path).open("rb") as file:
                 length = os.fstat(file.fileno()).st_size
-                width, height = header_size(file)
+                width, height, _ = header_size(file)
         except FileNotFoundError:
             reason = "does not exist"
         except OSError as error:

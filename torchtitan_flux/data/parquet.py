@@ -30,6 +30,7 @@ class ParquetSource:
     def __init__(self, table: Table, options: SourceOptions, root: Path):
         self.root = root
         self.max_pixels = options.max_pixels
+        self._by_line = options.captions_by_line
         self._image = image_column(table, options.image_column)
         self._caption = _caption_column(table, options.caption_column)
         self._table = encoded(table, self._image, self._caption)
@@ -40,7 +41,7 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Item:
         item_id = row_id(self._table, index)
         row = read_row(self._table, index, item_id)
-        captions = captions_of(row[self._caption], item_id)
+        captions = captions_of(row[self._caption], item_id, self._by_line)
         data = image_bytes(row[self._image], item_id, self.root)
         return Item(open_image(data, item_id, self.max_pixels), captions, item_id)
 

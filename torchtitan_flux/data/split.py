@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int64
 
 from torchtitan_flux.data.indexed import IndexedSource
 from torchtitan_flux.data.order import Permutation
-from torchtitan_flux.data.sources import Item, Source, Split, items_digest
+from torchtitan_flux.data.sources import Item, Source, SourceOptions, Split, items_digest
 
 Rows = Int64[np.ndarray, " n"]
 
@@ -100,3 +100,24 @@ def part_of(source: Source, split: Split, share: float) -> Source:
         ValueError: as `SourcePart` does.
     """
     return source if share == 0 else SourcePart(source, split, share)
+
+
+def part_or_share(source: Source, shared: bool, split: Split, options: SourceOptions) -> Source:
+    """A split's own part of the data, or its share of data that both splits see.
+
+    Args:
+        source: what was opened for the split.
+        shared: whether it holds the same for either split.
+        split: "train" or "held_out".
+        options: path, held_out_share, validates_training_data.
+
+    Raises:
+        ValueError: nothing is held out, and validation is to read it; or as `part_of`.
+    """
+    if shared and options.validates_training_data and not options.held_out_share:
+        raise ValueError(
+            f"validation.enable = true, and {options.path} has no validation or test part: set "
+            "validation.dataset_path to other data, or data.held_out_share to the share of the "
+            "training data to keep back"
+        )
+    return part_of(source, split, options.held_out_share) if shared else source

@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan_flux.data.files import PATH_KEY, walk
 from torchtitan_flux.data.index_cache import HIDDEN, locked, make_folder
+from torchtitan_flux.data.parts import own_parts, part_of
 from torchtitan_flux.data.sources import SourceOptions, Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _SUFFIXES = (".parquet", ".arrow")
-
-# How files and folders of the hub name their part.
-_PART_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-_HELD_OUT = ("validation", "test")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -109,24 +102,10 @@ def download_command(name: str) -> str:
 
 def _choose(tables: "dict[str, Dataset]", split: Split, path: str) -> Table:
     """The table of a split among those of the hub's parts, under the names of these."""
-    own = _own_parts(set(tables), split, path)
+    own = own_parts(set(tables), split, path)
     if own is None:
         return Table(tables, shared=True)
     return Table({own[0]: tables[own[0]]}, shared=own[1])
-
-
-def _own_parts(parts: set[str], split: Split, path: str) -> tuple[str, bool] | None:
-    """(part of a split, whether both splits share it); None where no part is named at all."""
-    held_out = next((part for part in _HELD_OUT if part in parts), None)
-    if split == "held_out" and held_out:
-        return held_out, False
-    if "train" in parts:
-        return "train", held_out is None
-    if held_out:
-        raise ValueError(
-            f"{PATH_KEY[split]}: {path} has no train part, only {', '.join(sorted(parts))}"
-        )
-    return None
 
 
 def _saved(path: Path) -> "dict[str, Dataset] | None":
@@ -149,8 +128,8 @@ def _from_files(path: Path, split: Split, given: str, index_folder: Path | None)
     names = [name for name in names if name.endswith(_SUFFIXES)]
     if not names:
         raise ValueError(f"{PATH_KEY[split]}: {given} holds no {' or '.join(_SUFFIXES)} file")
-    parts = {name: _part_of(name) for name in names} if path.is_dir() else {}
-    own = _own_parts({part for part in parts.values() if part}, split, given)
+    parts = {name: part_of(name) for name in names} if path.is_dir() else {}
+    own = own_parts({part for part in parts.values() if part}, split, given)
     if own is not None:
         names = [name for name in names if parts[name] == own[0]]
     parquet = [name for name in names if name.endswith(".parquet")]
@@ -184,16 +163,6 @@ def _damage_is_named(file: Path, split: Split) -> Iterator[None]:
         raise ValueError(
             f"{PATH_KEY[split]}: {file} cannot be read as a table: {reason[0]}"
         ) from error
-
-
-def _part_of(name: str) -> str:
-    """The part that a file belongs to by its name, or that of the nearest folder; "" for none."""
-    for piece in reversed(name.lower().split("/")):
-        words = re.split(r"[-._\s\d]+", piece)
-        for part, spellings in _PART_WORDS.items():
-            if any(word in spellings for word in words):
-                return part
-    return ""
 
 
 def _from_arrow(file: Path) -> "Dataset":

@@ -13,7 +13,8 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from torchtitan_flux.data.captions import Captions, captions_of_json, captions_of_text
-from torchtitan_flux.data.files import PATH_KEY, given_path, header_size, matches, walk
+from torchtitan_flux.data.decode import header_size
+from torchtitan_flux.data.files import PATH_KEY, given_path, matches, walk
 from torchtitan_flux.data.index import IndexWriter, Row
 from torchtitan_flux.data.index_cache import open_index
 from torchtitan_flux.data.indexed import IndexedSource
@@ -49,7 +50,7 @@ class TarSource(IndexedSource):
     def __init__(self, name: str, split: Split, options: SourceOptions):
         given = given_path(options.path, split, "a folder of tar files, one of them, or a pattern")
         place, shards = find_shards(given, split, options.index_folder)
-        recipe = _Shards(given, place, shards, options.caption_column, split)
+        recipe = _Shards(given, place, shards, options, split)
         super().__init__(name, given, open_index(recipe, options.index_folder), options)
         self._files = _ShardFiles([place / shard for shard in shards])
 
@@ -178,13 +179,16 @@ class _Shards:
 
     kind = "webdataset"
 
-    def __init__(self, given: str, place: Path, shards: list[str], column: str, split: Split):
+    def __init__(
+        self, given: str, place: Path, shards: list[str], options: SourceOptions, split: Split
+    ):
         self.title = given
         self.place = place
         # Relative, since folders are moved. A folder's own shards may change, a pattern may not.
-        self.identity = json.dumps([column, os.path.relpath(given, place)])
+        self._column, self._by_line = options.caption_column, options.captions_by_line
+        relative = os.path.relpath(given, place)
+        self.identity = json.dumps([self._column, self._by_line, relative])
         self._shards = shards
-        self._column = column
         self._split: Split = split
 
     def facts(self) -> dict[str, str]:
@@ -213,7 +217,7 @@ class _Shards:
         bar.total = sum((self.place / shard).stat().st_size for shard in self._shards)
         imageless = unnameable = done = 0
         for number, shard in enumerate(self._shards):
-            scan = _Scan(self.place / shard, self._column)
+            scan = _Scan(self.place / shard, self._column, self._by_line)
             for position in scan.members():
                 bar.update(done + position - bar.n)
             done += (self.place / shard).stat().st_size
@@ -260,12 +264,13 @@ class _Scan:
         unnameable: members left out because their names are not UTF-8.
     """
 
-    def __init__(self, path: Path, column: str):
+    def __init__(self, path: Path, column: str, by_line: bool):
         self.samples: dict[str, _Sample] = {}
         self.damage = ""
         self.unnameable = 0
         self._path = path
         self._column = column
+        self._by_line = by_line
 
     def members(self) -> Iterator[int]:
         """Go through the shard; yields the position reached, in bytes, after each member."""
@@ -307,15 +312,15 @@ class _Scan:
             width = height = 0
             if complete and (content := tar.extractfile(member)):
                 with content:
-                    width, height = header_size(content)
+                    width, height, _ = header_size(content)
             sample.image = _Image(member.offset_data, member.size, width, height, complete)
         elif complete and (content := tar.extractfile(member)):
             with content:
                 data = content.read(TEXT_BYTES)
             if suffix == "txt":
-                sample.text = captions_of_text(data)
+                sample.text = captions_of_text(data, self._by_line)
             else:
-                sample.record = captions_of_json(data, self._column)
+                sample.record = captions_of_json(data, self._column, self._by_line)
 
 
 def _open_tar(file: BinaryIO) -> tarfile.TarFile:

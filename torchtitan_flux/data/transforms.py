@@ -11,6 +11,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from torchtitan_flux.data.colours import WHITE, to_mode
+from torchtitan_flux.data.decode import exif_orientation
 from torchtitan_flux.latents import ImageSize
 
 CENTER = (0.5, 0.5)
@@ -27,8 +28,6 @@ _DRAFT_MARGIN = 1.5
 _WHOLE_PIXELS = 128
 # Crops of so many pixels a side, when they shrink, begin and end between two pixels: half a pixel
 # more or less does not show, and torch's resize knows no other.
-
-_EXIF_ORIENTATION = 0x0112
 
 
 class _Turn(NamedTuple):
@@ -153,10 +152,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> _Turn | None:
-    try:
-        return _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged metadata of a picture that is otherwise fine
-        return None
+    return _TURNS.get(exif_orientation(image))
 
 
 def needs_crop(picture: Sized, size: ImageSize) -> bool:

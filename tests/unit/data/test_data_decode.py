@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from torchtitan_flux.data import transforms
-from torchtitan_flux.data.decode import damage_is_unreadable, open_image
+from torchtitan_flux.data.decode import damage_is_unreadable, header_size, open_image
 from torchtitan_flux.data.sources import UnreadableItem
 from torchtitan_flux.data.transforms import (
     CENTER,
@@ -338,3 +338,15 @@ def test_damaged_files_are_read_or_refused_alike(kind):
     reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
     assert 10 < len(reasons) <= 60
     assert not any("0x" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_header_size_is_that_of_the_upright_picture(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((5, 13, 3), np.uint8)).save(file, format, exif=exif)
+    width, height = (5, 13) if orientation == 6 else (13, 5)
+    assert header_size(io.BytesIO(file.getvalue())) == (width, height, "")
+    assert header_size(io.BytesIO(file.getvalue()[:5]))[:2] == (0, 0)

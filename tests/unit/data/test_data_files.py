@@ -1,13 +1,10 @@
-"""Walking folders, expanding patterns, sizes in headers."""
+"""Walking folders, expanding patterns."""
 
-import io
 import os
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from torchtitan_flux.data.files import expand_braces, header_size, matches, walk
+from torchtitan_flux.data.files import expand_braces, matches, walk
 
 
 @pytest.mark.parametrize(
@@ -61,15 +58,3 @@ def test_names_that_are_not_utf8_are_counted(tmp_path):
         pass
     (directory,) = walk(tmp_path)
     assert (directory.files, directory.unnameable) == ([], 1)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_header_size_is_that_of_the_upright_picture(format, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((5, 13, 3), np.uint8)).save(file, format, exif=exif)
-    width, height = (5, 13) if orientation == 6 else (13, 5)
-    assert header_size(io.BytesIO(file.getvalue())) == (width, height)
-    assert header_size(io.BytesIO(file.getvalue()[:5])) == (0, 0)
