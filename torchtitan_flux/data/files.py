@@ -4,7 +4,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,54 +25,89 @@ class Directory:
         name: path relative to the root, "" for the root itself, "/" between the parts.
         files: names of the files, sorted by their UTF-8 bytes.
         unnameable: files whose names are not UTF-8, and therefore left out.
+        error: what the operating system said when it refused to list the directory, which then
+            seems to be empty.
     """
 
     name: str
     files: list[str]
-    unnameable: int
+    unnameable: int = 0
+    error: OSError | None = None
 
     def paths(self) -> list[str]:
         """The files, relative to the root."""
         return [f"{self.name}/{file}" if self.name else file for file in self.files]
 
 
-def walk(root: Path, without: Path | None = None) -> Iterator[Directory]:
+def walk(
+    root: Path, without: Path | None = None, only: Container[str] | None = None
+) -> Iterator[Directory]:
     """Every directory at and below `root`, parents first, siblings sorted.
 
     Hidden files and directories are ignored. Symbolic links are followed, except to a directory
-    that is being walked already; a broken link to a file counts as a file.
+    that is being walked already; a broken link counts as a file, and so does a pipe or a device.
 
     Args:
         root: an existing directory.
         without: a directory that is left out, with all below it.
+        only: names of the directories directly below the root that are walked; None for all.
 
     Raises:
-        OSError: a directory cannot be read.
+        OSError: the root cannot be listed.
     """
     without = without and without.expanduser()
     skipped = _identity(without) if without and without.is_dir() else None
 
     def below(name: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[Directory]:
-        files, directories, unnameable = [], [], 0
-        with os.scandir(root / name) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                is_directory = entry.is_dir()
-                if not _is_text(entry.name):
-                    unnameable += 1
-                elif is_directory:
-                    directories.append(entry.name)
-                else:
-                    files.append(entry.name)
+        try:
+            identity = _identity(root / name)
+            if identity in ancestors or (name and identity == skipped):
+                return
+            files, directories, unnameable = _entries(root / name)
+        except OSError as error:
+            if not name:
+                raise
+            yield Directory(name, [], error=error)
+            return
         yield Directory(name, sorted(files), unnameable)
         for directory in sorted(directories):
-            path = f"{name}/{directory}" if name else directory
-            identity = _identity(root / path)
-            if identity not in ancestors and identity != skipped:
-                yield from below(path, ancestors | {identity})
+            if name:
+                yield from below(f"{name}/{directory}", ancestors | {identity})
+            elif only is None or directory in only:
+                yield from below(directory, ancestors | {identity})
 
-    yield from below("", frozenset({_identity(root)}))
+    yield from below("", frozenset())
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str], int]:
+    """(names of files, of directories, how many are not UTF-8), what is hidden left out."""
+    files, directories, unnameable = [], [], 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_directory = entry.is_dir()
+            except OSError:  # a link to itself
+                is_directory = False
+            if not _is_text(entry.name):
+                unnameable += 1
+            elif is_directory:
+                directories.append(entry.name)
+            else:
+                files.append(entry.name)
+    return files, directories, unnameable
+
+
+def directories_of(root: Path, without: Path | None = None) -> list[str]:
+    """Names of the directories directly below `root`, sorted, without those that `walk` ignores."""
+    without = without and without.expanduser().resolve()
+    return sorted(name for name in _entries(root)[1] if (root / name).resolve() != without)
+
+
+def missing(path: Path) -> str:
+    """Why there is no file, to be read after its name."""
+    return "is a broken link" if path.is_symlink() else "does not exist"
 
 
 def _identity(path: Path) -> tuple[int, int]:
