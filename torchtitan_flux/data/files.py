@@ -40,7 +40,10 @@ class Directory:
 
 
 def walk(
-    root: Path, without: Path | None = None, only: Container[str] | None = None
+    root: Path,
+    without: Path | None = None,
+    only: Container[str] | None = None,
+    strict: bool = True,
 ) -> Iterator[Directory]:
     """Every directory at and below `root`, parents first, siblings sorted.
 
@@ -51,9 +54,10 @@ def walk(
         root: an existing directory.
         without: a directory that is left out, with all below it.
         only: names of the directories directly below the root that are walked; None for all.
+        strict: raise where a directory cannot be listed; else say so in its `error`.
 
     Raises:
-        OSError: the root cannot be listed.
+        OSError: the root, or with `strict` any directory, cannot be listed.
     """
     without = without and without.expanduser()
     skipped = _identity(without) if without and without.is_dir() else None
@@ -65,7 +69,7 @@ def walk(
                 return
             files, directories, unnameable = _entries(root / name)
         except OSError as error:
-            if not name:
+            if strict or not name:
                 raise
             yield Directory(name, [], error=error)
             return

@@ -142,12 +142,12 @@ class _Pictures:
         return {name: part for name, part in parts.items() if self._holds_pictures(name)}
 
     def _holds_pictures(self, name: str) -> bool:
-        directories = walk(self.place, self._index_folder, only={name})
+        directories = walk(self.place, self._index_folder, {name}, strict=False)
         next(directories)  # the root
         return any(d.error or any(map(is_picture, d.files)) for d in directories)
 
     def _walk(self) -> Iterator[Directory]:
-        return walk(self.place, self._index_folder, self._only)
+        return walk(self.place, self._index_folder, self._only, strict=False)
 
     def _is_read(self, path: str) -> bool:
         """Whether a picture belongs to the part that is read."""

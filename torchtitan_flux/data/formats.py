@@ -53,7 +53,7 @@ def _register_plug_ins() -> None:
         pillow_heif.register_heif_opener()
     with suppress(ImportError):
         import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]
-    if not features.check("avif"):
+    if "AVIF" not in Image.OPEN or not features.check("avif"):
         with suppress(ImportError):
             import pillow_avif  # noqa: F401  # pyright: ignore[reportMissingImports]
 

@@ -122,6 +122,21 @@ def test_every_suffix_that_pillow_decodes(tmp_path):
         assert item.image.convert("RGB").getpixel((5, 5)) == pytest.approx((99, 99, 99), abs=2)
 
 
+@pytest.mark.parametrize(
+    ("package", "format", "suffix"),
+    [("pillow_heif", "HEIF", ".HEIC"), ("pillow_jxl", "JXL", ".jxl")],
+)
+def test_formats_of_plug_ins(tmp_path, package, format, suffix):
+    pytest.importorskip(package)
+    assert suffix.lower() in IMAGE_SUFFIXES
+    image = Image.fromarray(np.full((9, 11, 3), 99, np.uint8))
+    image.save(tmp_path / f"a{suffix}", format)
+    (tmp_path / "a.txt").write_text("a")
+    items = source(tmp_path)
+    assert (items.index[0].width, items.index[0].height) == (11, 9)
+    assert items[0].image.convert("RGB").getpixel((5, 5)) == pytest.approx((99, 99, 99), abs=3)
+
+
 def test_a_caption_is_one_unless_lines_are_said_to_be(tmp_path):
     strange = "one\u2028line\x85that\x0bnever\x0cends"
     png(tmp_path / "a.png", strange)
