@@ -123,6 +123,7 @@ class _Pictures:
         self.title = str(root)
         self._column = options.caption_column
         self._by_line = options.captions_by_line
+        self._has_default = options.default_caption is not None
         self._index_folder = options.index_folder
         self._split: Split = split
         parts = self._parts()
@@ -216,6 +217,8 @@ class _Pictures:
         for path in sorted(metadata.captions):  # missing, hidden, or of a suffix of their own
             if self._is_read(path):
                 self._add_row(path, self._captions(path, metadata, None, writer), writer)
+            elif "/" not in path:
+                writer.note(NO_PART, path)
         if not writer.rows:
             nothing = f"holds no pictures ({named()})"
             if refused:
@@ -235,6 +238,7 @@ class _Pictures:
             if self._is_read(path):
                 self._add_row(path, self._captions(path, metadata, pairs, writer), writer)
             else:
+                metadata.captions.pop(path, None)
                 writer.note(NO_PART, path)
         for text, file in pairs.remarks():
             if within + file not in metadata.captions:
@@ -262,7 +266,7 @@ class _Pictures:
                     return captions, ""
         if not captions and pairs and pairs.is_unclear(file):
             return (), UNCLEAR_REASON
-        if not captions and (complaint := metadata.complaints.get(path)):
+        if not (captions or self._has_default) and (complaint := metadata.complaints.get(path)):
             raise complaint
         return captions, reason
 

@@ -14,6 +14,7 @@ _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "BMP", "PPM
 
 _REFUSED = {
     "EPS",  # starts Ghostscript
+    "IPTC",  # opens what it holds as whatever that may be, EPS too
     *("BUFR", "GRIB", "HDF5", "WMF", "MPEG"),  # recognised, but not decoded
 }
 

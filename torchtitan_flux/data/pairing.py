@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -48,20 +48,21 @@ class Pairs:
     """
 
     def __init__(self, files: Iterable[str]):
-        self._pictures: defaultdict[str, list[str]] = defaultdict(list)  # by stem
-        self._texts: defaultdict[str, dict[str, str]] = defaultdict(dict)  # by suffix, stem
-        self._others: defaultdict[str, list[str]] = defaultdict(list)
+        self._pictures: Counter[str] = Counter()  # how many of each stem
+        self._texts: dict[str, dict[str, str]] = {suffix: {} for suffix in TEXT_SUFFIXES}
+        self._others: dict[str, list[str]] = {}
         unused = []
-        for file in sorted(files, reverse=True):  # .txt before .TXT
-            stem, suffix = os.path.splitext(file)
-            suffix = suffix.lower()
+        for file in files:
+            stem, ending = os.path.splitext(file)
+            suffix = ending.lower()
             if suffix in IMAGE_SUFFIXES:
-                self._pictures[stem].append(file)
+                self._pictures[stem] += 1
             elif suffix not in TEXT_SUFFIXES:
-                self._others[stem].append(file)
-            elif stem in self._texts[suffix]:
+                self._others.setdefault(stem, []).append(file)
+            elif stem in self._texts[suffix] and ending != suffix:
                 unused.append(file)
-            else:
+            else:  # a.txt counts before a.TXT
+                unused += [self._texts[suffix][stem]] if stem in self._texts[suffix] else []
                 self._texts[suffix][stem] = file
         self._unclear: set[str] = set()  # stems of pictures
         self._other_spellings: dict[tuple[str, str], str] = {}
@@ -100,7 +101,7 @@ class Pairs:
 
     def shares_text(self, picture: str) -> bool:
         """Whether another picture has the same stem, and therefore the same texts."""
-        return len(self._pictures[os.path.splitext(picture)[0]]) > 1
+        return self._pictures[os.path.splitext(picture)[0]] > 1
 
     def _without_picture(self) -> Iterator[str]:
         spelled = set(self._other_spellings.values())

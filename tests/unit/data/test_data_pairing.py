@@ -46,6 +46,7 @@ def notes(items: FolderSource) -> dict[str, tuple[str, ...]]:
     [
         ("a.JPG a.TXT", {"a.JPG": ["a.TXT"]}, {}),
         ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, {"a.TXT": UNUSED}),
+        ("a.TXT a.jpg a.txt", {"a.jpg": ["a.txt"]}, {"a.TXT": UNUSED}),
         ("a.jpg A.txt", {"a.jpg": []}, {"A.txt": UNUSED}),
         ("a.jpg a.caption", {"a.jpg": ["a.caption"]}, {}),
         ("a.jpg a.txt a.Caption", {"a.jpg": ["a.txt", "a.Caption"]}, {}),
@@ -180,6 +181,17 @@ def test_a_row_without_a_caption_hides_no_text(tmp_path, row, others):
         rows.append({"file_name": "b.png", "text": "from metadata"})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert captions(source(tmp_path))["a.png"] == ("from .txt",)
+
+
+def test_metadata_of_other_things_are_refused_unless_captions_are_elsewhere(tmp_path):
+    png(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "width": 9}')
+    with pytest.raises(ValueError, match=r"no line has 'text' or .*, only 'file_name', 'width'"):
+        source(tmp_path)
+    items = source(tmp_path, default_caption="")
+    assert items[0].captions == ("",)
+    (tmp_path / "a.txt").write_text("a")
+    assert captions(source(tmp_path)) == {"a.png": ("a",)}
 
 
 @pytest.mark.parametrize(

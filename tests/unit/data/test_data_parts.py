@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from torchtitan_flux.data.folder import FolderSource
 from torchtitan_flux.data.parts import not_read, own_parts, part_of, part_of_folder
 from torchtitan_flux.data.registry import build_source
-from torchtitan_flux.data.sources import SourceOptions
+from torchtitan_flux.data.sources import SourceOptions, Split
 from torchtitan_flux.data.split import SourcePart
+
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def png(root: Path, *names: str) -> None:
         path.with_suffix(".txt").write_text(name)
 
 
-def ids(root: Path, split: str, **options) -> list[str]:
+def ids(root: Path, split: Split, **options) -> list[str]:
     source = build_source("folder", split, SourceOptions(path=str(root), **options))
     found = [source[i] for i in range(len(source))]
     assert all(item.captions == (item.item_id.removesuffix(".png"),) for item in found)
@@ -86,7 +89,7 @@ def test_a_folder_of_parts(tmp_path):
         assert ids(tmp_path, "held_out", held_out_share=share, validates_training_data=True) == [
             "val/2.png"
         ]
-    notes = build_source("folder", "train", SourceOptions(path=str(tmp_path))).index.notes
+    notes = FolderSource("train", SourceOptions(path=str(tmp_path))).index.notes
     assert sorted((note.count, note.examples) for note in notes) == [
         (1, ("test",)),
         (2, ("other", "5.png")),
@@ -120,7 +123,7 @@ def test_a_folder_without_both_parts_is_read_whole(tmp_path, names):
     (tmp_path / "val" / "empty").mkdir(parents=True)
     everything = sorted(f"{name}.png" for name in names)
     assert sorted(ids(tmp_path, "train")) == everything
-    parts = [ids(tmp_path, split, held_out_share=0.3) for split in ("train", "held_out")]
+    parts = [ids(tmp_path, split, held_out_share=0.3) for split in SPLITS]
     assert sorted(parts[0] + parts[1]) == everything
     options = SourceOptions(path=str(tmp_path), held_out_share=0.3)
     assert isinstance(build_source("folder", "train", options), SourcePart)
