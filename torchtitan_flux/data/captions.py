@@ -1,13 +1,15 @@
 """Captions that stand beside pictures: in texts, in JSON records, in metadata files."""
 
 import csv
+import itertools
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from torchtitan_flux.data.foreign import is_lfs_pointer
+from torchtitan_flux.data.foreign import HEAD, is_lfs_pointer
 from torchtitan_flux.data.sources import UnreadableItem
 
 CAPTION_NAMES = ("text", "caption", "captions", "prompt")
@@ -125,6 +127,10 @@ def _field(record: Any, name: str) -> Any:
     return _MISSING if below is _MISSING else _field(below, inner)
 
 
+class Uncaptioned(ValueError):
+    """No line of a metadata file has a caption; says where captions are looked for."""
+
+
 def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str, Any]]:
     """Rows of a metadata file: (path of a picture relative to `root`, what stands for captions).
 
@@ -134,36 +140,47 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
         column: where captions stand; "" for the first of CAPTION_NAMES.
 
     Raises:
-        ValueError: the file, or a line of it, says something else.
+        ValueError: the file cannot be opened, or it or a line of it says something else.
+        Uncaptioned: after all rows, where none of them has a field that captions may stand in.
     """
     folder = name.rpartition("/")[0]
     captioned = False
     line = 0
+    fields: dict[str, None] = {}
     for line, record in _records(root, name):
-        file_name = record.get("file_name")
+        where = f"{root / name}, line {line}"
+        file_name = _field(record, "file_name")
         if not isinstance(file_name, str) or not file_name:
-            raise ValueError(f"{root / name}, line {line}: has no 'file_name'")
+            raise ValueError(f"{where}: has no 'file_name', only {_listed(record)}")
         wanted = (column,) if column else CAPTION_NAMES
         captioned = captioned or any(has_field(record, known) for known in wanted)
-        picture = path_inside(folder, file_name, f"{root / name}, line {line}")
-        yield picture, caption_value(record, column)
+        if not captioned:
+            fields |= dict.fromkeys(record)
+        if "\\" in file_name and not os.path.lexists(root / folder / file_name):
+            file_name = file_name.replace("\\", "/")  # written on Windows
+        yield path_inside(folder, file_name, where), caption_value(record, column)
     if line and not captioned:
         wanted = repr(column) if column else " or ".join(map(repr, CAPTION_NAMES))
-        raise ValueError(
-            f"{root / name}: no line has {wanted}; name the one that holds captions in "
-            "data.caption_column"
+        raise Uncaptioned(
+            f"{root / name}: no line has {wanted}, only {_listed(fields)}; name the one that "
+            "holds captions in data.caption_column"
         )
+
+
+def _listed(fields: Iterable[str]) -> str:
+    return ", ".join(map(repr, itertools.islice(fields, 20))) or "nothing"
 
 
 def _records(root: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of a line, what it says), whatever the format."""
     path, line = root / name, 0
     try:
+        with path.open("rb") as file:
+            if is_lfs_pointer(file.read(HEAD)):
+                raise ValueError(f"{path}: is a Git LFS pointer, run `git lfs pull`")
         with path.open(encoding="utf-8-sig", newline="") as file:
             if name.endswith(".csv"):
-                table = csv.DictReader(file, strict=True)
-                for record in table:
-                    line = table.line_num
+                for line, record in _csv_records(file, path):
                     yield line, record
             else:
                 for line, text in enumerate(file, 1):
@@ -173,6 +190,38 @@ def _records(root: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path}, line {_line_of_damage(path)}: is not UTF-8") from error
     except csv.Error as error:
         raise ValueError(f"{path}, line {line + 1}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
+
+
+def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a table whose first line names its columns, between commas, semicolons or tabs.
+
+    Where a name has a space before or behind it, spaces around values do not count either.
+    """
+    first = file.readline()
+    file.seek(0)
+    separators = [mark for mark in ",;\t" if "file_name" in _names(first, mark)]
+    separator = separators[0] if separators else ","
+    spaced = any(name != name.strip(" ") for name in first.rstrip("\r\n").split(separator))
+    table = csv.DictReader(file, strict=True, delimiter=separator, skipinitialspace=spaced)
+    table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+    names = [name.lower() for name in table.fieldnames if name]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"{path}, line 1: has two columns called {twice!r}")
+    for record in table:
+        if None in record:
+            raise ValueError(
+                f"{path}, line {table.line_num}: has more fields than line 1 has columns "
+                f'({_listed(names)}); a text with {separator!r} in it has to stand in "quotes"'
+            )
+        if spaced:
+            record = {name: value and value.strip() for name, value in record.items()}
+        yield table.line_num, record
+
+
+def _names(line: str, separator: str) -> list[str]:
+    return [name.strip(' \r\n"').lower() for name in line.lstrip("\ufeff").split(separator)]
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:

@@ -1,11 +1,18 @@
 """From any PIL mode to gray or RGB of 8 bits: transparency, deep gray, floats, Lab."""
 
 import functools
+import io
 
 import numpy as np
 from PIL import Image, ImageCms
 
 WHITE = (255, 255, 255)
+
+_NEARLY_BLACK = 16
+"""Of 255: what stays below when 12 bits are taken for 16."""
+
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+"""Mode -> colour space of profiles for it."""
 
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
@@ -13,7 +20,8 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 def to_mode(image: Image.Image, mode: str, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """An image of any mode as "L" or "RGB".
 
-    Gray of 16 bits keeps its upper 8. Floats are 0 to 1 or, if any is above 1, 0 to 255.
+    Gray of 16 bits keeps its upper 8. Floats are 0 to 1 or, if any is above 1, 0 to 255. What
+    would come out nearly black is refused: it has fewer bits than its file says.
 
     Args:
         image: decoded.
@@ -21,7 +29,8 @@ def to_mode(image: Image.Image, mode: str, background: tuple[int, int, int] = WH
         background: red, green and blue behind what is transparent.
 
     Raises:
-        ValueError: floats that are not finite or outside 0 to 255, or a mode unknown to PIL.
+        ValueError: floats that are not finite or outside 0 to 255, gray outside 0 to 65535, either
+            of them nearly black, or a mode unknown to PIL.
     """
     clear = image.info.get("transparency")
     if clear is None and image.mode == mode:
@@ -55,8 +64,17 @@ def _composed(image: Image.Image, mode: str, background: tuple[int, int, int]) -
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     # PIL clips these to 8 bits instead of scaling; "I" is how it opens some 16-bit PNGs.
-    values = np.clip(np.asarray(image), 0, 65535) / 257.0
-    return Image.fromarray(np.round(values).astype(np.uint8))
+    values = np.asarray(image)
+    low, high = int(values.min()), int(values.max())
+    if image.mode == "I" and not (low >= 0 and high <= 65535):
+        raise ValueError(f"gray pixels from {low} to {high}, not in 0 to 65535")
+    scaled = values / 257.0
+    if 0 < scaled.max() < _NEARLY_BLACK:
+        raise ValueError(
+            f"gray pixels from {low} to {high}, nearly black where 65535 is white; multiply them "
+            f"by {65535 // high} or so"
+        )
+    return Image.fromarray(np.round(scaled).astype(np.uint8))
 
 
 def _from_floats(image: Image.Image) -> Image.Image:
@@ -66,7 +84,78 @@ def _from_floats(image: Image.Image) -> Image.Image:
         raise ValueError(f"float pixels from {low:g} to {high:g}, not in 0 to 1 or 0 to 255")
     if high <= 1:
         values = values * 255.0
+    if 0 < values.max() < _NEARLY_BLACK:
+        white = 1 if high <= 1 else 255
+        raise ValueError(
+            f"float pixels from {low:g} to {high:g}, nearly black where {white} is white; divide "
+            "them so that white is 1"
+        )
     return Image.fromarray(np.round(values).astype(np.uint8))
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether the file of an image that is not decoded yet has 16 bits for each colour."""
+    stored = str(getattr(image, "tile", ""))
+    return image.mode in ("RGB", "RGBA") and (";16" in stored or "65535" in stored)
+
+
+def check_deep_colours(image: Image.Image) -> None:
+    """Refuse colours of 16 bits, decoded to 8, that hold fewer bits.
+
+    Raises:
+        ValueError: what is not black is nearly so.
+    """
+    bands = image.getchannel("R"), image.getchannel("G"), image.getchannel("B")
+    high = max(int(np.asarray(band).max()) for band in bands)
+    if 0 < high < _NEARLY_BLACK:
+        raise ValueError(
+            f"colours of 16 bits up to {257 * high} or so, nearly black where 65535 is white; "
+            f"multiply them by {65535 // (257 * (high + 1))} or so"
+        )
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """The image with the ICC profile that it holds applied; as it is where there is none.
+
+    A profile that is damaged, or of another sort of colours than the image, is passed over.
+
+    Args:
+        image: decoded, of any mode.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    try:
+        colours, alpha = _without_alpha(image)
+        found = ImageCms.applyTransform(colours, _to_srgb(profile, colours.mode)) or colours
+    except Exception:  # of several sorts: PyCMSError, OSError, ValueError, KeyError
+        return image
+    if alpha:
+        found.putalpha(alpha)
+    return found
+
+
+def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """(colours of 8 bits as a profile describes them, what covers them)."""
+    if image.mode == "CMYK":
+        return image, None
+    if image.mode.startswith("I"):
+        return _from_16_bits(image), None
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
+        return image.convert(mode), None
+    covered = image.convert(f"{mode}A")
+    return covered.convert(mode), covered.getchannel("A")
+
+
+@functools.lru_cache(maxsize=32)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """Raises whatever LittleCMS has against the profile, or against it for this mode."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
+    if space != _SPACES[mode]:
+        raise ValueError(f"a profile of {space} colours")
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 @functools.cache

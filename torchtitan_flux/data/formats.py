@@ -14,6 +14,7 @@ _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "BMP", "PPM
 
 _REFUSED = {
     "EPS",  # starts Ghostscript
+    "IPTC",  # opens what it holds as whatever that may be, EPS too
     *("BUFR", "GRIB", "HDF5", "WMF", "MPEG"),  # recognised, but not decoded
 }
 
@@ -53,7 +54,7 @@ def _register_plug_ins() -> None:
         pillow_heif.register_heif_opener()
     with suppress(ImportError):
         import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]
-    if not features.check("avif"):
+    if "AVIF" not in Image.OPEN or not features.check("avif"):
         with suppress(ImportError):
             import pillow_avif  # noqa: F401  # pyright: ignore[reportMissingImports]
 

@@ -30,10 +30,9 @@ def _shapes(split: Split, options: SourceOptions) -> Source:
 
 
 def _folder(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.folder import FolderSource
-    from torchtitan_flux.data.split import part_of
+    from torchtitan_flux.data.folder import folder_source
 
-    return part_of(FolderSource(split, options), split, options.held_out_share)
+    return folder_source(split, options)
 
 
 def _webdataset(split: Split, options: SourceOptions, name: str = "webdataset") -> Source:
@@ -96,8 +95,10 @@ BUILT_IN = ("digits", "shapes")
 NEED_PATH = ("folder", "webdataset", "parquet", "cc12m-wds", "coco-validation")
 """Sources that read nothing unless they are told where."""
 
-WITHOUT_HELD_OUT = ("folder", "webdataset", "cc12m-wds", "cc12m-test")
-"""Sources whose only held-out part is the one that `data.held_out_share` takes from them."""
+WITHOUT_HELD_OUT = ("cc12m-wds", "cc12m-test")
+"""Sources whose only held-out part is the one that `data.held_out_share` takes from them.
+
+Whether others have one is known when they are opened."""
 
 
 def build_source(name: str, split: Split, options: SourceOptions | None = None) -> Source:

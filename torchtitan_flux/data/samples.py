@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchtitan_flux.data.colours import in_srgb
 from torchtitan_flux.data.decode import damage_is_unreadable
 from torchtitan_flux.data.draws import generator
 from torchtitan_flux.data.order import Order
@@ -280,4 +281,5 @@ def _picture(item: Item, size: ImageSize, rules: PictureRules) -> Picture:
         rules.check(item.image)
     except TooSmall as error:
         raise UnreadableItem(item.item_id, str(error)) from error
-    return load_picture(item.image, size)
+    picture = load_picture(item.image, size)
+    return picture._replace(image=in_srgb(picture.image)) if rules.srgb else picture

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from torchtitan_flux.data.colours import WHITE, to_mode
+from torchtitan_flux.data.colours import WHITE, check_deep_colours, is_deep, to_mode
 from torchtitan_flux.data.decode import exif_orientation
 from torchtitan_flux.latents import ImageSize
 
@@ -61,10 +61,12 @@ class PictureRules:
     Attributes:
         background: red, green and blue, 0 to 255, behind transparent parts.
         min_size: pixels that the shorter side of a picture must have.
+        srgb: embedded ICC profiles are applied.
     """
 
     background: tuple[int, int, int] = WHITE
     min_size: int = 1
+    srgb: bool = False
 
     def check(self, image: Image.Image) -> None:
         """Raises TooSmall; reads only the header."""
@@ -116,7 +118,7 @@ def load_picture(image: Image.Image, size: ImageSize) -> Picture:
     # A picture made in memory has no metadata to look through; that look takes 10 us.
     if type(image) is Image.Image and not image.info:
         return Picture(image, 0, 0, *image.size)
-    turn = None
+    turn, deep = None, is_deep(image)
     if image.format in ("JPEG", "MPO"):  # their EXIF stands before the pixels
         turn = _turn(image)
         wanted = (size.height, size.width) if turn and turn.swaps else (size.width, size.height)
@@ -128,6 +130,8 @@ def load_picture(image: Image.Image, size: ImageSize) -> Picture:
         image.load()
         turn = _turn(image)
         extent = image.size
+    if deep:
+        check_deep_colours(image)
     if turn is None:
         return Picture(image, 0, 0, *extent)
     left = image.width - extent[0]

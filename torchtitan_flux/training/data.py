@@ -64,7 +64,8 @@ def open_source(config: Any, split: Split) -> Source:
 def picture_rules(config: Any) -> PictureRules:
     """What [data] says that holds for all pictures."""
     red, green, blue = config.data.background
-    return PictureRules((red, green, blue), config.data.min_image_size)
+    srgb = config.data.color_profiles == "srgb"
+    return PictureRules((red, green, blue), config.data.min_image_size, srgb)
 
 
 def build_dataloader(

@@ -411,9 +411,8 @@ TABLE: dict[str, list[Refusal]] = {
             "run.toml:1: encoder.t5_encoder: width 32 does not fit model.flavor = 'flux-schnell', which needs 4096; encoder.clip_encoder: width 32 does not fit model.flavor = 'flux-schnell', which needs 768",
         ),
         file(
-            'validation.enable = true\ntraining.dataset = "folder"\ntraining.dataset_path = "folder"',
+            'validation.enable = true\ntraining.dataset = "cc12m-test"',
             "run.toml:1: validation.enable = true, and nothing is held out: set validation.dataset_path to other data, or data.held_out_share to the share of the training data to keep back",
-            needs=("folder",),
         ),
         file(
             "sampling.enable = true",

@@ -1,6 +1,8 @@
 """Image files of every sort, whole and damaged, through `open_image` and the transform."""
 
+import errno
 import io
+import os
 import struct
 import zlib
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
+from torchtitan_flux.data import formats as formats_module
 from torchtitan_flux.data import transforms
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size, open_image
 from torchtitan_flux.data.sources import UnreadableItem
@@ -270,8 +273,15 @@ def test_bombs():
     assert refusal(big) == (
         "decompression bomb: 2048 x 1024 pixels, more than data.max_image_pixels = 1048576"
     )
-    assert "decompression bomb" in refusal(png(30_000, 30_000), 2**40)  # PIL's own limit
     assert "decompression bomb" in refusal(png(10_000, 10_000), 2**26)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_of_pixels_is_ours_alone():
+    sizes = (12_000, 12_000), (30_000, 30_000)  # PIL warns of the one and refuses the other
+    for size in sizes:
+        assert open_image(png(*size), "item", 2**40).size == size
+        assert header_size(io.BytesIO(png(*size))) == (*size, "")
 
 
 def test_text_chunks_that_blow_up():
@@ -299,6 +309,46 @@ def test_what_is_no_image():
     for data in (b"no image", b"\xff\xd8", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
         assert "no image in a known format (JPEG, PNG" in refusal(data)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+FOREIGN = {
+    b"": "the file is empty",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer, run `git",
+    b"\n<!DOCTYPE html><title>404</title>": "is a web page",
+    b"<html><body>": "is a web page",
+    b"\x1f\x8b\x08\0\0\0\0\0": "is gzip under another name",
+    b"%PDF-1.7\n": "no image in a known format",
+    b"\0" * 600: "no image in a known format",
+    b"noise" * 100: "no image in a known format",
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN)
+def test_what_a_file_is_instead_is_said_alike_by_its_header_and_when_it_is_read(data):
+    width, height, reason = header_size(io.BytesIO(data))
+    assert (width, height) == (0, 0)
+    assert reason.startswith(FOREIGN[data])
+    assert refusal(data) == reason
+
+
+def test_formats_of_plug_ins_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(formats_module, "formats", lambda: ("JPEG",))
+    for data, package in (
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pillow-heif"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "pillow-avif-plugin"),
+        (b"\xff\x0a\xfa\x1f", "pillow-jxl-plugin"),
+    ):
+        assert f"which `pip install {package}` reads" in formats_module.unread_format(data)
+
+
+def test_what_the_system_refuses_is_no_property_of_the_picture():
+    class Stale(io.BytesIO):
+        def read(self, *args):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with pytest.raises(OSError, match="Stale") as caught:
+        header_size(Stale(saved(photo(8, 8), "PNG")))
+    assert caught.value.errno == errno.ESTALE
 
 
 VALID = {

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from torchtitan_flux.data.files import expand_braces, matches, walk
+from torchtitan_flux.data.files import directories_of, expand_braces, matches, walk
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,27 @@ def test_names_that_are_not_utf8_are_counted(tmp_path):
         pass
     (directory,) = walk(tmp_path)
     assert (directory.files, directory.unnameable) == ([], 1)
+
+
+def test_what_cannot_be_listed_is_an_error_or_said(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path) == str(tmp_path / "a"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        list(walk(tmp_path))
+    found = list(walk(tmp_path, strict=False))
+    assert [(d.name, d.files, d.error is None) for d in found] == [
+        ("", [], True),
+        ("a", [], False),
+        ("b", ["file"], True),
+    ]
+    assert [d.name for d in walk(tmp_path, only={"b"})] == ["", "b"]
+    assert directories_of(tmp_path, without=tmp_path / "b") == ["a"]

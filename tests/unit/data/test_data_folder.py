@@ -78,23 +78,23 @@ def test_several_captions(tmp_path):
         {"file_name": "./twice.png", "text": "d"},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    items = source(tmp_path)
-    assert [items[i].captions for i in range(3)] == [
-        ("one", "two", "three"),
-        ("a", "b"),
-        ("c", "d"),
-    ]
+    others = [("a", "b"), ("c", "d")]
+    for lines, captions in (False, ("one\r\n\r\n two \nthree",)), (True, ("one", "two", "three")):
+        items = source(tmp_path, captions_by_line=lines)
+        assert [items[i].captions for i in range(3)] == [captions, *others]
+        noted = [note.text for note in items.index.notes]
+        assert ["several lines" in text for text in noted] == [True] * (not lines)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_metadata_in_any_directory_names_files_relative_to_it(tmp_path, kind):
-    for name in ("a.png", "in/b.png", "in/deep/c.jpg", "in/kept.jfif"):
-        picture(tmp_path / name) if name[-4:] != "jfif" else shutil.copy(
+    for name in ("a.png", "in/b.png", "in/deep/c.jpg", "in/kept.data"):
+        picture(tmp_path / name) if name[-4:] != "data" else shutil.copy(
             tmp_path / "a.png", tmp_path / name
         )
     (tmp_path / "in/b.txt").write_text("the metadata say it better")
     top = [("a.png", "über"), ("missing.png", "x")]
-    inner = [("b.png", 'with "quotes",\nand lines'), ("deep/c.jpg", "c"), ("kept.jfif", "k")]
+    inner = [("b.png", 'with "quotes",\nand lines'), ("deep/c.jpg", "c"), ("kept.data", "k")]
     inner += [("../in/deep/../deep/c.jpg", "c again")]
     for folder, rows in (("", top), ("in", inner)):
         path = tmp_path / folder / f"metadata.{kind}"
@@ -107,10 +107,10 @@ def test_metadata_in_any_directory_names_files_relative_to_it(tmp_path, kind):
             quoted = [",".join('"' + s.replace('"', '""') + '"' for s in row) for row in rows]
             path.write_text("\ufefffile_name,caption\n" + "\n".join(quoted), encoding="utf-8")
     items = source(tmp_path)
-    assert ids(items) == ["a.png", "in/b.png", "in/deep/c.jpg", "in/kept.jfif", "missing.png"]
+    assert ids(items) == ["a.png", "in/b.png", "in/deep/c.jpg", "in/kept.data", "missing.png"]
     assert [items[i].captions for i in range(4)] == [
         ("über",),
-        ('with "quotes",', "and lines"),
+        ('with "quotes",\nand lines',),
         ("c", "c again"),
         ("k",),
     ]
@@ -157,7 +157,7 @@ def test_a_caption_column_that_is_nowhere_is_named(tmp_path):
         source(tmp_path, caption_column="alt")
 
 
-def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path, caplog):
+def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path):
     picture(tmp_path / "bare.png")
     captioned(tmp_path / "blank.png", " \n")
     captioned(tmp_path / "bytes.png")
@@ -169,10 +169,17 @@ def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path, caplog):
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
     captioned(tmp_path / "noise.png")
     (tmp_path / "noise.png").write_bytes(b"noise" * 100)
-    with caplog.at_level(logging.WARNING):
-        items = source(tmp_path)
-    assert "4 of the 8 items of" in caplog.text
-    assert "2 × has no caption" in caplog.text
+    items = source(tmp_path)
+    assert [items.index[i].reason for i in (0, 1, 2, 3, 4, 6)] == [
+        "has no caption",
+        "has no caption",
+        "its .txt is not UTF-8",
+        "the file is empty",
+        "",
+        "is a broken link",
+    ]
+    assert items.index[3].captions == ("a picture",)  # whoever reads it tries again
+    assert items.usable_rows.tolist() == [i in (4, 5) for i in range(8)]
     (tmp_path / "gone.png").unlink()
     assert len(items) == 8
     assert refusal(items, 0) == "bare.png: has no caption"
@@ -180,10 +187,10 @@ def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path, caplog):
     assert refusal(items, 2) == "bytes.png: its .txt is not UTF-8"
     assert refusal(items, 3) == "empty.png: the file is empty"
     assert refusal(items, 4) == "gone.png: does not exist"
-    assert refusal(items, 6) == "link.png: does not exist"
+    assert refusal(items, 6) == "link.png: is a broken link"
     assert refusal(items, 7).startswith("noise.png: no image")
-    items.max_pixels = 50
-    assert "decompression bomb" in refusal(items, 5)
+    assert items.index[7].reason == refusal(items, 7).removeprefix("noise.png: ")
+    assert "decompression bomb" in refusal(source(tmp_path, max_pixels=50), 4)
     with pytest.raises(IndexError):
         items[8]
 

@@ -122,7 +122,7 @@ def problems_of(*argv: str) -> str:
         (("--validation.dataset", "coco-validation"), "validation.dataset_path is not set"),
         (("--training.dataset", "folder", "--training.dataset_path", "./nowhere"),
          "training.dataset_path = './nowhere' does not exist"),
-        (("--training.dataset", "folder", "--training.dataset_path", "."), "nothing is held out"),
+        (("--training.dataset", "cc12m-test"), "nothing is held out"),
         (("--data.held_out_share", "1"), "data.held_out_share"),
         (("--data.max_unreadable_share", "2"), "data.max_unreadable_share"),
         (("--data.background", "255", "255"), "data.background"),
