@@ -65,6 +65,11 @@ class SourcePart:
             drawn += missing
 
     @property
+    def held_out(self) -> int:
+        """Number of held-out items, whichever part this is."""
+        return self._count
+
+    @property
     def digest(self) -> str:
         return hashlib.blake2b(
             f"{items_digest(self.source)}/{self.split}/{self._count}/{self._held_out}".encode(),
