@@ -54,7 +54,9 @@ class FolderSource(IndexedSource):
                 what += '; training.dataset = "webdataset" reads tar files'
             raise ValueError(f"{PATH_KEY[split]}: {given} {what}")
         recipe = _Pictures(self.root, options, split)
-        super().__init__("folder", str(self.root), open_index(recipe, options.index_folder), options)
+        super().__init__(
+            "folder", str(self.root), open_index(recipe, options.index_folder), options
+        )
 
     def read(self, row: Row) -> bytes:
         return (self.root / row.item_id).read_bytes()

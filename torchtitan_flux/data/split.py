@@ -93,6 +93,11 @@ class SourcePart:
         return self.source[self.row(index)]
 
 
+def whole_of(source: Source) -> Source:
+    """The data set that a source is a part of, or the source itself."""
+    return source.source if isinstance(source, SourcePart) else source
+
+
 def part_of(source: Source, split: Split, share: float) -> Source:
     """The part of `source` that a split reads; all of it for either when nothing is held out.
 

@@ -13,7 +13,7 @@ from torchtitan_flux.data.captions import NO_CAPTION
 from torchtitan_flux.data.index import EXAMPLES, Note
 from torchtitan_flux.data.indexed import IndexedSource
 from torchtitan_flux.data.sources import Source, UnreadableItem
-from torchtitan_flux.data.split import SourcePart
+from torchtitan_flux.data.split import SourcePart, whole_of
 from torchtitan_flux.latents import ImageSize
 
 MIN_ITEMS = 100
@@ -21,6 +21,8 @@ MIN_ITEMS = 100
 
 SAMPLED = 4096
 """Items whose captions are tokenised; of more, so many evenly spaced ones and the longest."""
+
+REFUSED = "could not be opened when it was indexed"
 
 TRIED = 100
 """Items that the system refused when they were indexed, and that are tried again for the table."""
@@ -109,7 +111,7 @@ class Survey:
             lost = f" (about {note.lost:,} items lost)" if note.lost else ""
             yield _line(note.count, f"{note.text}{lost}", note.examples, note.count)
         if self.enlarged.count:
-            yield _line(self.enlarged.count, self.enlarged.text, self.enlarged.examples, 0)
+            yield _line(self.enlarged.count, self.enlarged.text, (), 0)
         for name, one in self.tokens.items():
             if one.too_long:
                 yield (
@@ -120,7 +122,7 @@ class Survey:
 
 def _line(count: int, text: str, examples: Sequence[str], of: int) -> str:
     named = ", ".join(examples) + (", …" if of > len(examples) else "")
-    return f"{count:11,}  {text}" + (f": {named}" if examples else "")
+    return f"{count:11,}  {text}" + (f" ({named})" if examples else "")
 
 
 def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) -> Survey:
@@ -131,9 +133,8 @@ def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) 
         size: of training, in pixels.
         tokens: counts the tokens of captions; None leaves them out.
     """
-    whole, held_out = source, None
-    if isinstance(source, SourcePart):
-        whole, held_out = source.source, source.held_out
+    whole = whole_of(source)
+    held_out = source.held_out if isinstance(source, SourcePart) else None
     if not isinstance(whole, IndexedSource):
         nothing = Found("", 0, ())
         return Survey(whole.name, len(whole), held_out, [], [], nothing, [], {}, {}, 0)
@@ -183,6 +184,16 @@ def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) 
     )
 
 
+def unreadable_rows(source: IndexedSource) -> Iterator[str]:
+    """Why each row cannot be read by what its index says, "" when nothing speaks against it."""
+    for start, rows in _numbered(source):
+        usable = source.usable_rows[start : start + rows.num_rows]
+        said = np.full(rows.num_rows, "", object)
+        for text, which in _why_not(source, rows, usable):
+            said[which] = text or REFUSED
+        yield from said.tolist()
+
+
 def _numbered(source: IndexedSource) -> Iterator[tuple[int, pa.RecordBatch]]:
     start = 0
     for rows in source.index.batches():
@@ -229,7 +240,7 @@ def _tried_again(source: IndexedSource, rows: list[int]) -> Iterator[tuple[str, 
         except UnreadableItem as error:
             yield error.reason, 1, [error.item_id]
     if len(rows) > TRIED:
-        yield "could not be opened when they were indexed", len(rows) - TRIED, []
+        yield REFUSED, len(rows) - TRIED, []
 
 
 def _tokens(source: IndexedSource, tokens: TokenCounter, longest: int) -> tuple[int, dict]:
@@ -273,7 +284,7 @@ def refuse_unusable(source: Source, max_share: float, key: str) -> None:
         ValueError: no item has a caption and a picture, or more than `max_share` of the items
             cannot be read or are lost with a damaged shard; says why, most frequent first.
     """
-    whole = source.source if isinstance(source, SourcePart) else source
+    whole = whole_of(source)
     if not isinstance(whole, IndexedSource):
         return
     items, lost = len(whole), sum(note.lost for note in whole.index.notes)
