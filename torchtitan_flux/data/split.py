@@ -9,7 +9,7 @@ from torchtitan_flux.data.indexed import IndexedSource
 from torchtitan_flux.data.order import Permutation
 from torchtitan_flux.data.sources import Item, Source, Split, items_digest
 
-Rows = Int64[np.ndarray, " n"]
+Rows = Int64[np.ndarray, " _"]
 
 _SEED = 0  # the split is a property of the data set: held-out losses of different runs must compare
 
@@ -45,6 +45,7 @@ class SourcePart:
         self.source = source
         self.name = source.name
         self.split: Split = split
+        self.share = share
         self._permutation = Permutation(_SEED, "held_out", len(source))
         self._count = min(max(round(share * len(source)), 1), readable - 1)
         # Rows of the held-out items, and those that were passed over; both empty where all can be
