@@ -1,6 +1,7 @@
 """Every item of a data set: what it says, and whether it can be read."""
 
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -61,13 +62,15 @@ def inspect(samples: TrainingSamples, decode: bool) -> Iterator[Inspected]:
 
 
 def unreadable(inspected: Iterator[Inspected]) -> list[Found]:
-    """Reasons why items cannot be read, the most frequent first."""
-    found: dict[str, list[str]] = {}
+    """Reasons why items cannot be read, the most frequent first; other numbers are no other one."""
+    found: dict[str, list[Inspected]] = {}
     for one in inspected:
         if one.unreadable:
-            found.setdefault(one.unreadable, []).append(one.item)
-    ordered = sorted(found.items(), key=lambda one: -len(one[1]))
-    return [Found(text, len(names), tuple(names[:EXAMPLES])) for text, names in ordered]
+            found.setdefault(re.sub(r"\d+", "", one.unreadable), []).append(one)
+    return [
+        Found(str(same[0].unreadable), len(same), tuple(one.item for one in same[:EXAMPLES]))
+        for same in sorted(found.values(), key=len, reverse=True)
+    ]
 
 
 def _held_out(source: Source) -> set[int]:
