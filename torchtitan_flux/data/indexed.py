@@ -1,5 +1,8 @@
 """What all sources of files share: an index of their items, and pictures read on demand."""
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
 from abc import ABC, abstractmethod
 from functools import cached_property
 

@@ -1,5 +1,8 @@
 """What a data set holds, from its index alone: the table of every start and of inspect_data.py."""
 
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
