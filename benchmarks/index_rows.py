@@ -3,8 +3,9 @@
     python benchmarks/index_rows.py
 
 writes ten million synthetic rows (`--rows`) into a temporary folder (`--folder` keeps them), opens
-them in a fresh process and reads 10,000 at random positions of a run. It prints seconds, rows per
-second, and by how much the memory that belongs to the process alone (RssAnon) has grown.
+them in a fresh process, reads 10,000 at random positions of a run and makes the table that every
+start prints. It prints seconds, rows per second, and by how much the memory that belongs to the
+process alone (RssAnon) has grown.
 """
 
 import argparse
@@ -13,9 +14,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from torchtitan_flux.data.index import Index
 
 READS = 10_000
 WRITTEN_AT_ONCE = 2**18
@@ -87,6 +92,28 @@ def read(path: Path) -> None:
     seconds = time.perf_counter() - start
     print(f"read: {READS / seconds:.0f} rows/s, captions of {characters / READS:.0f} characters")
     print(f"RssAnon grown after reading: {private_memory() - before:.1f} MB")
+    table(index)
+
+
+def table(index: "Index") -> None:
+    """The table that every start prints, and a held-out part; many rows are too small."""
+    from torchtitan_flux.data.indexed import IndexedSource
+    from torchtitan_flux.data.sources import SourceOptions
+    from torchtitan_flux.data.split import SourcePart
+    from torchtitan_flux.data.survey import survey
+    from torchtitan_flux.latents import ImageSize
+
+    class Rows(IndexedSource):
+        def read(self, row):
+            raise FileNotFoundError
+
+    source = Rows("rows", "rows", index, SourceOptions(min_size=300))
+    start = time.perf_counter()
+    part = SourcePart(source, "held_out", 0.01)
+    print(f"held out: {len(part)} rows, {time.perf_counter() - start:.2f} s")
+    start = time.perf_counter()
+    found = survey(source, ImageSize(512, 512))
+    print(f"table: {found.bad} cannot be read, {time.perf_counter() - start:.2f} s")
 
 
 def main() -> int:

@@ -89,6 +89,7 @@ RUN_BY: dict[str, dict[str, str]] = {
         "CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh": _HERE + "test_the_readme",
         "python scripts/score_digits.py": _HERE + "test_the_score",
         "python scripts/report.py": _HERE + "test_the_readme",
+        "python scripts/inspect_data.py": _HERE + "test_the_readme",
         "tensorboard": _HERE + "test_the_readme",
         "python scripts/download_hf_assets.py": _DOWNLOADS,
         "pip wheel": _STRANGER,
@@ -98,6 +99,7 @@ RUN_BY: dict[str, dict[str, str]] = {
     "docs/checkpoints.md": {"python scripts/": _JOURNEYS},
     "docs/data.md": {
         "CONFIG_FILE=train_configs/debug_model.toml ./run_train.sh": _HERE + "test_data",
+        "python scripts/inspect_data.py": _HERE + "test_data",
         "hf download": _HERE + "test_data",
     },
     "docs/downloads.md": {"python scripts/download_hf_assets.py": _DOWNLOADS},

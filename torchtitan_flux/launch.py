@@ -56,7 +56,7 @@ def launch(command: str, arguments: list[str]) -> int:
         settings = Settings.read(os.environ)
         if not any(a.replace("-", "_").startswith("__job.config_file") for a in arguments):
             arguments = ["--job.config_file", settings.config_file, *arguments]
-        config = check(command, arguments, settings.ranks)
+        config = check(command, arguments, settings.ranks, open_data=only["--check"])
         if command == "train" and only["--check"]:
             print(_would(config, settings.ranks, settings.ranks_per_node))
     if only["--print-config"]:
@@ -78,13 +78,20 @@ def launch(command: str, arguments: list[str]) -> int:
     ).run()
 
 
-def check(command: str, arguments: list[str], ranks: int) -> Any:
+def check(command: str, arguments: list[str], ranks: int, open_data: bool = False) -> Any:
     """The configuration, loaded as the ranks will.
+
+    Args:
+        command: "train" or "infer".
+        arguments: of the ranks' command line.
+        ranks: how many there will be.
+        open_data: whether data to train on are opened, and indexed, too.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
     from torchtitan_flux.config.manager import load_config, read_config
+    from torchtitan_flux.training.data import data_problems
 
     if command == "infer":
         from torchtitan_flux.infer import parse
@@ -95,7 +102,8 @@ def check(command: str, arguments: list[str], ranks: int) -> Any:
     os.environ["WORLD_SIZE"] = str(ranks)
     logging.disable(logging.WARNING)  # the ranks say it
     try:
-        return load_config(arguments, training=command == "train")
+        training = command == "train"
+        return load_config(arguments, training, data_problems if training and open_data else None)
     finally:
         logging.disable(logging.NOTSET)
 

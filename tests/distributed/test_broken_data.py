@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from ranks import run_ranks
-from tiny_run import Run, arguments, train, worst
+from tiny_run import Run, arguments, refusal, train, worst
 
 from torchtitan_flux.data.shapes import ShapesSource
 from torchtitan_flux.latents import ImageSize
@@ -100,14 +100,52 @@ def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):
     for item, part in REASONS.items():
         assert part in reasons[item].lower(), item
     for one in runs.values():
+        assert f"{broken_set}: 200 items" in one.log
+        assert "          1  cannot be read: has no caption (150.jpg)" in one.log.splitlines()
         assert one.error == ""
         assert len(one.losses) == STEPS
         assert worst(one.losses, runs[1].losses) <= 1e-5
 
 
-def test_past_the_share_the_run_stops_with_the_list(broken_set, tmp_path):
-    stopped = run(2, broken_set, tmp_path, "--data.max_unreadable_share", "0.01")
+def test_past_the_share_the_start_is_refused_with_the_reasons(broken_set, tmp_path):
+    argv = ["--training.dataset", "folder", "--training.dataset_path", str(broken_set)]
+    argv = arguments(tmp_path, 4, *argv, "--validation.no-enable")
+    (refused,) = run_ranks(1, refusal, [*argv, "--data.max_unreadable_share", "0.01"])
+    assert "of 200 items" in refused
+    assert "data.max_unreadable_share = 0.01" in refused
+    assert "has no caption (150.jpg)" in refused
+
+
+def test_past_the_share_the_run_stops_with_the_list(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(40):
+        data, caption = jpeg(index)
+        cut = index % 4 == 0  # their headers are whole
+        (folder / f"{index}.jpg").write_bytes(data[:-200] if cut else data)
+        (folder / f"{index}.txt").write_text(caption)
+    stopped = run(2, folder, tmp_path, "--data.max_unreadable_share", "0.01")
     assert stopped.error.startswith("TooManyUnreadable")
     assert "data.max_unreadable_share = 0.01" in stopped.error
     for entry in listed(tmp_path):
         assert entry["item"] in stopped.error
+
+
+def test_other_items_of_the_same_number_are_noticed_on_resume(tmp_path):
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for index in range(10):
+        content, caption = jpeg(index)
+        (data / f"{index}.jpg").write_bytes(content)
+        (data / f"{index}.txt").write_text(caption)
+
+    def continued(steps: int) -> str:
+        keys = ("--training.steps", str(steps), "--checkpoint.interval", "1")
+        return run(1, data, tmp_path, *keys).log
+
+    assert "are other ones" not in continued(1) + continued(2)
+    (data / "3.jpg").rename(data / "3b.jpg")
+    (data / "3.txt").rename(data / "3b.txt")
+    assert "The data set has 10 items as before, but they are other ones" in continued(3)
+    (data / "3b.jpg").unlink()
+    assert "The data set had 10 items and now has 9" in continued(4)

@@ -5,7 +5,6 @@ What is appended makes a command short.
 
 import io
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from documented_run import (
     shell,
     write_own_files,
 )
-from documents import DOCUMENTS, REPO, Command, block, claimed, commands
+from documents import DOCUMENTS, REPO, Command, claimed, commands
 from PIL import Image
 from programs import pixels
 
@@ -103,7 +102,8 @@ def test_the_readme(digits):
         if program == "tensorboard":
             assert "loss_metrics/global_avg_loss" in tensorboard(command, digits)
         elif program == "python":
-            assert "report.html" in here(command, digits)
+            said = "contact_sheet.png" if "--count" in words else "report.html"
+            assert said in here(command, digits)
         elif program == "./run_infer.sh":
             shell(command, digits, *(("--steps", "2") if "--prompt" in words else ()))
         elif "--check" in words:
@@ -155,13 +155,16 @@ def tensorboard(command: Command, folder: Path) -> str:
 
 @pytest.mark.long
 def test_data(folder, monkeypatch):
-    """With what the document says to add."""
-    small = shlex.split(block("docs/data.md", "", "--model.flavor flux-tiny"))
+    """On a small model, for two steps."""
+    small = (*SMALL, "--model.flavor", "flux-tiny", "--training.steps", "2")
     monkeypatch.setattr(hub_server._Handler, "do_GET", data_set)
     monkeypatch.setattr(hub_server._Handler, "do_HEAD", data_set)
     for number, command in enumerate(claimed(__file__, "test_data")):
         if command.words[0] == "hf":
             download(command, folder)
+            continue
+        if "scripts/inspect_data.py" in command.words:
+            assert "sheet: outputs/debug_model/contact_sheet.png" in here(command, folder)
             continue
         dump = folder / "outputs" / f"data-{number}"
         said = here(command, folder, *small, "--job.dump_folder", str(dump))

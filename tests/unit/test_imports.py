@@ -34,6 +34,7 @@ LEVELS = {
     "training": 7,
     "inference": 8,
     "launching": 8,
+    "inspection": 9,
     "infer": 9,
     "launch": 10,
 }

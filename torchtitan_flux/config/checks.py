@@ -49,7 +49,7 @@ def problems(config: Any, training: bool = True) -> list[str]:
     if config.model.name != "flux":
         found.append(f"model.name = {config.model.name!r}: this trainer trains 'flux'")
     if training:
-        found += [*_unsupported(config), *folder_problems(config), *_data(config)]
+        found += [*_unsupported(config), *folder_problems(config), *data_key_problems(config)]
     encoders = encoder_problems(config, flavor is not None and flavor.pixel_space)
     found += encoders
     low_precision = low_precision_problems(config) if training else []
@@ -312,7 +312,7 @@ def _at_least(config: Any) -> list[str]:
     return found
 
 
-def _data(config: Any) -> list[str]:
+def data_key_problems(config: Any) -> list[str]:
     """Data sets that do not exist here, or that would be read where nothing lies."""
     found = []
     t, v = config.training, config.validation

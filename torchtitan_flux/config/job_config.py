@@ -66,12 +66,12 @@ class Data:
     image_column: str = ""
     """Column of tables that holds images, or suffix of the pictures in tar shards; empty finds it"""
     caption_column: str = ""
-    """Column of tables, or key of json captions; empty finds it. "json.caption" is the field caption
-    of the column json"""
+    """Column of tables, or key of json captions; empty finds it. "json.caption" is the field
+    caption of the column json"""
     captions: Literal["whole", "lines"] = "whole"
     """Whether a text is one caption, or every line of it that is not blank is one of several"""
     default_caption: str | None = None
-    """Caption of items that have none; "" trains without captions. Unset: such items are left out"""
+    """Caption of items that have none; "" trains without captions. Unset: they are left out"""
     caption_prefix: str = ""
     """Text before every caption"""
     color_profiles: Literal["ignore", "srgb"] = "ignore"

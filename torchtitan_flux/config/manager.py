@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from functools import cache
@@ -72,12 +72,15 @@ class Reading:
     complete: bool
 
 
-def load_config(argv: list[str], training: bool = True) -> Any:
+def load_config(
+    argv: list[str], training: bool = True, more: Callable[[Any], list[str]] | None = None
+) -> Any:
     """The complete configuration of a run.
 
     Args:
         argv: command line, `--job.config_file FILE` and any `--section.key value`.
         training: whether the run trains, or draws from what was trained.
+        more: finds what else is wrong with a configuration, for the same report.
 
     Returns:
         torchtitan's JobConfig with FLUX's sections.
@@ -89,7 +92,8 @@ def load_config(argv: list[str], training: bool = True) -> Any:
     notes = [*reading.notes, *_settle(reading)]
     found = list(reading.found)
     if reading.complete:
-        found += _without_doubtful(problems(reading.config, training), reading)
+        lines = [*problems(reading.config, training), *(more(reading.config) if more else [])]
+        found += _without_doubtful(lines, reading)
     if found:
         raise ConfigError(found)
     for level, note in notes:

@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -100,12 +99,10 @@ class IndexWriter:
 
     Attributes:
         rows: number of rows so far.
-        reasons: how many of the rows added one by one cannot be read, by reason.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, str]):
         self.rows = 0
-        self.reasons: Counter[str] = Counter()
         self._notes: dict[str, Note] = {}
         self._unopened: list[str] = []
         self._unread: list[tuple[str, int]] = []
@@ -126,8 +123,6 @@ class IndexWriter:
         self._rows.append(row)
         self._characters += sum(map(len, row.captions))
         self.rows += 1
-        if row.reason:
-            self.reasons[row.reason] += 1
         if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
             self._flush()
 

@@ -164,25 +164,11 @@ def _build(file: Path, recipe: Recipe, alone: bool) -> Index:
         writer.abandon()
         unfinished.unlink(missing_ok=True)
         raise
-    _report(recipe, writer, file, time.monotonic() - start)
-    return Index(file)
-
-
-def _report(recipe: Recipe, writer: IndexWriter, file: Path, seconds: float) -> None:
+    seconds = time.monotonic() - start
     logger.info(
         "Indexed %s: %d items in %.1f s, kept in %s", recipe.title, writer.rows, seconds, file
     )
-    if unreadable := writer.reasons.total():
-        reasons = [f"{count} × {reason}" for reason, count in writer.reasons.most_common(3)]
-        more = len(writer.reasons) - len(reasons)
-        logger.warning(
-            "%d of the %d items of %s cannot be read: %s%s",
-            unreadable,
-            writer.rows,
-            recipe.title,
-            ", ".join(reasons),
-            f" and {more} other reasons" if more else "",
-        )
+    return Index(file)
 
 
 def make_folder(folder: Path) -> None:

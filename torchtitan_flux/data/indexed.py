@@ -1,4 +1,7 @@
-"""What all sources of files share: an index of their items, captions from it, pictures on demand."""
+"""What all sources of files share: an index of their items, and pictures read on demand."""
+
+# pyright: reportAttributeAccessIssue=false
+# (pyarrow.compute makes its functions when it is imported)
 
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -12,9 +15,6 @@ from torchtitan_flux.data.captions import NO_CAPTION
 from torchtitan_flux.data.decode import open_image
 from torchtitan_flux.data.index import Index, Row
 from torchtitan_flux.data.sources import Item, SourceOptions, UnreadableItem
-
-MIN_ITEMS = 100
-"""Items over which a share is judged at least: one bad picture in a first batch of 8 is no 12 %."""
 
 
 class IndexedSource(ABC):
@@ -92,7 +92,3 @@ class IndexedSource(ABC):
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "usable_rows"}
-
-    def lost(self) -> int:
-        """Items that are not in the index because what holds them is damaged."""
-        return sum(note.lost for note in self.index.notes)

@@ -94,8 +94,7 @@ class FluxDataLoader:
         self.microbatches = check_batch_sizes(global_batch_size, local_batch_size, dp_world_size)
         """Batches of a step."""
         self.global_batch_size = global_batch_size
-        self.items = len(samples.source)
-        """Items of the data set."""
+        self.samples = samples
         self.replaced: list[Replacement] = []
         """Items of the batches handed out that could not be read, in the order of positions."""
         self._step = 0
@@ -177,6 +176,7 @@ class ValidationLoader:
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
     ):
+        self.samples = samples
         if batch_size < 1:
             raise ValueError(f"validation.local_batch_size must be at least 1, is {batch_size}")
         if not len(samples):

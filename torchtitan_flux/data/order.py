@@ -50,7 +50,6 @@ class Permutation:
             if index < self.length:
                 return index
 
-
     def many(self, indices: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """The same of many indices at once."""
         result = np.array(indices)

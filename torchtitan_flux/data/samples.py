@@ -132,7 +132,7 @@ class TrainingSamples:
         self._tokens = tokenize
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        item, image = self._readable_item(position)
+        item, image = self.picture(position)
         t5_tokens, clip_tokens = self._text(item, position)
         sample = {
             "image": image,
@@ -150,13 +150,13 @@ class TrainingSamples:
     def _rng(self, stream: Stream, position: int) -> np.random.Generator:
         return generator(self.seed, stream, position)
 
-    def _readable_item(self, position: int) -> tuple[Item, Tensor]:
-        """The first choice for the position that can be read, and its image."""
+    def picture(self, position: int) -> tuple[Item, Tensor]:
+        """The first choice for the position that can be read, and its image [channels, H, W]."""
         failures = []
         for choice in range(MAX_CHOICES):
             try:
                 item = self.source[self.order.item(position, choice)]
-                image = self._image(item, position)
+                image = self.image(item, position)
             except UnreadableItem as error:
                 failures.append(Replacement(position, error.item_id, error.reason))
                 continue
@@ -168,7 +168,8 @@ class TrainingSamples:
             f"can be read; the last one was {last.item_id}: {last.reason}"
         )
 
-    def _image(self, item: Item, position: int) -> Tensor:
+    def image(self, item: Item, position: int) -> Tensor:
+        """The image [channels, H, W] that an item is at a position; UnreadableItem when damaged."""
         with damage_is_unreadable(item.item_id):
             picture = _picture(item, self.size, self.rules)
             crop, flip = CENTER, False
@@ -180,13 +181,14 @@ class TrainingSamples:
             background = self.rules.background
             return torch.from_numpy(fit(picture, self.size, self.channels, crop, flip, background))
 
+    def caption(self, item: Item, position: int) -> str:
+        """The one of an item's captions that stands at a position, before any is dropped."""
+        if len(item.captions) == 1:
+            return item.captions[0]
+        return item.captions[self._rng(Stream.CAPTION, position).integers(len(item.captions))]
+
     def _text(self, item: Item, position: int) -> tuple[Tensor, Tensor]:
-        caption = item.captions[0]
-        if len(item.captions) > 1:
-            caption = item.captions[
-                self._rng(Stream.CAPTION, position).integers(len(item.captions))
-            ]
-        t5_tokens, clip_tokens = self._tokens(caption)
+        t5_tokens, clip_tokens = self._tokens(self.caption(item, position))
         if self.dropout.prob:
             drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout.prob
             drop_t5, drop_clip = drop if self.dropout.mode == "independent" else (drop[0], drop[0])

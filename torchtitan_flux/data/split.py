@@ -45,6 +45,7 @@ class SourcePart:
         self.source = source
         self.name = source.name
         self.split: Split = split
+        self.share = share
         self._permutation = Permutation(_SEED, "held_out", len(source))
         self._count = min(max(round(share * len(source)), 1), readable - 1)
         # Rows of the held-out items, and those that were passed over; both empty where all can be
@@ -63,6 +64,11 @@ class SourcePart:
             if not missing:
                 return rows[usable[rows]], rows[~usable[rows]]
             drawn += missing
+
+    @property
+    def held_out(self) -> int:
+        """Number of held-out items, whichever part this is."""
+        return self._count
 
     @property
     def digest(self) -> str:
@@ -86,6 +92,11 @@ class SourcePart:
 
     def __getitem__(self, index: int) -> Item:
         return self.source[self.row(index)]
+
+
+def whole_of(source: Source) -> Source:
+    """The data set that a source is a part of, or the source itself."""
+    return source.source if isinstance(source, SourcePart) else source
 
 
 def part_of(source: Source, split: Split, share: float) -> Source:

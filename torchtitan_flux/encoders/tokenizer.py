@@ -1,6 +1,7 @@
 """Captions to the tokens of both text encoders."""
 
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class CaptionTokenizer:
         t5 = load_tokenizer(t5_path, T5_KEY, "tokenizer_2")
         clip = load_tokenizer(clip_path, CLIP_KEY, "tokenizer")
         self.max_t5_len = max_t5_len
+        self.limits = {"T5": max_t5_len, "CLIP": CLIP_LENGTH}
+        """Name of each encoder -> tokens that it takes."""
         self._t5 = _fixed_length(t5, max_t5_len)
         self._clip = _fixed_length(clip, CLIP_LENGTH)
         self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
@@ -72,6 +75,20 @@ class CaptionTokenizer:
         else:
             self._cache.move_to_end(caption)
         return tokens[0].clone(), tokens[1].clone()
+
+    def count(self, caption: str) -> tuple[int, int]:
+        """Tokens of the whole caption for T5 and CLIP, those that both add included."""
+        t5, clip = self._whole
+        return len(t5.encode(caption).ids), len(clip.encode(caption).ids)
+
+    @cached_property
+    def _whole(self) -> tuple[Tokenizer, Tokenizer]:
+        """The two tokenizers without a limit."""
+        both = Tokenizer.from_str(self._t5.to_str()), Tokenizer.from_str(self._clip.to_str())
+        for tokenizer in both:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        return both
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}

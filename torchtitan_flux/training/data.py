@@ -1,9 +1,15 @@
 """Configuration -> loaders."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux.config.checks import data_key_problems
 from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.config.resolve import (
     image_size,
@@ -11,13 +17,22 @@ from torchtitan_flux.config.resolve import (
     resolved_path,
     time_density,
 )
+from torchtitan_flux.data.files import PATH_KEY
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.registry import build_source
-from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
-from torchtitan_flux.data.sources import Source, SourceOptions, Split
+from torchtitan_flux.data.samples import (
+    CaptionDropout,
+    Tokenize,
+    TrainingSamples,
+    ValidationSamples,
+)
+from torchtitan_flux.data.sources import Source, SourceOptions, Split, items_digest
+from torchtitan_flux.data.split import whole_of
+from torchtitan_flux.data.survey import refuse_unusable, survey
 from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.text import CaptionTokenizer
+from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 
@@ -51,14 +66,61 @@ def open_source(config: Any, split: Split) -> Source:
         index_folder=Path(data.index_folder) if data.index_folder else None,
         image_column=data.image_column,
         caption_column=data.caption_column,
+        captions_by_line=data.captions == "lines",
+        default_caption=data.default_caption,
+        caption_prefix=data.caption_prefix,
         validates_training_data=split == "held_out" and not own,
         held_out_share=share,
+        min_size=data.min_image_size,
         max_pixels=data.max_image_pixels,
     )
     try:
         return build_source(name, split, options)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+
+
+def refuse_bad_data(source: Source, split: Split, config: Any) -> Source:
+    """The source, unless nobody can train on it (`survey.refuse_unusable`).
+
+    Raises:
+        ConfigError: nobody can.
+    """
+    try:
+        refuse_unusable(source, config.data.max_unreadable_share, PATH_KEY[split])
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return source
+
+
+def data_problems(config: Any) -> list[str]:
+    """What is wrong with the data themselves, a line each; indexes them, which can take long.
+
+    Data are not opened where the keys that name them are wrong.
+    """
+    keys_say = data_key_problems(config)
+    splits: dict[Split, str] = {"train": "training.dataset"}
+    if config.validation.enable:
+        splits["held_out"] = "validation.dataset"
+    found = []
+    for split, key in splits.items():
+        if any(line.startswith(key) for line in keys_say):
+            continue
+        try:
+            refuse_bad_data(open_source(config, split), split, config)
+        except ConfigError as error:
+            found += error.found
+    return list(dict.fromkeys(found))  # of one data set, both parts say the same
+
+
+def log_surveys(sources: Sequence[Source], size: ImageSize, tokenizer: CaptionTokenizer) -> None:
+    """Say in the log what data sets hold, a line for each of the table's; for one rank.
+
+    Two parts of one data set are one table.
+    """
+    for source in {items_digest(whole_of(source)): source for source in sources}.values():
+        for line in survey(source, size, tokenizer).lines():
+            logger.info(line)
 
 
 def picture_rules(config: Any) -> PictureRules:
@@ -73,25 +135,11 @@ def build_dataloader(
 ) -> FluxDataLoader:
     """The training loader of one data rank (torchtitan's DataLoaderBuilder)."""
     training = job_config.training
-    args = resolve_model_args(job_config)
-    size = image_size(job_config)
-    source = open_source(job_config, "train")
-    samples = TrainingSamples(
-        source=source,
-        order=Order(job_config.debug.seed, len(source)),
-        seed=job_config.debug.seed,
-        size=size,
-        geometry=args.geometry,
-        channels=image_channels(job_config, args),
-        tokenize=tokenizer,
-        time_density=time_density(job_config),
-        dropout=CaptionDropout(training.classifier_free_guidance_prob, training.caption_dropout),
-        flip_prob=training.flip_prob,
-        rules=picture_rules(job_config),
-        stochastic=not args.pixel_space,
-    )
+    source = refuse_bad_data(open_source(job_config, "train"), "train", job_config)
     return FluxDataLoader(
-        samples,
+        training_samples(
+            source, tokenizer, job_config, resolve_model_args(job_config), job_config.debug.seed
+        ),
         global_batch_size=global_batch_size(job_config, dp_world_size),
         local_batch_size=training.local_batch_size,
         dp_rank=dp_rank,
@@ -100,12 +148,33 @@ def build_dataloader(
     )
 
 
+def training_samples(
+    source: Source, tokenize: Tokenize, config: Any, args: FluxModelArgs, seed: int
+) -> TrainingSamples:
+    """A source as training reads it, from any position of the run."""
+    training = config.training
+    return TrainingSamples(
+        source=source,
+        order=Order(seed, len(source)),
+        seed=seed,
+        size=image_size(config),
+        geometry=args.geometry,
+        channels=image_channels(config, args),
+        tokenize=tokenize,
+        time_density=time_density(config),
+        dropout=CaptionDropout(training.classifier_free_guidance_prob, training.caption_dropout),
+        flip_prob=training.flip_prob,
+        rules=picture_rules(config),
+        stochastic=not args.pixel_space,
+    )
+
+
 def build_validation_loader(
     dims: FluxParallelDims, tokenizer: CaptionTokenizer, job_config: Any
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
     validation = job_config.validation
-    source = open_source(job_config, "held_out")
+    source = refuse_bad_data(open_source(job_config, "held_out"), "held_out", job_config)
     return ValidationLoader(
         validation_samples(source, tokenizer, job_config),
         batch_size=validation.local_batch_size,

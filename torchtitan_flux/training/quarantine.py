@@ -12,9 +12,7 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.samples import Replacement
-
-MIN_ITEMS = 100
-"""Items over which a share is judged at least: one bad picture in a first batch of 8 is no 12 %."""
+from torchtitan_flux.data.survey import MIN_ITEMS
 
 _SHOWN = 20
 

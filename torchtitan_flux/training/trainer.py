@@ -36,8 +36,14 @@ from torchtitan_flux.config.manager import (
     exit_on_config_error,
     load_config_or_exit,
 )
-from torchtitan_flux.config.resolve import compiles, resolve_model_args, sample_settings
+from torchtitan_flux.config.resolve import (
+    compiles,
+    image_size,
+    resolve_model_args,
+    sample_settings,
+)
 from torchtitan_flux.data.loader import Batch, FluxDataLoader
+from torchtitan_flux.data.sources import items_digest
 from torchtitan_flux.durable import disk_full
 from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score_settings
 from torchtitan_flux.flow_matching import squared_errors
@@ -52,7 +58,7 @@ from torchtitan_flux.report.environment import append_environment, environment
 from torchtitan_flux.training.agreement import Agreed, Agreement, Step, step_unless
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
-from torchtitan_flux.training.data import build_validation_loader
+from torchtitan_flux.training.data import build_validation_loader, log_surveys
 from torchtitan_flux.training.heartbeat import Heartbeat
 from torchtitan_flux.training.losses import (
     EncodedBatch,
@@ -150,6 +156,13 @@ class FluxTrainer(Trainer):
                 self.device,
                 self.metrics_processor,
                 self.quarantine.record,
+            )
+        if torch.distributed.get_rank() == 0:
+            read = [self.dataloader, *([self.validator.loader] if config.validation.enable else [])]
+            log_surveys(
+                [loader.samples.source for loader in read],
+                image_size(config),
+                self.parts.tokenizer,
             )
 
     @property
@@ -437,19 +450,32 @@ class FluxTrainer(Trainer):
     # ---- what is stored with checkpoints ----------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        more = {"unreadable": self.quarantine.count, "items": self.dataloader.items}
+        more = {"unreadable": self.quarantine.count, "items": self._items()}
         return {**super().state_dict(), **more}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if DATALOADER not in self.config.checkpoint.exclude_from_loading:
             self.quarantine.count = state_dict["unreadable"]  # of the positions before this one
-        if state_dict["items"] != self.dataloader.items:
+        before, now = state_dict["items"], self._items()
+        if isinstance(before, int):  # without a digest: checkpoints of earlier versions
+            before = (before, now[1])
+        if before[0] != now[0]:
             logger.warning(
-                f"The data set had {state_dict['items']} items and now has "
-                f"{self.dataloader.items}: from here on they come in another order, and other "
-                "ones are held out by data.held_out_share"
+                f"The data set had {before[0]} items and now has {now[0]}: from here on they come "
+                "in another order, and other ones are held out by data.held_out_share"
             )
+        elif tuple(before) != now:
+            logger.warning(
+                f"The data set has {now[0]} items as before, but they are other ones: renamed, "
+                "exchanged or in another order; what is held out for validation may have been "
+                "trained on"
+            )
+
+    def _items(self) -> tuple[int, str]:
+        """Number of training items, and the digest of their ids."""
+        source = self.dataloader.samples.source
+        return len(source), items_digest(source)
 
 
 @record

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torchtitan.tools.logging import logger
 
 from torchtitan_flux.data.loader import Batch, ValidationLoader
 from torchtitan_flux.data.samples import Replacement
@@ -20,6 +23,10 @@ TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
     "midpoints": midpoint_times,
     "mlperf": mlperf_times,
 }
+
+
+class NoItems(RuntimeError):
+    """A held-out set of which nothing can be read: its mean would be nan."""
 
 
 @torch.no_grad()
@@ -62,6 +69,8 @@ def mean_loss(
         torch.distributed.all_reduce(on_device, group=group)
         sums = on_device.cpu()
     total = sums.sum(dim=1)
+    if not total[1]:
+        raise NoItems("no item of the held-out set can be read; quarantine.jsonl lists them")
     return float(total[0] / total[1]), (sums[0] / sums[1]).numpy()
 
 
@@ -109,20 +118,24 @@ class FluxValidator:
         validation = self.config.validation
         times = TIME_GRIDS[validation.time_grid]()
         with self.metrics.pause():
-            loss, by_time = mean_loss(
-                self.loader,
-                self.encode,
-                self.losses,
-                times,
-                validation.all_timesteps,
-                validation.steps,
-                self.group,
-                self.device,
-            )
-            by_name = {
-                f"validation_metrics/loss_t={t:.4f}": float(value)
-                for t, value in zip(times, by_time, strict=True)
-                if not np.isnan(value)  # a short set in turn may miss a time
-            }
-            self.metrics.log_validation(loss, step, by_name)
+            try:
+                loss, by_time = mean_loss(
+                    self.loader,
+                    self.encode,
+                    self.losses,
+                    times,
+                    validation.all_timesteps,
+                    validation.steps,
+                    self.group,
+                    self.device,
+                )
+            except NoItems as error:
+                logger.error(f"validate step: {step:5d}  no loss: {error}")
+            else:
+                by_name = {
+                    f"validation_metrics/loss_t={t:.4f}": float(value)
+                    for t, value in zip(times, by_time, strict=True)
+                    if not np.isnan(value)  # a short set in turn may miss a time
+                }
+                self.metrics.log_validation(loss, step, by_name)
             self.report(take_replaced(self.loader), "validation")

@@ -1,0 +1,161 @@
+"""`scripts/inspect_data.py`: reads the data of a run without training."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torchtitan_flux.config.checks import data_key_problems
+from torchtitan_flux.config.manager import ConfigError, exit_on_config_error, read_config
+from torchtitan_flux.config.resolve import image_size
+from torchtitan_flux.data.samples import TrainingSamples
+from torchtitan_flux.data.sources import Source
+from torchtitan_flux.data.survey import Survey, survey
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
+from torchtitan_flux.inspection.contact_sheet import save_contact_sheet
+from torchtitan_flux.inspection.items import Inspected, as_json, inspect, unreadable
+from torchtitan_flux.launching.settings import Settings
+from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.training.data import open_source, refuse_bad_data, training_samples
+
+DECODED = 20_000
+"""Data sets of up to so many items are decoded unless told otherwise."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 where a run would refuse the data."""
+    options, keys = _parse(sys.argv[1:] if argv is None else argv)
+    with exit_on_config_error():
+        config = _read(keys)
+        source = open_source(config, "train")
+        samples = _samples(config, source)
+        _show(config, samples, options)
+        refuse_bad_data(source, "train", config)
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="inspect_data.py",
+        description="Read the data of a run without training: a table of what was found, and a "
+        "sheet of pictures as they will be trained on.",
+        epilog="All other arguments are keys of a run, as run_train.sh takes them: "
+        "--training.dataset folder --training.dataset_path PICTURES; CONFIG_FILE, or "
+        "--job.config_file, names the configuration.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--items", action="store_true", help="list every item")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, a line for each item and one for all"
+    )
+    parser.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        help="decode every picture; unset: where there are no more than "
+        f"{DECODED:,}. Else pictures are judged by their headers",
+    )
+    parser.add_argument("--sheet", type=Path, help="the PNG; unset: in job.dump_folder")
+    parser.add_argument("--count", type=int, default=24, help="pictures on it (24); 0 for none")
+    return parser.parse_known_args(argv)
+
+
+def _read(keys: list[str]) -> Any:
+    """The configuration, as far as it is about data.
+
+    Raises:
+        ConfigError: with everything that is wrong with that.
+    """
+    if not any(key.replace("-", "_").startswith("__job.config_file") for key in keys):
+        keys = ["--job.config_file", Settings.read(os.environ).config_file, *keys]
+    config = read_config(keys)
+    found = [line for line in data_key_problems(config) if line.startswith("training.")]
+    if config.model.flavor not in FLAVORS:
+        found.append(f"model.flavor = {config.model.flavor!r} is unknown")
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def _samples(config: Any, source: Source) -> TrainingSamples:
+    def no_tokens(caption: str):
+        raise NotImplementedError
+
+    return training_samples(
+        source, no_tokens, config, FLAVORS[config.model.flavor], config.debug.seed or 0
+    )
+
+
+def _show(config: Any, samples: TrainingSamples, options: argparse.Namespace) -> None:
+    tokenizer, missing = None, ""
+    try:
+        encoder = config.encoder
+        tokenizer = CaptionTokenizer(
+            encoder.t5_encoder, encoder.clip_encoder, encoder.max_t5_encoding_len
+        )
+    except (OSError, ValueError) as error:
+        missing = f"tokens of captions are not counted: {error}"
+    found = survey(samples.source, image_size(config), tokenizer)
+    decode = found.items <= DECODED if options.decode is None else options.decode
+    if decode or options.items or options.json:
+        bad = unreadable(_listed(inspect(samples, decode), options))
+        found = dataclasses.replace(found, unreadable=bad)
+    sheet = _sheet(config, samples, options) if options.count > 0 else None
+    if options.json:
+        summary = {**dataclasses.asdict(found), "decoded": decode, "sheet": sheet and str(sheet)}
+        summary["notes"] = [note._asdict() for note in found.notes]
+        print(json.dumps({"summary": summary}, ensure_ascii=False))
+        return
+    print("\n".join(_page(found, missing)))
+    if not decode:
+        print("Pictures were judged by their headers; --decode decodes all of them")
+    if sheet:
+        print(f"sheet: {sheet}")
+
+
+def _listed(items: Iterator[Inspected], options: argparse.Namespace) -> Iterator[Inspected]:
+    """The items, each printed on its way where that was asked for."""
+    for one in items:
+        if options.json:
+            print(json.dumps(as_json(one), ensure_ascii=False))
+        elif options.items:
+            bad = one.unreadable
+            said = f"cannot be read: {bad}" if bad else " | ".join(one.captions)
+            print(f"{one.item}  {one.width or '?'}x{one.height or '?'}  {said}")
+        yield one
+
+
+def _page(found: Survey, missing: str) -> Iterator[str]:
+    yield from found.lines()
+    for name, one in found.tokens.items():
+        yield (
+            f"{name} tokens of {found.counted:,} captions: median {one.median:g}, longest "
+            f"{one.longest}, of {one.limit}"
+        )
+    if missing:
+        yield missing
+    if found.sizes:
+        least, *_, most = sizes = [f"{width}x{height}" for width, height in found.sizes]
+        yield f"sizes: {least} to {most}, quartiles {', '.join(sizes[1:-1])}"
+        aspects = sorted(found.aspects.items(), key=lambda one: -one[1])
+        shown = [f"{ratio} ({count:,})" for ratio, count in aspects[:8]]
+        yield f"width / height: {', '.join(shown)}{', …' if len(aspects) > 8 else ''}"
+
+
+def _sheet(config: Any, samples: TrainingSamples, options: argparse.Namespace) -> Path | None:
+    """The contact sheet of the first positions of the run."""
+    pictures = []
+    for position in range(min(options.count, len(samples.source))):
+        try:
+            item, image = samples.picture(position)
+        except RuntimeError:  # no item near that position can be read: the table says why
+            continue
+        pictures.append((image, samples.caption(item, position)))
+    if not pictures:
+        return None
+    path = options.sheet or Path(config.job.dump_folder) / "contact_sheet.png"
+    save_contact_sheet(pictures, path)
+    return path
