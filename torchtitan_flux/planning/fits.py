@@ -40,7 +40,8 @@ def fits(config: Any) -> str | None:
     Args:
         config: a checked configuration. Ranks are those of the environment (WORLD_SIZE).
     """
-    memory = utils.device_module.get_device_properties(0).total_memory
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    memory = utils.device_module.get_device_properties(own).total_memory
     if utils.device_type == "cpu":  # ranks of a machine share it
         memory //= local_ranks()
     need = least(config, int(os.environ.get("WORLD_SIZE", "1")))
