@@ -122,7 +122,7 @@ def _proposals(config: Any, args: FluxModelArgs, options: argparse.Namespace) ->
 
 
 def _plot(config: Any, args: FluxModelArgs, path: Path) -> None:
-    """FSDP on 8 to 1,024 ranks, by kind of checkpointing."""
+    """Reserved memory of FSDP on 8 to 1,024 ranks, by kind of checkpointing."""
     points = {}
     for mode in ("none", "op", "full"):
         plan = with_checkpointing(config, mode)
@@ -132,7 +132,8 @@ def _plot(config: Any, args: FluxModelArgs, path: Path) -> None:
         for n, found in points[f"checkpointing {mode}"]:
             states = found.parameters + found.gradients + found.optimizer
             print(
-                f"{mode:6}{n:6} ranks: states {states / GIB:6.2f} GiB, peak {found.peak / GIB:6.2f}"
+                f"{mode:6}{n:6} ranks: states {states / GIB:6.2f} GiB, "
+                f"reserved {found.reserved / GIB:6.2f}"
             )
     title = f"{config.model.flavor}, local batch {config.training.local_batch_size}, FSDP"
     draw_ranks(points, path, title)

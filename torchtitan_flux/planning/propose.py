@@ -54,8 +54,8 @@ class Machine:
         inside, outside: bytes a second that a card sends to its node, and to others.
         few: tokens in a matrix product for which reading the weights takes as long as multiplying
             (an H100: 989 TFLOP/s over 3.35 TB/s).
-        free: share of the card's memory to plan with; the rest is for the driver, buffers of
-            collectives and what the allocator cannot use.
+        free: share of the card's memory that torch's allocator may take; the rest is for the
+            driver and the buffers of collectives.
     """
 
     flops: float = 400e12
@@ -63,7 +63,7 @@ class Machine:
     inside: float = 300e9
     outside: float = 40e9
     few: int = 295
-    free: float = 0.92
+    free: float = 0.95
 
     def speed(self, dimension: str, mesh: Mesh) -> float:
         """Bytes a second within a group; ranks lie in the order pp, replicate, shard, cp, tp."""
@@ -167,7 +167,7 @@ def propose(
         if kind not in fitted:
             fitted[kind] = Fitted(plan, args, mesh)
         estimate = fitted[kind].estimate(mesh, batch)
-        if estimate.peak > memory * machine.free:
+        if estimate.reserved > memory * machine.free:
             too_much[mesh, mode] = batch
             continue
         found[mesh] = Proposal(mesh, mode, batch, estimate, candidate.cost)
@@ -326,7 +326,7 @@ def why_nothing_fits(config: Any, args: FluxModelArgs, ranks: int, memory: float
     phase = max(found.phases, key=found.phases.__getitem__)
     return (
         f"nothing fits {memory / GIB:.1f} GiB on {ranks} ranks: {mesh} with full checkpointing and "
-        f"batch 1 needs {found.peak / GIB:.1f}, {found.standing / GIB:.1f} of it parameters, "
+        f"batch 1 needs {found.reserved / GIB:.1f}, {found.standing / GIB:.1f} of it parameters, "
         f"optimizer and encoders, and {found.phases[phase] / GIB:.1f} in its dearest phase "
         f"({phase}); more ranks share more"
     )

@@ -55,6 +55,7 @@ def plan_text(
                 "    activations kept": found.activations,
                 "    gradients": found.gradients,
                 "peak": found.peak,
+                "reserved by torch": found.reserved,
             }
         ),
     ]
@@ -62,7 +63,7 @@ def plan_text(
         lines.append(f"(not found here, sizes as published: {', '.join(frozen.known)})")
     if memory is not None:
         free = (machine or Machine()).free
-        verdict = "fits" if found.peak <= memory * free else "DOES NOT FIT"
+        verdict = "fits" if found.reserved <= memory * free else "DOES NOT FIT"
         lines.append(
             f"{verdict}: {memory / GIB:.0f} GiB, of which {free:.0%} are planned with "
             f"({memory * free / GIB:.1f})"
@@ -103,12 +104,13 @@ def proposals_text(proposals: Sequence[Proposal], ranks: int, memory: float) -> 
     machine = Machine()
     lines = [
         f"{ranks} ranks, {memory / GIB:.0f} GiB each, {machine.free:.0%} to plan with; best first",
-        f"{'mesh':34}{'checkpointing':14}{'batch':>6}{'images':>7}{'peak GiB':>10}{'s/image':>9}",
+        f"{'mesh':34}{'checkpointing':14}{'batch':>6}{'images':>7}{'reserved GiB':>13}"
+        f"{'s/image':>9}",
     ]
     for p in proposals:
         lines.append(
             f"{p.mesh!s:34}{p.checkpointing:14}{p.batch:6}{p.batch * p.mesh.data:7}"
-            f"{p.estimate.peak / GIB:10.1f}{p.cost.per_image:9.3f}"
+            f"{p.estimate.reserved / GIB:13.1f}{p.cost.per_image:9.3f}"
         )
         lines.append(f"    {p.reason}")
     lines.append(
@@ -133,11 +135,11 @@ def draw_ranks(points: dict[str, list[tuple[int, Estimate]]], path: Path, title:
     states = [(e.parameters + e.gradients + e.optimizer) / GIB for _, e in some]
     axes.plot(ranks, states, "k--", label="parameters, gradients, AdamW states")
     for name, line in points.items():
-        axes.plot(
-            [n for n, _ in line], [e.peak / GIB for _, e in line], "o-", label=f"peak, {name}"
-        )
+        axes.plot([n for n, _ in line], [e.reserved / GIB for _, e in line], "o-", label=name)
     axes.axhline(80 * Machine().free, color="grey", linewidth=0.8)
-    axes.annotate("92 % of 80 GiB", (ranks[-1], 80 * Machine().free), ha="right", va="bottom")
+    axes.annotate(
+        f"{Machine().free:.0%} of 80 GiB", (ranks[-1], 80 * Machine().free), ha="right", va="bottom"
+    )
     axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GiB on a rank", title=title)
     axes.set_xticks(ranks, [str(n) for n in ranks])
     axes.legend()

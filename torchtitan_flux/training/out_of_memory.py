@@ -2,13 +2,18 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
+
+GIB = 2**30
 
 _SAID = re.compile(
     r"out of memory|not enough memory: you tried to allocate|DefaultCPUAllocator: can't allocate"
@@ -46,6 +51,40 @@ def exit_when_out_of_memory(remedies: Callable[[], Sequence[str]]) -> Iterator[N
             raise
         logger.error(told(error, remedies()))
         sys.exit(1)
+
+
+def note_second_step(
+    optimizers: Iterable[Optimizer], device: torch.device, remedies: Callable[[], Sequence[str]]
+) -> None:
+    """After the first step on a GPU, say what the second will take; call before peaks are reset.
+
+    The optimizer makes its states once the activations of the first step are gone. In the second
+    they stand beside them.
+
+    Args:
+        optimizers: with states.
+        device: of this rank.
+        remedies: what to change, asked for when it will not fit.
+    """
+    tensors = [
+        value.to_local() if isinstance(value, DTensor) else value
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    states = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    taken = utils.device_module.memory_stats(device)["reserved_bytes.all.peak"]
+    memory = utils.device_module.get_device_properties(device).total_memory
+    line = (
+        f"Memory: the first step took {taken / GIB:.1f} GiB, optimizer states are "
+        f"{states / GIB:.1f}: about {(taken + states) / GIB:.1f} of {memory / GIB:.1f} GiB from "
+        "the second step on"
+    )
+    if taken + states > memory:
+        logger.warning(f"{line}, which may not fit. What helps: {'; '.join(remedies())}")
+    else:
+        logger.info(line)
 
 
 def training_remedies(config) -> list[str]:

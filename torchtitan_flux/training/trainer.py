@@ -68,7 +68,11 @@ from torchtitan_flux.training.losses import (
 )
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.nonfinite import NonFinite, report_nonfinite
-from torchtitan_flux.training.out_of_memory import exit_when_out_of_memory, training_remedies
+from torchtitan_flux.training.out_of_memory import (
+    exit_when_out_of_memory,
+    note_second_step,
+    training_remedies,
+)
 from torchtitan_flux.training.peers import Peers
 from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group
@@ -242,6 +246,8 @@ class FluxTrainer(Trainer):
 
         self.ntokens_seen += images * self.metrics_processor.tokens_per_image
         self.metrics_processor.advance(images)
+        if self.step == 1 and self.device.type == "cuda":
+            note_second_step(self.optimizers, self.device, lambda: training_remedies(self.config))
         if self.metrics_processor.should_log(self.step):
             self._log(loss, grad_norm, lr)
         self._grid_is_due = self._should_draw()

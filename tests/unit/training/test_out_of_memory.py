@@ -1,17 +1,20 @@
 """Running out of memory, wherever: one message, status 1."""
 
 import logging
+from types import SimpleNamespace
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.training.out_of_memory import (
     exit_when_out_of_memory,
     is_out_of_memory,
+    note_second_step,
     told,
     training_remedies,
 )
@@ -70,3 +73,26 @@ def test_remedies_are_keys_that_can_still_be_changed():
     said = "; ".join(training_remedies(config))
     assert "local_batch_size" not in said
     assert 'activation_checkpoint.mode = "full" (now "none")' in said
+
+
+@pytest.mark.parametrize(("card", "fits"), [(8, True), (7, False)])
+def test_after_the_first_step_the_second_is_told(card, fits, caplog, monkeypatch):
+    """A parameter of 1 GiB has states of 2, which were not there when 5.5 GiB were taken."""
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO)
+    stats = {"reserved_bytes.all.peak": 11 * 2**29}
+    monkeypatch.setattr(utils.device_module, "memory_stats", lambda _: stats, raising=False)
+    properties = SimpleNamespace(total_memory=card * 2**30)
+    monkeypatch.setattr(
+        utils.device_module, "get_device_properties", lambda _: properties, raising=False
+    )
+    meta = torch.device("meta")
+    parameter = torch.empty(2**28, device=meta, requires_grad=True)
+    parameter.grad = torch.empty_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], foreach=False)
+    optimizer.step()
+    note_second_step([optimizer], meta, lambda: ["less"])
+    (record,) = caplog.records
+    assert "the first step took 5.5 GiB, optimizer states are 2.0: about 7.5 of" in record.message
+    assert (record.levelno == logging.INFO) == fits
+    assert ("What helps: less" in record.message) != fits
