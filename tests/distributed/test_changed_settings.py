@@ -74,7 +74,7 @@ CHANGES = {
     "optimizer": ("--optimizer.lr", "3e-4", "--optimizer.beta1", "0.5", "--optimizer.beta2", "0.7",
                   "--optimizer.eps", "1e-5", "--optimizer.weight_decay", "0.5",
                   "--optimizer.implementation", "for-loop", "--optimizer.name", "Adam"),
-    "schedule": ("--lr_scheduler.warmup_steps", "2", "--lr_scheduler.decay_ratio", "0.9",
+    "schedule": ("--lr_scheduler.warmup_steps", "0", "--lr_scheduler.decay_ratio", "0.9",
                  "--lr_scheduler.decay_type", "cosine", "--lr_scheduler.total_steps", "6",
                  "--lr_scheduler.min_lr_factor", "0.3"),
 }  # fmt: skip

@@ -78,7 +78,7 @@ class _LazyWriter(ManifestWriter):
     """
 
     def __init__(self, folder: Path, step: int, facts: RunFacts, beside: Mapping[str, bytes]):
-        super().__init__(folder, step, "model", facts, replaces_damaged=False)
+        super().__init__(folder, step, "model", facts, {}, replaces_damaged=False)
         self._beside = beside
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:

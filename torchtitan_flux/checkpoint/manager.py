@@ -326,11 +326,13 @@ class FluxCheckpointManager(CheckpointManager):
     def _load_states(self, folder: Path, model_only: bool) -> None:
         logger.info(f"Loading {folder}")
         left_out = [part for part in PART_LEFT_OUT if part in self.exclude_from_loading]
-        if model_only:  # there is nothing else to leave out
+        if model_only:
             left_out = [part for part in left_out if part == MODEL]
         for part in left_out:
             logger.warning(f"checkpoint.exclude_from_loading: {part}: {PART_LEFT_OUT[part]}")
-        states = {} if model_only and left_out else self._states_to_load(model_only)
+        if model_only and left_out:
+            return  # there is nothing else in it
+        states = self._states_to_load(model_only)
         model_keys = set(self.states[MODEL].state_dict()) & set(states)
         load_states(states, model_keys, folder)
         if model_keys:

@@ -244,7 +244,7 @@ MINIMA = {
     "metrics.log_freq": 1,
     "lr_scheduler.warmup_steps": 0,
     "optimizer.lr": 0,
-    "optimizer.eps": torch.finfo(torch.float32).tiny,  # what has no gradient yet is 0 / 0 else
+    "optimizer.eps": torch.finfo(torch.float32).tiny,  # or 0 / 0 where nothing has a gradient yet
     "optimizer.weight_decay": 0,
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,

@@ -82,7 +82,9 @@ class Job:
         config, entry, arguments = config_from_args(parse_args(arguments))
         config.logs_specs = output
         # kept: its server is the one that torchrun meets at
-        _store = join(self.settings, self.join_timeout, _say) if self.settings.nodes > 1 else None
+        _store = (
+            join(self.settings, float(self.join_timeout), _say) if self.settings.nodes > 1 else None
+        )
         elastic_launch(config, entry)(*arguments)
 
     def _torchrun_arguments(self) -> list[str]:

@@ -113,7 +113,7 @@ class _Meeting:
 
     def _connect(self) -> Store:
         host, _, port = self._settings.endpoint.rpartition(":")
-        more = {"wait_for_workers": False, "timeout": timedelta(seconds=60)}
+        more = {"wait_for_workers": False, "timeout": timedelta(seconds=30)}
         numbered = self._settings.node_rank is not None
         if self._settings.node_rank == 0 or (not numbered and _is_here(host)):
             try:

@@ -168,31 +168,35 @@ class FluxMetrics(MetricsProcessor):
     def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """A picture [H, W] or [H, W, 3], uint8, into TensorBoard where that is on."""
         formats = "HW" if image.ndim == 2 else "HWC"
-        with self._tensorboard_may_fail():
-            for one in self._loggers:
-                if isinstance(one, TensorBoardLogger):
+        for one in list(self._loggers):
+            if isinstance(one, TensorBoardLogger):
+                with self._may_fail(one):
                     one.writer.add_image(tag, image, step, dataformats=formats)
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         """Scalars into TensorBoard and Weights & Biases, where they are on."""
-        with self._tensorboard_may_fail():
-            self.logger.log(metrics, step)
+        for one in list(self._loggers):
+            with self._may_fail(one):
+                one.log(metrics, step)
 
     @property
     def _loggers(self) -> list[BaseLogger]:
-        return self.logger._loggers if isinstance(self.logger, LoggerContainer) else []
+        return self.logger._loggers if isinstance(self.logger, LoggerContainer) else [self.logger]
 
     @contextmanager
-    def _tensorboard_may_fail(self) -> Iterator[None]:
-        """A full disk must not end the run here; its writer takes nothing more once it failed."""
+    def _may_fail(self, one: BaseLogger) -> Iterator[None]:
+        """A full disk must not end the run here; TensorBoard's writer fails ever after."""
         try:
             yield
         except OSError as error:
-            folder = Path(self.job_config.job.dump_folder)
-            why = disk_full(error, folder) or error
-            logger.error(f"TensorBoard's file could not be written ({why}); no more is, until the "
-                         "run is started again")  # fmt: skip
-            self._loggers[:] = [x for x in self._loggers if not isinstance(x, TensorBoardLogger)]
+            if not isinstance(one, TensorBoardLogger):
+                raise
+            why = disk_full(error, Path(self.job_config.job.dump_folder)) or error
+            logger.error(
+                f"TensorBoard's file could not be written ({why}); no more is, until the run is "
+                "started again"
+            )
+            self._loggers.remove(one)
 
     def close(self) -> None:
         if self.bar is not None:

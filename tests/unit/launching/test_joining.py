@@ -8,8 +8,12 @@ from dataclasses import replace
 import pytest
 
 from torchtitan_flux.launching import joining
+from torchtitan_flux.launching.job import Job
 from torchtitan_flux.launching.joining import NotJoined, join
+from torchtitan_flux.launching.rank import LAUNCHER
 from torchtitan_flux.launching.settings import Settings
+from torchtitan_flux.launching.verdict import FAILED
+from torchtitan_flux.training.heartbeat import FOLDER
 
 
 @pytest.fixture
@@ -106,3 +110,13 @@ def test_one_that_comes_when_all_have_met_is_told(two):
     said = together(two, two, two, apart=0.3)
     assert said[:2] == ["", ""]
     assert "have met" in said[2]
+
+
+def test_the_launcher_says_so_and_ends_with_status_1(two, tmp_path, monkeypatch, capsys):
+    for name in (FOLDER, LAUNCHER, "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    first = replace(two, node_rank=0)
+    assert Job(first, "nothing", [], tmp_path, saves=True, join_timeout=1).run() == FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("torchtitan-flux: the ranks were not started: 1 of 2 machines")
+    assert "NODE_RANK 1 missing" in said
