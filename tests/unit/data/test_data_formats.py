@@ -100,7 +100,7 @@ WRITERS = {"folder": as_folder, "webdataset": as_tars, "parquet": as_table}
 
 def contents(name, path) -> dict[tuple[str, ...], bytes]:
     """captions -> pixels as trained on."""
-    source = build_source(name, "train", SourceOptions(path=str(path)))
+    source = build_source(name, "train", SourceOptions(path=str(path), captions_by_line=True))
     found = {}
     for i in range(len(source)):
         item = source[i]
