@@ -125,7 +125,8 @@ class _Rows:
         self._by_line = by_line
 
     def facts(self) -> dict[str, str]:
-        return self._table.facts | {"formats": " ".join(formats())}
+        left_out = json.dumps(self._table.left_out)
+        return self._table.facts | {"left out": left_out, "formats": " ".join(formats())}
 
     def change(self, stored: dict[str, str]) -> str:
         now = self.facts()
@@ -150,7 +151,9 @@ class _Rows:
             texts = batch.column(self._caption.name) if self._caption else None
             for at in range(len(batch)):
                 item_id = f"{name}/{start + at}"
-                captions = self._captions(texts[at], item_id) if texts else ((), NO_CAPTION)
+                captions = (), NO_CAPTION
+                if texts is not None:
+                    captions = self._captions(texts[at], item_id)
                 length, width, height, reason = self._picture(pictures[at], item_id, writer)
                 row = (captions[0], captions[1] or reason)
                 writer.add(Row(item_id, number, start + at, length, width, height, *row))

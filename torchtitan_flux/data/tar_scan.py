@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from torchtitan_flux.data.captions import (
     NO_CAPTION,
@@ -67,6 +67,26 @@ class Lost(NamedTuple):
     lost: int
 
 
+class Extent(NamedTuple):
+    """How much of a shard was read.
+
+    Attributes:
+        end: byte after the last member whose header could be read.
+        size: bytes of the shard; of a damaged one, without the zeros that fill it up.
+        damage: what is wrong with the shard, "" when nothing is.
+        no_mark: nothing else is wrong with it than that the mark of its end is missing.
+        refusal: what the operating system said when the shard could not be opened or read.
+        refused_at: byte at which it could not be read; None when it could not be opened.
+    """
+
+    end: int = 0
+    size: int = 0
+    damage: str = ""
+    no_mark: bool = False
+    refusal: OSError | None = None
+    refused_at: int | None = None
+
+
 class _Run:
     """Members of one key that follow each other in a shard, each with its kind."""
 
@@ -101,21 +121,12 @@ class Scan:
         by_line: every line of a text is a caption of its own.
 
     Attributes:
-        end: byte after the last member whose header could be read.
-        size: bytes of the shard; of a damaged one, without the zeros that fill it up.
-        damage: what is wrong with the shard, "" when nothing is.
-        no_mark: nothing else is wrong with it than that the mark of its end is missing.
-        refusal: what the operating system said when the shard could not be opened or read.
-        refused_at: byte at which it could not be read; None when it could not be opened.
+        extent: how much of the shard was read.
         notes: what belongs to no sample.
     """
 
     def __init__(self, path: Path, image: str, column: str, by_line: bool):
-        self.end = self.size = 0
-        self.damage = ""
-        self.no_mark = False
-        self.refusal: OSError | None = None
-        self.refused_at: int | None = None
+        self.extent = Extent()
         self.notes: list[Lost] = []
         self._path = path
         self._image = image.lower().removeprefix(".")
@@ -130,29 +141,32 @@ class Scan:
         """Go through the shard; yields the position reached, in bytes, after each member."""
         try:
             with self._path.open("rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+                self._has(size=os.fstat(file.fileno()).st_size)
                 try:
                     yield from self._through(file)
                 except tarfile.TarError as error:
-                    self.damage = str(error)
+                    self._has(damage=str(error))
                 except OSError:
-                    self.refused_at = file.tell()
+                    self._has(refused_at=file.tell())
                     raise
-                if self.damage:
-                    self.size -= _padding(file)
+                if self.extent.damage:
+                    self._has(size=self.extent.size - _padding(file))
         except OSError as error:
-            self.refusal = error
+            self._has(refusal=error.with_traceback(None))
+
+    def _has(self, **changes: Any) -> None:
+        self.extent = self.extent._replace(**changes)
 
     def _through(self, file: BinaryIO) -> Iterator[int]:
         with _open_tar(file) as tar:
             while (member := _next_member(tar)) is not None:
-                if tar.offset <= self.end:  # would go round in circles
+                if tar.offset <= self.extent.end:  # would go round in circles
                     raise tarfile.ReadError(f"negative size at byte {member.offset}")
-                self.end = tar.offset
+                self._has(end=tar.offset)
                 self._take(tar, member)
-                yield min(self.end, self.size)
-        self.damage = _what_follows(file, self.end, self.size)
-        self.no_mark = self.end == self.size > 0
+                yield min(tar.offset, self.extent.size)
+        end, size = self.extent.end, self.extent.size
+        self._has(damage=_what_follows(file, end, size), no_mark=end == size > 0)
 
     def _take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """Take down a member that is of use."""
@@ -188,7 +202,7 @@ class Scan:
                 run.members.append((suffix, self._captions(suffix, data)))
 
     def _is_complete(self, member: tarfile.TarInfo) -> bool:
-        return member.offset_data + member.size <= self.size
+        return member.offset_data + member.size <= self.extent.size
 
     def _picture(self, tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Picture:
         width, height, reason = 0, 0, CUT

@@ -19,7 +19,7 @@ from torchtitan_flux.data.parts import not_read, own_parts
 from torchtitan_flux.data.parts import part_of as part_of_name
 from torchtitan_flux.data.sources import Source, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.data.split import part_or_share
-from torchtitan_flux.data.tar_scan import CUT, Sample, Scan
+from torchtitan_flux.data.tar_scan import CUT, Extent, Sample, Scan
 
 OPEN_SHARDS = 64
 """Shards that one process keeps open."""
@@ -312,7 +312,7 @@ class _Shards:
                 writer.add(_row(f"{shard}/{sample.name}", number, sample))
             for note in scan.notes:
                 writer.note(note.text, f"{shard}/{note.example}", lost=note.lost)
-            read.append(_Read(shard, writer.rows - before, scan))
+            read.append(_Read(shard, writer.rows - before, scan.extent))
         self._note_losses(writer, read)
         if not writer.rows:
             why = "".join(f"; {note.text}: {', '.join(note.examples)}" for note in writer.notes)
@@ -337,24 +337,22 @@ class _Shards:
 
     def _note_losses(self, writer: IndexWriter, read: "list[_Read]") -> None:
         """Note the shards that were not read to their end, and about how many samples that cost."""
-        whole = [
-            shard.samples for shard in read if not shard.scan.damage and not shard.scan.refusal
-        ]
+        whole = [samples for _, samples, of in read if not of.damage and not of.refusal]
         usual = sum(whole) / len(whole) if whole else 0.0
-        sample_bytes = sum(shard.scan.end for shard in read) / max(writer.rows, 1)
-        for shard, samples, scan in read:
-            unread = scan.size - scan.end
+        sample_bytes = sum(of.end for _, _, of in read) / max(writer.rows, 1)
+        for shard, samples, of in read:
+            unread = of.size - of.end
             if unread >= tarfile.BLOCKSIZE and sample_bytes:
                 lost = max(round(unread / sample_bytes), 1)
-            elif scan.no_mark:
+            elif of.no_mark:
                 lost = 0  # a writer that was not closed: every member is there
             else:
                 lost = max(round(usual) - samples, 1)
-            if scan.refusal is not None:
+            if of.refusal is not None:
                 place = self.place / shard
-                writer.unopened(place, scan.refusal, at=scan.refused_at, lost=lost)
-            elif scan.damage:
-                writer.note("damaged shards", f"{shard}: {scan.damage}", lost=lost)
+                writer.unopened(place, of.refusal, at=of.refused_at, lost=lost)
+            elif of.damage:
+                writer.note("damaged shards", f"{shard}: {of.damage}", lost=lost)
 
 
 class _Read(NamedTuple):
@@ -362,7 +360,7 @@ class _Read(NamedTuple):
 
     shard: str
     samples: int
-    scan: Scan
+    extent: Extent
 
 
 def _row(item_id: str, shard: int, sample: Sample) -> Row:

@@ -272,9 +272,10 @@ def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch):
 
 def test_a_shard_that_cannot_be_opened_is_no_damage(tmp_path):
     scan = Scan(tmp_path / "nowhere.tar", "", "", False)
-    assert (list(scan.members()), list(scan.samples()), scan.damage) == ([], [], "")
-    assert isinstance(scan.refusal, FileNotFoundError)
-    assert scan.refused_at is None
+    assert (list(scan.members()), list(scan.samples())) == ([], [])
+    assert isinstance(scan.extent.refusal, FileNotFoundError)
+    assert scan.extent[:-2] == (0, 0, "", False)
+    assert scan.extent.refused_at is None
 
 
 @pytest.mark.parametrize(
