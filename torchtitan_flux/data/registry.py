@@ -95,7 +95,7 @@ BUILT_IN = ("digits", "shapes")
 NEED_PATH = ("folder", "webdataset", "parquet", "cc12m-wds", "coco-validation")
 """Sources that read nothing unless they are told where."""
 
-WITHOUT_HELD_OUT = ("cc12m-wds", "cc12m-test")
+WITHOUT_HELD_OUT = ("cc12m-test",)
 """Sources whose only held-out part is the one that `data.held_out_share` takes from them.
 
 Whether others have one is known when they are opened."""

@@ -242,6 +242,23 @@ def test_the_background_reaches_the_samples(make_samples, make_validation, make_
         np.testing.assert_allclose(samples[1]["image"][:, 2, 2], [-1, 1, -0.6], atol=1e-6)
 
 
+def test_colour_profiles_reach_the_samples_when_they_are_asked_for(
+    make_samples, make_validation, make_source, monkeypatch
+):
+    class Profiled(type(make_source(1))):
+        def __getitem__(self, index):
+            image = Image.new("RGB", (20, 12), "red")
+            image.info["icc_profile"] = b"a profile that makes red blue"
+            return replace(super().__getitem__(index), image=image)
+
+    blue = Image.new("RGB", (20, 12), "blue")
+    monkeypatch.setattr(samples_module, "in_srgb", lambda image: blue)
+    for srgb, colour in (True, [-1, -1, 1]), (False, [1, -1, -1]):
+        for make in (make_samples, make_validation):
+            samples = make(source=Profiled(3), rules=PictureRules(srgb=srgb))
+            np.testing.assert_array_equal(samples[1]["image"][:, 2, 2], colour)
+
+
 def test_order_and_source_must_agree(make_samples, make_source):
     samples = make_samples(length=7)
     with pytest.raises(ValueError, match="7 items, the source has 8"):
