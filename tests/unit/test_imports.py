@@ -18,6 +18,8 @@ LEVELS = {
     "durable": 0,
     "randomness": 0,
     "state_dict_keys": 0,
+    "element_types": 0,
+    "quantized": 0,
     "flow_matching": 1,
     "sampling": 2,
     "model": 2,

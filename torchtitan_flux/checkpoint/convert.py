@@ -49,8 +49,6 @@ TARGET_FORMATS: tuple[TargetFormat, ...] = ("dcp", "bfl", "comfyui", "diffusers"
 CHECKSUMS = "SHA256SUMS"
 
 _BLOCK = 8 * 2**20
-_NARROW = (torch.float16,)
-"""Element types that cannot hold every value of float32."""
 
 
 def convert(
@@ -158,16 +156,9 @@ class _Job:
         """A parameter as it is written.
 
         Raises:
-            ValueError: its values do not fit into the element type.
+            UnreadableWeights: its values do not fit into the element type.
         """
-        dtype = self.dtypes[name]
-        value = self.weights.read(name, dtype=dtype)
-        if dtype in _NARROW and self.weights.dtypes[name] != dtype and not value.isfinite().all():
-            raise ValueError(
-                f"{self.weights.path}: {name} has values that {dtype} cannot hold; take "
-                "--dtype bfloat16 or float32"
-            )
-        return value
+        return self.weights.read(name, dtype=self.dtypes[name])
 
     def foreign_specs(self, layout: Layout) -> Specs:
         """By the names of a layout, in its order."""

@@ -63,7 +63,7 @@ def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
         local, box = _own_part(parameter)
         if local.numel() == 0:
             continue
-        values = weights.read(name, box)
+        values = weights.read(name, box, local.dtype)
         assert values.shape == local.shape, name  # copy_ would broadcast
         local.copy_(values)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan_flux.quantized import PACKED
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,6 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -196,6 +199,11 @@ def _place(path: Path, name: str, entry: Any) -> _Place:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UnreadableWeights(f"{where} is not described by dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None and entry["dtype"] in PACKED:
+        raise UnreadableWeights(
+            f"{path} holds weights of 4 or 6 bits (NVFP4, MXFP4 or MXFP6: {name} has type "
+            f"{entry['dtype']}), which are not read; give the file that it was made from"
+        )
     if dtype is None:
         raise UnreadableWeights(
             f"{where} has the unknown element type {entry['dtype']!r}; known are "

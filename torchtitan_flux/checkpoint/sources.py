@@ -16,8 +16,9 @@ Box = tuple[slice, ...]
 
 @runtime_checkable
 class Source(Protocol):
-    """Tensors by their foreign names."""
+    """Tensors by their foreign names; `headers` are the strings that files hold beside them."""
 
+    headers: list[dict[str, str]]
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
 
@@ -44,6 +45,7 @@ class FilesSource:
     def __init__(self, files: list[TensorsFile], prefix: str = "") -> None:
         self._prefix = prefix
         self._files: dict[str, TensorsFile] = {}
+        self.headers = [file.metadata for file in files]
         self.dtypes: dict[str, torch.dtype] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
@@ -85,6 +87,7 @@ class DcpSource:
         except Exception as error:  # a restricted unpickler meets anything
             raise UnreadableWeights(f"{folder} is no readable DCP checkpoint: {error}") from None
         self._folder = folder
+        self.headers = []
         self.dtypes = {name: one.properties.dtype for name, one in self._tensors.items()}
         self.shapes = {name: tuple(one.size) for name, one in self._tensors.items()}
 

@@ -29,9 +29,11 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     TensorsFile,
     UnreadableWeights,
     listed,
+    read_json,
     read_weight_map,
     refuse_pickle,
 )
+from torchtitan_flux.checkpoint.scaled import without_scales
 from torchtitan_flux.checkpoint.sources import Box, DcpSource, FilesSource, Source
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.checkpoint.transformer import (
@@ -40,8 +42,10 @@ from torchtitan_flux.checkpoint.transformer import (
     layout_entries,
     our_shapes,
 )
+from torchtitan_flux.element_types import BeyondRange
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
+from torchtitan_flux.quantized import MARKER, QuantizedWeights, check_config, check_integers
 from torchtitan_flux.state_dict_keys import check_keys
 
 __all__ = ["FORMATS", "UnreadableWeights", "Weights", "open_weights"]
@@ -64,14 +68,6 @@ _OTHER_PARTS = (
 
 _GUIDANCE = "guidance_in."
 _GUIDANCE_DIFFUSERS = "time_text_embed.guidance_embedder."
-_READABLE = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
 _TWIN = "time_in.in_layer.weight"
 """Whose element type new guidance weights get."""
 _LAYOUTS: dict[Format, Layout] = {
@@ -117,7 +113,10 @@ class Weights:
         found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
         check_keys(found, expected, str(path))
         _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
-        _check_dtypes(path, source)
+        try:
+            check_integers(source.dtypes)
+        except QuantizedWeights as error:
+            raise UnreadableWeights(f"{path} {error}") from None
         self._entries = {entry.ours: entry for entry in entries}
         self.shapes = our_shapes(args)
         self.dtypes = {
@@ -138,7 +137,7 @@ class Weights:
 
         Raises:
             KeyError: no such parameter.
-            UnreadableWeights: the file could not be read.
+            UnreadableWeights: the file could not be read, or a value is beyond what `dtype` holds.
         """
         shape = self.shapes[name]
         dtype = dtype or self.dtypes[name]
@@ -148,7 +147,10 @@ class Weights:
         ]
         if name not in self._entries:
             return _initialized(name, shape, bounds).to(dtype)
-        return read_joined(self._entries[name], self._source, bounds, dtype)
+        try:
+            return read_joined(self._entries[name], self._source, bounds, dtype)
+        except BeyondRange as error:
+            raise UnreadableWeights(f"{self.path}: {error}") from None
 
 
 def open_weights(
@@ -183,6 +185,7 @@ def open_weights(
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     found = _open_folder(path, alone) if path.is_dir() else _open_file(path)
+    found = replace(found, source=without_scales(path, found.source))
     if args is None:
         args = found.declared
         if args is None:
@@ -260,6 +263,7 @@ def _open_diffusers(folder: Path) -> _Found:
     config = folder / "config.json"
     if not config.is_file():
         raise UnreadableWeights(f"{folder} has no config.json; it is no diffusers folder")
+    _check_config(config)
     args = architecture.from_diffusers_config(config)
     files = open_shards(folder)
     ours = architecture.from_metadata(files[0].path, files[0].metadata) if files else None
@@ -353,7 +357,8 @@ def _open_file(path: Path) -> _Found:
 
 
 def _without_other_parts(file: TensorsFile) -> FilesSource:
-    others = [name for name in file.shapes if not name.startswith(COMFYUI_PREFIX)]
+    prefixed = (COMFYUI_PREFIX, MARKER)
+    others = [name for name in file.shapes if not name.startswith(prefixed)]
     unknown = [name for name in others if not name.startswith(_OTHER_PARTS)]
     if unknown:
         raise UnreadableWeights(
@@ -367,6 +372,13 @@ def _without_other_parts(file: TensorsFile) -> FilesSource:
 
 
 # ---- checks --------------------------------------------------------------------------------
+
+
+def _check_config(path: Path) -> None:
+    try:
+        check_config(read_json(path))
+    except QuantizedWeights as error:
+        raise UnreadableWeights(f"{path}: {error}") from None
 
 
 def _has_guidance(source: Source) -> bool:
@@ -396,15 +408,6 @@ def _check_declared(path: Path, declared: FluxModelArgs, args: FluxModelArgs) ->
                 f"{path} was made with {name} {getattr(declared, name)}, the model has "
                 f"{getattr(args, name)}; take the flavor that it was made with"
             )
-
-
-def _check_dtypes(path: Path, source: Source) -> None:
-    wrong = [f"{name} ({one})" for name, one in source.dtypes.items() if one not in _READABLE]
-    if wrong:
-        raise UnreadableWeights(
-            f"{path} holds quantised or integer weights, which are not read: {listed(wrong)}; give "
-            "the file that it was made from"
-        )
 
 
 def _initialized(name: str, shape: tuple[int, ...], bounds: Iterable[tuple[int, int]]) -> Tensor:
