@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.paths import locate, looks_local
+from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.encoders.pretrained import (
     PUBLISHED,
     TOKENIZER_FILES,
@@ -19,6 +20,7 @@ from torchtitan_flux.encoders.pretrained import (
     read_clip_config,
     read_t5_config,
 )
+from torchtitan_flux.encoders.text_weights import TextWeights
 
 TEXT = {key.removeprefix("encoder."): tokenizer for key, (_, tokenizer) in PUBLISHED.items()}
 """Key of [encoder] -> the folder beside the encoder's in FLUX.1's repositories."""
@@ -51,9 +53,23 @@ def encoder_problems(config: Any, pixel_space: bool) -> list[str]:
             found.append(f"encoder.{key} = {path!r}{line}")
             if part and (match := _DOWNLOADED.match(path)) and match[1] in REPOSITORIES:
                 wanted.setdefault(match[1], []).append(part)
+    for key in TEXT:
+        if not any(line.startswith(f"encoder.{key} ") for line in found):
+            found += _wrong_weights(key, paths[key])
     names = {key: path for key, path in paths.items() if key in TEXT and _on_the_hub(path)}
     found += _not_on_the_hub(names)
     return found + [_download(name, parts) for name, parts in wanted.items()]
+
+
+def _wrong_weights(key: str, path: str) -> list[str]:
+    """What transformers would leave out or make up, of an encoder whose files are there."""
+    if locate(path) is None:
+        return []
+    try:
+        TextWeights(f"encoder.{key}", resolved_path(path))
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 def _on_the_hub(path: str) -> bool:
