@@ -131,12 +131,28 @@ def dequantized(part: Tensor, scale: Tensor, rows: slice, name: str) -> Tensor:
     scale = scale.flatten().float()
     if scale.numel() > 1:
         scale = scale[rows].view(-1, *[1] * (part.dim() - 1))
-    values = part.float()
-    result = values * scale
-    largest = scale.abs().max() * torch.finfo(part.dtype).max if scale.numel() else scale.sum()
-    if not largest.isfinite() and not torch.equal(result.isfinite(), values.isfinite()):
+    values = part.to(torch.float32, copy=True).mul_(scale)
+    largest = (scale.double() * torch.finfo(part.dtype).max).abs().sum()
+    within = largest <= torch.finfo(torch.float32).max  # not where it is NaN
+    if not within and not torch.equal(values.isfinite(), part.float().isfinite()):
         raise QuantizedWeights(f"{name} is not finite, or scales its weight beyond float32")
-    return result
+    return values
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without its scales, scaled weights in float32; all are floating-point numbers.
+
+    Raises:
+        QuantizedWeights: see `find_scales`.
+    """
+    dtypes = {name: one.dtype for name, one in tensors.items()}
+    shapes = {name: tuple(one.shape) for name, one in tensors.items()}
+    scales = find_scales(dtypes, shapes, [], lambda name: tensors[name])
+    found = {name: one for name, one in tensors.items() if name not in scales.beside}
+    check_integers({name: dtypes[name] for name in found})
+    for name, scale in scales.of.items():
+        found[name] = dequantized(tensors[name], tensors[scale], slice(None), scale)
+    return found
 
 
 def check_integers(dtypes: Mapping[str, torch.dtype]) -> None:

@@ -29,7 +29,7 @@ class ScaledSource:
             return stored
         scale = _whole(self._source, self._scales[name])
         try:
-            return dequantized(stored, scale, box[0], self._scales[name])
+            return dequantized(stored, scale, box[0] if box else slice(None), self._scales[name])
         except QuantizedWeights as error:
             raise UnreadableWeights(str(error)) from None
 

@@ -83,8 +83,8 @@ def _unsupported(config: Any) -> list[str]:
         )
     if config.checkpoint.initial_load_in_hf_quantized:
         found.append(
-            "checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be read; "
-            "set it to false and name weights in float32, bfloat16 or float16"
+            "checkpoint.initial_load_in_hf_quantized = true: of quantised weights only scaled "
+            "float8 is read, and without this key; set it to false"
         )
     if config.fault_tolerance.enable:
         found.append("fault_tolerance.enable = true is not supported; set it to false")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from torchtitan_flux.element_types import BeyondRange, cast
 from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
@@ -20,6 +21,7 @@ from torchtitan_flux.encoders.autoencoder_layers import (
     Encoder,
 )
 from torchtitan_flux.encoders.codec import check_channels
+from torchtitan_flux.quantized import QuantizedWeights, plain
 from torchtitan_flux.state_dict_keys import KeyMismatch
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
@@ -99,20 +101,25 @@ def load_autoencoder(
 
     Raises:
         FileNotFoundError: nothing there, or a folder that lacks one of the two files.
-        ValueError: not safetensors, not this architecture (KeyMismatch names the keys), or a
-            configuration this code does not implement.
+        ValueError: not safetensors, not this architecture (KeyMismatch names the keys), a
+            configuration this code does not implement, or quantised but for scaled float8.
     """
     path = Path(path)
     args, weights = read_args(path)
     to_ours = from_bfl if weights == path else from_diffusers
     try:
-        state_dict = to_ours(load_file(weights), args)
+        state_dict = to_ours(plain(load_file(weights)), args)
+        state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
+    except QuantizedWeights as error:
+        raise ValueError(f"{_KEY}: {weights} {error}") from None
+    except BeyondRange as error:
+        raise ValueError(f"{_KEY}: {weights}: {error}") from None
     except KeyMismatch as error:
         what = f"{_KEY}: {weights}"
         raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
     with torch.device("meta"):
         autoencoder = Autoencoder(args)
-    state_dict = {name: value.to(device, dtype) for name, value in state_dict.items()}
+    state_dict = {name: value.to(device) for name, value in state_dict.items()}
     autoencoder.load_state_dict(state_dict, assign=True)
     return autoencoder.requires_grad_(False).eval()
 
