@@ -306,6 +306,27 @@ TABLE: dict[str, list[Refusal]] = {
             needs=("shards",),
         ),
         file(
+            'encoder.t5_encoder = "stray"\nencoder.clip_encoder = "headless"',
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from stray: it does not fit; 1 unknown: encoder.block.0.bias",
+            "run.toml:2: encoder.clip_encoder: cannot load the weights from headless: it does not fit; 2 missing: final_layer_norm.weight, final_layer_norm.bias",
+            needs=("stray", "headless"),
+        ),
+        file(
+            'encoder.t5_encoder = "int8"',
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from int8: holds bitsandbytes int8 weights (encoder.block.0.layer.1.DenseReluDense.wi_0.SCB), which are not read; give the file that it was made from, or one in float8 with a scale for each tensor or row",
+            needs=("int8",),
+        ),
+        file(
+            'encoder.t5_encoder = "unscaled"',
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from unscaled: says by scaled_fp8 that its float8 weights are scaled, and holds no scales (scale_weight or weight_scale); get it again",
+            needs=("unscaled",),
+        ),
+        file(
+            'encoder.t5_encoder = "quantised"',
+            "run.toml:1: encoder.t5_encoder: cannot load the configuration from quantised: its quantization_config says that the weights are quantised by bitsandbytes, 4 bits, which is not read; give the file that it was made from, or one in float8 with a scale for each tensor or row",
+            needs=("quantised",),
+        ),
+        file(
             'encoder.clip_encoder = "pickled"',
             "run.toml:1: encoder.clip_encoder = 'pickled': pickled/model.safetensors does not exist; pytorch_model.bin is not read, for it could run code",
             needs=("pickled",),
