@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torchtitan_flux.encoders.autoencoder_layers import (
     Encoder,
 )
 from torchtitan_flux.encoders.codec import check_channels
-from torchtitan_flux.quantized import QuantizedWeights, plain
+from torchtitan_flux.encoders.stored import read_header, read_stored
+from torchtitan_flux.quantized import QuantizedWeights, check_integers, find_scales, plain
 from torchtitan_flux.state_dict_keys import KeyMismatch
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
@@ -106,17 +108,9 @@ def load_autoencoder(
     """
     path = Path(path)
     args, weights = read_args(path)
-    to_ours = from_bfl if weights == path else from_diffusers
-    try:
-        state_dict = to_ours(plain(load_file(weights)), args)
+    with _naming(weights):
+        state_dict = _to_ours(path)(plain(load_file(weights)), args)
         state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
-    except QuantizedWeights as error:
-        raise ValueError(f"{_KEY}: {weights} {error}") from None
-    except BeyondRange as error:
-        raise ValueError(f"{_KEY}: {weights}: {error}") from None
-    except KeyMismatch as error:
-        what = f"{_KEY}: {weights}"
-        raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
     with torch.device("meta"):
         autoencoder = Autoencoder(args)
     state_dict = {name: value.to(device) for name, value in state_dict.items()}
@@ -127,10 +121,39 @@ def load_autoencoder(
 def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     """(latent channels, pixels per latent cell) of what `load_autoencoder` would load.
 
-    Reads only the configuration or the safetensors header. Raises as `load_autoencoder` does.
+    Reads only the configuration and the safetensors header. Raises as `load_autoencoder` does, but
+    where a value does not fit.
     """
-    args, _ = read_args(Path(path))
+    path = Path(path)
+    args, weights = read_args(path)
+    with _naming(weights):
+        tensors, strings = read_header(weights)
+        dtypes = {name: one.dtype for name, one in tensors.items()}
+        shapes = {name: one.shape for name, one in tensors.items()}
+        scales = find_scales(dtypes, shapes, [strings], lambda name: read_stored(weights, name))
+        own = {name: one for name, one in shapes.items() if name not in scales.beside}
+        _to_ours(path)({name: torch.empty(one, device="meta") for name, one in own.items()}, args)
+        check_integers({name: dtypes[name] for name in own})
     return args.z_channels, args.downscale
+
+
+def _to_ours(path: Path) -> Callable[[Mapping[str, Tensor], AutoencoderArgs], dict[str, Tensor]]:
+    """The key map of a folder is diffusers', that of a file BFL's."""
+    return from_diffusers if path.is_dir() else from_bfl
+
+
+@contextmanager
+def _naming(weights: Path) -> Iterator[None]:
+    """What is wrong with weights is said with their file and the TOML key."""
+    try:
+        yield
+    except QuantizedWeights as error:
+        raise ValueError(f"{_KEY}: {weights} {error}") from None
+    except KeyMismatch as error:
+        what = f"{_KEY}: {weights}"
+        raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
+    except (BeyondRange, SafetensorError) as error:
+        raise ValueError(f"{_KEY}: {weights}: {error}") from None
 
 
 def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:

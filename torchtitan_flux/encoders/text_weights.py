@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, T5Config
 
@@ -22,8 +22,9 @@ from torchtitan_flux.encoders.pretrained import (
     read_t5_config,
     refusal,
 )
+from torchtitan_flux.encoders.stored import StoredTensor, read_header, read_stored
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH
-from torchtitan_flux.quantized import QuantizedWeights, check_integers, dequantized, find_scales
+from torchtitan_flux.quantized import check_integers, dequantized, find_scales
 from torchtitan_flux.state_dict_keys import check_keys
 
 SINGLE = "model.safetensors"
@@ -36,27 +37,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 _FETCHED = ("config.json", SINGLE, INDEX, "model-*.safetensors")
 """What is fetched of a repository on the hub."""
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def read_stored(file: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file, in the file's own type."""
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
 
 
 class TextWeights:
@@ -162,14 +142,6 @@ def weight_files(path: str | Path, key: str) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    file: Path
-    name: str  # in the file
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class _Kind:
     """What makes T5's weights differ from CLIP's.
 
@@ -186,26 +158,22 @@ class _Kind:
     others: re.Pattern[str]
 
 
-def _headers(files: list[Path], kind: _Kind) -> tuple[dict[str, _Tensor], list[dict[str, str]]]:
+def _headers(
+    files: list[Path], kind: _Kind
+) -> tuple[dict[str, StoredTensor], list[dict[str, str]]]:
     """The encoder's tensors by the names used here, and the strings beside them."""
-    found: dict[str, _Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     headers = []
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            headers.append(opened.metadata() or {})
-            for name in opened.keys():  # noqa: SIM118
-                if kind.others.match(name):
-                    continue
-                ours = kind.renamed(name)
-                if ours in found and found[ours].name == name:
-                    raise ValueError(f"{name} is both in {found[ours].file} and in {file}")
-                tensor = opened.get_slice(name)
-                shape, dtype = tuple(tensor.get_shape()), _TYPES.get(tensor.get_dtype())
-                if dtype is None:
-                    raise QuantizedWeights(
-                        f"holds {name} of the type {tensor.get_dtype()}, which is not read"
-                    )
-                found[ours] = _Tensor(file, name, shape, dtype)
+        tensors, strings = read_header(file)
+        headers.append(strings)
+        for name, tensor in tensors.items():
+            ours = kind.renamed(name)
+            if kind.others.match(name):
+                continue
+            if ours in found and found[ours].name == name:
+                raise ValueError(f"{name} is both in {found[ours].file} and in {file}")
+            found[ours] = tensor
     return found, headers
 
 
