@@ -8,6 +8,11 @@ class BeyondRange(ValueError):
     """A finite value is beyond what an element type can hold."""
 
 
+def narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether some values of a floating-point type are beyond another's range."""
+    return torch.finfo(source).max > torch.finfo(target).max
+
+
 def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`values` in another floating-point type; the same tensor where that is its type.
 
@@ -20,7 +25,7 @@ def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         BeyondRange: names the tensor.
     """
     result = values.to(dtype)
-    if torch.finfo(values.dtype).max <= torch.finfo(dtype).max or not values.numel():
+    if not narrows(values.dtype, dtype) or not values.numel():
         return result
     # both ends are NaN where one value is
     if torch.stack(result.aminmax()).isfinite().all():

@@ -43,6 +43,9 @@ _KINDS = (
     ("SDNQ", r"\.(zero_point|svd_up|svd_down)$"),
     ("smoothed (pre_quant_scale)", r"\.pre_quant_scale$"),
     ("block-wise float8", r"\.weight_scale_inv$"),
+    ("ModelOpt simulated", r"_quantizer\."),
+    ("MXFP4", r"_blocks$"),
+    ("codebook (AQLM or VPTQ)", r"\.(codebooks|centroids)"),
 )
 """What leaves tensors of these names beside its codes."""
 

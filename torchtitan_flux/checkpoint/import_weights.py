@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtitan_flux.checkpoint.weights import Guidance, Weights, open_weights
+from torchtitan_flux.element_types import narrows
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 
 
@@ -63,7 +64,9 @@ def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
         local, box = _own_part(parameter)
         if local.numel() == 0:
             continue
-        values = weights.read(name, box, local.dtype)
+        # where nothing can be lost, the cast is the device's
+        narrow = narrows(weights.dtypes[name], local.dtype)
+        values = weights.read(name, box, local.dtype if narrow else None)
         assert values.shape == local.shape, name  # copy_ would broadcast
         local.copy_(values)
 

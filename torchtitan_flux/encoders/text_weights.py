@@ -35,6 +35,7 @@ Stored = Callable[[Path, str], Tensor]
 
 Shapes = dict[str, tuple[int, ...]]
 
+_EMBEDDING = "shared."
 _FETCHED = ("config.json", SINGLE, INDEX, "model-*.safetensors")
 """What is fetched of a repository on the hub."""
 
@@ -171,8 +172,12 @@ def _headers(
             ours = kind.renamed(name)
             if kind.others.match(name):
                 continue
-            if ours in found and found[ours].name == name:
-                raise ValueError(f"{name} is both in {found[ours].file} and in {file}")
+            if (other := found.get(ours)) is not None:
+                same = (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
+                if other.name == name or not (same and ours.startswith(_EMBEDDING)):
+                    raise ValueError(f"{ours} is there twice: {other.name} and {name} in {file}")
+                if name != ours:
+                    continue
             found[ours] = tensor
     return found, headers
 
@@ -231,7 +236,7 @@ _KINDS = {
     T5_KEY: _Kind(
         read_t5_config,
         _t5_shapes,
-        lambda name: re.sub(r"^encoder\.embed_tokens\.", "shared.", name),
+        lambda name: re.sub(r"^encoder\.embed_tokens\.", _EMBEDDING, name),
         re.compile(r"decoder\.|lm_head\.|spiece_model$"),
     ),
     CLIP_KEY: _Kind(

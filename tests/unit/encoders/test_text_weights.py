@@ -126,6 +126,24 @@ def test_a_whole_t5_and_both_names_of_the_embedding(tiny: Path, tmp_path: Path):
         assert encoder.model.encoder.embed_tokens.weight is encoder.model.shared.weight
 
 
+def test_a_tensor_that_is_there_twice(tiny: Path, tmp_path: Path):
+    """Of the embedding's two names `shared` counts; as it is one tensor, both must be alike."""
+    folder, state = copy(tiny, tmp_path / "t5", "t5")
+    other = {"encoder.embed_tokens.weight": torch.zeros_like(state["shared.weight"])}
+    save(folder, other | state)
+    assert torch.equal(
+        TextWeights(T5_KEY, folder).read("shared.weight", torch.float32), state["shared.weight"]
+    )
+    save(folder, {"encoder.embed_tokens.weight": state["shared.weight"].half(), **state})
+    with pytest.raises(ValueError, match=r"shared\.weight is there twice"):
+        TextWeights(T5_KEY, folder)
+    folder, state = copy(tiny, tmp_path / "clip", "clip")
+    name = "final_layer_norm.weight"
+    save(folder, {**state, name: state[f"text_model.{name}"] + 1})
+    with pytest.raises(ValueError, match=rf"{name} is there twice"):
+        TextWeights(CLIP_KEY, folder)
+
+
 def test_shards_by_their_index(tiny: Path, tmp_path: Path):
     """The scale of a weight may lie in another file."""
     folder, state = copy(tiny, tmp_path / "t5", "t5")
