@@ -96,9 +96,9 @@ def find_scales(
     for kind, pattern in _KINDS:
         if found := next((name for name in dtypes if re.search(pattern, name)), None):
             raise _refused(kind, found)
-    check_integers({n: dtypes[n] for n, s in shapes.items() if n.endswith("weight") and len(s) > 1})
-    layers = {layer: one for header in headers for layer, one in _layers(header).items()}
-    _check_formats(dtypes, layers, read)
+    described = _described(dtypes, headers, read)
+    for weight, description in described.items():
+        _check_format(weight, description)
     scales: dict[str, str] = {}
     beside = {name for name in dtypes if name.rpartition(".")[2] == MARKER}
     marked = bool(beside)
@@ -115,7 +115,9 @@ def find_scales(
             _check_scale(weight, name, dtypes, shapes)
             scales[weight] = name
             beside.add(name)
-    _check_complete(dtypes, scales, _described(dtypes, layers), marked)
+    _check_complete(dtypes, scales, described, marked)
+    # codes of an unknown kind are named before anything is made of their shapes
+    check_integers({n: dtypes[n] for n, s in shapes.items() if n.endswith("weight") and len(s) > 1})
     return Scales(scales, frozenset(beside))
 
 
@@ -242,52 +244,48 @@ def _check_complete(
         )
 
 
-def _check_formats(
-    dtypes: Mapping[str, torch.dtype], layers: Mapping[str, Any], read: Callable[[str], Tensor]
-) -> None:
-    """ComfyUI's descriptions of its layers' formats, in the header and beside the weights."""
-    for layer, described in layers.items():
-        _check_format(layer, described)
+def _described(
+    dtypes: Mapping[str, torch.dtype],
+    headers: Sequence[Mapping[str, str]],
+    read: Callable[[str], Tensor],
+) -> dict[str, Any]:
+    """What ComfyUI says of the formats of weights, in headers and beside them.
+
+    A header may also speak of other parts of its file, and with a prefix that is cut off here.
+    """
+    weights = {name for name in dtypes if name.endswith(".weight")}
+    found = {}
+    for layer, description in (item for header in headers for item in _layers(header)):
+        parts = f"{layer}.weight".split(".")
+        names = (".".join(parts[begin:]) for begin in range(len(parts) - 1))
+        if name := next((name for name in names if name in weights), None):
+            found[name] = description
     for name, dtype in dtypes.items():
         if name.endswith(".comfy_quant"):
             try:
                 if dtype != torch.uint8:
                     raise ValueError
-                described = json.loads(bytes(read(name).flatten().tolist()))
+                description = json.loads(bytes(read(name).flatten().tolist()))
             except ValueError:  # not JSON, not UTF-8
                 raise QuantizedWeights(
                     f"holds a {name} that is no description of a format; get it again"
                 ) from None
-            _check_format(name, described)
+            found[f"{name.removesuffix('comfy_quant')}weight"] = description
+    return found
 
 
-def _check_format(layer: str, described: Any) -> None:
-    if not isinstance(described, Mapping) or "format" not in described:
-        raise QuantizedWeights(f"does not say the format of {layer}: {described!r}; get it again")
-    if described["format"] not in (*_FORMATS, *_PLAIN):
-        raise _refused(f"ComfyUI {described['format']}", layer)
-    changed = [name for name, value in described.items() if value and name not in _HARMLESS]
-    if changed:
-        raise _refused(f"ComfyUI {described['format']} with {', '.join(changed)}", layer)
-
-
-def _layers(header: Mapping[str, str]) -> dict[str, Any]:
+def _layers(header: Mapping[str, str]) -> list[tuple[str, Any]]:
     try:
-        return dict(json.loads(header.get(_METADATA, "{}")).get("layers", {}))
-    except (ValueError, TypeError, AttributeError):
+        return list(json.loads(header.get(_METADATA, "{}")).get("layers", {}).items())
+    except (ValueError, AttributeError):
         raise QuantizedWeights(f"has a {_METADATA} that is not usable; get it again") from None
 
 
-def _described(dtypes: Mapping[str, torch.dtype], layers: Iterable[str]) -> list[str]:
-    """Weights that descriptions name as float8; names in the header may have a prefix more."""
-    found = [
-        f"{name.removesuffix('comfy_quant')}weight"
-        for name in dtypes
-        if name.endswith(".comfy_quant")
-    ]
-    weights = {name for name in dtypes if name.endswith(".weight")}
-    for layer in layers:
-        parts = f"{layer}.weight".split(".")
-        candidates = (".".join(parts[begin:]) for begin in range(len(parts) - 1))
-        found += [name for name in candidates if name in weights][:1]
-    return found
+def _check_format(weight: str, described: Any) -> None:
+    if not isinstance(described, Mapping) or "format" not in described:
+        raise QuantizedWeights(f"does not say the format of {weight}: {described!r}; get it again")
+    if described["format"] not in (*_FORMATS, *_PLAIN):
+        raise _refused(f"ComfyUI {described['format']}", weight)
+    changed = [name for name, value in described.items() if value and name not in _HARMLESS]
+    if changed:
+        raise _refused(f"ComfyUI {described['format']} with {', '.join(changed)}", weight)

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from weight_files import SCALINGS, scaled_float8
 
-from torchtitan_flux.quantized import QuantizedWeights, check_config, dequantized, plain
+from torchtitan_flux.quantized import (
+    QuantizedWeights,
+    Scales,
+    check_config,
+    dequantized,
+    find_scales,
+    plain,
+)
 
 F8 = torch.float8_e4m3fn
 STATE = {
@@ -91,22 +98,23 @@ OTHERS = [
     ("ModelOpt", {"a.weight": codes(F8), "a.weight_quantizer._scale": torch.ones(())}),
     ("MXFP4", {"experts_blocks": codes(), "experts_scales": codes()}),
     ("codebook", {"a.codes": codes(), "a.codebooks": torch.ones(2, 2)}),
-    ("int8 scaled", {"a.bias": torch.ones(6), "a.weight_scale": torch.ones(6, 1)}),
+    ("int8 scaled", {"a.weight": codes(torch.int8), "a.scale_weight": torch.ones(6, 1)}),
     ("block-wise scaled", {"a.weight": codes(F8), "a.weight_scale": torch.ones(6, 2)}),
     ("MX", {"a.weight": codes(F8), "a.weight_scale": codes()}),
     ("MX", {"a.weight": codes(F8), "a.weight_scale": torch.ones(6, 1).to(torch.float8_e8m0fnu)}),
     ("quantised or integer", {"a.weight": codes(torch.int8)}),
     ("quantised or integer", {"a.bias": torch.ones(3, dtype=torch.int64)}),
     ("ComfyUI nvfp4", described(format="nvfp4")),
-    ("ComfyUI int8_tensorwise", described(format="int8_tensorwise")),
+    (
+        "ComfyUI int8_tensorwise",
+        described(format="int8_tensorwise") | {"a.weight": codes(torch.int8)},
+    ),
     ("ComfyUI float8_e4m3fn with convrot", described(format="float8_e4m3fn", convrot=True)),
 ]
 
 
 @pytest.mark.parametrize(("kind", "stored"), OTHERS)
 def test_other_quantisations_are_refused_by_name(kind: str, stored: dict[str, Tensor]):
-    if kind == "int8 scaled":
-        stored = {**stored, "a.weight": codes(torch.int8)[0]}
     with pytest.raises(QuantizedWeights, match=rf"^holds {kind}.*which are not read.*give the"):
         plain(stored)
 
@@ -136,12 +144,32 @@ def without(name: str, **more: Tensor) -> dict[str, Tensor]:
             r"the scale of a\.weight is missing",
         ),
         ({**described(), "a.comfy_quant": codes()}, r"a\.comfy_quant that is no description"),
-        (described(formats="x"), r"does not say the format of a\.comfy_quant"),
+        (described(formats="x"), r"does not say the format of a\.weight"),
     ],
 )
 def test_a_file_that_lost_its_scales(stored: dict[str, Tensor], message: str):
     with pytest.raises(QuantizedWeights, match=message):
         plain(stored)
+
+
+def test_a_header_is_about_the_weights_that_are_read():
+    """It may speak of other parts of the file, and with a prefix."""
+
+    def find(layers: object) -> Scales:
+        tensors = {"a.b.weight": codes(F8), "a.b.weight_scale": torch.ones(())}
+        dtypes = {name: one.dtype for name, one in tensors.items()}
+        shapes = {name: tuple(one.shape) for name, one in tensors.items()}
+        header = {"_quantization_metadata": json.dumps(layers)}
+        return find_scales(dtypes, shapes, [{}, header], tensors.__getitem__)
+
+    float8, other = {"format": "float8_e4m3fn"}, {"format": "nvfp4"}
+    layers = {"model.diffusion_model.a.b": float8, "text_encoders.x.b": other}
+    assert find({"layers": layers}).of == {"a.b.weight": "a.b.weight_scale"}
+    with pytest.raises(QuantizedWeights, match=r"ComfyUI nvfp4 weights \(a\.b\.weight\)"):
+        find({"layers": {"model.diffusion_model.a.b": other}})
+    for spoilt in ([], {"layers": 3}):
+        with pytest.raises(QuantizedWeights, match="_quantization_metadata that is not usable"):
+            find(spoilt)
 
 
 def test_scales_of_nothing_stay_for_the_check_of_keys():
