@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, T5Config
@@ -36,8 +37,6 @@ Stored = Callable[[Path, str], Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 _EMBEDDING = "shared."
-_FETCHED = ("config.json", SINGLE, INDEX, "model-*.safetensors")
-"""What is fetched of a repository on the hub."""
 
 
 class TextWeights:
@@ -123,20 +122,30 @@ def weight_files(path: str | Path, key: str) -> list[Path]:
         OSError, ValueError: the hub cannot be asked; the index is none.
     """
     name = locate(path, key)["pretrained_model_name_or_path"]
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
+    if (single := _find(name, SINGLE)) is not None:
+        return [single]
+    if (index := _find(name, INDEX)) is None:
         raise FileNotFoundError(f"there is no {SINGLE} and no {INDEX} (pickles are not read)")
     try:
-        names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
         if not names or any(Path(one).name != one for one in names):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{INDEX} is no index of weights") from None
-    return [folder / one for one in sorted(names)]
+    shards = {one: _find(name, one) for one in sorted(names)}
+    if missing := [one for one, shard in shards.items() if shard is None]:
+        raise FileNotFoundError(f"{INDEX} names {', '.join(missing)}, which is not there")
+    return [shard for shard in shards.values() if shard is not None]
+
+
+def _find(folder: str, name: str) -> Path | None:
+    """A file of a local folder or, fetched, of a repository on the hub; None where it has none."""
+    if Path(folder).is_dir():
+        return Path(folder) / name if (Path(folder) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(folder, name))
+    except EntryNotFoundError:  # also where it is not in the cache and the hub is not asked
+        return None
 
 
 # ---- what is in a file ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 from helpers import relative_l2
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -20,7 +21,7 @@ from weight_files import SCALINGS, scaled_float8
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
 from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
-from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
+from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights, weight_files
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.stages import OneAfterAnother
 from torchtitan_flux.model import FLAVORS
@@ -166,6 +167,32 @@ def test_shards_by_their_index(tiny: Path, tmp_path: Path):
     index.write_text(json.dumps({"weight_map": {"a": "../../model.safetensors"}}))
     with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json is no index of weights"):
         T5Encoder(folder)
+
+
+def test_only_the_files_of_a_repository_that_are_needed_are_fetched(monkeypatch, tmp_path: Path):
+    fetched = []
+
+    def fetch(repository: str, name: str) -> str:
+        fetched.append(name)
+        if not (tmp_path / name).is_file():
+            raise LocalEntryNotFoundError(f"{repository} has no {name}")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("torchtitan_flux.encoders.text_weights.hf_hub_download", fetch)
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no .*index\.json"):
+        weight_files("owner/t5", T5_KEY)
+    table = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    (tmp_path / table["a"]).touch()
+    (tmp_path / "model.fp16.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"names model-2-of-2\.safetensors, which is not"):
+        weight_files("owner/t5", T5_KEY)
+    (tmp_path / table["b"]).touch()
+    assert weight_files("owner/t5", T5_KEY) == [tmp_path / name for name in table.values()]
+    (tmp_path / "model.safetensors").touch()
+    fetched.clear()
+    assert weight_files("owner/t5", T5_KEY) == [tmp_path / "model.safetensors"]
+    assert fetched == ["model.safetensors"]
 
 
 Q = "encoder.block.1.layer.0.SelfAttention.q"
