@@ -23,7 +23,13 @@ from torchtitan_flux.encoders.autoencoder_layers import (
 )
 from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.encoders.stored import read_header, read_stored
-from torchtitan_flux.quantized import QuantizedWeights, check_integers, find_scales, plain
+from torchtitan_flux.quantized import (
+    QuantizedWeights,
+    check_config,
+    check_integers,
+    find_scales,
+    plain,
+)
 from torchtitan_flux.state_dict_keys import KeyMismatch
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
@@ -206,6 +212,7 @@ def _args_from_config(path: Path) -> AutoencoderArgs:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         _check_supported(config)
+        check_config(config)
         widths = config["block_out_channels"]
         return AutoencoderArgs(
             in_channels=config["in_channels"],

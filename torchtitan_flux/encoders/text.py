@@ -98,6 +98,7 @@ def _load(kind: Any, weights: TextWeights, device: torch.device | str, dtype: to
     """transformers' model with these weights, which have been found to be all of them."""
     with torch.device("meta"):
         names = list(kind._from_config(weights.config).state_dict())
-    state = {name: weights.read(name, dtype) for name in names}
+    values = {name: weights.read(name, dtype) for name in weights.shapes}
+    state = {name: values[weights.own_name(name)] for name in names}
     model = kind.from_pretrained(None, config=weights.config, state_dict=state, dtype=dtype)
     return model.to(device)

@@ -96,7 +96,7 @@ class TextWeights:
             KeyError: there is no such parameter.
             ValueError: the file cannot be read, or `dtype` cannot hold a value.
         """
-        name = self._kind.renamed(name)
+        name = self.own_name(name)
         scale = self._scales.get(name)
         try:
             values = self._raw(name)
@@ -105,6 +105,10 @@ class TextWeights:
             return cast(values, dtype, name)
         except (OSError, ValueError, SafetensorError) as error:
             raise refusal(self._key, self._path, "weights", error) from None
+
+    def own_name(self, name: str) -> str:
+        """The name in `shapes` of what transformers, or a file, calls `name`."""
+        return self._kind.renamed(name)
 
     def _raw(self, name: str) -> Tensor:
         return self._stored(self._tensors[name].file, self._tensors[name].name)

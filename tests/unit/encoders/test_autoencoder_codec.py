@@ -212,6 +212,7 @@ def test_float64_beyond_the_range_is_refused(bfl_file: Path, tmp_path: Path, dty
         ({"block_out_channels": [64, 96, 128, 128]}, "not multiples of the first"),
         ({"block_out_channels": [30, 60, 120, 120]}, "30 is not a positive multiple of 32"),
         ({"block_out_channels": 32}, "does not describe"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "quantised by quanto, which is not"),
     ],
 )
 def test_configurations_not_implemented_are_refused(
