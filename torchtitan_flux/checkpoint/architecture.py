@@ -12,6 +12,7 @@ import tomli
 
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights, read_json
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.quantized import QuantizedWeights, check_config
 
 METADATA_KEY = "torchtitan_flux.model_args"
 """Where our safetensors files keep the arguments that shapes do not show."""
@@ -80,7 +81,8 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
     """Arguments from a transformer folder's `config.json`.
 
     Raises:
-        UnreadableWeights: it describes another class, or a variant that is not FLUX.1's.
+        UnreadableWeights: it describes another class, a variant that is not FLUX.1's, or quantised
+            weights.
     """
     config = read_json(path)
     if config.get("_class_name") != _CLASS:
@@ -88,6 +90,10 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
             f"{path} describes a {config.get('_class_name')!r}, needed is a {_CLASS}: give the "
             "folder `transformer` of a FLUX.1 model, or the folder that holds it"
         )
+    try:
+        check_config(config)
+    except QuantizedWeights as error:
+        raise UnreadableWeights(f"{path}: {error}") from None
     if config.get("patch_size", 1) != 1:
         raise UnreadableWeights(
             f"{path}: patch_size is {config['patch_size']!r}; FLUX.1 has 1 there, images are cut "

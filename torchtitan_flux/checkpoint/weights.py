@@ -29,7 +29,6 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     TensorsFile,
     UnreadableWeights,
     listed,
-    read_json,
     read_weight_map,
     refuse_pickle,
 )
@@ -45,7 +44,7 @@ from torchtitan_flux.checkpoint.transformer import (
 from torchtitan_flux.element_types import BeyondRange
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
-from torchtitan_flux.quantized import MARKER, QuantizedWeights, check_config, check_integers
+from torchtitan_flux.quantized import MARKER, QuantizedWeights, check_integers
 from torchtitan_flux.state_dict_keys import check_keys
 
 __all__ = ["FORMATS", "UnreadableWeights", "Weights", "open_weights"]
@@ -263,7 +262,6 @@ def _open_diffusers(folder: Path) -> _Found:
     config = folder / "config.json"
     if not config.is_file():
         raise UnreadableWeights(f"{folder} has no config.json; it is no diffusers folder")
-    _check_config(config)
     args = architecture.from_diffusers_config(config)
     files = open_shards(folder)
     ours = architecture.from_metadata(files[0].path, files[0].metadata) if files else None
@@ -372,13 +370,6 @@ def _without_other_parts(file: TensorsFile) -> FilesSource:
 
 
 # ---- checks --------------------------------------------------------------------------------
-
-
-def _check_config(path: Path) -> None:
-    try:
-        check_config(read_json(path))
-    except QuantizedWeights as error:
-        raise UnreadableWeights(f"{path}: {error}") from None
 
 
 def _has_guidance(source: Source) -> bool:
