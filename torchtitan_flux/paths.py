@@ -15,14 +15,20 @@ def locate(path: str) -> Path | None:
     An absolute path is itself; a relative one is looked up from the current folder, then from the
     repository, then from the installed package.
     """
-    given = Path(path).expanduser()
     # os.path.exists: Path.exists raises where a name is too long or a folder may not be entered
-    if given.is_absolute():
-        return given if os.path.exists(given) else None
-    for root in (Path.cwd(), *ROOTS):
-        if os.path.exists(root / given):
-            return root / given
-    return None
+    return next((one for one in _places(path) if os.path.exists(one)), None)
+
+
+def absence(path: str | Path) -> str:
+    """What to say of a path that `locate` did not find: that it is a broken link, or not there."""
+    for place in _places(str(path)):
+        for one in (place, *place.parents):
+            if os.path.exists(one):
+                break
+            if os.path.islink(one):
+                link = "is a link" if one == place else f"lies below the link {one}"
+                return f"{link} to {os.readlink(one)}, which does not exist"
+    return "does not exist"
 
 
 def looks_local(path: str) -> bool:
@@ -31,3 +37,9 @@ def looks_local(path: str) -> bool:
     Hub names are "name" or "owner/name".
     """
     return path.startswith((".", "/", "~", "assets/")) or path.count("/") > 1
+
+
+def _places(path: str) -> list[Path]:
+    """Where a path of the configuration may lie, the first place first."""
+    given = Path(path).expanduser()
+    return [given] if given.is_absolute() else [root / given for root in (Path.cwd(), *ROOTS)]

@@ -17,6 +17,7 @@ LEVELS = {
     "lifetime": 0,
     "durable": 0,
     "paths": 0,
+    "file_kinds": 0,
     "randomness": 0,
     "state_dict_keys": 0,
     "flow_matching": 1,

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from torchtitan_flux.checkpoint.folder import complete_steps
+from torchtitan_flux.checkpoint.hub_cache import why_absent
+from torchtitan_flux.checkpoint.import_weights import open_for
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
@@ -122,7 +125,8 @@ def _checkpoints(config: Any) -> list[str]:
             "0 keeps all"
         )
     if c.enable and c.initial_load_path and locate(c.initial_load_path) is None:
-        found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} does not exist")
+        why = why_absent(c.initial_load_path)
+        found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} {why}")
     for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf"):
         if getattr(c, key) and not c.enable:
             found.append(
@@ -242,6 +246,7 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     found = _size(config, args)
     if not training:
         return found
+    found += _initial_weights(config, args)
     fits = not found and low_precision
     return [
         *found,
@@ -249,6 +254,23 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
         *pipeline_fit(config, args),
         *(low_precision_fit(config, args, image_size(config)) if fits else []),
     ]
+
+
+def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
+    """Why a run cannot begin with the weights that it names, by their headers."""
+    c = config.checkpoint
+    path = locate(c.initial_load_path) if c.enable and c.initial_load_path else None
+    if path is None or not c.initial_load_model_only:
+        return []
+    if complete_steps(Path(config.job.dump_folder) / c.folder):
+        return []  # the run goes on from its own
+    try:
+        open_for(
+            path, config.model.flavor, args, c.guidance_weights, c.unknown_weights, contents=False
+        )
+    except (ValueError, OSError) as error:
+        return [f"checkpoint.initial_load_path = {c.initial_load_path!r}: {error}"]
+    return []
 
 
 def _size(config: Any, args: FluxModelArgs) -> list[str]:
