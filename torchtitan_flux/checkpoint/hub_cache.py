@@ -13,7 +13,7 @@ from torchtitan_flux.paths import absence
 
 _CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_ADDRESS = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)(?:/.*)?")
+_ADDRESS = re.compile(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)(?:/.*)?")
 
 
 def why_absent(path: str | Path) -> str:

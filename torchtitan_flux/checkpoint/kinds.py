@@ -60,16 +60,16 @@ KINDS = (
     ),
     _kind(r"^redux_(up|down)\.", f"is FLUX.1 Redux, which makes text of pictures; {_GIVE_MODEL}"),
     _kind(
-        r"(^|\.)(en|de)coder\.(conv_in|conv_out|layers\.\d+|mid|mid_block)\.(.*\.)?(weight|bias)$",
-        f"is an autoencoder; {_GIVE_MODEL} (the autoencoder goes to encoder.autoencoder_path)",
-    ),
-    _kind(
         r"layer\.\d+\.SelfAttention\.|(^|\.)enc\.blk\.\d+\.",
         f"is a T5 text encoder; {_GIVE_MODEL} (T5's folder goes to encoder.t5_encoder)",
     ),
     _kind(
         r"(^|\.)(text_model|vision_model)\.|(^|\.)transformer\.resblocks\.\d+\.",
         f"is a CLIP encoder; {_GIVE_MODEL} (CLIP's folder goes to encoder.clip_encoder)",
+    ),
+    _kind(
+        r"(^|\.)(en|de)coder\.(conv_in|conv_out|layers\.\d+|mid|mid_block)\.(.*\.)?(weight|bias)$",
+        f"is an autoencoder; {_GIVE_MODEL} (the autoencoder goes to encoder.autoencoder_path)",
     ),
     _kind(
         r"(^|\.)input_blocks\.\d+\.|(^|\.)down_blocks\.\d+\.(attentions|resnets)\.",
