@@ -5,7 +5,10 @@ from pathlib import Path
 
 _BEGINNING = 2048  # bytes
 _SHOWN = 80
-_AGAIN = "get it again, logged in or with a token where the model asks for one (--hf_token)"
+_AGAIN = (
+    "where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if "
+    "the model asks for one"
+)
 _UNPICKLING = (
     "is a pickle by its contents, and unpickling runs whatever code is in it; give a safetensors "
     "file (where it is trusted: safetensors.torch.save_file writes one)"
@@ -74,7 +77,7 @@ def _text(begin: bytes) -> str | None:
     if not words or not all(one.isprintable() or one.isspace() for one in text):
         return None
     if words[:1] == "<":
-        return f"is a web page or XML, not weights: the download failed; {_AGAIN}"
+        return f"is a web page or XML, not weights; {_AGAIN}"
     what = "a JSON text" if words[:1] in ("{", "[") else "a text"
     shown = words[:_SHOWN] + (" …" if len(words) > _SHOWN else "")
-    return f"is {what}, not weights ({shown!r}): the download failed; {_AGAIN}"
+    return f"is {what}, not weights ({shown!r}); {_AGAIN}"

@@ -8,6 +8,8 @@ ROOTS = (PACKAGE.parent, PACKAGE)
 """The repository, whose top-level folders link into the package; the package where only a wheel
 is installed."""
 
+_ABSENT = "does not exist"
+
 
 def locate(path: str) -> Path | None:
     """The existing file or folder that `path` means, or None.
@@ -28,7 +30,7 @@ def absence(path: str | Path) -> str:
             if os.path.islink(one):
                 link = "is a link" if one == place else f"lies below the link {one}"
                 return f"{link} to {os.readlink(one)}, which does not exist"
-    return "does not exist"
+    return _ABSENT
 
 
 def looks_local(path: str) -> bool:
@@ -36,7 +38,8 @@ def looks_local(path: str) -> bool:
 
     Hub names are "name" or "owner/name".
     """
-    return path.startswith((".", "/", "~", "assets/")) or path.count("/") > 1
+    link = absence(path) != _ABSENT
+    return link or path.startswith((".", "/", "~", "assets/")) or path.count("/") > 1
 
 
 def _places(path: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A model with fewer blocks than its flavor: trained, continued without its first weights, drawn."""
+"""A model with fewer blocks than its flavor: trained, continued without its file, drawn."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ PRUNED = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=3)
 SAID = "1 double and 3 single blocks, model.flavor = 'flux-tiny' 2 and 2"
 
 
-def drawn(argv: list[str], weights: str | None) -> tuple[dict[str, torch.Tensor], int]:
-    """The weights that a session draws with, and its number of single blocks."""
-    session = open_session(load_config(argv, training=False), weights=weights)
-    values = {n: p.full_tensor().clone() for n, p in session.model.named_parameters()}
-    return values, session.args.depth_single_blocks
+def drawn_with(argv: list[str], places: list[str | None]) -> list[dict[str, torch.Tensor]]:
+    """The weights that sessions draw with: of files, and of the run itself."""
+    config = load_config(argv, training=False)
+    models = [open_session(config, weights=weights).model for weights in places]
+    return [{n: p.full_tensor().clone() for n, p in m.named_parameters()} for m in models]
 
 
 def test_a_pruned_model_is_trained_continued_and_drawn(tmp_path):
@@ -37,19 +37,18 @@ def test_a_pruned_model_is_trained_continued_and_drawn(tmp_path):
     assert SAID in first.log
     assert first.weights.keys() == values.keys()
 
-    ((told, singles),) = run_ranks(1, drawn, arguments(run, 8), str(path))
-    assert singles == 3
-    assert all(torch.equal(told[name], value) for name, value in values.items())
-
-    path.unlink()
+    path = path.rename(tmp_path / "elsewhere.safetensors")
     more = arguments(run, 8, "--training.steps", "2")
     (second,) = run_ranks(1, train, more)
     assert second.error == ""
     assert list(second.losses) == [2], "it went on"
     assert SAID in second.log
     assert second.weights.keys() == values.keys()
-    ((own, _),) = run_ranks(1, drawn, arguments(run, 8), None)
-    assert all(torch.equal(own[name], value) for name, value in second.weights.items())
+
+    ((file, own),) = run_ranks(1, drawn_with, arguments(run, 8), [str(path), None])
+    for found, expected in ((file, values), (own, second.weights)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
     found = open_weights(Path(run) / "checkpoint" / "step-2", alone=True)
     assert replace(found.args, context_in_dim=1, vec_in_dim=1) == replace(

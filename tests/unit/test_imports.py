@@ -18,6 +18,7 @@ LEVELS = {
     "durable": 0,
     "paths": 0,
     "file_kinds": 0,
+    "weight_kinds": 0,
     "randomness": 0,
     "state_dict_keys": 0,
     "flow_matching": 1,

@@ -10,9 +10,9 @@ from typing import Any
 
 import tomli
 
-from torchtitan_flux.checkpoint.kinds import CLASSES
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights, read_json
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.weight_kinds import CLASSES
 
 METADATA_KEY = "torchtitan_flux.model_args"
 """Where our safetensors files keep the arguments that shapes do not show."""

@@ -69,7 +69,7 @@ def open_autoencoder(path: Path) -> AutoencoderWeights:
         KeyMismatch: names every key that does not fit.
     """
     args = autoencoder_args(path)
-    file = TensorsFile.open(path if path.is_file() else path / f"{WEIGHTS_NAME}.safetensors")
+    file = TensorsFile.open(read_args(path)[1])
     found = {name: file.tensor(name) for name in file.shapes}
     if path.is_file():
         return AutoencoderWeights(path, "bfl", args, maps.from_bfl(found, args))

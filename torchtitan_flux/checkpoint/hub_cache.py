@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from torchtitan_flux.checkpoint.safetensors_file import (
     PICKLES,
     SAFETENSORS,
@@ -29,6 +31,9 @@ def why_absent(path: str | Path) -> str:
         repository = text
     else:
         return said
+    cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    if cached.is_dir():
+        return f"{said} here; the hub's cache has it: name {cached}"
     how = download_command(repository)
     return f"{said} here; what the hub has is downloaded first: {how}"
 

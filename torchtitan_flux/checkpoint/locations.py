@@ -14,7 +14,6 @@ from torchtitan_flux.checkpoint.hub_cache import (
     snapshot_of,
     why_absent,
 )
-from torchtitan_flux.checkpoint.kinds import kind_of
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Damaged, Manifest
 from torchtitan_flux.checkpoint.names import Naming, naming
 from torchtitan_flux.checkpoint.safetensors_file import (
@@ -35,6 +34,7 @@ from torchtitan_flux.checkpoint.weight_files import (
     weight_files,
 )
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.weight_kinds import kind_of
 
 Format = Literal["diffusers", "bfl", "comfyui", "dcp", "torchtitan"]
 FORMATS: tuple[Format, ...] = ("diffusers", "bfl", "comfyui", "dcp", "torchtitan")
@@ -48,7 +48,7 @@ _CONFIG, _PIPELINE = "config.json", "model_index.json"
 _FIRST = (WEIGHTS_NAME, "flux1", "model", "pytorch_model", "pytorch_lora_weights")
 """Which files of a folder count, where it holds several sets."""
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|random_states|rng_state|training_args)\b.*")
-_BELOW = ("transformer", "pytorch_model_fsdp_0", "model", "pytorch_model")
+_BELOW = ("transformer", "pytorch_model_fsdp_0", "model", "pytorch_model", "weights")
 """Where the checkpoints of other trainers keep the model."""
 _SHOWN = 4
 
@@ -146,7 +146,7 @@ def _named(path: Path, source: Source) -> Naming:
     except ValueError as error:
         raise UnreadableWeights(f"{path} {error}") from None
     if kind := kind_of(source.shapes, names.transformer):
-        raise UnreadableWeights(f"{path} {kind}")
+        raise UnreadableWeights(f"{path} {kind.what}; {kind.remedy}")
     if not names.transformer and not names.blocks:
         raise UnreadableWeights(
             f"{path} holds no FLUX transformer: its {len(source.shapes)} tensors are named "

@@ -127,6 +127,7 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
             f"{weights.path} works on pixels: a FluxPipeline cannot do without an autoencoder; "
             "convert to diffusers, bfl, comfyui or dcp"
         )
+    architecture.raise_conditioned(weights.path, args.in_channels, args.out_channels)
     architecture.to_diffusers_config(args)  # raises where there is no such transformer
     found = _find(weights, parts or PipelineParts())
     copies: dict[str, Path] = {}

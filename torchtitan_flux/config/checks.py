@@ -9,6 +9,7 @@ import torch
 from torchtitan_flux.checkpoint.folder import complete_steps
 from torchtitan_flux.checkpoint.hub_cache import why_absent
 from torchtitan_flux.checkpoint.import_weights import open_for
+from torchtitan_flux.checkpoint.locations import find
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
@@ -127,6 +128,7 @@ def _checkpoints(config: Any) -> list[str]:
     if c.enable and c.initial_load_path and locate(c.initial_load_path) is None:
         why = why_absent(c.initial_load_path)
         found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} {why}")
+    found += _initial_kind(config)
     for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf"):
         if getattr(c, key) and not c.enable:
             found.append(
@@ -256,14 +258,33 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     ]
 
 
-def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
-    """Why a run cannot begin with the weights that it names, by their headers."""
+def _initial_path(config: Any) -> Path | None:
+    """Where the weights lie that a run begins with; None where it begins with none of them."""
     c = config.checkpoint
-    path = locate(c.initial_load_path) if c.enable and c.initial_load_path else None
-    if path is None or not c.initial_load_model_only:
-        return []
+    if not (c.enable and c.initial_load_path and c.initial_load_model_only):
+        return None
     if complete_steps(Path(config.job.dump_folder) / c.folder):
-        return []  # the run goes on from its own
+        return None  # the run goes on from its own
+    return locate(c.initial_load_path)
+
+
+def _initial_kind(config: Any) -> list[str]:
+    """Why what a run is to begin with is no FLUX transformer, whatever the model is."""
+    path = _initial_path(config)
+    if path is None:
+        return []
+    try:
+        find(path, "sizes")
+    except (ValueError, OSError) as error:
+        return [f"checkpoint.initial_load_path = {config.checkpoint.initial_load_path!r}: {error}"]
+    return []
+
+
+def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
+    """Why weights do not fit the model, by their headers."""
+    path, c = _initial_path(config), config.checkpoint
+    if path is None or _initial_kind(config):
+        return []
     try:
         open_for(
             path, config.model.flavor, args, c.guidance_weights, c.unknown_weights, contents=False

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.checkpoint.hub_cache import snapshot_of
 from torchtitan_flux.checkpoint.manifest import MANIFEST
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
@@ -102,6 +105,8 @@ def with_parts_of(weights: str, rest: list[str]) -> list[str]:
     outranks them.
     """
     root = locate(weights)
+    with suppress(UnreadableWeights):  # said where they are opened
+        root = root and snapshot_of(root)
     if root is None or not (root / "model_index.json").is_file():
         return rest
     given = {key for key, _ in given_keys(rest)}

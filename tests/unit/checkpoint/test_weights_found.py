@@ -17,7 +17,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.checkpoint import architecture, convert_command, to_bfl, to_diffusers
+from torchtitan_flux.checkpoint import (
+    architecture,
+    convert_command,
+    hub_cache,
+    to_bfl,
+    to_diffusers,
+)
+from torchtitan_flux.checkpoint.pipeline_folder import pipeline_plan
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
 from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
 from torchtitan_flux.checkpoint.weights import open_weights
@@ -294,7 +301,10 @@ def test_fill_canny_and_depth_are_named(tmp_path):
         path = made.sparse(tmp_path / f"{features}.safetensors", shapes)
         with pytest.raises(UnreadableWeights, match=rf"{name}.*not trained or drawn with here"):
             open_weights(path, replace(dev, depth=1, depth_single_blocks=1))
-        assert open_weights(path).args == args, "a conversion keeps every value"
+        weights = open_weights(path)
+        assert weights.args == args, "a conversion keeps every value"
+        with pytest.raises(UnreadableWeights, match=name):
+            pipeline_plan(weights, None)
 
 
 # ---- what is not there -----------------------------------------------------------------------
@@ -341,9 +351,14 @@ def test_a_download_that_did_not_end(tmp_path):
 )  # fmt: skip
 def test_a_name_on_the_hub_gets_the_command(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub_cache, "HF_HUB_CACHE", str(tmp_path / "hub"))
     command = r"download_hf_assets\.py --repo_id black-forest-labs/FLUX\.1-dev --assets transformer"
     with pytest.raises(FileNotFoundError, match=command):
         open_weights(name, made.ARGS)
+    cached = cache_of_the_hub(tmp_path / "hub")
+    with pytest.raises(FileNotFoundError, match=rf"the hub's cache has it: name {cached}"):
+        open_weights(name, made.ARGS)
+    is_whole(cached, "diffusers")
 
 
 def test_a_path_is_no_name_on_the_hub(tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ def zipped(name: str) -> bytes:
 
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>" + b" " * 4000
 CONTENTS = {
-    "web page": (lambda: PAGE, "is a web page or XML, not weights: .*with a token"),
+    "web page": (lambda: PAGE, "is a web page or XML, not weights; .*with a token"),
     "page after spaces": (lambda: b"\n\n  <html lang='de'>\xc3\xa4", "is a web page"),
     "XML": (lambda: b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page or XML"),
     "JSON": (lambda: b'{"error": "Repository is gated"}', r"is a JSON text.*Repository is gated"),
