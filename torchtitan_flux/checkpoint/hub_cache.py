@@ -14,7 +14,7 @@ from torchtitan_flux.checkpoint.safetensors_file import (
 from torchtitan_flux.paths import absence
 
 _CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/transformer)?")
 _ADDRESS = re.compile(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)(?:/.*)?")
 
 
@@ -27,8 +27,8 @@ def why_absent(path: str | Path) -> str:
     address = _ADDRESS.fullmatch(text)
     if address is not None:
         repository = address[1]
-    elif _REPOSITORY.fullmatch(text) and not Path(text).parent.exists() and not _is_file(text):
-        repository = text
+    elif (named := _REPOSITORY.fullmatch(text)) and not _means_local(text):
+        repository = named[1]
     else:
         return said
     cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
@@ -38,8 +38,9 @@ def why_absent(path: str | Path) -> str:
     return f"{said} here; what the hub has is downloaded first: {how}"
 
 
-def _is_file(text: str) -> bool:
-    return text.endswith((*SAFETENSORS, *PICKLES, ".gguf"))
+def _means_local(text: str) -> bool:
+    """Whether a name can only mean a file here, or something in a folder that is here."""
+    return text.endswith((*SAFETENSORS, *PICKLES, ".gguf")) or Path(text.split("/")[0]).exists()
 
 
 def download_command(repository: str) -> str:

@@ -238,8 +238,8 @@ def _nothing(path: Path) -> UnreadableWeights:
 def _file(path: Path) -> Found:
     if is_index(path):
         return _files(next(one for one in all_files(path.parent) if one.index == path.name))
-    if path.suffix == ".json":
-        raise UnreadableWeights(f"{path} holds no weights; give its folder, {path.parent}")
+    if path.suffix in (".json", ".distcp") or path.name == METADATA:
+        raise UnreadableWeights(f"{path} is no file of weights; give its folder, {path.parent}")
     if (count := shard_count(path)) > 1:
         raise UnreadableWeights(
             f"{path} is one of {count} files of a model; give their folder, {path.parent}"

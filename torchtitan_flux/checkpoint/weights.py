@@ -29,6 +29,7 @@ from torchtitan_flux.checkpoint.locations import (
     FORMATS,
     WEIGHTS_NAME,
     Format,
+    Found,
     Trust,
     find,
 )
@@ -78,6 +79,7 @@ class Weights:
         args: the architecture that its parameters make up.
         stored: that of the file, before guidance was dropped or initialised.
         shapes, dtypes: of every parameter, by our name; dtypes as they are stored.
+        left_out: unknown tensors that are not read.
     """
 
     def __init__(
@@ -100,7 +102,11 @@ class Weights:
         self.path, self.format, self.args = path, format, args
         self.stored = stored = replace(args, guidance_embed=_has_guidance(source))
         entries = layout_entries(layout_of(source.shapes), stored)
-        source = _checked_keys(path, source, foreign_shapes(stored, entries), unknown)
+        expected = foreign_shapes(stored, entries)
+        self.left_out = [one for one in source.shapes if one not in expected and unknown == "drop"]
+        if self.left_out:
+            source = RenamedSource(source, {one: one for one in source.shapes if one in expected})
+        _check_keys(path, source, expected)
         self._source = source
         _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
         _check_dtypes(path, source)
@@ -187,39 +193,45 @@ def open_weights(
         if found.declared is not None:
             _check_declared(path, found.declared, args)
     weights = Weights(path, found.format, args, found.source, guidance, unknown)
+    if contents:  # a mere check is no reading
+        _tell(weights, found)
+    return weights
+
+
+def _tell(weights: Weights, found: Found) -> None:
+    """Say in the log what is left out, and what the weights are."""
+    path = weights.path
     if found.left_out:
         logger.info(f"{path}: {', '.join(found.left_out)} are not read, only the transformer")
+    if weights.left_out:
+        logger.warning(
+            f"{path}: {len(weights.left_out)} unknown tensors are left out: "
+            f"{listed(weights.left_out, 20)}"
+        )
     if found.format == "torchtitan":
         logger.warning(
             f"{path} was trained by torchtitan 0.2's own FLUX, with causal attention in every "
             "block; here attention is bidirectional, so these weights are a beginning and not a "
             "finished model"
         )
-    return weights
 
 
 # ---- checks --------------------------------------------------------------------------------
 
 
-def _checked_keys(
-    path: Path, source: Source, expected: Mapping[str, tuple[int, ...]], unknown: Unknown
-) -> Source:
-    """`source` with exactly the expected tensors. Raises KeyMismatch."""
-    if unknown == "drop" and (stray := [one for one in source.shapes if one not in expected]):
-        logger.warning(f"{path}: {len(stray)} unknown tensors are left out: {listed(stray, 20)}")
-        source = RenamedSource(source, {one: one for one in source.shapes if one in expected})
+def _check_keys(path: Path, source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise KeyMismatch, with what to do where nothing but unknown tensors is wrong."""
     found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
     try:
         check_keys(found, expected, str(path))
     except KeyMismatch as error:
-        if not error.unknown or error.missing or error.mis_shaped:
+        if error.missing or error.mis_shaped:
             raise
         remedy = (
             'leave them out with checkpoint.unknown_weights = "drop" (when converting: '
             "--unknown_weights drop), or give a file without them"
         )
         raise KeyMismatch(str(path), [], error.unknown, [], remedy) from None
-    return source
 
 
 def _has_guidance(source: Source) -> bool:

@@ -242,7 +242,7 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
         low_precision: whether the keys of 8-bit computation are sound.
     """
     try:
-        args = resolve_model_args(config)
+        args = resolve_model_args(config, training=training)
     except (ValueError, OSError) as error:
         return [str(error)]
     found = _size(config, args)

@@ -27,7 +27,9 @@ def image_size(config: Any) -> ImageSize:
     return ImageSize(t.img_height or t.img_size, t.img_width or t.img_size)
 
 
-def resolve_model_args(config: Any, weights: str | None = None) -> FluxModelArgs:
+def resolve_model_args(
+    config: Any, weights: str | None = None, training: bool = True
+) -> FluxModelArgs:
     """The flavor with the widths of the configured encoders and codec, and its weights' blocks.
 
     flux-dev and flux-schnell have fixed widths, which the encoders must have; other flavors
@@ -37,15 +39,17 @@ def resolve_model_args(config: Any, weights: str | None = None) -> FluxModelArgs
     Args:
         config: the configuration.
         weights: file or folder to draw with, instead of the run's own checkpoint.
+        training: whether the model will be trained; drawing takes the run's checkpoints also where
+            `checkpoint.enable` is false.
 
     Raises:
         ValueError: naming the encoder key whose width does not fit a fixed flavor.
     """
-    return with_configured_blocks(config, _with_widths(config), weights)
+    return with_configured_blocks(config, _with_widths(config), weights, training)
 
 
 def with_configured_blocks(
-    config: Any, args: FluxModelArgs, weights: str | None = None
+    config: Any, args: FluxModelArgs, weights: str | None = None, training: bool = True
 ) -> FluxModelArgs:
     """`args` with as many blocks as the weights have that the model will get.
 
@@ -54,11 +58,11 @@ def with_configured_blocks(
     continues also when the weights that it began with are gone.
     """
     c = config.checkpoint
-    if weights is None:
+    if weights is None and (c.enable or not training):
         own = with_blocks_of_run(Path(config.job.dump_folder) / c.folder, args)
         if own is not None:
             return own
-        weights = c.initial_load_path if c.enable else None
+        weights = c.initial_load_path
     path = locate(weights) if weights else None
     return args if path is None else with_blocks_of(path, args)
 

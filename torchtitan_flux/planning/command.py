@@ -55,12 +55,13 @@ def main() -> None:
             parser.error("give --mesh, --gpus or --plot")
 
 
-def model_args(config: Any, weights: str | None = None) -> FluxModelArgs:
+def model_args(config: Any, weights: str | None = None, training: bool = True) -> FluxModelArgs:
     """The model; fixed flavors need no encoders to be there.
 
     Args:
         config: the configuration.
         weights: file or folder to draw with.
+        training: whether the model will be trained.
 
     Raises:
         ConfigError: an unknown flavor, or encoders that are needed and missing.
@@ -68,9 +69,9 @@ def model_args(config: Any, weights: str | None = None) -> FluxModelArgs:
     if config.model.flavor not in FLAVORS:
         raise ConfigError([f"model.flavor = {config.model.flavor!r} is unknown"])
     if config.model.flavor in FIXED_WIDTH_FLAVORS:
-        return with_configured_blocks(config, FLAVORS[config.model.flavor], weights)
+        return with_configured_blocks(config, FLAVORS[config.model.flavor], weights, training)
     try:
-        return resolve_model_args(config, weights)
+        return resolve_model_args(config, weights, training)
     except (ValueError, OSError) as error:
         raise ConfigError([str(error)]) from error
 

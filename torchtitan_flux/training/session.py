@@ -93,7 +93,7 @@ def begin(config: Any, weights: str | None = None) -> Beginning:
         ValueError: naming what does not fit the configured model.
     """
     device = start_process_group(config)
-    args = resolve_model_args(config, weights)
+    args = resolve_model_args(config, weights, training=False)
     opened = None if weights is None else _open(weights, args, config)
     checkpoint = find_checkpoint(config) if opened is None else opened.path
     if told := blocks_told(checkpoint, config.model.flavor, args):

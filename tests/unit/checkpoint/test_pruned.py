@@ -7,6 +7,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import made_weights as made
 import pytest
+import torch
 
 from torchtitan_flux.checkpoint import architecture
 from torchtitan_flux.checkpoint.pruned import (
@@ -76,6 +77,17 @@ def test_check_planner_and_drawing_agree(tmp_path):
     assert model_args(config) == PRUNED
     assert resolve_model_args(load_config(argv)) == TINY
     assert resolve_model_args(load_config(argv, training=False), str(path)) == PRUNED
+    saved = made.save_checkpoint(
+        tmp_path / "run" / "checkpoint" / "step-7", made.ARGS, {"x": torch.ones(2)}
+    )
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["facts"] |= {"depth": 1, "depth_single_blocks": 3}
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    own = load_config([*argv, "--checkpoint.no-enable"])
+    assert resolve_model_args(own) == TINY, "a run that loads nothing is not bound by another"
+    assert resolve_model_args(own, training=False) == PRUNED, "drawn from what was trained there"
+    assert resolve_model_args(load_config([*argv, "--checkpoint.enable"])) == PRUNED
+
     dev = replace(FLAVORS["flux-dev"], depth=1, depth_single_blocks=2)
     path = file_of(tmp_path, dev)
     planned = read_config([*argv[:2], "--model.flavor", "flux-dev", *begin])

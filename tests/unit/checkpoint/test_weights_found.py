@@ -346,7 +346,7 @@ def test_a_download_that_did_not_end(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["black-forest-labs/FLUX.1-dev", "https://huggingface.co/black-forest-labs/FLUX.1-dev",
+    ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev/transformer", "https://huggingface.co/black-forest-labs/FLUX.1-dev",
      "https://huggingface.co/black-forest-labs/FLUX.1-dev/resolve/main/flux1-dev.safetensors"],
 )  # fmt: skip
 def test_a_name_on_the_hub_gets_the_command(name, tmp_path, monkeypatch):
