@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchtitan_flux.checkpoint import autoencoder as maps
 from torchtitan_flux.checkpoint.safetensors_file import (
+    SAFETENSORS,
     TensorsFile,
     UnreadableWeights,
     read_json,
@@ -48,7 +49,7 @@ def is_autoencoder(path: Path) -> bool:
     if path.is_dir():
         config = path / "config.json"
         return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix not in SAFETENSORS or not path.is_file():
         return False
     return "encoder.conv_in.weight" in TensorsFile.open(path).shapes
 
@@ -70,7 +71,7 @@ def open_autoencoder(path: Path) -> AutoencoderWeights:
         KeyMismatch: names every key that does not fit.
     """
     args = autoencoder_args(path)
-    file = TensorsFile.open(path if path.is_file() else path / f"{WEIGHTS_NAME}.safetensors")
+    file = TensorsFile.open(read_args(path)[1])
     try:
         found = plain({name: file.tensor(name) for name in file.shapes})
     except QuantizedWeights as error:

@@ -23,7 +23,6 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     read_weight_map,
 )
 from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.encoders.pretrained import (
     CLIP_KEY,
     T5_KEY,
@@ -32,6 +31,7 @@ from torchtitan_flux.encoders.pretrained import (
 )
 from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.paths import locate
 
 _FLAGS = {"t5": "--t5", "clip": "--clip", "autoencoder": "--autoencoder"}
 _SUBFOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
@@ -134,6 +134,7 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
             f"{weights.path} works on pixels: a FluxPipeline cannot do without an autoencoder; "
             "convert to diffusers, bfl, comfyui or dcp"
         )
+    architecture.raise_conditioned(weights.path, args.in_channels, args.out_channels)
     architecture.to_diffusers_config(args)  # raises where there is no such transformer
     found = _find(weights, parts or PipelineParts())
     copies: dict[str, Path] = {}

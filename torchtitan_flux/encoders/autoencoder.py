@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from torchtitan_flux.encoders.autoencoder_layers import (
 )
 from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.encoders.stored import read_header, read_stored
+from torchtitan_flux.file_kinds import other_kind
+from torchtitan_flux.paths import absence
 from torchtitan_flux.quantized import (
     QuantizedWeights,
     check_config,
@@ -31,6 +33,7 @@ from torchtitan_flux.quantized import (
     plain,
 )
 from torchtitan_flux.state_dict_keys import KeyMismatch
+from torchtitan_flux.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
 
@@ -165,7 +168,7 @@ def _naming(weights: Path) -> Iterator[None]:
 def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     """The architecture, and the file that holds the weights."""
     if path.is_dir():
-        config, weights = path / "config.json", path / _WEIGHTS
+        config, weights = path / "config.json", _weights_in(path)
         if not config.is_file():
             raise FileNotFoundError(
                 f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
@@ -176,9 +179,16 @@ def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
         return _args_from_config(config), weights
     if not path.is_file():
         raise FileNotFoundError(
-            f"{_KEY}: no file or folder {path}; give BFL's ae.safetensors or a diffusers vae folder"
+            f"{_KEY}: {path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
         )
     return _args_from_shapes(path), path
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
+    weights = folder / _WEIGHTS
+    variants = sorted(folder.glob(f"{Path(_WEIGHTS).stem}.*.safetensors"))
+    return variants[0] if len(variants) == 1 and not weights.exists() else weights
 
 
 def _args_from_shapes(path: Path) -> AutoencoderArgs:
@@ -187,7 +197,8 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{_KEY}: {path} is not a safetensors file ({error})") from None
+        kind = other_kind(path) or f"is not a safetensors file ({error})"
+        raise ValueError(f"{_KEY}: {path} {kind}") from None
     try:
         conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
         ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")
@@ -202,9 +213,19 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
         )
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{_KEY}: {path} is not an autoencoder in Black Forest Labs' layout ({error}); "
-            "for diffusers' layout give the vae folder with its config.json"
+            f"{_KEY}: {path} {_other(shapes)} ({error}); give ae.safetensors of FLUX.1, or a "
+            "diffusers vae folder with its config.json"
         ) from None
+
+
+def _other(names: Iterable[str]) -> str:
+    """What a file is instead of an autoencoder in Black Forest Labs' layout."""
+    kind = kind_of(names, transformer=False)
+    if is_transformer(names):
+        return "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
+    if kind is not None and "autoencoder" not in kind.what:
+        return f"{kind.what}, and no autoencoder of FLUX.1"
+    return "is not an autoencoder in Black Forest Labs' layout"
 
 
 def _args_from_config(path: Path) -> AutoencoderArgs:

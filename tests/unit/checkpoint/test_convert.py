@@ -582,5 +582,5 @@ def test_scripts_from_another_folder(sources, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "Cannot convert: there is no file or folder absent.pt"
+    assert done.stderr.splitlines()[-1] == "Cannot convert: absent.pt does not exist"
     assert "Traceback" not in done.stderr

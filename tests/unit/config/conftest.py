@@ -43,6 +43,13 @@ def put_stand_in(name: str, folder: Path) -> None:
         path.write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 335304388\n"
         )
+    elif name == "page.safetensors":
+        path.write_text("<!DOCTYPE html><html><title>Sign in</title></html>")
+    elif name == "link.safetensors":
+        path.symlink_to("/mnt/gone/flux1-dev.safetensors")
+    elif name == "lora.safetensors":
+        header = b'{"x.lora_A.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     elif name == "cut.safetensors":
         path.write_bytes((TINY / "ae.safetensors").read_bytes()[:600_000])
     elif name == "shards":

@@ -270,12 +270,12 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "picture.toml"',
-            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is not a safetensors file, or is cut short",
+            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is a PNG picture, not weights",
             needs=("picture.toml",),
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "pointer.safetensors"',
-            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a git-lfs pointer, not the weights: run `git lfs pull` there",
             needs=("pointer.safetensors",),
         ),
         file(
@@ -285,7 +285,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "assets/tiny/t5/model.safetensors"',
-            "run.toml:3: encoder.autoencoder_path: assets/tiny/t5/model.safetensors is not an autoencoder in Black Forest Labs' layout ('encoder.conv_in.weight'); for diffusers' layout give the vae folder with its config.json",
+            "run.toml:3: encoder.autoencoder_path: assets/tiny/t5/model.safetensors is a T5 text encoder, and no autoencoder of FLUX.1 ('encoder.conv_in.weight'); give ae.safetensors of FLUX.1, or a diffusers vae folder with its config.json",
         ),
         file(
             'encoder.t5_encoder = "assets/tiny/clip"',
@@ -355,6 +355,35 @@ TABLE: dict[str, list[Refusal]] = {
         file(
             'checkpoint.enable = true\ncheckpoint.initial_load_path = "./nowhere"',
             "run.toml:2: checkpoint.initial_load_path = './nowhere' does not exist",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "somebody/flux-merged"',
+            "run.toml:2: checkpoint.initial_load_path = 'somebody/flux-merged' does not exist here; what the hub has is downloaded first: `python scripts/download_hf_assets.py --repo_id somebody/flux-merged --assets transformer --hf_token <token>`, then name assets/hf/flux-merged/transformer",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "link.safetensors"',
+            "run.toml:2: checkpoint.initial_load_path = 'link.safetensors' is a link to /mnt/gone/flux1-dev.safetensors, which does not exist",
+            needs=("link.safetensors",),
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "page.safetensors"',
+            "run.toml:2: checkpoint.initial_load_path = 'page.safetensors': page.safetensors is a web page or XML, not weights; where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if the model asks for one",
+            needs=("page.safetensors",),
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "lora.safetensors"',
+            "run.toml:2: checkpoint.initial_load_path = 'lora.safetensors': lora.safetensors is a LoRA (adapter), not whole weights; there is no LoRA here: merge it into the model that it was made for (diffusers: load_lora_weights, fuse_lora), and give the result",
+            needs=("lora.safetensors",),
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "page.safetensors"',
+            "run.toml:3: encoder.autoencoder_path = 'page.safetensors': page.safetensors is a web page or XML, not weights; where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if the model asks for one",
+            needs=("page.safetensors",),
+        ),
+        file(
+            'encoder.t5_encoder = "link.safetensors"',
+            "run.toml:1: encoder.t5_encoder = 'link.safetensors' is a link to /mnt/gone/flux1-dev.safetensors, which does not exist",
+            needs=("link.safetensors",),
         ),
     ],
     "Model and sizes": [

@@ -162,12 +162,12 @@ def refused(request):
 
 
 def test_what_is_not_an_autoencoder_is_refused(refused, vae_folder: Path, tmp_path: Path):
-    refused(tmp_path / "none.safetensors", FileNotFoundError, "no file or folder")
+    refused(tmp_path / "none.safetensors", FileNotFoundError, "does not exist; give BFL")
     refused(tmp_path, FileNotFoundError, r"no config\.json")
     (tmp_path / "text").write_text("not weights at all")
-    refused(tmp_path / "text", ValueError, "not a safetensors file")
+    refused(tmp_path / "text", ValueError, "is a text, not weights")
     # diffusers' weights without their folder
-    refused(vae_folder / "diffusion_pytorch_model.safetensors", ValueError, "give the vae folder")
+    refused(vae_folder / "diffusion_pytorch_model.safetensors", ValueError, "diffusers vae folder")
     (tmp_path / "config.json").write_text((vae_folder / "config.json").read_text())
     refused(tmp_path, FileNotFoundError, r"no diffusion_pytorch_model\.safetensors")
 
@@ -200,6 +200,32 @@ def test_float64_beyond_the_range_is_refused(bfl_file: Path, tmp_path: Path, dty
     with pytest.raises(ValueError, match="cannot hold"):
         convert_autoencoder(*convert)
     assert not (tmp_path / "vae").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "because"),
+    [
+        ("double_blocks.0.img_mod.lin.weight", "is a FLUX transformer, or a whole checkpoint"),
+        ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "a whole checkpoint"),
+        ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", r"is a LoRA \(adapter\)"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "is a CLIP encoder, and no autoencoder"),
+        ("encoder.mid_block.resnets.0.conv1.weight", "is not an autoencoder in Black Forest"),
+    ],
+)
+def test_other_weights_are_called_what_they_are(refused, name: str, because: str, tmp_path: Path):
+    save_file({name: torch.ones(2)}, tmp_path / "ae.sft")
+    refused(tmp_path / "ae.sft", ValueError, f"{because}.*give ae.safetensors of FLUX.1")
+
+
+def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: Path):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    expected = load_autoencoder(tmp_path / "vae").decoder.conv_in.weight
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert torch.equal(load_autoencoder(tmp_path / "vae").decoder.conv_in.weight, expected)
+    (tmp_path / "link.safetensors").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match="is a link to gone, which does not exist"):
+        autoencoder_geometry(tmp_path / "link.safetensors")
 
 
 @pytest.mark.parametrize(
