@@ -35,7 +35,7 @@ from torchtitan_flux.checkpoint.locations import (
 )
 from torchtitan_flux.checkpoint.names import layout_of
 from torchtitan_flux.checkpoint.pieces import joined_dtype, read_joined
-from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights, listed
 from torchtitan_flux.checkpoint.scaled import without_scales
 from torchtitan_flux.checkpoint.sources import Box, RenamedSource, Source
 from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries, our_shapes
