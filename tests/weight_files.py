@@ -79,3 +79,39 @@ def torchtitan_checkpoint(folder: Path, state: Mapping[str, Tensor], args: FluxM
     }
     dcp.save({**theirs, "train_state.step": torch.tensor(5)}, checkpoint_id=folder, no_dist=True)
     return folder
+
+
+SCALINGS = ("scale_weight", "weight_scale", "rows", "comfy_quant", "header")
+"""Ways to write scaled float8: ComfyUI's older and newer one, a scale for each row of a weight,
+and the newer one with the format told beside each weight or in the header."""
+
+
+def scaled_float8(
+    state: Mapping[str, Tensor], scaling: str
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
+    """(what a file holds, strings of its header, the numbers that this stands for)."""
+    stored, numbers, layers = {}, {}, {}
+    for name, values in state.items():
+        if values.dim() != 2 or not name.endswith(".weight"):
+            stored[name] = numbers[name] = values
+            continue
+        layer = name.removesuffix(".weight")
+        size = values.abs().amax(1, keepdim=True) if scaling == "rows" else values.abs().amax()
+        scale = (size / 448).float()
+        stored[name] = (values / scale).to(torch.float8_e4m3fn)
+        numbers[name] = stored[name].float() * scale
+        told = "scale_weight" if scaling == "scale_weight" else "weight_scale"
+        stored[f"{layer}.{told}"] = scale
+        if scaling == "scale_weight":
+            stored[f"{layer}.scale_input"] = torch.ones(())
+        if scaling == "rows":
+            stored[f"{layer}.input_scale"] = torch.ones(1)
+        layers[layer] = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+        if scaling == "comfy_quant":
+            text = json.dumps(layers[layer]).encode()
+            stored[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    if scaling == "scale_weight":
+        stored["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    described = json.dumps({"format_version": "1.0", "layers": layers})
+    header = {"_quantization_metadata": described} if scaling == "header" else {}
+    return stored, header, numbers

@@ -47,10 +47,10 @@ def main() -> None:
         options, rest = parse(sys.argv[1:])
         if options.memory is None:
             config = load_config(rest, training=False)
-            args = resolve_model_args(config)
+            args = resolve_model_args(config, options.weights, training=False)
         else:  # another machine's, whose files need not be here
             config = read_config(rest)
-            args = model_args(config)
+            args = model_args(config, options.weights, training=False)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         task = task_of(options, config, args, ranks)

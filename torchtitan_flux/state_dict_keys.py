@@ -17,7 +17,12 @@ class KeyMismatch(ValueError):
     """
 
     def __init__(
-        self, what: str, missing: Sequence[str], unknown: Sequence[str], mis_shaped: Sequence[str]
+        self,
+        what: str,
+        missing: Sequence[str],
+        unknown: Sequence[str],
+        mis_shaped: Sequence[str],
+        remedy: str = "",
     ):
         self.missing = list(missing)
         self.unknown = list(unknown)
@@ -31,7 +36,7 @@ class KeyMismatch(ValueError):
             )
             if names
         ]
-        super().__init__(f"{what} does not fit; " + "; ".join(parts))
+        super().__init__("; ".join([f"{what} does not fit", *parts, *([remedy] if remedy else [])]))
 
 
 def _listed(names: Sequence[str]) -> str:

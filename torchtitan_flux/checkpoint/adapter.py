@@ -17,6 +17,7 @@ from torchtitan.protocols import BaseStateDictAdapter
 
 from torchtitan_flux.checkpoint.transformer import from_diffusers, to_diffusers
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.quantized import plain
 
 
 class FluxStateDictAdapter(BaseStateDictAdapter):
@@ -47,8 +48,9 @@ class FluxStateDictAdapter(BaseStateDictAdapter):
 
         Raises:
             KeyMismatch: names every key that does not fit.
+            QuantizedWeights: names a quantisation that is not read; scales are applied.
         """
-        return from_diffusers(_whole(hf_state_dict), self.model_args)
+        return from_diffusers(plain(_whole(hf_state_dict)), self.model_args)
 
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
@@ -60,7 +62,8 @@ class FluxStateDictAdapter(BaseStateDictAdapter):
         """
         if from_quantized:
             raise ValueError(
-                "checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be read"
+                "checkpoint.initial_load_in_hf_quantized = true: of quantised weights only scaled "
+                "float8 is read, and without this key"
             )
         folder = Path(path)
         pipeline = (folder / "model_index.json").is_file()

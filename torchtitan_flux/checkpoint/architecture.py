@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import tomli
 
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights, read_json
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.quantized import QuantizedWeights, check_config
+from torchtitan_flux.weight_kinds import CLASSES
 
 METADATA_KEY = "torchtitan_flux.model_args"
 """Where our safetensors files keep the arguments that shapes do not show."""
@@ -20,7 +22,21 @@ ARGS_FILE = "model_args.json"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_FREE = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "guidance_embed")
+_FREE = (
+    "in_channels",
+    "out_channels",
+    "vec_in_dim",
+    "context_in_dim",
+    "guidance_embed",
+    "depth",
+    "depth_single_blocks",
+)
+"""What weights of a flavor may have otherwise: what follows encoders, and what pruning takes."""
+_CONDITIONED = {
+    384: "FLUX.1 Fill, which sees a mask and the masked picture",
+    128: "FLUX.1 Canny or Depth, which see a second picture",
+}
+"""Features of an image token that goes in, where 64 come out -> whose they are."""
 _CLASS = "FluxTransformer2DModel"
 _MLP_RATIO, _THETA = 4.0, 10_000  # what FluxTransformer2DModel has no entry for
 
@@ -80,14 +96,21 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
     """Arguments from a transformer folder's `config.json`.
 
     Raises:
-        UnreadableWeights: it describes another class, or a variant that is not FLUX.1's.
+        UnreadableWeights: it describes another class, a variant that is not FLUX.1's, or quantised
+            weights.
     """
     config = read_json(path)
-    if config.get("_class_name") != _CLASS:
+    described = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    if described != _CLASS:
+        what = f", {CLASSES[described]}" if described in CLASSES else ""
         raise UnreadableWeights(
-            f"{path} describes a {config.get('_class_name')!r}, needed is a {_CLASS}: give the "
-            "folder `transformer` of a FLUX.1 model, or the folder that holds it"
+            f"{path} describes a {described!r}{what}, needed is a {_CLASS}: give the folder "
+            "`transformer` of a FLUX.1 model, or the folder that holds it"
         )
+    try:
+        check_config(config)
+    except QuantizedWeights as error:
+        raise UnreadableWeights(f"{path}: {error}") from None
     if config.get("patch_size", 1) != 1:
         raise UnreadableWeights(
             f"{path}: patch_size is {config['patch_size']!r}; FLUX.1 has 1 there, images are cut "
@@ -150,7 +173,7 @@ def to_diffusers_config(args: FluxModelArgs) -> dict[str, Any]:
 
 
 def from_shapes(path: Path, shapes: Shapes, alike: FluxModelArgs | None) -> FluxModelArgs:
-    """Arguments from the shapes of tensors in BFL's names or ours.
+    """Arguments from the shapes of tensors in anybody's names.
 
     Args:
         path: for messages.
@@ -161,29 +184,28 @@ def from_shapes(path: Path, shapes: Shapes, alike: FluxModelArgs | None) -> Flux
     Raises:
         UnreadableWeights: a tensor that is needed is missing, or the rotary axes cannot be known.
     """
-    norm = next((name for name in shapes if re.search(r"query_norm\.(scale|weight)$", name)), None)
+    norm = next((name for name in shapes if _NORM.search(name)), None)
+    names = _DIFFUSERS if "x_embedder.weight" in shapes else _BFL
     try:
         if norm is None:
-            raise KeyError("query_norm")
-        hidden, in_channels = shapes["img_in.weight"]
+            raise KeyError(f"{names.double}.0: the norm of queries")
+        hidden, in_channels = shapes[names.img_in]
         (head_dim,) = shapes[norm]
         found = {
             "in_channels": in_channels,
-            "out_channels": shapes["final_layer.linear.weight"][0],
-            "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
-            "context_in_dim": shapes["txt_in.weight"][1],
+            "out_channels": shapes[names.out][0],
+            "vec_in_dim": shapes[names.vector_in][1],
+            "context_in_dim": shapes[names.txt_in][1],
             "hidden_size": hidden,
-            "mlp_ratio": _mlp_hidden(shapes, hidden) / hidden,
+            "mlp_ratio": _mlp_hidden(shapes, names, hidden) / hidden,
             "num_heads": hidden // head_dim,
-            "depth": _count(shapes, "double_blocks"),
-            "depth_single_blocks": _count(shapes, "single_blocks"),
-            "qkv_bias": any(re.search(r"img_attn\.qkv(_by_head)?\.bias$", name) for name in shapes),
-            "guidance_embed": any(name.startswith("guidance_in.") for name in shapes),
+            **blocks_of(shapes),
+            "qkv_bias": any(re.search(names.qkv_bias, name) for name in shapes),
+            "guidance_embed": any(name.startswith(names.guidance) for name in shapes),
         }
     except KeyError as error:
         raise UnreadableWeights(
-            f"{path} holds no FLUX transformer in Black Forest Labs' names: {error.args[0]} is "
-            "missing"
+            f"{path} holds no FLUX transformer in {names.whose} names: {error.args[0]} is missing"
         ) from None
     except (ValueError, IndexError, ZeroDivisionError):
         raise UnreadableWeights(f"{path} holds tensors that are no FLUX transformer's") from None
@@ -220,16 +242,90 @@ def check_alike(path: Path, found: Mapping[str, Any], flavor: FluxModelArgs) -> 
         )
 
 
-def _mlp_hidden(shapes: Shapes, hidden: int) -> int:
-    if "double_blocks.0.img_mlp.0.weight" in shapes:
-        return shapes["double_blocks.0.img_mlp.0.weight"][0]
-    name = next((n for n in shapes if re.search(r"\.linear2(_by_head)?\.weight$", n)), None)
-    if name is None:
-        raise KeyError("double_blocks.0.img_mlp.0.weight")
-    return math.prod(shapes[name]) // hidden - hidden
+def refuse_conditioned(path: Path, shapes: Shapes, args: FluxModelArgs) -> None:
+    """Refuse weights that see another picture beside the noise, where the model does not.
+
+    Raises:
+        UnreadableWeights: names the model.
+    """
+    shape = shapes.get(_BFL.img_in) or shapes.get(_DIFFUSERS.img_in)
+    if shape is not None and len(shape) == 2 and shape[1] != args.in_channels:
+        raise_conditioned(path, shape[1], args.out_channels)
+
+
+def raise_conditioned(path: Path, in_channels: int, out_channels: int) -> None:
+    """Raise UnreadableWeights where these widths are of Fill, Canny or Depth."""
+    if out_channels == FluxModelArgs().out_channels and in_channels in _CONDITIONED:
+        raise UnreadableWeights(
+            f"{path} is {_CONDITIONED[in_channels]} beside the noise ({in_channels} features of an "
+            f"image token go in, {out_channels} come out); it is not trained or drawn with here: "
+            "give FLUX.1-dev or FLUX.1-schnell, or another model of text alone"
+        )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Tensors whose shapes tell the architecture, in one layout."""
+
+    whose: str
+    img_in: str
+    txt_in: str
+    vector_in: str
+    out: str
+    guidance: str
+    double: str
+    mlp: str
+    qkv_bias: str
+
+
+_BFL = _Names(
+    whose="Black Forest Labs'",
+    img_in="img_in.weight",
+    txt_in="txt_in.weight",
+    vector_in="vector_in.in_layer.weight",
+    out="final_layer.linear.weight",
+    guidance="guidance_in.",
+    double="double_blocks",
+    mlp="double_blocks.0.img_mlp.0.weight",
+    qkv_bias=r"img_attn\.qkv(_by_head)?\.bias$",
+)
+_DIFFUSERS = _Names(
+    whose="diffusers'",
+    img_in="x_embedder.weight",
+    txt_in="context_embedder.weight",
+    vector_in="time_text_embed.text_embedder.linear_1.weight",
+    out="proj_out.weight",
+    guidance="time_text_embed.guidance_embedder.",
+    double="transformer_blocks",
+    mlp="transformer_blocks.0.ff.net.0.proj.weight",
+    qkv_bias=r"(?<!single_)transformer_blocks\.\d+\.attn\.to_q\.bias$",
+)
+_NORM = re.compile(r"query_norm\.(scale|weight)$|attn\.norm_q\.weight$")
+
+
+def _mlp_hidden(shapes: Shapes, names: _Names, hidden: int) -> int:
+    if names.mlp in shapes:
+        return shapes[names.mlp][0]
+    fused = next((n for n in shapes if re.search(r"\.linear2(_by_head)?\.weight$", n)), None)
+    if fused is not None:
+        return math.prod(shapes[fused]) // hidden - hidden
+    apart = next((n for n in shapes if n.endswith(".proj_mlp.weight")), None)
+    if apart is None:
+        raise KeyError(names.mlp)
+    return shapes[apart][0]
+
+
+def blocks_of(shapes: Shapes) -> dict[str, int]:
+    """How many blocks there are, by the arguments' names, in anybody's layout.
+
+    Up to the highest number; one that is missing in between is named later.
+    """
+    return {
+        "depth": _count(shapes, "(double|transformer)_blocks"),
+        "depth_single_blocks": _count(shapes, "single(_transformer)?_blocks"),
+    }
 
 
 def _count(shapes: Shapes, blocks: str) -> int:
-    """Blocks up to the highest number; one that is missing in between is named later."""
-    numbers = [int(m[1]) for name in shapes if (m := re.match(rf"{blocks}\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
+    found = [m["number"] for n in shapes if (m := re.match(rf"{blocks}\.(?P<number>\d+)\.", n))]
+    return max(map(int, found), default=-1) + 1

@@ -11,11 +11,10 @@ import torch
 
 from torchtitan_flux.checkpoint import architecture
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
-from torchtitan_flux.checkpoint.sources import DcpSource
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.checkpoint.weights import Weights, open_weights
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate
 
 CARD = "README.md"
 FOREIGN_CARD = "SOURCE_README.md"
@@ -183,15 +182,15 @@ def _derives_from_dev(weights: Weights, origin: Path) -> bool:
     guided = {"drop": True, "initialize": False}.get((begun or {}).get("guidance_weights", ""))
     if guided is not None:
         stored = replace(stored, guidance_embed=guided)
-    return stored == FLAVORS["flux-dev"]
+    dev = FLAVORS["flux-dev"]  # of which blocks may have been taken
+    return stored == replace(
+        dev, depth=stored.depth, depth_single_blocks=stored.depth_single_blocks
+    )
 
 
 def _stored(path: Path) -> FluxModelArgs:
     """Architecture of weights; reads no values, so that it is quick at any size."""
-    if not (path / METADATA).is_file():
-        return open_weights(path, alone=True).stored
-    alike = architecture.flavor_of_run(path)
-    return architecture.from_shapes(path, DcpSource(path).shapes, alike)
+    return open_weights(path, alone=True, contents=False).stored
 
 
 def _description(weights: Weights) -> str:

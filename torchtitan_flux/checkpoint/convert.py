@@ -26,7 +26,7 @@ from torchtitan_flux.checkpoint.export_dcp import write_checkpoint
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.pipeline_folder import PipelineParts, PipelinePlan, pipeline_plan
 from torchtitan_flux.checkpoint.run_facts import RunFacts
-from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
+from torchtitan_flux.checkpoint.safetensors_file import SAFETENSORS, UnreadableWeights
 from torchtitan_flux.checkpoint.safetensors_writer import (
     Specs,
     TensorsWriter,
@@ -39,6 +39,7 @@ from torchtitan_flux.checkpoint.weights import (
     COMFYUI_PREFIX,
     WEIGHTS_NAME,
     Guidance,
+    Unknown,
     Weights,
     open_weights,
 )
@@ -49,8 +50,6 @@ TARGET_FORMATS: tuple[TargetFormat, ...] = ("dcp", "bfl", "comfyui", "diffusers"
 CHECKSUMS = "SHA256SUMS"
 
 _BLOCK = 8 * 2**20
-_NARROW = (torch.float16,)
-"""Element types that cannot hold every value of float32."""
 
 
 def convert(
@@ -61,6 +60,7 @@ def convert(
     dtype: torch.dtype | None = None,
     args: FluxModelArgs | None = None,
     guidance: Guidance = "match",
+    unknown: Unknown = "refuse",
     max_shard_size: str | int = "10GB",
     overwrite: bool = False,
     verify: bool = False,
@@ -71,7 +71,7 @@ def convert(
     By one process, also where several are joined: it asks no other.
 
     Args:
-        source: what is converted; a path is opened with `args` and `guidance`.
+        source: what is converted; a path is opened with `args`, `guidance` and `unknown`.
         target: a folder for "dcp", "diffusers" and "pipeline", a `.safetensors` file for "bfl" and
             "comfyui". Checksums, licence and model card go into the folder, or beside the file
             under its name.
@@ -94,7 +94,7 @@ def convert(
         raise ValueError(f"{format!r} is no format to write; take {', '.join(TARGET_FORMATS)}")
     _check_name(target, format)
     if not isinstance(source, Weights):
-        source = open_weights(source, args, guidance, alone=True)
+        source = open_weights(source, args, guidance, alone=True, unknown=unknown)
     job = _Job(source, dtype, parse_size(max_shard_size))
     pipeline = pipeline_plan(source, parts) if format == "pipeline" else None
     needed = job.bytes + (pipeline.bytes if pipeline else 0)
@@ -158,16 +158,9 @@ class _Job:
         """A parameter as it is written.
 
         Raises:
-            ValueError: its values do not fit into the element type.
+            UnreadableWeights: its values do not fit into the element type.
         """
-        dtype = self.dtypes[name]
-        value = self.weights.read(name, dtype=dtype)
-        if dtype in _NARROW and self.weights.dtypes[name] != dtype and not value.isfinite().all():
-            raise ValueError(
-                f"{self.weights.path}: {name} has values that {dtype} cannot hold; take "
-                "--dtype bfloat16 or float32"
-            )
-        return value
+        return self.weights.read(name, dtype=self.dtypes[name])
 
     def foreign_specs(self, layout: Layout) -> Specs:
         """By the names of a layout, in its order."""
@@ -210,6 +203,8 @@ def _write_dcp(job: _Job, folder: Path, files: Mapping[str, bytes]) -> None:
         context_in_dim=weights.args.context_in_dim,
         vec_in_dim=weights.args.vec_in_dim,
         in_channels=weights.args.in_channels,
+        depth=weights.args.depth,
+        depth_single_blocks=weights.args.depth_single_blocks,
     )
     if weights.format == "dcp":
         manifest = Manifest.read(weights.path)
@@ -276,13 +271,12 @@ def sha256(path: Path) -> str:
 
 
 def _check_name(target: Path, format: TargetFormat) -> None:
-    is_file = target.suffix == ".safetensors"
-    if format in ("bfl", "comfyui") and not is_file:
+    if format in ("bfl", "comfyui") and target.suffix != ".safetensors":
         raise TargetRefused(
             f"{target} is to be a single file in format {format}: name it *.safetensors "
             "(flux1-*.safetensors, so that its folder is recognised)"
         )
-    if format not in ("bfl", "comfyui") and is_file:
+    if format not in ("bfl", "comfyui") and target.suffix in SAFETENSORS:
         raise TargetRefused(f"{target} is to be a folder in format {format}; leave out the suffix")
 
 

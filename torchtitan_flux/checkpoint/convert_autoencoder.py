@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchtitan_flux.checkpoint import autoencoder as maps
 from torchtitan_flux.checkpoint.safetensors_file import (
+    SAFETENSORS,
     TensorsFile,
     UnreadableWeights,
     read_json,
@@ -18,8 +19,10 @@ from torchtitan_flux.checkpoint.safetensors_file import (
 from torchtitan_flux.checkpoint.safetensors_writer import TensorsWriter
 from torchtitan_flux.checkpoint.staging import TargetRefused, staged
 from torchtitan_flux.checkpoint.weights import WEIGHTS_NAME
+from torchtitan_flux.element_types import cast
 from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, read_args
 from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
+from torchtitan_flux.quantized import QuantizedWeights, plain
 
 _KEY = "encoder.autoencoder_path: "
 
@@ -46,7 +49,7 @@ def is_autoencoder(path: Path) -> bool:
     if path.is_dir():
         config = path / "config.json"
         return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
-    if path.suffix != ".safetensors" or not path.is_file():
+    if path.suffix not in SAFETENSORS or not path.is_file():
         return False
     return "encoder.conv_in.weight" in TensorsFile.open(path).shapes
 
@@ -64,12 +67,15 @@ def open_autoencoder(path: Path) -> AutoencoderWeights:
     """An autoencoder from BFL's file or a diffusers `vae` folder.
 
     Raises:
-        UnreadableWeights: it is neither, or damaged.
+        UnreadableWeights: it is neither, damaged, or quantised but for scaled float8.
         KeyMismatch: names every key that does not fit.
     """
     args = autoencoder_args(path)
-    file = TensorsFile.open(path if path.is_file() else path / f"{WEIGHTS_NAME}.safetensors")
-    found = {name: file.tensor(name) for name in file.shapes}
+    file = TensorsFile.open(read_args(path)[1])
+    try:
+        found = plain({name: file.tensor(name) for name in file.shapes})
+    except QuantizedWeights as error:
+        raise UnreadableWeights(f"{file.path} {error}") from None
     if path.is_file():
         return AutoencoderWeights(path, "bfl", args, maps.from_bfl(found, args))
     return AutoencoderWeights(path, "diffusers", args, maps.from_diffusers(found, args))
@@ -95,14 +101,14 @@ def convert_autoencoder(
     Raises:
         UnreadableWeights, KeyMismatch: the source is no autoencoder.
         TargetRefused: the target exists or is of another kind.
-        ValueError: the format cannot hold it.
+        ValueError: the format cannot hold it, or the element type one of its values.
     """
     if (target.suffix == ".safetensors") != (format == "bfl"):
         kind = "a file *.safetensors" if format == "bfl" else "a folder"
         raise TargetRefused(f"{target} is to be {kind} in format {format}")
     source = open_autoencoder(path)
     if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in source.tensors.items()}
+        tensors = {name: cast(tensor, dtype, name) for name, tensor in source.tensors.items()}
         source = replace(source, tensors=tensors)
     needed = sum(tensor.nbytes for tensor in source.tensors.values())
     with staged(target, needed, overwrite, [path]) as stage:

@@ -15,8 +15,9 @@ from torchtitan.tools.logging import init_logger
 from torchtitan_flux.checkpoint.convert import TARGET_FORMATS, convert
 from torchtitan_flux.checkpoint.convert_autoencoder import convert_autoencoder, is_autoencoder
 from torchtitan_flux.checkpoint.pipeline_folder import PipelineParts
+from torchtitan_flux.checkpoint.pruned import with_blocks_of
 from torchtitan_flux.checkpoint.staging import TargetRefused
-from torchtitan_flux.checkpoint.weights import Guidance, Weights, open_weights
+from torchtitan_flux.checkpoint.weights import Guidance, Unknown, Weights, open_weights
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +39,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="match",
         help="leave guidance weights out, or begin with new ones that change nothing yet",
     )
+    parser.add_argument(
+        "--unknown_weights",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="what to do with tensors that no FLUX.1 transformer has",
+    )
     parser.add_argument("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
     parser.add_argument("--verify", action="store_true", help="read back, compare every tensor")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -55,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     init_logger()
     dtype = _DTYPES.get(options.dtype)
     with exit_on_sigterm(), one_message("Cannot convert"):
-        if options.source.exists() and is_autoencoder(options.source):
+        if is_autoencoder(options.source):
             if options.to not in ("bfl", "diffusers"):
                 raise TargetRefused(
                     f"{options.source} is an autoencoder; --to bfl or --to diffusers, not "
@@ -66,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             return
         convert(
-            open_as(options.source, options.flavor, options.guidance_weights),
+            open_as(
+                options.source, options.flavor, options.guidance_weights, options.unknown_weights
+            ),
             options.target,
             options.to,
             dtype=dtype,
@@ -77,21 +86,23 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def open_as(path: Path, flavor: str | None, guidance: Guidance = "match") -> Weights:
+def open_as(
+    path: Path, flavor: str | None, guidance: Guidance = "match", unknown: Unknown = "refuse"
+) -> Weights:
     """Open weights; a flavor stands in for what they do not say of themselves.
 
     Widths that follow the encoders are taken from the weights, unless the flavor fixes them.
     """
     if flavor is None:
-        return open_weights(path, guidance=guidance)
+        return open_weights(path, guidance=guidance, unknown=unknown)
     args = FLAVORS[flavor]
     if flavor not in FIXED_WIDTH_FLAVORS:
-        return open_weights(path, guidance=guidance, alike=args)
+        return open_weights(path, guidance=guidance, alike=args, unknown=unknown)
     if guidance == ("drop" if args.guidance_embed else "initialize"):
         raise ValueError(
             f"--guidance_weights {guidance} contradicts --flavor {flavor}; leave one of them out"
         )
-    return open_weights(path, args, guidance)
+    return open_weights(path, with_blocks_of(path, args), guidance, unknown=unknown)
 
 
 @contextmanager

@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan_flux.checkpoint.weights import Guidance, Weights, open_weights
+from torchtitan_flux.checkpoint.weights import Guidance, Unknown, Weights, open_weights
+from torchtitan_flux.element_types import narrows
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 
 
-def open_for(path: Path, flavor: str, args: FluxModelArgs, guidance: Guidance) -> Weights:
+def open_for(
+    path: Path,
+    flavor: str,
+    args: FluxModelArgs,
+    guidance: Guidance,
+    unknown: Unknown,
+    contents: bool = True,
+) -> Weights:
     """Open weights for a configured model; collective where `path` is a checkpoint of ours.
 
     Args:
@@ -19,12 +27,14 @@ def open_for(path: Path, flavor: str, args: FluxModelArgs, guidance: Guidance) -
         flavor: `model.flavor`, for the message.
         args: what the configuration makes of it.
         guidance: `checkpoint.guidance_weights`.
+        unknown: `checkpoint.unknown_weights`.
+        contents: whether a checkpoint of ours is verified, which is what ranks do together.
 
     Raises:
         ValueError, OSError: why they cannot be used, and of which flavor they are.
     """
     try:
-        return open_weights(path, args, guidance)
+        return open_weights(path, args, guidance, unknown=unknown, contents=contents)
     except ValueError as error:
         others = [name for name in _flavors_of(path) if name != flavor]
         if not others:
@@ -37,7 +47,7 @@ def open_for(path: Path, flavor: str, args: FluxModelArgs, guidance: Guidance) -
 def _flavors_of(path: Path) -> list[str]:
     """Flavors that weights can be of, whatever the widths of their encoders."""
     try:
-        found = open_weights(path, alone=True).args
+        found = open_weights(path, alone=True, contents=False).args
     except (ValueError, OSError):
         return []
     told = ("hidden_size", "num_heads", "depth", "depth_single_blocks", "guidance_embed")
@@ -63,7 +73,9 @@ def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
         local, box = _own_part(parameter)
         if local.numel() == 0:
             continue
-        values = weights.read(name, box)
+        # where nothing can be lost, the cast is the device's
+        narrow = narrows(weights.dtypes[name], local.dtype)
+        values = weights.read(name, box, local.dtype if narrow else None)
         assert values.shape == local.shape, name  # copy_ would broadcast
         local.copy_(values)
 

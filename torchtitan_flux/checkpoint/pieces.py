@@ -5,6 +5,7 @@ from torch import Tensor
 
 from torchtitan_flux.checkpoint.sources import Source
 from torchtitan_flux.checkpoint.transformer import Entry
+from torchtitan_flux.element_types import cast
 
 Bounds = list[tuple[int, int]]
 """First index and the one after the last, for each dimension."""
@@ -49,11 +50,14 @@ def _copy(
     bounds: Bounds,
     axis: int,
 ) -> None:
-    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result."""
+    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result.
+
+    Raises BeyondRange where the result cannot hold a value.
+    """
     first, last = int(theirs.min()), int(theirs.max()) + 1
     box = [slice(low, high) for low, high in bounds]
     box[axis] = slice(first, last)
-    part = source.part(name, tuple(box))
+    part = cast(source.part(name, tuple(box)), out.dtype, name)
     breaks = ((ours.diff() != 1) | (theirs.diff() != 1)).nonzero().flatten() + 1
     starts = [0, *breaks.tolist()]
     for start, end in zip(starts, [*starts[1:], len(ours)], strict=True):

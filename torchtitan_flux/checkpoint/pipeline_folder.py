@@ -23,14 +23,21 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     read_weight_map,
 )
 from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.paths import locate
-from torchtitan_flux.encoders.pretrained import TOKENIZER_FILES, has_tokenizer
+from torchtitan_flux.encoders.pretrained import (
+    CLIP_KEY,
+    T5_KEY,
+    TOKENIZER_FILES,
+    has_tokenizer,
+)
+from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.paths import locate
 
 _FLAGS = {"t5": "--t5", "clip": "--clip", "autoencoder": "--autoencoder"}
 _SUBFOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 _TOKENIZERS = {"t5": "tokenizer_2", "clip": "tokenizer"}
 _CONFIG_KEYS = {"t5": "t5_encoder", "clip": "clip_encoder", "autoencoder": "autoencoder_path"}
+_KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
 _TINY = {"t5": "t5", "clip": "clip", "autoencoder": "vae"}
 _TOKENIZER_FILES = (
     *TOKENIZER_FILES,
@@ -127,6 +134,7 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
             f"{weights.path} works on pixels: a FluxPipeline cannot do without an autoencoder; "
             "convert to diffusers, bfl, comfyui or dcp"
         )
+    architecture.raise_conditioned(weights.path, args.in_channels, args.out_channels)
     architecture.to_diffusers_config(args)  # raises where there is no such transformer
     found = _find(weights, parts or PipelineParts())
     copies: dict[str, Path] = {}
@@ -198,6 +206,15 @@ def _model_files(folder: Path, part: str) -> dict[str, Path]:
         )
     for one in weights:
         TensorsFile.open(one)
+    try:
+        scaled = TextWeights(_KEYS[part], folder, flag=_FLAGS[part]).scaled
+    except (ValueError, OSError) as error:
+        raise UnreadableWeights(str(error)) from None
+    if scaled:
+        raise UnreadableWeights(
+            f"{_FLAGS[part]}: {folder} holds scaled float8, and a FluxPipeline leaves scales out; "
+            "give the encoder that it was made from"
+        )
     return {one.name: one for one in (config, *weights, *indexes)}
 
 

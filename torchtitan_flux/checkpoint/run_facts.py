@@ -19,6 +19,8 @@ class RunFacts:
         global_batch_size: positions of one step.
         context_in_dim, vec_in_dim, in_channels: widths that followed the encoders and the codec.
         randomness_version: scheme of the random numbers.
+        depth, depth_single_blocks: blocks of the model; None in checkpoints from before they were
+            stored, which have those of their flavor.
     """
 
     seed: int
@@ -27,8 +29,17 @@ class RunFacts:
     vec_in_dim: int
     in_channels: int
     randomness_version: int = RANDOMNESS_VERSION
+    depth: int | None = None
+    depth_single_blocks: int | None = None
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "RunFacts":
-        """From a dictionary that holds at least these; KeyError where one is missing."""
-        return cls(**{field.name: int(state[field.name]) for field in fields(cls)})
+        """From a dictionary that holds at least these; KeyError where one is missing.
+
+        What may be None may be missing too.
+        """
+        given: dict[str, Any] = {}
+        for one in fields(cls):
+            value = state.get(one.name) if one.default is None else state[one.name]
+            given[one.name] = None if value is None else int(value)
+        return cls(**given)

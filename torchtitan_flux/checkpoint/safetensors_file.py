@@ -17,6 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan_flux.file_kinds import other_kind
+from torchtitan_flux.paths import absence
+from torchtitan_flux.quantized import PACKED
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,6 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -35,8 +40,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 _LENGTH = 8  # bytes of the header's length, little endian
 _LONGEST_HEADER = 100_000_000  # the format's own limit
-_PICKLE_NAMES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_LFS = b"version https://git-lfs"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SAFETENSORS = (".safetensors", ".sft")
+"""Suffixes of the format."""
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
@@ -76,22 +82,26 @@ class TensorsFile:
         """Read the header and check it; the data stay on the disk.
 
         Raises:
-            UnreadableWeights: it is a pickle or another format, or its header and its length
-                contradict each other; names the file and, where one is at fault, the tensor.
+            UnreadableWeights: it is not there, a pickle or another format, or its header and its
+                length contradict each other; names the file and, where one is at fault, the tensor.
             OSError: it cannot be opened.
         """
         path = Path(path)
         refuse_pickle(path)
+        if not path.is_file():  # a named pipe would be waited for
+            what = "is no file" if path.exists() else absence(path)
+            raise UnreadableWeights(f"{path} {what}")
         size = path.stat().st_size
         with path.open("rb") as file:
             begin = file.read(_LENGTH)
-            if len(begin) < _LENGTH:
-                raise UnreadableWeights(
-                    f"{path} is too short for a safetensors file ({size} bytes); get it again"
-                )
             length = int.from_bytes(begin, "little")
-            if length > min(size - _LENGTH, _LONGEST_HEADER):
-                _refuse_other_formats(path, begin)
+            if len(begin) < _LENGTH or length > min(size - _LENGTH, _LONGEST_HEADER):
+                if kind := other_kind(path):
+                    raise UnreadableWeights(f"{path} {kind}")
+                if len(begin) < _LENGTH:
+                    raise UnreadableWeights(
+                        f"{path} is too short for a safetensors file ({size} bytes); get it again"
+                    )
                 raise UnreadableWeights(
                     f"{path} is no safetensors file, or was cut off: its header would have "
                     f"{length} bytes, the file has {size}; get it again"
@@ -143,30 +153,11 @@ class TensorsFile:
 
 def refuse_pickle(path: Path) -> None:
     """Raise UnreadableWeights for a file name that stands for a pickle."""
-    if path.suffix.lower() in _PICKLE_NAMES:
+    if path.suffix.lower() in PICKLES:
         raise UnreadableWeights(
             f"{path} is a pickle by its name, and unpickling runs whatever code is in it; give a "
             "safetensors file (where the pickle is trusted: safetensors.torch.save_file writes one)"
         )
-
-
-def _refuse_other_formats(path: Path, begin: bytes) -> None:
-    """Name what a file is that cannot be safetensors."""
-    if begin.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise UnreadableWeights(
-            f"{path} is a pickle by its contents, and unpickling runs whatever code is in it; give "
-            "a safetensors file (where it is trusted: safetensors.torch.save_file writes one)"
-        )
-    if begin.startswith(b"GGUF"):
-        raise UnreadableWeights(
-            f"{path} is a GGUF file, whose weights are quantised; give the safetensors file that "
-            "it was made from"
-        )
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise UnreadableWeights(
-                f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` there"
-            )
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -196,6 +187,11 @@ def _place(path: Path, name: str, entry: Any) -> _Place:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UnreadableWeights(f"{where} is not described by dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None and entry["dtype"] in PACKED:
+        raise UnreadableWeights(
+            f"{path} holds weights of 4 or 6 bits (NVFP4, MXFP4 or MXFP6: {name} has type "
+            f"{entry['dtype']}), which are not read; give the file that it was made from"
+        )
     if dtype is None:
         raise UnreadableWeights(
             f"{where} has the unknown element type {entry['dtype']!r}; known are "

@@ -1,6 +1,7 @@
 """Where foreign tensors lie: in safetensors files, or in a DCP checkpoint. Read part by part."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,8 +17,9 @@ Box = tuple[slice, ...]
 
 @runtime_checkable
 class Source(Protocol):
-    """Tensors by their foreign names."""
+    """Tensors by their foreign names; `headers` are the strings that files hold beside them."""
 
+    headers: list[dict[str, str]]
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
 
@@ -35,34 +37,52 @@ class FilesSource:
 
     Args:
         files: each tensor in exactly one of them.
-        prefix: what all names begin with, cut off here; others are left out.
 
     Raises:
         UnreadableWeights: a name is in two files.
     """
 
-    def __init__(self, files: list[TensorsFile], prefix: str = "") -> None:
-        self._prefix = prefix
+    def __init__(self, files: list[TensorsFile]) -> None:
         self._files: dict[str, TensorsFile] = {}
+        self.headers = [file.metadata for file in files]
         self.dtypes: dict[str, torch.dtype] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            for full, shape in file.shapes.items():
-                if not full.startswith(prefix):
-                    continue
-                name = full.removeprefix(prefix)
+            for name, shape in file.shapes.items():
                 if name in self._files:
                     raise UnreadableWeights(
-                        f"{full} is both in {self._files[name].path} and in {file.path}"
+                        f"{name} is both in {self._files[name].path} and in {file.path}"
                     )
                 self._files[name] = file
-                self.dtypes[name], self.shapes[name] = file.dtypes[full], shape
+                self.dtypes[name], self.shapes[name] = file.dtypes[name], shape
 
     def part(self, name: str, box: Box) -> Tensor:
-        return self._files[name].tensor(self._prefix + name)[box]
+        return self._files[name].tensor(name)[box]
 
     def release(self, name: str) -> None:
-        self._files[name].release(self._prefix + name)
+        self._files[name].release(name)
+
+
+class RenamedSource:
+    """Tensors of another source, under other names.
+
+    Args:
+        source: what holds them.
+        names: new name -> name there; others are left out.
+    """
+
+    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+        self._source = source
+        self._names = names
+        self.headers = source.headers
+        self.dtypes = {new: source.dtypes[name] for new, name in names.items()}
+        self.shapes = {new: source.shapes[name] for new, name in names.items()}
+
+    def part(self, name: str, box: Box) -> Tensor:
+        return self._source.part(self._names[name], box)
+
+    def release(self, name: str) -> None:
+        self._source.release(self._names[name])
 
 
 class DcpSource:
@@ -85,6 +105,7 @@ class DcpSource:
         except Exception as error:  # a restricted unpickler meets anything
             raise UnreadableWeights(f"{folder} is no readable DCP checkpoint: {error}") from None
         self._folder = folder
+        self.headers = []
         self.dtypes = {name: one.properties.dtype for name, one in self._tensors.items()}
         self.shapes = {name: tuple(one.size) for name, one in self._tensors.items()}
 

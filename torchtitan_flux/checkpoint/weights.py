@@ -1,17 +1,19 @@
-"""Weights in any format, read part by part under our names; what they are is found out here.
+"""Weights in any format, read part by part under our names.
 
 | format | what is opened |
 |---|---|
-| diffusers | a pipeline's folder (`model_index.json`), or its `transformer` folder |
-| bfl | `flux1-*.safetensors` in Black Forest Labs' names, or the folder that holds the only one |
-| comfyui | a single file whose names begin with `model.diffusion_model.` |
+| diffusers | names of FluxTransformer2DModel: a folder, a pipeline's folder, or a file |
+| bfl | Black Forest Labs' names, as in `flux1-*.safetensors` |
+| comfyui | the same behind `model.diffusion_model.` |
 | dcp | a checkpoint of ours, verified against its manifest |
 | torchtitan | a checkpoint of torchtitan 0.2's own FLUX, read only |
+
+Any other prefix of all names is cut off as well (names.py); what else a path can be, and what is
+refused, is found out in locations.py and kinds.py.
 """
 
-import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,65 +24,45 @@ from torch import Tensor
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint import architecture
-from torchtitan_flux.checkpoint.folder import verify
-from torchtitan_flux.checkpoint.manifest import MANIFEST, Damaged, Manifest
+from torchtitan_flux.checkpoint.locations import (
+    COMFYUI_PREFIX,
+    FORMATS,
+    WEIGHTS_NAME,
+    Format,
+    Found,
+    Trust,
+    find,
+)
+from torchtitan_flux.checkpoint.names import layout_of
 from torchtitan_flux.checkpoint.pieces import joined_dtype, read_joined
-from torchtitan_flux.checkpoint.safetensors_file import (
-    TensorsFile,
-    UnreadableWeights,
-    listed,
-    read_weight_map,
-    refuse_pickle,
-)
-from torchtitan_flux.checkpoint.sources import Box, DcpSource, FilesSource, Source
-from torchtitan_flux.checkpoint.storage import METADATA
-from torchtitan_flux.checkpoint.transformer import (
-    Layout,
-    foreign_shapes,
-    layout_entries,
-    our_shapes,
-)
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights, listed
+from torchtitan_flux.checkpoint.scaled import without_scales
+from torchtitan_flux.checkpoint.sources import Box, RenamedSource, Source
+from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries, our_shapes
+from torchtitan_flux.element_types import BeyondRange
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
-from torchtitan_flux.state_dict_keys import check_keys
+from torchtitan_flux.quantized import QuantizedWeights, check_integers
+from torchtitan_flux.state_dict_keys import KeyMismatch, check_keys
 
-__all__ = ["FORMATS", "UnreadableWeights", "Weights", "open_weights"]
+__all__ = [
+    "COMFYUI_PREFIX",
+    "FORMATS",
+    "WEIGHTS_NAME",
+    "Guidance",
+    "Unknown",
+    "UnreadableWeights",
+    "Weights",
+    "open_weights",
+]
 
 Guidance = Literal["match", "drop", "initialize"]
-Format = Literal["diffusers", "bfl", "comfyui", "dcp", "torchtitan"]
-FORMATS: tuple[Format, ...] = ("diffusers", "bfl", "comfyui", "dcp", "torchtitan")
-
-WEIGHTS_NAME = "diffusion_pytorch_model"
-INDEX_NAME = f"{WEIGHTS_NAME}.safetensors.index.json"
-COMFYUI_PREFIX = "model.diffusion_model."
-_OTHER_PARTS = (
-    "vae.",
-    "first_stage_model.",
-    "text_encoders.",
-    "cond_stage_model.",
-    "conditioner.",
-)
-"""What single files hold beside the transformer, by the beginning of the names."""
+Unknown = Literal["refuse", "drop"]
 
 _GUIDANCE = "guidance_in."
 _GUIDANCE_DIFFUSERS = "time_text_embed.guidance_embedder."
-_READABLE = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
 _TWIN = "time_in.in_layer.weight"
 """Whose element type new guidance weights get."""
-_LAYOUTS: dict[Format, Layout] = {
-    "diffusers": "diffusers",
-    "bfl": "bfl",
-    "comfyui": "bfl",
-    "dcp": "ours",
-    "torchtitan": "torchtitan",
-}
 
 
 class Weights:
@@ -92,6 +74,7 @@ class Weights:
         args: the architecture that its parameters make up.
         stored: that of the file, before guidance was dropped or initialised.
         shapes, dtypes: of every parameter, by our name; dtypes as they are stored.
+        left_out: unknown tensors that are not read.
     """
 
     def __init__(
@@ -101,23 +84,30 @@ class Weights:
         args: FluxModelArgs,
         source: Source,
         guidance: Guidance = "match",
+        unknown: Unknown = "refuse",
     ) -> None:
         """Every key of `source` is accounted for here.
 
         Raises:
-            KeyMismatch: names all that is missing, unknown or of another shape.
+            KeyMismatch: names all that is missing, of another shape or, unless `unknown` is "drop",
+                unknown.
             UnreadableWeights: guidance weights on one side only, or element types that are not
                 floating-point numbers.
         """
         self.path, self.format, self.args = path, format, args
-        self._source = source
         self.stored = stored = replace(args, guidance_embed=_has_guidance(source))
-        entries = layout_entries(_LAYOUTS[format], stored)
+        entries = layout_entries(layout_of(source.shapes), stored)
         expected = foreign_shapes(stored, entries)
-        found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
-        check_keys(found, expected, str(path))
+        self.left_out = [one for one in source.shapes if one not in expected and unknown == "drop"]
+        if self.left_out:
+            source = RenamedSource(source, {one: one for one in source.shapes if one in expected})
+        _check_keys(path, source, expected)
+        self._source = source
         _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
-        _check_dtypes(path, source)
+        try:
+            check_integers(source.dtypes)
+        except QuantizedWeights as error:
+            raise UnreadableWeights(f"{path} {error}") from None
         self._entries = {entry.ours: entry for entry in entries}
         self.shapes = our_shapes(args)
         self.dtypes = {
@@ -138,7 +128,7 @@ class Weights:
 
         Raises:
             KeyError: no such parameter.
-            UnreadableWeights: the file could not be read.
+            UnreadableWeights: the file could not be read, or a value is beyond what `dtype` holds.
         """
         shape = self.shapes[name]
         dtype = dtype or self.dtypes[name]
@@ -148,7 +138,10 @@ class Weights:
         ]
         if name not in self._entries:
             return _initialized(name, shape, bounds).to(dtype)
-        return read_joined(self._entries[name], self._source, bounds, dtype)
+        try:
+            return read_joined(self._entries[name], self._source, bounds, dtype)
+        except BeyondRange as error:
+            raise UnreadableWeights(f"{self.path}: {error}") from None
 
 
 def open_weights(
@@ -157,6 +150,8 @@ def open_weights(
     guidance: Guidance = "match",
     alone: bool = False,
     alike: FluxModelArgs | None = None,
+    unknown: Unknown = "refuse",
+    contents: bool = True,
 ) -> Weights:
     """Find out what a path holds, and check every key of it.
 
@@ -171,7 +166,11 @@ def open_weights(
         alone: this process asks no other one. Otherwise, where ranks are joined, all of them have
             to call this: each verifies a share of a checkpoint's files.
         alike: without `args`, a flavor that the weights are of, for what they do not say; widths
-            that follow encoders, and guidance, may differ from it.
+            that follow encoders, the number of blocks, and guidance, may differ from it.
+        unknown: what to do with tensors that no FLUX.1 transformer has. "refuse" names them; "drop"
+            leaves them out, with a line in the log.
+        contents: whether the files of a checkpoint of ours are read and compared with its manifest;
+            else only their sizes are.
 
     Raises:
         UnreadableWeights: the path is none of these formats, or contradicts itself, or its
@@ -179,10 +178,10 @@ def open_weights(
         KeyMismatch: names every key that is missing, unknown or of another shape.
         FileNotFoundError: there is nothing.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
-    found = _open_folder(path, alone) if path.is_dir() else _open_file(path)
+    trust: Trust = "verify alone" if alone else "verify"
+    found = find(Path(path), trust if contents else "sizes")
+    path = found.path
+    found = replace(found, source=without_scales(path, found.source))
     if args is None:
         args = found.declared
         if args is None:
@@ -191,182 +190,50 @@ def open_weights(
             architecture.check_alike(path, asdict(args), alike)
         wanted = {"match": args.guidance_embed, "drop": False, "initialize": True}[guidance]
         args = replace(args, guidance_embed=wanted)
-    elif found.declared is not None:
-        _check_declared(path, found.declared, args)
-    weights = Weights(path, found.format, args, found.source, guidance)
+    else:
+        architecture.refuse_conditioned(path, found.source.shapes, args)
+        if found.declared is not None:
+            _check_declared(path, found.declared, args)
+    weights = Weights(path, found.format, args, found.source, guidance, unknown)
+    if contents:  # a mere check is no reading
+        _tell(weights, found)
+    return weights
+
+
+def _tell(weights: Weights, found: Found) -> None:
+    """Say in the log what is left out, and what the weights are."""
+    path = weights.path
+    if found.left_out:
+        logger.info(f"{path}: {', '.join(found.left_out)} are not read, only the transformer")
+    if weights.left_out:
+        logger.warning(
+            f"{path}: {len(weights.left_out)} unknown tensors are left out: "
+            f"{listed(weights.left_out, 20)}"
+        )
     if found.format == "torchtitan":
         logger.warning(
             f"{path} was trained by torchtitan 0.2's own FLUX, with causal attention in every "
             "block; here attention is bidirectional, so these weights are a beginning and not a "
             "finished model"
         )
-    return weights
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What lies at a path.
-
-    Attributes:
-        format, source: what it is, and its tensors.
-        declared: the architecture that it states.
-        alike: a flavor with the same rotary axes and geometry, where only that is known.
-    """
-
-    format: Format
-    source: Source
-    declared: FluxModelArgs | None = None
-    alike: FluxModelArgs | None = None
-
-
-# ---- folders -------------------------------------------------------------------------------
-
-
-def _open_folder(path: Path, alone: bool) -> _Found:
-    if (path / METADATA).is_file() or (path / MANIFEST).is_file():
-        return _open_checkpoint(path, alone)
-    if (path / "model_index.json").is_file() and (path / "transformer").is_dir():
-        return _open_diffusers(path / "transformer")
-    if (path / "config.json").is_file() and _has_weights(path):
-        return _open_diffusers(path)
-    singles = sorted(path.glob("flux1-*.safetensors"))
-    if len(singles) == 1:
-        return _open_file(singles[0])
-    if singles:
-        raise UnreadableWeights(
-            f"{path} holds several models: {listed(one.name for one in singles)}; give one of the "
-            "files"
-        )
-    for pickle in sorted(path.glob(f"{WEIGHTS_NAME}*.bin")):
-        refuse_pickle(pickle)
-    steps = sorted(
-        (one for one in path.glob("step-*") if re.fullmatch(r"step-\d+", one.name)),
-        key=lambda one: int(one.name.removeprefix("step-")),
-    )
-    if steps:
-        raise UnreadableWeights(f"{path} holds checkpoints of a run; give one, as {steps[-1]}")
-    raise UnreadableWeights(
-        f"{path} holds no FLUX weights: expected is a diffusers folder (model_index.json and "
-        f"transformer/, or config.json and {WEIGHTS_NAME}*.safetensors), one flux1-*.safetensors, "
-        "or a DCP checkpoint (step-N)"
-    )
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob(f"{WEIGHTS_NAME}*"))
-
-
-def _open_diffusers(folder: Path) -> _Found:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UnreadableWeights(f"{folder} has no config.json; it is no diffusers folder")
-    args = architecture.from_diffusers_config(config)
-    files = open_shards(folder)
-    ours = architecture.from_metadata(files[0].path, files[0].metadata) if files else None
-    if ours is not None:  # what config.json has no entry for
-        args = replace(args, downscale=ours.downscale, patch_size=ours.patch_size)
-    return _Found("diffusers", FilesSource(files), declared=args)
-
-
-def open_shards(folder: Path) -> list[TensorsFile]:
-    """The safetensors files of a diffusers folder, single or by their index.
-
-    Raises:
-        UnreadableWeights: names what is missing: weights, a shard, or a tensor in a shard.
-    """
-    single, index = folder / f"{WEIGHTS_NAME}.safetensors", folder / INDEX_NAME
-    if not index.is_file():
-        if single.is_file():
-            return [TensorsFile.open(single)]
-        for pickle in sorted(folder.glob(f"{WEIGHTS_NAME}*.bin")):
-            refuse_pickle(pickle)
-        shards = sorted(one.name for one in folder.glob(f"{WEIGHTS_NAME}*.safetensors"))
-        if shards:
-            raise UnreadableWeights(
-                f"{folder} has {listed(shards)}, but neither {single.name} nor {index.name}, which "
-                "says what is in them; get it again"
-            )
-        raise UnreadableWeights(f"{folder} has no {single.name}")
-    table = read_weight_map(index)
-    names = sorted(set(table.values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UnreadableWeights(
-            f"{index} names {listed(missing)}, which {folder} does not hold; get it again"
-        )
-    files = [TensorsFile.open(folder / name) for name in names]
-    holder = {name: file.path.name for file in files for name in file.shapes}
-    lost = [f"{name} (in {file})" for name, file in table.items() if holder.get(name) != file]
-    if lost:
-        raise UnreadableWeights(f"{index} names tensors that are not there: {listed(lost)}")
-    return files
-
-
-def _open_checkpoint(folder: Path, alone: bool) -> _Found:
-    if not (folder / MANIFEST).is_file():
-        source = DcpSource(folder)
-        if any("_by_head." in name for name in source.shapes):
-            raise UnreadableWeights(
-                f"{folder} has no {MANIFEST}: it was not saved completely; give another checkpoint"
-            )
-        return _Found("torchtitan", source)
-    problem = _damage(folder) if alone else verify(folder)[1]
-    if problem:
-        raise UnreadableWeights(f"{folder} is damaged: {problem}; give another checkpoint")
-    source, stated = DcpSource(folder), folder / architecture.ARGS_FILE
-    if stated.is_file():
-        return _Found("dcp", source, declared=architecture.from_args_file(stated))
-    return _Found("dcp", source, alike=architecture.flavor_of_run(folder))
-
-
-def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint of ours, found by this process alone; empty when nothing."""
-    try:
-        manifest = Manifest.read(checkpoint)
-        manifest.check_sizes(checkpoint)
-        manifest.check_contents(checkpoint, list(manifest.files))
-    except Damaged as error:
-        return str(error)
-    return ""
-
-
-# ---- single files --------------------------------------------------------------------------
-
-
-def _open_file(path: Path) -> _Found:
-    if path.name == INDEX_NAME:
-        return _open_diffusers(path.parent)
-    file = TensorsFile.open(path)
-    declared = architecture.from_metadata(path, file.metadata)
-    if any(name.startswith(COMFYUI_PREFIX) for name in file.shapes):
-        return _Found("comfyui", _without_other_parts(file), declared)
-    if "x_embedder.weight" in file.shapes:
-        raise UnreadableWeights(
-            f"{path} holds weights in diffusers' names; give the folder that it lies in, with its "
-            "config.json"
-        )
-    if "encoder.conv_in.weight" in file.shapes:
-        raise UnreadableWeights(
-            f"{path} is an autoencoder; give the transformer, as flux1-dev.safetensors"
-        )
-    return _Found("bfl", FilesSource([file]), declared)
-
-
-def _without_other_parts(file: TensorsFile) -> FilesSource:
-    others = [name for name in file.shapes if not name.startswith(COMFYUI_PREFIX)]
-    unknown = [name for name in others if not name.startswith(_OTHER_PARTS)]
-    if unknown:
-        raise UnreadableWeights(
-            f"{file.path} holds tensors of no known part: {listed(unknown)}; known are "
-            f"{COMFYUI_PREFIX} and {', '.join(_OTHER_PARTS)}"
-        )
-    if others:
-        parts = sorted({next(p for p in _OTHER_PARTS if n.startswith(p)) for n in others})
-        logger.info(f"{file.path}: {', '.join(parts)} are not read, only {COMFYUI_PREFIX}")
-    return FilesSource([file], COMFYUI_PREFIX)
 
 
 # ---- checks --------------------------------------------------------------------------------
+
+
+def _check_keys(path: Path, source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise KeyMismatch, with what to do where nothing but unknown tensors is wrong."""
+    found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
+    try:
+        check_keys(found, expected, str(path))
+    except KeyMismatch as error:
+        if error.missing or error.mis_shaped:
+            raise
+        remedy = (
+            'leave them out with checkpoint.unknown_weights = "drop" (when converting: '
+            "--unknown_weights drop), or give a file without them"
+        )
+        raise KeyMismatch(str(path), [], error.unknown, [], remedy) from None
 
 
 def _has_guidance(source: Source) -> bool:
@@ -396,15 +263,6 @@ def _check_declared(path: Path, declared: FluxModelArgs, args: FluxModelArgs) ->
                 f"{path} was made with {name} {getattr(declared, name)}, the model has "
                 f"{getattr(args, name)}; take the flavor that it was made with"
             )
-
-
-def _check_dtypes(path: Path, source: Source) -> None:
-    wrong = [f"{name} ({one})" for name, one in source.dtypes.items() if one not in _READABLE]
-    if wrong:
-        raise UnreadableWeights(
-            f"{path} holds quantised or integer weights, which are not read: {listed(wrong)}; give "
-            "the file that it was made from"
-        )
 
 
 def _initialized(name: str, shape: tuple[int, ...], bounds: Iterable[tuple[int, int]]) -> Tensor:

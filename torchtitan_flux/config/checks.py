@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 
+from torchtitan_flux.checkpoint.folder import complete_steps
+from torchtitan_flux.checkpoint.hub_cache import why_absent
+from torchtitan_flux.checkpoint.import_weights import open_for
+from torchtitan_flux.checkpoint.locations import find
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.folders import folder_problems
@@ -12,7 +16,6 @@ from torchtitan_flux.config.loading import loading_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.numbers import number_problems
-from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
 from torchtitan_flux.config.recomputation import AC_MODES, recomputation_problems
 from torchtitan_flux.config.resolve import image_size, resolve_model_args
@@ -25,6 +28,7 @@ from torchtitan_flux.data.registry import (
     WITHOUT_HELD_OUT,
 )
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate, looks_local
 
 ON_GPUS = (
     "training.enable_cpu_offload",
@@ -99,8 +103,8 @@ def _unsupported(config: Any) -> list[str]:
         )
     if config.checkpoint.initial_load_in_hf_quantized:
         found.append(
-            "checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be read; "
-            "set it to false and name weights in float32, bfloat16 or float16"
+            "checkpoint.initial_load_in_hf_quantized = true: of quantised weights only scaled "
+            "float8 is read, and without this key; set it to false"
         )
     if config.fault_tolerance.enable:
         found.append("fault_tolerance.enable = true is not supported; set it to false")
@@ -156,7 +160,9 @@ def _checkpoints(config: Any) -> list[str]:
             "0 keeps all"
         )
     if c.enable and c.initial_load_path and locate(c.initial_load_path) is None:
-        found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} does not exist")
+        why = why_absent(c.initial_load_path)
+        found.append(f"checkpoint.initial_load_path = {c.initial_load_path!r} {why}")
+    found += _initial_kind(config)
     for key in ("initial_load_path", "initial_load_in_hf", "last_save_in_hf",
                 "exclude_from_loading"):  # fmt: skip
         if getattr(c, key) and not c.enable:
@@ -208,12 +214,13 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
         low_precision: whether the keys of 8-bit computation are sound.
     """
     try:
-        args = resolve_model_args(config)
+        args = resolve_model_args(config, training=training)
     except (ValueError, OSError) as error:
         return [str(error)]
     found = _size(config, args)
     if not training:
         return found
+    found += _initial_weights(config, args)
     fits = not found and low_precision
     return [
         *found,
@@ -221,6 +228,42 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
         *pipeline_fit(config, args),
         *(low_precision_fit(config, args, image_size(config)) if fits else []),
     ]
+
+
+def _initial_path(config: Any) -> Path | None:
+    """Where the weights lie that a run begins with; None where it begins with none of them."""
+    c = config.checkpoint
+    if not (c.enable and c.initial_load_path and c.initial_load_model_only):
+        return None
+    if complete_steps(Path(config.job.dump_folder) / c.folder):
+        return None  # the run goes on from its own
+    return locate(c.initial_load_path)
+
+
+def _initial_kind(config: Any) -> list[str]:
+    """Why what a run is to begin with is no FLUX transformer, whatever the model is."""
+    path = _initial_path(config)
+    if path is None:
+        return []
+    try:
+        find(path, "sizes")
+    except (ValueError, OSError) as error:
+        return [f"checkpoint.initial_load_path = {config.checkpoint.initial_load_path!r}: {error}"]
+    return []
+
+
+def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
+    """Why weights do not fit the model, by their headers."""
+    path, c = _initial_path(config), config.checkpoint
+    if path is None or _initial_kind(config):
+        return []
+    try:
+        open_for(
+            path, config.model.flavor, args, c.guidance_weights, c.unknown_weights, contents=False
+        )
+    except (ValueError, OSError) as error:
+        return [f"checkpoint.initial_load_path = {c.initial_load_path!r}: {error}"]
+    return []
 
 
 def _size(config: Any, args: FluxModelArgs) -> list[str]:

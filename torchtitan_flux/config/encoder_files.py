@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.paths import locate, looks_local
+from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.encoders.pretrained import (
     PUBLISHED,
     TOKENIZER_FILES,
@@ -19,6 +19,9 @@ from torchtitan_flux.encoders.pretrained import (
     read_clip_config,
     read_t5_config,
 )
+from torchtitan_flux.encoders.text_weights import TextWeights
+from torchtitan_flux.file_kinds import other_kind
+from torchtitan_flux.paths import absence, locate, looks_local
 
 TEXT = {key.removeprefix("encoder."): tokenizer for key, (_, tokenizer) in PUBLISHED.items()}
 """Key of [encoder] -> the folder beside the encoder's in FLUX.1's repositories."""
@@ -27,7 +30,6 @@ REPOSITORIES = {name: f"black-forest-labs/{name}" for name in ("FLUX.1-dev", "FL
 """Folder below assets/hf -> the repository on the hub that is downloaded there."""
 
 _DOWNLOADED = re.compile(r"(?:\./)?assets/hf/([^/]+)/(\w+)")
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def encoder_problems(config: Any, pixel_space: bool) -> list[str]:
@@ -51,9 +53,23 @@ def encoder_problems(config: Any, pixel_space: bool) -> list[str]:
             found.append(f"encoder.{key} = {path!r}{line}")
             if part and (match := _DOWNLOADED.match(path)) and match[1] in REPOSITORIES:
                 wanted.setdefault(match[1], []).append(part)
+    for key in TEXT:
+        if not any(line.startswith(f"encoder.{key} ") for line in found):
+            found += _wrong_weights(key, paths[key])
     names = {key: path for key, path in paths.items() if key in TEXT and _on_the_hub(path)}
     found += _not_on_the_hub(names)
     return found + [_download(name, parts) for name, parts in wanted.items()]
+
+
+def _wrong_weights(key: str, path: str) -> list[str]:
+    """What transformers would leave out or make up, of an encoder whose files are there."""
+    if locate(path) is None:
+        return []
+    try:
+        TextWeights(f"encoder.{key}", resolved_path(path))
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 def _on_the_hub(path: str) -> bool:
@@ -83,7 +99,7 @@ def _missing(key: str, path: str) -> Iterator[tuple[str, str]]:
     there = locate(path)
     if key == "autoencoder_path":
         if there is None:
-            yield " does not exist", Path(path).name
+            yield f" {absence(path)}", Path(path).name
         elif there.is_file():
             yield from ((why, there.name) for why in broken(there))
         else:
@@ -94,7 +110,7 @@ def _missing(key: str, path: str) -> Iterator[tuple[str, str]]:
     beside = Path(path).parent / TEXT[key]
     if there is None:
         if not _on_the_hub(path):
-            yield " does not exist", part
+            yield f" {absence(path)}", part
             if _DOWNLOADED.match(path) and not _has_tokenizer(locate(str(beside))):
                 yield f": its tokenizer {str(beside)!r} does not exist", beside.name
         return
@@ -135,22 +151,18 @@ def _weights(folder: Path) -> Iterator[str]:
 def broken(path: Path) -> Iterator[str]:
     """Why a safetensors file cannot be read, if so: its header is compared with its size."""
     if not path.is_file():
-        yield f": {path} does not exist"
+        yield f": {path} {'is no file' if path.exists() else absence(path)}"
         return
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
-            yield f": {path} is a pointer of Git LFS, not the file itself; run `git lfs pull`"
-            return
-        length = int.from_bytes(start[:8], "little")
-        file.seek(8)
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
         header = file.read(length) if 0 < length <= size - 8 else b""
     try:
         tensors = json.loads(header)
         ends = [tensors[name]["data_offsets"][1] for name in tensors if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, IndexError):
-        yield f": {path} is not a safetensors file, or is cut short"
+        yield f": {path} {other_kind(path) or 'is not a safetensors file, or is cut short'}"
         return
     whole = 8 + length + max(ends, default=0)
     if size != whole:

@@ -201,6 +201,9 @@ class Checkpoint:
     guidance_weights: Literal["match", "drop", "initialize"] = "match"
     """When the weights to begin from and model.flavor differ in having a guidance embedding: match
     refuses; drop leaves those of the file out; initialize gives the model fresh ones"""
+    unknown_weights: Literal["refuse", "drop"] = "refuse"
+    """When the weights to begin from hold tensors that no FLUX.1 transformer has: refuse names
+    them; drop leaves them out"""
 
 
 @dataclass

@@ -129,7 +129,8 @@ USED = {
     "with optimizer, schedule and position in the data",
     "checkpoint.initial_load_in_hf": "checkpoint.initial_load_path is a diffusers folder or a "
     "safetensors file",
-    "checkpoint.initial_load_in_hf_quantized": "Not available: quantized weights are not read",
+    "checkpoint.initial_load_in_hf_quantized": "Not available: scaled float8 is read "
+    "without it, other quantisations are not",
     "checkpoint.last_save_model_only": "The last checkpoint holds weights alone, and the run "
     "cannot be made longer",
     "checkpoint.last_save_in_hf": "Write the last checkpoint as a diffusers folder",

@@ -5,13 +5,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.paths import locate
+from torchtitan_flux.checkpoint.pruned import with_blocks_of, with_blocks_of_run
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate
 
 
 def resolved_path(path: str) -> str:
@@ -26,15 +27,47 @@ def image_size(config: Any) -> ImageSize:
     return ImageSize(t.img_height or t.img_size, t.img_width or t.img_size)
 
 
-def resolve_model_args(config: Any) -> FluxModelArgs:
-    """The flavor with the widths of the configured encoders and codec.
+def resolve_model_args(
+    config: Any, weights: str | None = None, training: bool = True
+) -> FluxModelArgs:
+    """The flavor with the widths of the configured encoders and codec, and its weights' blocks.
 
     flux-dev and flux-schnell have fixed widths, which the encoders must have; other flavors
-    follow the encoders.
+    follow the encoders. The number of blocks is that of the run's checkpoints or of the weights
+    that it begins with (`with_configured_blocks`).
+
+    Args:
+        config: the configuration.
+        weights: file or folder to draw with, instead of the run's own checkpoint.
+        training: whether the model will be trained; drawing takes the run's checkpoints also where
+            `checkpoint.enable` is false.
 
     Raises:
         ValueError: naming the encoder key whose width does not fit a fixed flavor.
     """
+    return with_configured_blocks(config, _with_widths(config), weights, training)
+
+
+def with_configured_blocks(
+    config: Any, args: FluxModelArgs, weights: str | None = None, training: bool = True
+) -> FluxModelArgs:
+    """`args` with as many blocks as the weights have that the model will get.
+
+    Those of the run's own checkpoints; without any, of what `checkpoint.initial_load_path` names;
+    else the flavor's. They are read from headers, and kept in every checkpoint, so that a run
+    continues also when the weights that it began with are gone.
+    """
+    c = config.checkpoint
+    if weights is None and (c.enable or not training):
+        own = with_blocks_of_run(Path(config.job.dump_folder) / c.folder, args)
+        if own is not None:
+            return own
+        weights = c.initial_load_path
+    path = locate(weights) if weights else None
+    return args if path is None else with_blocks_of(path, args)
+
+
+def _with_widths(config: Any) -> FluxModelArgs:
     args = FLAVORS[config.model.flavor]
     t5_path, clip_path = map(
         resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)

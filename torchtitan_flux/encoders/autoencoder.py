@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from torchtitan_flux.element_types import BeyondRange, cast
 from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
@@ -20,7 +22,18 @@ from torchtitan_flux.encoders.autoencoder_layers import (
     Encoder,
 )
 from torchtitan_flux.encoders.codec import check_channels
+from torchtitan_flux.encoders.stored import read_header, read_stored
+from torchtitan_flux.file_kinds import other_kind
+from torchtitan_flux.paths import absence
+from torchtitan_flux.quantized import (
+    QuantizedWeights,
+    check_config,
+    check_integers,
+    find_scales,
+    plain,
+)
 from torchtitan_flux.state_dict_keys import KeyMismatch
+from torchtitan_flux.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
 
@@ -99,20 +112,17 @@ def load_autoencoder(
 
     Raises:
         FileNotFoundError: nothing there, or a folder that lacks one of the two files.
-        ValueError: not safetensors, not this architecture (KeyMismatch names the keys), or a
-            configuration this code does not implement.
+        ValueError: not safetensors, not this architecture (KeyMismatch names the keys), a
+            configuration this code does not implement, or quantised but for scaled float8.
     """
     path = Path(path)
     args, weights = read_args(path)
-    to_ours = from_bfl if weights == path else from_diffusers
-    try:
-        state_dict = to_ours(load_file(weights), args)
-    except KeyMismatch as error:
-        what = f"{_KEY}: {weights}"
-        raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
+    with _naming(weights):
+        state_dict = _to_ours(path)(plain(load_file(weights)), args)
+        state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
     with torch.device("meta"):
         autoencoder = Autoencoder(args)
-    state_dict = {name: value.to(device, dtype) for name, value in state_dict.items()}
+    state_dict = {name: value.to(device) for name, value in state_dict.items()}
     autoencoder.load_state_dict(state_dict, assign=True)
     return autoencoder.requires_grad_(False).eval()
 
@@ -120,16 +130,45 @@ def load_autoencoder(
 def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     """(latent channels, pixels per latent cell) of what `load_autoencoder` would load.
 
-    Reads only the configuration or the safetensors header. Raises as `load_autoencoder` does.
+    Reads only the configuration and the safetensors header. Raises as `load_autoencoder` does, but
+    where a value does not fit.
     """
-    args, _ = read_args(Path(path))
+    path = Path(path)
+    args, weights = read_args(path)
+    with _naming(weights):
+        tensors, strings = read_header(weights)
+        dtypes = {name: one.dtype for name, one in tensors.items()}
+        shapes = {name: one.shape for name, one in tensors.items()}
+        scales = find_scales(dtypes, shapes, [strings], lambda name: read_stored(weights, name))
+        own = {name: one for name, one in shapes.items() if name not in scales.beside}
+        _to_ours(path)({name: torch.empty(one, device="meta") for name, one in own.items()}, args)
+        check_integers({name: dtypes[name] for name in own})
     return args.z_channels, args.downscale
+
+
+def _to_ours(path: Path) -> Callable[[Mapping[str, Tensor], AutoencoderArgs], dict[str, Tensor]]:
+    """The key map of a folder is diffusers', that of a file BFL's."""
+    return from_diffusers if path.is_dir() else from_bfl
+
+
+@contextmanager
+def _naming(weights: Path) -> Iterator[None]:
+    """What is wrong with weights is said with their file and the TOML key."""
+    try:
+        yield
+    except QuantizedWeights as error:
+        raise ValueError(f"{_KEY}: {weights} {error}") from None
+    except KeyMismatch as error:
+        what = f"{_KEY}: {weights}"
+        raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
+    except (BeyondRange, SafetensorError) as error:
+        raise ValueError(f"{_KEY}: {weights}: {error}") from None
 
 
 def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     """The architecture, and the file that holds the weights."""
     if path.is_dir():
-        config, weights = path / "config.json", path / _WEIGHTS
+        config, weights = path / "config.json", _weights_in(path)
         if not config.is_file():
             raise FileNotFoundError(
                 f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
@@ -140,9 +179,16 @@ def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
         return _args_from_config(config), weights
     if not path.is_file():
         raise FileNotFoundError(
-            f"{_KEY}: no file or folder {path}; give BFL's ae.safetensors or a diffusers vae folder"
+            f"{_KEY}: {path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
         )
     return _args_from_shapes(path), path
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
+    weights = folder / _WEIGHTS
+    variants = sorted(folder.glob(f"{Path(_WEIGHTS).stem}.*.safetensors"))
+    return variants[0] if len(variants) == 1 and not weights.exists() else weights
 
 
 def _args_from_shapes(path: Path) -> AutoencoderArgs:
@@ -151,7 +197,8 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{_KEY}: {path} is not a safetensors file ({error})") from None
+        kind = other_kind(path) or f"is not a safetensors file ({error})"
+        raise ValueError(f"{_KEY}: {path} {kind}") from None
     try:
         conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
         ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")
@@ -166,9 +213,19 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
         )
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{_KEY}: {path} is not an autoencoder in Black Forest Labs' layout ({error}); "
-            "for diffusers' layout give the vae folder with its config.json"
+            f"{_KEY}: {path} {_other(shapes)} ({error}); give ae.safetensors of FLUX.1, or a "
+            "diffusers vae folder with its config.json"
         ) from None
+
+
+def _other(names: Iterable[str]) -> str:
+    """What a file is instead of an autoencoder in Black Forest Labs' layout."""
+    kind = kind_of(names, transformer=False)
+    if is_transformer(names):
+        return "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
+    if kind is not None and "autoencoder" not in kind.what:
+        return f"{kind.what}, and no autoencoder of FLUX.1"
+    return "is not an autoencoder in Black Forest Labs' layout"
 
 
 def _args_from_config(path: Path) -> AutoencoderArgs:
@@ -176,6 +233,7 @@ def _args_from_config(path: Path) -> AutoencoderArgs:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         _check_supported(config)
+        check_config(config)
         widths = config["block_out_channels"]
         return AutoencoderArgs(
             in_channels=config["in_channels"],

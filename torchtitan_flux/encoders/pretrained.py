@@ -10,6 +10,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPTextConfig, PretrainedConfig, T5Config
 
+from torchtitan_flux.quantized import QuantizedWeights, check_config
+from torchtitan_flux.state_dict_keys import KeyMismatch
+
 T5_KEY = "encoder.t5_encoder"
 CLIP_KEY = "encoder.clip_encoder"
 
@@ -20,8 +23,10 @@ PUBLISHED = {T5_KEY: ("text_encoder_2", "tokenizer_2"), CLIP_KEY: ("text_encoder
 """Folders of FLUX.1's repositories: the encoder, and its tokenizer beside it."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# One line of the reason is enough: what transformers raises goes on for a screen.
+# One line of the reason is enough, unless it is ours: what transformers raises goes on for a
+# screen.
 _REASON_LENGTH = 300
+_OWN = (KeyMismatch, QuantizedWeights)
 
 
 def locate(path: str | Path, key: str) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> Va
     (google/t5-v1_1-xxl) have their weights as a pickle alone, which could run code.
     """
     reason = " ".join(str(error).split()).rstrip(".")
-    if len(reason) > _REASON_LENGTH:
+    if len(reason) > _REASON_LENGTH and not isinstance(error, _OWN):
         reason = reason[:_REASON_LENGTH] + " …"
     said = f"{key}: cannot load the {what} from {path}: {reason}"
     if not Path(path).exists() and key in PUBLISHED:
@@ -93,6 +98,10 @@ def _read_config(path: str | Path, key: str, model_types: tuple[str, ...]) -> di
         needed = " or ".join(repr(name) for name in model_types)
         found = f"its model_type is {config.get('model_type')!r}, needed is {needed}"
         raise refusal(key, path, "configuration", found)
+    try:
+        check_config(config)
+    except QuantizedWeights as error:
+        raise refusal(key, path, "configuration", error) from None
     return config
 
 

@@ -5,18 +5,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from torchtitan_flux.encoders.pretrained import (
-    CLIP_KEY,
-    T5_KEY,
-    locate,
-    read_clip_config,
-    read_t5_config,
-    refusal,
-)
+from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
+from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH, CaptionTokenizer
 
 __all__ = ["CLIP_LENGTH", "CaptionTokenizer", "ClipEncoder", "T5Encoder"]
@@ -41,12 +34,12 @@ class T5Encoder(nn.Module):
             dtype: of the weights, the computation and the output.
 
         Raises:
-            FileNotFoundError, ValueError: what is there is not a complete T5, naming the TOML key.
+            FileNotFoundError, ValueError: what is there is not exactly a T5, naming the TOML key.
         """
         super().__init__()
-        config = read_t5_config(path)
-        self.width: int = config.d_model
-        self.model = _load(T5EncoderModel, config, path, T5_KEY, device, dtype)
+        weights = TextWeights(T5_KEY, path)
+        self.width: int = weights.config.d_model
+        self.model = _load(T5EncoderModel, weights, device, dtype)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -76,28 +69,18 @@ class ClipEncoder(nn.Module):
             dtype: of the weights, the computation and the output.
 
         Raises:
-            FileNotFoundError, ValueError: what is there is not a complete CLIP text model reading
+            FileNotFoundError, ValueError: what is there is not exactly a CLIP text model reading
                 77 tokens, naming the TOML key.
         """
         super().__init__()
-        config = read_clip_config(path)
-        if config.max_position_embeddings < CLIP_LENGTH:
-            raise refusal(
-                CLIP_KEY,
-                path,
-                "text model",
-                f"it reads {config.max_position_embeddings} tokens, needed are {CLIP_LENGTH}",
-            )
+        weights = TextWeights(CLIP_KEY, path)
+        config = weights.config
         self.width: int = config.hidden_size
         # OpenAI's own configurations name end-of-text 2, which is not what their tokenizer writes:
         # there it is the highest id, 49407. transformers makes the same exception.
         eos = config.eos_token_id
-        if not isinstance(eos, int):
-            raise refusal(
-                CLIP_KEY, path, "text model", f"its eos_token_id is {eos!r}, not a number"
-            )
         self.eos_token_id: int = config.vocab_size - 1 if eos == _LEGACY_EOS else eos
-        self.model = _load(CLIPTextModel, config, path, CLIP_KEY, device, dtype)
+        self.model = _load(CLIPTextModel, weights, device, dtype)
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -111,25 +94,11 @@ class ClipEncoder(nn.Module):
         return states[torch.arange(len(states), device=states.device), end]
 
 
-def _load(
-    kind: Any,
-    config: Any,
-    path: str | Path,
-    key: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Any:
-    """`kind.from_pretrained`, refusing weights that are missing: they would be random."""
-    try:
-        model, info = kind.from_pretrained(
-            **locate(path, key),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise refusal(key, path, "weights", error) from None
-    if info["missing_keys"]:
-        raise refusal(key, path, "weights", f"missing: {', '.join(sorted(info['missing_keys']))}")
+def _load(kind: Any, weights: TextWeights, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """transformers' model with these weights, which have been found to be all of them."""
+    with torch.device("meta"):
+        names = list(kind._from_config(weights.config).state_dict())
+    values = {name: weights.read(name, dtype) for name in weights.shapes}
+    state = {name: values[weights.own_name(name)] for name in names}
+    model = kind.from_pretrained(None, config=weights.config, state_dict=state, dtype=dtype)
     return model.to(device)

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.checkpoint.hub_cache import snapshot_of
 from torchtitan_flux.checkpoint.manifest import MANIFEST
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolve import sample_settings
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.picture_file import NoPicture, Recorded
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.paths import locate
 
 EXAMPLES = """examples:
   ./run_infer.sh --prompt "a handwritten seven" --out seven.png
@@ -102,6 +105,8 @@ def with_parts_of(weights: str, rest: list[str]) -> list[str]:
     outranks them.
     """
     root = locate(weights)
+    with suppress(UnreadableWeights):  # said where they are opened
+        root = root and snapshot_of(root)
     if root is None or not (root / "model_index.json").is_file():
         return rest
     given = {key for key, _ in given_keys(rest)}

@@ -9,6 +9,7 @@ from PIL import Image
 
 import torchtitan_flux
 from torchtitan_flux.checkpoint.manifest import MANIFEST
+from torchtitan_flux.checkpoint.safetensors_file import SAFETENSORS
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
 
@@ -170,7 +171,7 @@ def digest(path: Path) -> str:
     if path.is_file():
         files = [path]
     else:
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json"))
+        files = sorted(p for p in path.rglob("*") if p.suffix in (*SAFETENSORS, ".json"))
     for file in files:
         size = file.stat().st_size
         state.update(f"{file.name if path.is_dir() else ''}:{size}\n".encode())

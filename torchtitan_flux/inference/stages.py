@@ -15,17 +15,18 @@ from torchtitan_flux.engine import give_back_freed_memory
 
 import torch
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.encoders.codec import Codec
-from torchtitan_flux.encoders.pretrained import read_t5_config
+from torchtitan_flux.encoders.pretrained import T5_KEY
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder
+from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.generate import TextConditioning, TextEncoding
 from torchtitan_flux.inference.memory import free_memory
 from torchtitan_flux.inference.streaming import Streamed, block_sizes, can_be_kept, load_outside
-from torchtitan_flux.inference.t5_files import T5Files
+from torchtitan_flux.inference.t5_files import Pages
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.training.conditioning import FrozenParts, build_codec
 
@@ -97,9 +98,8 @@ class OneAfterAnother:
 
     @contextmanager
     def text(self) -> Iterator[TextEncoding]:
-        path = resolved_path(self.config.encoder.t5_encoder)
-        t5 = _empty_t5(path)
-        files = T5Files(path)
+        weights = TextWeights(T5_KEY, resolved_path(self.config.encoder.t5_encoder), Pages())
+        t5 = _empty_t5(weights.config)
         clip = ClipEncoder(
             resolved_path(self.config.encoder.clip_encoder), device=self.device, dtype=self.dtype
         )
@@ -111,7 +111,7 @@ class OneAfterAnother:
                 return TextConditioning(txt, clip(torch.stack(clip_tokens).to(self.device)))
 
         blocks = {f"encoder.block.{i}": block for i, block in enumerate(t5.encoder.block)}
-        with self._streamed(t5, blocks, files.read):
+        with self._streamed(t5, blocks, lambda name: weights.read(name, self.dtype)):
             # one embedding under two names
             t5.encoder.set_input_embeddings(t5.shared)
             yield encode
@@ -154,8 +154,8 @@ class OneAfterAnother:
                 torch._C._host_emptyCache()  # pinned memory; torch keeps it for itself otherwise
 
 
-def _empty_t5(path: str) -> T5EncoderModel:
+def _empty_t5(config: T5Config) -> T5EncoderModel:
     """T5's encoder on the meta device, as `from_pretrained` would make it."""
     with torch.device("meta"):
-        model = T5EncoderModel._from_config(read_t5_config(path))
+        model = T5EncoderModel._from_config(config)
     return model.eval().requires_grad_(False)

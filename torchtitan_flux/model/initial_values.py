@@ -20,7 +20,7 @@ BLOCK = 2**20
 _ZERO = re.compile(r"(_mod\.lin|\.modulation\.lin|final_layer\..*)\.(weight|bias)$|\.bias$")
 _ONE = re.compile(r"(query_norm|key_norm)\.weight$")
 _NORMAL = re.compile(r"^(time_in|vector_in|guidance_in)\.")
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def canonical_name(name: str) -> str:

@@ -14,7 +14,7 @@ from torchtitan_flux.config.manager import (
     read_config,
 )
 from torchtitan_flux.config.meshes import model_problems
-from torchtitan_flux.config.resolve import resolve_model_args
+from torchtitan_flux.config.resolve import resolve_model_args, with_configured_blocks
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
 from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.estimate import GIB, estimate, microbatches_of, with_mesh
@@ -55,8 +55,13 @@ def main() -> None:
             parser.error("give --mesh, --gpus or --plot")
 
 
-def model_args(config: Any) -> FluxModelArgs:
+def model_args(config: Any, weights: str | None = None, training: bool = True) -> FluxModelArgs:
     """The model; fixed flavors need no encoders to be there.
+
+    Args:
+        config: the configuration.
+        weights: file or folder to draw with.
+        training: whether the model will be trained.
 
     Raises:
         ConfigError: an unknown flavor, or encoders that are needed and missing.
@@ -64,9 +69,9 @@ def model_args(config: Any) -> FluxModelArgs:
     if config.model.flavor not in FLAVORS:
         raise ConfigError([f"model.flavor = {config.model.flavor!r} is unknown"])
     if config.model.flavor in FIXED_WIDTH_FLAVORS:
-        return FLAVORS[config.model.flavor]
+        return with_configured_blocks(config, FLAVORS[config.model.flavor], weights, training)
     try:
-        return resolve_model_args(config)
+        return resolve_model_args(config, weights, training)
     except (ValueError, OSError) as error:
         raise ConfigError([str(error)]) from error
 

@@ -12,15 +12,17 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, step_folder
+from torchtitan_flux.checkpoint.hub_cache import why_absent
 from torchtitan_flux.checkpoint.import_weights import import_weights, open_for
+from torchtitan_flux.checkpoint.pruned import blocks_told
 from torchtitan_flux.checkpoint.sources import DcpSource
 from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.paths import locate
 from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
 from torchtitan_flux.training.pictures import Painter
 from torchtitan_flux.training.process import start_process_group
@@ -91,8 +93,11 @@ def begin(config: Any, weights: str | None = None) -> Beginning:
         ValueError: naming what does not fit the configured model.
     """
     device = start_process_group(config)
-    args = resolve_model_args(config)
+    args = resolve_model_args(config, weights, training=False)
     opened = None if weights is None else _open(weights, args, config)
+    checkpoint = find_checkpoint(config) if opened is None else opened.path
+    if told := blocks_told(checkpoint, config.model.flavor, args):
+        logger.warning(told)
     world_size = torch.distributed.get_world_size()
     return Beginning(
         config,
@@ -101,7 +106,7 @@ def begin(config: Any, weights: str | None = None) -> Beginning:
         TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size),
         opened,
-        find_checkpoint(config) if opened is None else opened.path,
+        checkpoint,
     )
 
 
@@ -141,9 +146,10 @@ def open_session(config: Any, batch_size: int = 64, weights: str | None = None) 
 def _open(weights: str, args: FluxModelArgs, config: Any) -> Weights:
     path = locate(weights)
     if path is None:
-        raise FileNotFoundError(f"--weights {weights} does not exist")
+        raise FileNotFoundError(f"--weights {weights} {why_absent(weights)}")
+    c = config.checkpoint
     try:
-        return open_for(path, config.model.flavor, args, config.checkpoint.guidance_weights)
+        return open_for(path, config.model.flavor, args, c.guidance_weights, c.unknown_weights)
     except (ValueError, OSError) as error:
         raise ValueError(f"--weights {weights}: {error}") from None
 

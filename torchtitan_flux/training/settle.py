@@ -23,6 +23,7 @@ from torchtitan_flux.checkpoint.folder import (
 )
 from torchtitan_flux.checkpoint.import_weights import open_for
 from torchtitan_flux.checkpoint.manifest import Manifest
+from torchtitan_flux.checkpoint.pruned import blocks_told
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.config.manager import ConfigError
@@ -95,6 +96,10 @@ def settle(job_config: Any) -> Settled:
     _check_can_go_on(choice, job_config)
 
     continued = initial if isinstance(initial, Path) else folder
+    begins = choice.folder or (initial.path if isinstance(initial, Weights) else initial)
+    told = begins and blocks_told(begins, job_config.model.flavor, args)
+    if told:
+        logger.warning(told)
     seed = _settle_seed(job_config.debug.seed, manifest, continued)
     config = copy.deepcopy(job_config)
     config.debug.seed = seed
@@ -104,6 +109,8 @@ def settle(job_config: Any) -> Settled:
         context_in_dim=args.context_in_dim,
         vec_in_dim=args.vec_in_dim,
         in_channels=args.in_channels,
+        depth=args.depth,
+        depth_single_blocks=args.depth_single_blocks,
     )
     settings = settings_of(config)
     if manifest is not None:
@@ -214,13 +221,13 @@ def _weights(path: Path, config: Any, args: FluxModelArgs, key: str) -> Weights:
     """The weights at `path`, checked on every rank against the model that will be built."""
     weights, problem, c = None, "", config.checkpoint
     try:
-        weights = open_for(path, config.model.flavor, args, c.guidance_weights)
+        weights = open_for(path, config.model.flavor, args, c.guidance_weights, c.unknown_weights)
     except (ValueError, OSError) as error:
         problem = str(error)
     if found := sorted(set(filter(None, _every(problem)))):
         raise ConfigError([f"{key}: {problem}" for problem in found])
     assert weights is not None
-    logger.info(f"Beginning with the weights of {path} ({weights.format})")
+    logger.info(f"Beginning with the weights of {weights.path} ({weights.format})")
     return weights
 
 
@@ -277,6 +284,8 @@ def _check_same_run(now: RunFacts, manifest: Manifest, folder: Path, config: Any
         "context_in_dim": "encoder.t5_encoder",
         "vec_in_dim": "encoder.clip_encoder",
         "in_channels": "encoder.autoencoder_path / encoder.pixel_channels",
+        "depth": "model.flavor",
+        "depth_single_blocks": "model.flavor",
         "randomness_version": "the version of torchtitan-flux",
     }
     # a seed checkpoint, of step 0, was made before there were batches
@@ -288,7 +297,7 @@ def _check_same_run(now: RunFacts, manifest: Manifest, folder: Path, config: Any
         f"{name} is {getattr(now, name)}, but the run in {folder} was started with "
         f"{getattr(stored, name)}: see {key}"
         for name, key in remedies.items()
-        if getattr(now, name) != getattr(stored, name)
+        if getattr(stored, name) not in (None, getattr(now, name))
     ]
     if found:
         raise ConfigError(found)

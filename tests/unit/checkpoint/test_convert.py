@@ -18,8 +18,9 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, relative_l2
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from weight_files import scaled_float8
 
 from torchtitan_flux import engine
 from torchtitan_flux.checkpoint import (
@@ -225,6 +226,13 @@ def test_a_pipelines_parts_must_fit(sources, tmp_path, models):
     index = tmp_path / "part" / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     refused(path, r"--t5: .* names model-2-of-2\.safetensors, which", t5=tmp_path / "part")
+    shutil.copytree(TINY / "t5", tmp_path / "scaled")
+    weights = tmp_path / "scaled" / "model.safetensors"
+    whole = load_file(weights)
+    save_file(scaled_float8(whole, "weight_scale")[0], weights)
+    refused(path, r"--t5: .*scaled holds scaled float8", t5=tmp_path / "scaled")
+    save_file({**whole, "stray": torch.ones(1)}, weights)
+    refused(path, r"--t5: .*scaled: it does not fit; 1 unknown: stray", t5=tmp_path / "scaled")
     digits = replace(FLAVORS["flux-digits"], depth=1, depth_single_blocks=1)
     pixels = made.make(tmp_path / "pixels", "bfl", digits, made.state_dict(digits))
     refused(pixels, r"works on pixels")
@@ -574,5 +582,5 @@ def test_scripts_from_another_folder(sources, tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "Cannot convert: there is no file or folder absent.pt"
+    assert done.stderr.splitlines()[-1] == "Cannot convert: absent.pt does not exist"
     assert "Traceback" not in done.stderr

@@ -302,12 +302,12 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "picture.toml"',
-            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is not a safetensors file, or is cut short",
+            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is a PNG picture, not weights",
             needs=("picture.toml",),
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "pointer.safetensors"',
-            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`",
+            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a git-lfs pointer, not the weights: run `git lfs pull` there",
             needs=("pointer.safetensors",),
         ),
         file(
@@ -317,7 +317,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "assets/tiny/t5/model.safetensors"',
-            "run.toml:3: encoder.autoencoder_path: assets/tiny/t5/model.safetensors is not an autoencoder in Black Forest Labs' layout ('encoder.conv_in.weight'); for diffusers' layout give the vae folder with its config.json",
+            "run.toml:3: encoder.autoencoder_path: assets/tiny/t5/model.safetensors is a T5 text encoder, and no autoencoder of FLUX.1 ('encoder.conv_in.weight'); give ae.safetensors of FLUX.1, or a diffusers vae folder with its config.json",
         ),
         file(
             'encoder.t5_encoder = "assets/tiny/clip"',
@@ -336,6 +336,27 @@ TABLE: dict[str, list[Refusal]] = {
             'encoder.t5_encoder = "shards"',
             "run.toml:1: encoder.t5_encoder = 'shards': shards/model-00002-of-00002.safetensors does not exist",
             needs=("shards",),
+        ),
+        file(
+            'encoder.t5_encoder = "stray"\nencoder.clip_encoder = "headless"',
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from stray: it does not fit; 1 unknown: encoder.block.0.bias",
+            "run.toml:2: encoder.clip_encoder: cannot load the weights from headless: it does not fit; 2 missing: final_layer_norm.weight, final_layer_norm.bias",
+            needs=("stray", "headless"),
+        ),
+        file(
+            'encoder.t5_encoder = "int8"',
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from int8: holds bitsandbytes int8 weights (encoder.block.0.layer.1.DenseReluDense.wi_0.SCB), which are not read; give the file that it was made from, or one in float8 with a scale for each tensor or row",
+            needs=("int8",),
+        ),
+        file(
+            'encoder.t5_encoder = "unscaled"',
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from unscaled: says by scaled_fp8 that its float8 weights are scaled, and holds no scales (scale_weight or weight_scale); get it again",
+            needs=("unscaled",),
+        ),
+        file(
+            'encoder.t5_encoder = "quantised"',
+            "run.toml:1: encoder.t5_encoder: cannot load the configuration from quantised: its quantization_config says that the weights are quantised by bitsandbytes, 4 bits, which is not read; give the file that it was made from, or one in float8 with a scale for each tensor or row",
+            needs=("quantised",),
         ),
         file(
             'encoder.clip_encoder = "pickled"',
@@ -388,6 +409,35 @@ TABLE: dict[str, list[Refusal]] = {
         file(
             'checkpoint.enable = true\ncheckpoint.initial_load_path = "./nowhere"',
             "run.toml:2: checkpoint.initial_load_path = './nowhere' does not exist",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "somebody/flux-merged"',
+            "run.toml:2: checkpoint.initial_load_path = 'somebody/flux-merged' does not exist here; what the hub has is downloaded first: `python scripts/download_hf_assets.py --repo_id somebody/flux-merged --assets transformer --hf_token <token>`, then name assets/hf/flux-merged/transformer",
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "link.safetensors"',
+            "run.toml:2: checkpoint.initial_load_path = 'link.safetensors' is a link to /mnt/gone/flux1-dev.safetensors, which does not exist",
+            needs=("link.safetensors",),
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "page.safetensors"',
+            "run.toml:2: checkpoint.initial_load_path = 'page.safetensors': page.safetensors is a web page or XML, not weights; where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if the model asks for one",
+            needs=("page.safetensors",),
+        ),
+        file(
+            'checkpoint.enable = true\ncheckpoint.initial_load_path = "lora.safetensors"',
+            "run.toml:2: checkpoint.initial_load_path = 'lora.safetensors': lora.safetensors is a LoRA (adapter), not whole weights; there is no LoRA here: merge it into the model that it was made for (diffusers: load_lora_weights, fuse_lora), and give the result",
+            needs=("lora.safetensors",),
+        ),
+        file(
+            'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "page.safetensors"',
+            "run.toml:3: encoder.autoencoder_path = 'page.safetensors': page.safetensors is a web page or XML, not weights; where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if the model asks for one",
+            needs=("page.safetensors",),
+        ),
+        file(
+            'encoder.t5_encoder = "link.safetensors"',
+            "run.toml:1: encoder.t5_encoder = 'link.safetensors' is a link to /mnt/gone/flux1-dev.safetensors, which does not exist",
+            needs=("link.safetensors",),
         ),
     ],
     "Model and sizes": [

@@ -1,6 +1,7 @@
 """The autoencoder against diffusers' AutoencoderKL, and its loading from both formats."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 from helpers import relative_l2
 from safetensors.torch import load_file, save_file
+from weight_files import scaled_float8
 
 from torchtitan_flux.checkpoint.autoencoder import from_diffusers, to_bfl
+from torchtitan_flux.checkpoint.convert_autoencoder import convert_autoencoder
 from torchtitan_flux.encoders.autoencoder import (
     Autoencoder,
     AutoencoderArgs,
@@ -122,6 +125,19 @@ def test_geometry_reads_no_weights(vae_folder: Path, bfl_file: Path, monkeypatch
     assert autoencoder_geometry(bfl_file) == (16, 8)
 
 
+@pytest.mark.parametrize("scaling", ["scale_weight", "rows"])
+def test_scaled_float8_is_read_as_the_numbers(kl, vae_folder, tmp_path: Path, scaling: str):
+    stored, header, numbers = scaled_float8(kl.state_dict(), scaling)
+    assert len(stored) > len(numbers), "the attention's matrices have scales"
+    for name, state in (("scaled", stored), ("numbers", numbers)):
+        shutil.copytree(vae_folder, tmp_path / name)
+        save_file(state, tmp_path / name / "diffusion_pytorch_model.safetensors", metadata=header)
+    found, expected = (load_autoencoder(tmp_path / name) for name in ("scaled", "numbers"))
+    assert autoencoder_geometry(tmp_path / "scaled") == (16, 8)
+    for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def test_images_that_do_not_fit_are_refused(vae_folder: Path):
     autoencoder = load_autoencoder(vae_folder)
     with pytest.raises(ValueError, match=r"images of shape \(batch, 3,"):
@@ -146,14 +162,70 @@ def refused(request):
 
 
 def test_what_is_not_an_autoencoder_is_refused(refused, vae_folder: Path, tmp_path: Path):
-    refused(tmp_path / "none.safetensors", FileNotFoundError, "no file or folder")
+    refused(tmp_path / "none.safetensors", FileNotFoundError, "does not exist; give BFL")
     refused(tmp_path, FileNotFoundError, r"no config\.json")
     (tmp_path / "text").write_text("not weights at all")
-    refused(tmp_path / "text", ValueError, "not a safetensors file")
+    refused(tmp_path / "text", ValueError, "is a text, not weights")
     # diffusers' weights without their folder
-    refused(vae_folder / "diffusion_pytorch_model.safetensors", ValueError, "give the vae folder")
+    refused(vae_folder / "diffusion_pytorch_model.safetensors", ValueError, "diffusers vae folder")
     (tmp_path / "config.json").write_text((vae_folder / "config.json").read_text())
     refused(tmp_path, FileNotFoundError, r"no diffusion_pytorch_model\.safetensors")
+
+
+def test_codes_and_unknown_weights_are_refused(refused, bfl_file: Path, tmp_path: Path):
+    state, path = load_file(bfl_file), tmp_path / "ae.safetensors"
+    name = "decoder.mid.attn_1.q.weight"
+    for changed, because in (
+        ({name: state[name].to(torch.int8)}, rf"integer weights.*{name} \(torch\.int8\)"),
+        ({f"{name}._data": state[name].clone()}, rf"optimum-quanto weights \({name}\._data\)"),
+        ({"decoder.stray": state[name].clone()}, r"1 unknown: decoder\.stray"),
+        ({name: state[name][:1].clone()}, rf"1 mis-shaped: {name}"),
+    ):
+        save_file(state | changed, path)
+        refused(path, ValueError, because)
+    del state[name]
+    save_file(state, path)
+    refused(path, ValueError, f"1 missing: {name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float64_beyond_the_range_is_refused(bfl_file: Path, tmp_path: Path, dtype: torch.dtype):
+    state = {name: tensor.double() for name, tensor in load_file(bfl_file).items()}
+    state["decoder.conv_in.bias"][2] = 1e300
+    save_file(state, tmp_path / "ae.safetensors")
+    said = rf"autoencoder_path: .*decoder\.conv_in\.bias has values that {dtype} cannot hold"
+    with pytest.raises(ValueError, match=said):
+        load_autoencoder(tmp_path / "ae.safetensors", dtype=dtype)
+    convert = (tmp_path / "ae.safetensors", tmp_path / "vae", "diffusers", dtype)
+    with pytest.raises(ValueError, match="cannot hold"):
+        convert_autoencoder(*convert)
+    assert not (tmp_path / "vae").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "because"),
+    [
+        ("double_blocks.0.img_mod.lin.weight", "is a FLUX transformer, or a whole checkpoint"),
+        ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "a whole checkpoint"),
+        ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", r"is a LoRA \(adapter\)"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "is a CLIP encoder, and no autoencoder"),
+        ("encoder.mid_block.resnets.0.conv1.weight", "is not an autoencoder in Black Forest"),
+    ],
+)
+def test_other_weights_are_called_what_they_are(refused, name: str, because: str, tmp_path: Path):
+    save_file({name: torch.ones(2)}, tmp_path / "ae.sft")
+    refused(tmp_path / "ae.sft", ValueError, f"{because}.*give ae.safetensors of FLUX.1")
+
+
+def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: Path):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    expected = load_autoencoder(tmp_path / "vae").decoder.conv_in.weight
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert torch.equal(load_autoencoder(tmp_path / "vae").decoder.conv_in.weight, expected)
+    (tmp_path / "link.safetensors").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match="is a link to gone, which does not exist"):
+        autoencoder_geometry(tmp_path / "link.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +238,7 @@ def test_what_is_not_an_autoencoder_is_refused(refused, vae_folder: Path, tmp_pa
         ({"block_out_channels": [64, 96, 128, 128]}, "not multiples of the first"),
         ({"block_out_channels": [30, 60, 120, 120]}, "30 is not a positive multiple of 32"),
         ({"block_out_channels": 32}, "does not describe"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "quantised by quanto, which is not"),
     ],
 )
 def test_configurations_not_implemented_are_refused(

@@ -1,0 +1,56 @@
+"""A model with fewer blocks than its flavor: trained, continued without its file, drawn."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import torch
+from helpers import nonzero_model
+from ranks import run_ranks
+from tiny_run import arguments, train
+from weight_files import bfl_file
+
+from torchtitan_flux.checkpoint.weights import open_weights
+from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.training.session import open_session
+
+PRUNED = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=3)
+SAID = "1 double and 3 single blocks, model.flavor = 'flux-tiny' 2 and 2"
+
+
+def drawn_with(argv: list[str], places: list[str | None]) -> list[dict[str, torch.Tensor]]:
+    """The weights that sessions draw with: of files, and of the run itself."""
+    config = load_config(argv, training=False)
+    models = [open_session(config, weights=weights).model for weights in places]
+    return [{n: p.full_tensor().clone() for n, p in m.named_parameters()} for m in models]
+
+
+def test_a_pruned_model_is_trained_continued_and_drawn(tmp_path):
+    values = nonzero_model(PRUNED, seed=3).state_dict()
+    path = bfl_file(tmp_path / "flux1-pruned.safetensors", values, PRUNED)
+    begin = ("--checkpoint.initial_load_path", str(path))
+    run = tmp_path / "run"
+    (first,) = run_ranks(1, train, arguments(run, 8, "--training.steps", "1", *begin))
+    assert first.error == ""
+    assert SAID in first.log
+    assert first.weights.keys() == values.keys()
+
+    path = path.rename(tmp_path / "elsewhere.safetensors")
+    more = arguments(run, 8, "--training.steps", "2")
+    (second,) = run_ranks(1, train, more)
+    assert second.error == ""
+    assert list(second.losses) == [2], "it went on"
+    assert SAID in second.log
+    assert second.weights.keys() == values.keys()
+
+    ((file, own),) = run_ranks(1, drawn_with, arguments(run, 8), [str(path), None])
+    for found, expected in ((file, values), (own, second.weights)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    found = open_weights(Path(run) / "checkpoint" / "step-2", alone=True)
+    assert replace(found.args, context_in_dim=1, vec_in_dim=1) == replace(
+        PRUNED, context_in_dim=1, vec_in_dim=1
+    )

@@ -1,0 +1,261 @@
+"""T5 and CLIP: every key and element type accounted for, scales applied, on every path."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+
+import pytest
+import torch
+from helpers import relative_l2
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from weight_files import SCALINGS, scaled_float8
+
+from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
+from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights, weight_files
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
+from torchtitan_flux.inference.stages import OneAfterAnother
+from torchtitan_flux.model import FLAVORS
+
+KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
+BUILD = {"t5": T5Encoder, "clip": ClipEncoder}
+CAPTIONS = ["a handwritten seven", "a large blue star on the left"]
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "config"),
+    [
+        (T5_KEY, T5EncoderModel, T5Config(d_model=6, d_kv=5, num_heads=3, d_ff=7, num_layers=2)),
+        (
+            T5_KEY,
+            T5EncoderModel,
+            T5Config(d_model=6, d_ff=7, num_layers=3, feed_forward_proj="gated-gelu"),
+        ),
+        (
+            CLIP_KEY,
+            CLIPTextModel,
+            CLIPTextConfig(
+                hidden_size=12, intermediate_size=7, num_hidden_layers=3, num_attention_heads=2
+            ),
+        ),
+    ],
+)
+def test_names_and_shapes_are_those_of_transformers(key: str, model, config):
+    with torch.device("meta"):
+        theirs = model._from_config(config).state_dict()
+    kind = _KINDS[key]
+    expected = {kind.renamed(name): tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert kind.shapes(config) == expected
+
+
+def copy(tiny: Path, folder: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
+    shutil.copytree(tiny / kind, folder)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def save(folder: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata=header or {"format": "pt"})
+
+
+def tokens(tiny: Path) -> dict[str, Tensor]:
+    tokenizer = CaptionTokenizer(tiny / "t5", tiny / "clip", 13)
+    t5, clip = zip(*map(tokenizer, CAPTIONS), strict=True)
+    return {"t5": torch.stack(t5), "clip": torch.stack(clip)}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("kind", KEYS)
+def test_scaled_float8_is_read_as_the_numbers(kind: str, scaling: str, tiny, tmp_path: Path):
+    scaled, state = copy(tiny, tmp_path / "scaled", kind)
+    numbers, _ = copy(tiny, tmp_path / "numbers", kind)
+    stored, header, values = scaled_float8(state, scaling)
+    if kind == "t5":  # the tokenizer, inside ComfyUI's file
+        stored["spiece_model"] = torch.arange(9, dtype=torch.uint8)
+    save(scaled, stored, header)
+    save(numbers, values)
+    batch = tokens(tiny)[kind]
+    found, expected = BUILD[kind](scaled), BUILD[kind](numbers)
+    assert relative_l2(found(batch), expected(batch)) <= 1e-6
+    for (name, ours), theirs in zip(
+        found.model.named_parameters(), expected.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    assert relative_l2(found(batch), BUILD[kind](tiny / kind)(batch)) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_streamed_path_encodes_the_same_bits(dtype: torch.dtype, tiny: Path, tmp_path: Path):
+    t5, state = copy(tiny, tmp_path / "t5", "t5")
+    save(t5, scaled_float8(state, "scale_weight")[0])
+    clip, state = copy(tiny, tmp_path / "clip", "clip")
+    save(clip, scaled_float8(state, "rows")[0])
+    encoder = SimpleNamespace(t5_encoder=str(t5), clip_encoder=str(clip))
+    tokenizer = CaptionTokenizer(t5, clip, 13)
+    config, unused = SimpleNamespace(encoder=encoder), MagicMock(spec=Weights)
+    stages = OneAfterAnother(
+        config, FLAVORS["flux-tiny"], unused, tokenizer, torch.device("cpu"), dtype
+    )
+    with stages.text() as encode:
+        found = encode(CAPTIONS)
+    batch = tokens(tiny)
+    assert torch.equal(found.txt, T5Encoder(t5, dtype=dtype)(batch["t5"]))
+    assert torch.equal(found.vec, ClipEncoder(clip, dtype=dtype)(batch["clip"]))
+
+
+def test_a_whole_t5_and_both_names_of_the_embedding(tiny: Path, tmp_path: Path):
+    """A decoder is left out; one tensor under two names, or under either, is one tensor."""
+    folder, state = copy(tiny, tmp_path / "t5", "t5")
+    batch = tokens(tiny)["t5"]
+    expected = T5Encoder(tiny / "t5")(batch)
+    shared = state["shared.weight"]
+    for names in (["shared"], ["encoder.embed_tokens"], ["shared", "encoder.embed_tokens"]):
+        given = {n: t for n, t in state.items() if n != "shared.weight"}
+        given |= {f"{name}.weight": shared.clone() for name in names}
+        given |= {"decoder.final_layer_norm.weight": torch.ones(32), "lm_head.weight": shared + 1}
+        save(folder, given)
+        encoder = T5Encoder(folder)
+        assert torch.equal(encoder(batch), expected), names
+        assert encoder.model.encoder.embed_tokens.weight is encoder.model.shared.weight
+
+
+def test_a_tensor_that_is_there_twice(tiny: Path, tmp_path: Path):
+    """Of the embedding's two names `shared` counts; as it is one tensor, both must be alike."""
+    folder, state = copy(tiny, tmp_path / "t5", "t5")
+    other = {"encoder.embed_tokens.weight": torch.zeros_like(state["shared.weight"])}
+    save(folder, other | state)
+    assert torch.equal(
+        TextWeights(T5_KEY, folder).read("shared.weight", torch.float32), state["shared.weight"]
+    )
+    save(folder, {"encoder.embed_tokens.weight": state["shared.weight"].half(), **state})
+    with pytest.raises(ValueError, match=r"shared\.weight is there twice"):
+        TextWeights(T5_KEY, folder)
+    folder, state = copy(tiny, tmp_path / "clip", "clip")
+    name = "final_layer_norm.weight"
+    save(folder, {**state, name: state[f"text_model.{name}"] + 1})
+    with pytest.raises(ValueError, match=rf"{name} is there twice"):
+        TextWeights(CLIP_KEY, folder)
+
+
+def test_shards_by_their_index(tiny: Path, tmp_path: Path):
+    """The scale of a weight may lie in another file."""
+    folder, state = copy(tiny, tmp_path / "t5", "t5")
+    stored, _, _ = scaled_float8(state, "comfy_quant")
+    save(folder, stored)
+    expected = T5Encoder(folder)(tokens(tiny)["t5"])
+    (folder / "model.safetensors").unlink()
+    table = {}
+    for i in range(2):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        mine = {name: stored[name] for name in list(stored)[i::2]}
+        save_file(mine, folder / file)
+        table |= dict.fromkeys(mine, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    assert torch.equal(T5Encoder(folder)(tokens(tiny)["t5"]), expected)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json is no index of weights"):
+        T5Encoder(folder)
+    index.write_text(json.dumps({"weight_map": {"a": "../../model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json is no index of weights"):
+        T5Encoder(folder)
+
+
+def test_only_the_files_of_a_repository_that_are_needed_are_fetched(monkeypatch, tmp_path: Path):
+    fetched = []
+
+    def fetch(repository: str, name: str) -> str:
+        fetched.append(name)
+        if not (tmp_path / name).is_file():
+            raise LocalEntryNotFoundError(f"{repository} has no {name}")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("torchtitan_flux.encoders.text_weights.hf_hub_download", fetch)
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no .*index\.json"):
+        weight_files("owner/t5", T5_KEY)
+    table = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    (tmp_path / table["a"]).touch()
+    (tmp_path / "model.fp16.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"names model-2-of-2\.safetensors, which is not"):
+        weight_files("owner/t5", T5_KEY)
+    (tmp_path / table["b"]).touch()
+    assert weight_files("owner/t5", T5_KEY) == [tmp_path / name for name in table.values()]
+    (tmp_path / "model.safetensors").touch()
+    fetched.clear()
+    assert weight_files("owner/t5", T5_KEY) == [tmp_path / "model.safetensors"]
+    assert fetched == ["model.safetensors"]
+
+
+Q = "encoder.block.1.layer.0.SelfAttention.q"
+FC = "text_model.encoder.layers.1.mlp.fc1"
+
+WRONG: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
+    ("t5", lambda s: {**s, "encoder.block.2.x.weight": torch.ones(2)}, r"1 unknown: .*block\.2\.x"),
+    ("t5", lambda s: {n: t for n, t in s.items() if Q not in n}, rf"1 missing: {Q}\.weight"),
+    ("t5", lambda s: {**s, f"{Q}.weight": torch.ones(3, 32)}, r"1 mis-shaped: .*q\.weight: \(3,"),
+    ("t5", lambda s: {**s, f"{Q}.weight": s[f"{Q}.weight"].to(torch.int8)}, r"integer weights"),
+    ("t5", lambda s: {**s, f"{Q}.SCB": torch.ones(32)}, r"bitsandbytes int8 weights \(.*q\.SCB\)"),
+    ("t5", lambda s: {**s, f"{Q}.weight.absmax": torch.ones(9)}, r"bitsandbytes 4-bit weights"),
+    (
+        "t5",
+        lambda s: {**s, "encoder.final_layer_norm.weight": torch.ones(32).int()},
+        r"norm.* \(torch\.int32\)",
+    ),
+    ("clip", lambda s: {**s, "text_model.x.weight": torch.ones(2)}, r"1 unknown: x\.weight"),
+    ("clip", lambda s: {n: t for n, t in s.items() if f"{FC}.b" not in n}, r"missing: .*fc1\.bias"),
+    ("clip", lambda s: {**s, f"{FC}.weight._data": torch.ones(9).char()}, r"optimum-quanto weight"),
+    ("clip", lambda s: {**s, f"{FC}.qweight": torch.ones(9).int()}, r"GPTQ or AWQ weights"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), WRONG)
+def test_what_transformers_leaves_out_or_makes_up(
+    kind: str, change, message: str, tiny: Path, tmp_path: Path
+):
+    folder, state = copy(tiny, tmp_path / "x", kind)
+    save(folder, change(state))
+    said = rf"^encoder\.{kind}_encoder: cannot load the weights from .*{message}"
+    with pytest.raises(ValueError, match=said):
+        TextWeights(KEYS[kind], folder)
+    with pytest.raises(ValueError, match=said):
+        BUILD[kind](folder)
+
+
+def test_all_names_are_told(tiny: Path, tmp_path: Path):
+    folder, state = copy(tiny, tmp_path / "x", "t5")
+    save(folder, {n: t for n, t in state.items() if "block.1" not in n})
+    with pytest.raises(ValueError, match="9 missing: ") as error:
+        TextWeights(T5_KEY, folder)
+    assert all(name in str(error.value) for name in state if "block.1" in name)
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_configuration_that_names_a_quantisation(kind: str, tiny: Path, tmp_path: Path):
+    folder, _ = copy(tiny, tmp_path / "x", kind)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{kind}_encoder: .*by bitsandbytes, 8 bits, which is"):
+        TextWeights(KEYS[kind], folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float64_beyond_the_range_is_refused(dtype: torch.dtype, tiny: Path, tmp_path: Path):
+    folder, state = copy(tiny, tmp_path / "x", "t5")
+    wide = {name: tensor.double() for name, tensor in state.items()}
+    save(folder, wide)
+    batch = tokens(tiny)["t5"]
+    assert torch.equal(T5Encoder(folder)(batch), T5Encoder(tiny / "t5")(batch))
+    wide[f"{Q}.weight"][3, 4] = -1e300
+    save(folder, wide)
+    with pytest.raises(ValueError, match=rf"{Q}\.weight has values that {dtype} cannot hold"):
+        T5Encoder(folder, dtype=dtype)

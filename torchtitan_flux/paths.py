@@ -1,0 +1,48 @@
+"""Relative paths of the configuration: the caller's folder first, then the repository."""
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOTS = (PACKAGE.parent, PACKAGE)
+"""The repository, whose top-level folders link into the package; the package where only a wheel
+is installed."""
+
+_ABSENT = "does not exist"
+
+
+def locate(path: str) -> Path | None:
+    """The existing file or folder that `path` means, or None.
+
+    An absolute path is itself; a relative one is looked up from the current folder, then from the
+    repository, then from the installed package.
+    """
+    # os.path.exists: Path.exists raises where a name is too long or a folder may not be entered
+    return next((one for one in _places(path) if os.path.exists(one)), None)
+
+
+def absence(path: str | Path) -> str:
+    """What to say of a path that `locate` did not find: that it is a broken link, or not there."""
+    for place in _places(str(path)):
+        for one in (place, *place.parents):
+            if os.path.exists(one):
+                break
+            if os.path.islink(one):
+                link = "is a link" if one == place else f"lies below the link {one}"
+                return f"{link} to {os.readlink(one)}, which does not exist"
+    return _ABSENT
+
+
+def looks_local(path: str) -> bool:
+    """Whether a name that was not found can only have meant a file, not a hub repository.
+
+    Hub names are "name" or "owner/name".
+    """
+    link = absence(path) != _ABSENT
+    return link or path.startswith((".", "/", "~", "assets/")) or path.count("/") > 1
+
+
+def _places(path: str) -> list[Path]:
+    """Where a path of the configuration may lie, the first place first."""
+    given = Path(path).expanduser()
+    return [given] if given.is_absolute() else [root / given for root in (Path.cwd(), *ROOTS)]
