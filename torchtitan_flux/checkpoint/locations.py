@@ -215,8 +215,13 @@ def _nothing(path: Path) -> UnreadableWeights:
             f"{path} has no {METADATA}: it is a DCP checkpoint that was not saved completely; give "
             "another one"
         )
-    for kind in ("step", "checkpoint"):
-        steps = [one for one in path.glob(f"{kind}-*") if re.fullmatch(r"\w+-\d+", one.name)]
+    if (path / "zero_to_fp32.py").is_file():
+        return UnreadableWeights(
+            f"{path} is a checkpoint of DeepSpeed: run its zero_to_fp32.py with "
+            "--safe_serialization, and give what that writes"
+        )
+    for pattern in ("step-*", "checkpoint/step-*", "checkpoint-*"):
+        steps = [one for one in path.glob(pattern) if re.fullmatch(r"\w+-\d+", one.name)]
         if steps:
             last = max(steps, key=lambda one: int(one.name.split("-")[1]))
             return UnreadableWeights(f"{path} holds checkpoints of a run; give one, as {last}")

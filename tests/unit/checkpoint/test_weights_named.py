@@ -16,8 +16,10 @@ import torch
 
 from torchtitan_flux.checkpoint import convert_command
 from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights
+from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
 from torchtitan_flux.checkpoint.weights import open_weights
 from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.training import session
 
 AE, T5 = "is an autoencoder", "is a T5 text encoder"
@@ -156,12 +158,16 @@ def test_a_folder_tells_what_it_holds_instead(tmp_path):
         ("flux1-dev.pt", "is a pickle by its name"),
         ("__0_0.distcp", r"has no \.metadata: it is a DCP checkpoint that was not saved"),
         ("optimizer.bin", "holds no FLUX weights: expected is"),
+        ("zero_to_fp32.py", "is a checkpoint of DeepSpeed: run its zero_to_fp32.py"),
     ):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(90))
         with pytest.raises(UnreadableWeights, match=said):
             open_weights(folder)
+    (tmp_path / "run" / "checkpoint" / "step-90").mkdir(parents=True)
+    with pytest.raises(UnreadableWeights, match=r"of a run; give one, as .*checkpoint/step-90"):
+        open_weights(tmp_path / "run")
     (tmp_path / "trained" / "checkpoint-500").mkdir(parents=True)
     (tmp_path / "trained" / "checkpoint-1000").mkdir()
     with pytest.raises(UnreadableWeights, match=r"of a run; give one, as .*checkpoint-1000"):
@@ -187,6 +193,20 @@ def test_every_program_says_the_same(tmp_path, capsys):
     assert left.value.code == 2
     assert f"Cannot convert: {said}" in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_run_leaves_unknown_tensors_out_when_told_to(tmp_path):
+    tiny = FLAVORS["flux-tiny"]
+    shapes = foreign_shapes(tiny, layout_entries("bfl", tiny))
+    path = made.sparse(tmp_path / "more.safetensors", {**shapes, "hypernet.weight": (2,)})
+    run = ["--model.flavor", "flux-tiny", "--training.img_size", "64", "--job.dump_folder",
+           str(tmp_path / "run"), "--checkpoint.enable",
+           "--checkpoint.initial_load_path", str(path)]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"1 unknown: hypernet\.weight.*unknown_weights = .drop"):
+        load_config(run)
+    config = load_config([*run, "--checkpoint.unknown_weights", "drop"])
+    opened = session._open(str(path), tiny, config)
+    assert opened.left_out == ["hypernet.weight"]
 
 
 def test_a_run_that_has_its_own_weights_does_not_look_at_others(tmp_path):
