@@ -148,9 +148,9 @@ def _named(path: Path, source: Source) -> Naming:
     if kind := kind_of(source.shapes, names.transformer):
         raise UnreadableWeights(f"{path} {kind.what}; {kind.remedy}")
     if not names.transformer and not names.blocks:
+        named = f": its {len(source.shapes)} tensors are named {listed(source.shapes, _SHOWN)}"
         raise UnreadableWeights(
-            f"{path} holds no FLUX transformer: its {len(source.shapes)} tensors are named "
-            f"{listed(source.shapes, _SHOWN)}"
+            f"{path} holds no FLUX transformer{named if source.shapes else ', nor any tensor'}"
         )
     return names
 

@@ -62,7 +62,15 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "Redux": (("redux_up.weight", "redux_down.weight"), "is FLUX.1 Redux"),
     "autoencoder": (("encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight"), AE),
     "autoencoder of a checkpoint": (("first_stage_model.decoder.conv_in.weight",), AE),
-    "autoencoder of diffusers": (("encoder.mid_block.resnets.0.conv1.weight",), AE),
+    "autoencoder of diffusers": (
+        ("encoder.down_blocks.0.resnets.0.conv1.bias", "encoder.mid_block.resnets.0.conv1.bias"),
+        AE,
+    ),
+    "SD 1.5, whole": (
+        ("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.text_model.x.weight",
+         "first_stage_model.encoder.conv_in.weight"),
+        "is a U-Net, as of Stable",
+    ),
     "decoder alone": (("decoder.layers.3.weight",), AE),
     "T5": (("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"), T5),
     "T5 of llama.cpp": (("enc.blk.0.attn_q.weight",), T5),
@@ -74,6 +82,7 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "FLUX.2": ((*BASE, "double_stream_modulation_img.lin.weight"), "is FLUX.2, another model"),
     "Qwen-Image": (("img_in.weight", "transformer_blocks.0.img_mod.1.weight"), "is Qwen-Image"),
     "optimizer": (("double_blocks.0.img_mod.lin.weight.exp_avg",), "is the state of an optimizer"),
+    "nothing": ((), "holds no FLUX transformer, nor any tensor"),
     "anything else": (("a.weight", "b.weight"), "its 2 tensors are named a.weight"),
 }  # fmt: skip
 
