@@ -102,7 +102,8 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
     first = classes[0] if isinstance(classes, list) and classes else None
     described = config.get("_class_name") or first
     if described != _CLASS:
-        what = f", {CLASSES[described]}" if str(described) in CLASSES else ""
+        known = CLASSES.get(str(described))
+        what = f", {known}" if known else ""
         raise UnreadableWeights(
             f"{path} describes a {described!r}{what}, needed is a {_CLASS}: give the folder "
             "`transformer` of a FLUX.1 model, or the folder that holds it"
