@@ -69,6 +69,14 @@ KINDS = (
     ),
     _kind(r"^redux_(up|down)\.", "is FLUX.1 Redux, which makes text of pictures"),
     _kind(
+        r"(^|\.)input_blocks\.\d+\.|^(unet\.)?down_blocks\.\d+\.(attentions|resnets)\.",
+        f"is a U-Net, as of Stable Diffusion: {_OTHER}",
+    ),
+    _kind(
+        r"(^|\.)joint_blocks\.\d+\.|(^|\.)pos_embed\.proj\.",
+        f"is Stable Diffusion 3 or a relative of it: {_OTHER}",
+    ),
+    _kind(
         r"layer\.\d+\.SelfAttention\.|(^|\.)enc\.blk\.\d+\.",
         "is a T5 text encoder",
         f"{_GIVE} (T5's folder goes to encoder.t5_encoder)",
@@ -82,14 +90,6 @@ KINDS = (
         r"(^|\.)(en|de)coder\.(conv_in|conv_out|layers\.\d+|mid|mid_block)\.(.*\.)?(weight|bias)$",
         "is an autoencoder",
         f"{_GIVE} (the autoencoder goes to encoder.autoencoder_path)",
-    ),
-    _kind(
-        r"(^|\.)input_blocks\.\d+\.|(^|\.)down_blocks\.\d+\.(attentions|resnets)\.",
-        f"is a U-Net, as of Stable Diffusion: {_OTHER}",
-    ),
-    _kind(
-        r"(^|\.)joint_blocks\.\d+\.|(^|\.)pos_embed\.proj\.",
-        f"is Stable Diffusion 3 or a relative of it: {_OTHER}",
     ),
     _kind(
         r"(^|\.)(model\.)?layers\.\d+\.(self_attn|attention|feed_forward|mlp)\.",

@@ -9,6 +9,7 @@ import torch
 from helpers import nonzero_model
 from ranks import run_ranks
 from tiny_run import arguments, train
+from twins import whole
 from weight_files import bfl_file
 
 from torchtitan_flux.checkpoint.weights import open_weights
@@ -24,7 +25,7 @@ def drawn_with(argv: list[str], places: list[str | None]) -> list[dict[str, torc
     """The weights that sessions draw with: of files, and of the run itself."""
     config = load_config(argv, training=False)
     models = [open_session(config, weights=weights).model for weights in places]
-    return [{n: p.full_tensor().clone() for n, p in m.named_parameters()} for m in models]
+    return [{n: whole(p.detach()).clone() for n, p in m.named_parameters()} for m in models]
 
 
 def test_a_pruned_model_is_trained_continued_and_drawn(tmp_path):

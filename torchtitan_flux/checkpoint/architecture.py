@@ -100,9 +100,12 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
             weights.
     """
     config = read_json(path)
-    described = config.get("_class_name") or (config.get("architectures") or [None])[0]
+    classes = config.get("architectures")  # of transformers' models
+    first = classes[0] if isinstance(classes, list) and classes else None
+    described = config.get("_class_name") or first
     if described != _CLASS:
-        what = f", {CLASSES[described]}" if described in CLASSES else ""
+        known = CLASSES.get(str(described))
+        what = f", {known}" if known else ""
         raise UnreadableWeights(
             f"{path} describes a {described!r}{what}, needed is a {_CLASS}: give the folder "
             "`transformer` of a FLUX.1 model, or the folder that holds it"
@@ -199,7 +202,7 @@ def from_shapes(path: Path, shapes: Shapes, alike: FluxModelArgs | None) -> Flux
             "hidden_size": hidden,
             "mlp_ratio": _mlp_hidden(shapes, names, hidden) / hidden,
             "num_heads": hidden // head_dim,
-            **blocks_of(shapes),
+            **_blocks(shapes),
             "qkv_bias": any(re.search(names.qkv_bias, name) for name in shapes),
             "guidance_embed": any(name.startswith(names.guidance) for name in shapes),
         }
@@ -315,7 +318,7 @@ def _mlp_hidden(shapes: Shapes, names: _Names, hidden: int) -> int:
     return shapes[apart][0]
 
 
-def blocks_of(shapes: Shapes) -> dict[str, int]:
+def _blocks(shapes: Shapes) -> dict[str, int]:
     """How many blocks there are, by the arguments' names, in anybody's layout.
 
     Up to the highest number; one that is missing in between is named later.

@@ -148,9 +148,9 @@ def _named(path: Path, source: Source) -> Naming:
     if kind := kind_of(source.shapes, names.transformer):
         raise UnreadableWeights(f"{path} {kind.what}; {kind.remedy}")
     if not names.transformer and not names.blocks:
+        named = f": its {len(source.shapes)} tensors are named {listed(source.shapes, _SHOWN)}"
         raise UnreadableWeights(
-            f"{path} holds no FLUX transformer: its {len(source.shapes)} tensors are named "
-            f"{listed(source.shapes, _SHOWN)}"
+            f"{path} holds no FLUX transformer{named if source.shapes else ', nor any tensor'}"
         )
     return names
 
@@ -215,8 +215,13 @@ def _nothing(path: Path) -> UnreadableWeights:
             f"{path} has no {METADATA}: it is a DCP checkpoint that was not saved completely; give "
             "another one"
         )
-    for kind in ("step", "checkpoint"):
-        steps = [one for one in path.glob(f"{kind}-*") if re.fullmatch(r"\w+-\d+", one.name)]
+    if (path / "zero_to_fp32.py").is_file():
+        return UnreadableWeights(
+            f"{path} is a checkpoint of DeepSpeed: run its zero_to_fp32.py with "
+            "--safe_serialization, and give what that writes"
+        )
+    for pattern in ("step-*", "checkpoint/step-*", "checkpoint-*"):
+        steps = [one for one in path.glob(pattern) if re.fullmatch(r"\w+-\d+", one.name)]
         if steps:
             last = max(steps, key=lambda one: int(one.name.split("-")[1]))
             return UnreadableWeights(f"{path} holds checkpoints of a run; give one, as {last}")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -16,17 +17,17 @@ from torchtitan_flux.checkpoint.pruned import (
     with_blocks_of_run,
 )
 from torchtitan_flux.checkpoint.run_facts import RunFacts
-from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
+from torchtitan_flux.checkpoint.transformer import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.config.manager import load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
-from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.model import FLAVORS, FluxModelArgs
 from torchtitan_flux.planning.command import model_args
 
 TINY = FLAVORS["flux-tiny"]
 PRUNED = replace(TINY, depth=1, depth_single_blocks=3)
 
 
-def file_of(folder, args, layout="bfl"):
+def file_of(folder: Path, args: FluxModelArgs, layout: Layout = "bfl") -> Path:
     shapes = foreign_shapes(args, layout_entries(layout, args))
     return made.sparse(folder / "pruned.safetensors", shapes)
 

@@ -26,7 +26,7 @@ from torchtitan_flux.checkpoint import (
 )
 from torchtitan_flux.checkpoint.pipeline_folder import pipeline_plan
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
-from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
+from torchtitan_flux.checkpoint.transformer import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.checkpoint.weights import open_weights
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.state_dict_keys import KeyMismatch
@@ -286,7 +286,8 @@ def test_shapes_tell_a_pruned_model(tmp_path, layout):
 
 def test_shapes_tell_a_model_of_single_blocks_alone(tmp_path):
     args = replace(FLAVORS["flux-schnell"], depth=0, depth_single_blocks=2)
-    for layout in ("bfl", "diffusers"):
+    layouts: tuple[Layout, ...] = ("bfl", "diffusers")
+    for layout in layouts:
         shapes = foreign_shapes(args, layout_entries(layout, args))
         found = open_weights(made.sparse(tmp_path / f"{layout}.safetensors", shapes)).args
         # without double blocks nobody can say whether theirs have a bias

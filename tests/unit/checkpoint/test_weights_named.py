@@ -16,8 +16,10 @@ import torch
 
 from torchtitan_flux.checkpoint import convert_command
 from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights
+from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
 from torchtitan_flux.checkpoint.weights import open_weights
 from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.training import session
 
 AE, T5 = "is an autoencoder", "is a T5 text encoder"
@@ -60,7 +62,15 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "Redux": (("redux_up.weight", "redux_down.weight"), "is FLUX.1 Redux"),
     "autoencoder": (("encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight"), AE),
     "autoencoder of a checkpoint": (("first_stage_model.decoder.conv_in.weight",), AE),
-    "autoencoder of diffusers": (("encoder.mid_block.resnets.0.conv1.weight",), AE),
+    "autoencoder of diffusers": (
+        ("encoder.down_blocks.0.resnets.0.conv1.bias", "encoder.mid_block.resnets.0.conv1.bias"),
+        AE,
+    ),
+    "SD 1.5, whole": (
+        ("model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.text_model.x.weight",
+         "first_stage_model.encoder.conv_in.weight"),
+        "is a U-Net, as of Stable",
+    ),
     "decoder alone": (("decoder.layers.3.weight",), AE),
     "T5": (("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"), T5),
     "T5 of llama.cpp": (("enc.blk.0.attn_q.weight",), T5),
@@ -72,6 +82,7 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "FLUX.2": ((*BASE, "double_stream_modulation_img.lin.weight"), "is FLUX.2, another model"),
     "Qwen-Image": (("img_in.weight", "transformer_blocks.0.img_mod.1.weight"), "is Qwen-Image"),
     "optimizer": (("double_blocks.0.img_mod.lin.weight.exp_avg",), "is the state of an optimizer"),
+    "nothing": ((), "holds no FLUX transformer, nor any tensor"),
     "anything else": (("a.weight", "b.weight"), "its 2 tensors are named a.weight"),
 }  # fmt: skip
 
@@ -156,12 +167,16 @@ def test_a_folder_tells_what_it_holds_instead(tmp_path):
         ("flux1-dev.pt", "is a pickle by its name"),
         ("__0_0.distcp", r"has no \.metadata: it is a DCP checkpoint that was not saved"),
         ("optimizer.bin", "holds no FLUX weights: expected is"),
+        ("zero_to_fp32.py", "is a checkpoint of DeepSpeed: run its zero_to_fp32.py"),
     ):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(90))
         with pytest.raises(UnreadableWeights, match=said):
             open_weights(folder)
+    (tmp_path / "run" / "checkpoint" / "step-90").mkdir(parents=True)
+    with pytest.raises(UnreadableWeights, match=r"of a run; give one, as .*checkpoint/step-90"):
+        open_weights(tmp_path / "run")
     (tmp_path / "trained" / "checkpoint-500").mkdir(parents=True)
     (tmp_path / "trained" / "checkpoint-1000").mkdir()
     with pytest.raises(UnreadableWeights, match=r"of a run; give one, as .*checkpoint-1000"):
@@ -187,6 +202,20 @@ def test_every_program_says_the_same(tmp_path, capsys):
     assert left.value.code == 2
     assert f"Cannot convert: {said}" in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_run_leaves_unknown_tensors_out_when_told_to(tmp_path):
+    tiny = FLAVORS["flux-tiny"]
+    shapes = foreign_shapes(tiny, layout_entries("bfl", tiny))
+    path = made.sparse(tmp_path / "more.safetensors", {**shapes, "hypernet.weight": (2,)})
+    run = ["--model.flavor", "flux-tiny", "--training.img_size", "64", "--job.dump_folder",
+           str(tmp_path / "run"), "--checkpoint.enable",
+           "--checkpoint.initial_load_path", str(path)]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"1 unknown: hypernet\.weight.*unknown_weights = .drop"):
+        load_config(run)
+    config = load_config([*run, "--checkpoint.unknown_weights", "drop"])
+    opened = session._open(str(path), tiny, config)
+    assert opened.left_out == ["hypernet.weight"]
 
 
 def test_a_run_that_has_its_own_weights_does_not_look_at_others(tmp_path):
