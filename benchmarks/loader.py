@@ -32,7 +32,6 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.models.flux.tokenizer import FluxTokenizer
 
 from torchtitan.models.flux import flux_datasets
-from torchtitan_flux.config.paths import PACKAGE
 from torchtitan_flux.data.loader import FluxDataLoader
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.registry import build_source
@@ -41,6 +40,7 @@ from torchtitan_flux.data.sources import SourceOptions
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
+from torchtitan_flux.paths import PACKAGE
 
 SIZE = 256
 BATCH = 16

@@ -14,8 +14,8 @@ from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan_flux.checkpoint.sources import DcpSource
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.checkpoint.weights import Weights, open_weights
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate
 
 CARD = "README.md"
 FOREIGN_CARD = "SOURCE_README.md"

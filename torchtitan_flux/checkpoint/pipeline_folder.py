@@ -23,9 +23,9 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     read_weight_map,
 )
 from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.encoders.pretrained import TOKENIZER_FILES, has_tokenizer
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.paths import locate
 
 _FLAGS = {"t5": "--t5", "clip": "--clip", "autoencoder": "--autoencoder"}
 _SUBFOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}

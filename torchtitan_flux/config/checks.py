@@ -10,7 +10,6 @@ from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
-from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
 from torchtitan_flux.config.resolve import compiles, image_size, resolve_model_args
 from torchtitan_flux.config.schema import get
@@ -22,6 +21,7 @@ from torchtitan_flux.data.registry import (
     WITHOUT_HELD_OUT,
 )
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate, looks_local
 
 AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.paths import locate, looks_local
 from torchtitan_flux.encoders.pretrained import (
     PUBLISHED,
     TOKENIZER_FILES,
@@ -19,6 +18,7 @@ from torchtitan_flux.encoders.pretrained import (
     read_clip_config,
     read_t5_config,
 )
+from torchtitan_flux.paths import locate, looks_local
 
 TEXT = {key.removeprefix("encoder."): tokenizer for key, (_, tokenizer) in PUBLISHED.items()}
 """Key of [encoder] -> the folder beside the encoder's in FLUX.1's repositories."""

@@ -22,12 +22,12 @@ from torchtitan_flux.config.command_line import given_keys, parse
 from torchtitan_flux.config.errors import ConfigError, exit_on_config_error
 from torchtitan_flux.config.job_config import JobConfig
 from torchtitan_flux.config.meanings import NOT_USED
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolved import log_resolved
 from torchtitan_flux.config.schema import Key, get, keys_of, merged, put, sections_of
 from torchtitan_flux.config.toml_file import TomlFile, read_toml
 from torchtitan_flux.config.unknown_keys import unknown_key, unknown_section
 from torchtitan_flux.config.values import Unfit, allowed, from_toml, shown, what_it_is
+from torchtitan_flux.paths import locate
 
 CONFIG_FILE = "job.config_file"
 CUSTOM_MODULE = "job.custom_config_module"

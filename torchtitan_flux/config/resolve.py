@@ -5,13 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate
 
 
 def resolved_path(path: str) -> str:

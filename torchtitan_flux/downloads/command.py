@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torchtitan_flux.config.paths import PACKAGE, locate
 from torchtitan_flux.downloads.choose import KINDS, DownloadError, RemoteFile, choose
 from torchtitan_flux.downloads.fetch import fetch, is_right, part_path
 from torchtitan_flux.downloads.hub import Hub
 from torchtitan_flux.durable import take
+from torchtitan_flux.paths import PACKAGE, locate
 
 EPILOG = f"""\
 --assets takes folders of the repository (transformer, text_encoder, tokenizer_2, ...) or, where it

@@ -14,13 +14,13 @@ from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolve import sample_settings
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.picture_file import NoPicture, Recorded
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.paths import locate
 
 EXAMPLES = """examples:
   ./run_infer.sh --prompt "a handwritten seven" --out seven.png

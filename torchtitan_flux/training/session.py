@@ -16,11 +16,11 @@ from torchtitan_flux.checkpoint.import_weights import import_weights, open_for
 from torchtitan_flux.checkpoint.sources import DcpSource
 from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.paths import locate
 from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
 from torchtitan_flux.training.pictures import Painter
 from torchtitan_flux.training.process import start_process_group

@@ -16,12 +16,12 @@ from torchtitan_flux.config.manager import (
     read_config,
 )
 from torchtitan_flux.config.meanings import MEANINGS
-from torchtitan_flux.config.paths import locate
 from torchtitan_flux.config.reference import help_text
 from torchtitan_flux.config.resolved import log_resolved, resolved_toml
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.toml_file import read_toml
 from torchtitan_flux.config.values import allowed, from_text, from_toml
+from torchtitan_flux.paths import locate
 
 REPO = Path(__file__).resolve().parents[3]
 KEYS = {key.name: key for key in keys_of(config_class())}

@@ -198,7 +198,7 @@ def test_torchtitans_own_names_are_understood(tmp_path):
 
 
 def test_relative_paths_start_at_the_callers_folder_then_the_repository(tmp_path, monkeypatch):
-    from torchtitan_flux.config.paths import locate
+    from torchtitan_flux.paths import locate
 
     repository = Path.cwd()
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
 ROOTS = (PACKAGE.parent, PACKAGE)
 """The repository, whose top-level folders link into the package; the package where only a wheel
 is installed."""
