@@ -21,6 +21,7 @@ LEVELS = {
     "state_dict_keys": 0,
     "flow_matching": 1,
     "sampling": 2,
+    "schedules": 2,
     "model": 2,
     "encoders": 2,
     "checkpoint": 3,

@@ -11,7 +11,13 @@ from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
-from torchtitan_flux.config.resolve import compiles, image_size, resolve_model_args
+from torchtitan_flux.config.resolve import (
+    AUTO,
+    compiles,
+    image_size,
+    resolve_model_args,
+    sample_settings,
+)
 from torchtitan_flux.config.schema import get
 from torchtitan_flux.data.registry import (
     BUILT_IN,
@@ -22,6 +28,7 @@ from torchtitan_flux.data.registry import (
 )
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 from torchtitan_flux.paths import locate, looks_local
+from torchtitan_flux.schedules import Schedule
 
 AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")
@@ -55,7 +62,7 @@ def problems(config: Any, training: bool = True) -> list[str]:
         found += [*mesh_problems(config), *pipeline_problems(config)]
     if training:
         found += [*_checkpoints(config), *_recomputation(config), *_evaluation(config)]
-    return found + _compute_type(config)
+    return found + _schedule(config) + _compute_type(config)
 
 
 def _unsupported(config: Any) -> list[str]:
@@ -227,6 +234,16 @@ def _compute_type(config: Any) -> list[str]:
     ]
 
 
+def _schedule(config: Any) -> list[str]:
+    if config.sampling.schedule == AUTO:
+        return []
+    try:
+        Schedule.parse(config.sampling.schedule)
+    except ValueError as error:
+        return [f"sampling.schedule = {config.sampling.schedule!r}: {error}"]
+    return []
+
+
 def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     """Widths and sizes that do not fit each other.
 
@@ -245,6 +262,7 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     fits = not found and low_precision
     return [
         *found,
+        *([] if found else _grid_times(config, args)),
         *model_problems(config, args),
         *pipeline_fit(config, args),
         *(low_precision_fit(config, args, image_size(config)) if fits else []),
@@ -258,6 +276,19 @@ def _size(config: Any, args: FluxModelArgs) -> list[str]:
         t = config.training
         key = "img_size" if not (t.img_height or t.img_width) else "img_height / img_width"
         return [f"training.{key}: {error}"]
+    return []
+
+
+def _grid_times(config: Any, args: FluxModelArgs) -> list[str]:
+    """Whether the pictures that are drawn while training have a schedule."""
+    if not config.sampling.enable or config.sampling.denoising_steps < 1 or _schedule(config):
+        return []
+    try:
+        sample_settings(config, args).times(args.geometry)
+    except (ValueError, OSError) as error:
+        of_weights = config.sampling.schedule == AUTO
+        key = "checkpoint.initial_load_path" if of_weights else "sampling.schedule"
+        return [f"{key} with sampling.enable = true: {error}"]
     return []
 
 

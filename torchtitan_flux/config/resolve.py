@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torchtitan_flux.checkpoint.scheduler import StatedScheduler, of_run, stated_scheduler
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
@@ -12,6 +13,10 @@ from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
 from torchtitan_flux.paths import locate
+from torchtitan_flux.schedules import Schedule
+
+AUTO = "auto"
+"""The value of `sampling.schedule` that leaves it to the weights."""
 
 
 def resolved_path(path: str) -> str:
@@ -109,15 +114,57 @@ def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
     return config.flow.guidance if given is None else given
 
 
-def sample_settings(config: Any, args: FluxModelArgs) -> SampleSettings:
-    """How pictures are drawn during training."""
+def origin_scheduler(config: Any) -> StatedScheduler | None:
+    """What `checkpoint.initial_load_path` says of its schedule, None where it says nothing.
+
+    Where that is gone, what the run wrote down of it when it began.
+
+    Raises:
+        UnreadableWeights: what says it is spoilt.
+    """
+    name = config.checkpoint.initial_load_path
+    if not name or not config.checkpoint.enable:
+        return None
+    path = locate(name)
+    if path is None:
+        return of_run(Path(config.job.dump_folder) / config.checkpoint.folder)
+    return stated_scheduler(path)
+
+
+def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = None) -> Schedule:
+    """When pictures take their steps: as configured, else as the weights say, else as the flavor.
+
+    Args:
+        config: job configuration.
+        args: of the model.
+        weights: that are drawn with; None for the run's own, which go by those it began with.
+
+    Raises:
+        ValueError: `sampling.schedule` is none, or the weights' is not computed here.
+    """
+    if config.sampling.schedule != AUTO:
+        try:
+            return Schedule.parse(config.sampling.schedule)
+        except ValueError as error:
+            raise ValueError(f"sampling.schedule = {config.sampling.schedule!r}: {error}") from None
+    stated = origin_scheduler(config) if weights is None else stated_scheduler(weights)
+    return Schedule.of_flavor(args.guidance_embed) if stated is None else stated.schedule()
+
+
+def sample_settings(
+    config: Any, args: FluxModelArgs, weights: Path | None = None
+) -> SampleSettings:
+    """How pictures are drawn during training, or with weights that are given.
+
+    Raises:
+        ValueError: see `sampling_schedule`.
+    """
     s = config.sampling
-    dev = args.guidance_embed if s.schedule == "auto" else s.schedule == "dev"
     return SampleSettings(
         size=image_size(config),
         steps=s.denoising_steps,
         cfg=s.classifier_free_guidance_scale,
         guidance=sample_guidance(config, args),
-        shifted=dev,
+        schedule=sampling_schedule(config, args, weights),
         seed=s.seed,
     )
