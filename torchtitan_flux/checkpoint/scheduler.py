@@ -9,7 +9,9 @@
 """
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.checkpoint import architecture
 from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights, read_json
 from torchtitan_flux.checkpoint.storage import METADATA
-from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.paths import locate
 from torchtitan_flux.schedules import SCHEDULER, Schedule
 
@@ -83,19 +84,26 @@ def stated_scheduler(path: Path) -> StatedScheduler | None:
     Raises:
         UnreadableWeights: what says it is spoilt; names the file.
     """
-    return _stated(path, ()) if path.exists() else None
+    if not os.path.exists(path):  # Path.exists raises where a name is too long
+        return None
+    try:
+        return _stated(path, ())
+    except OSError as error:
+        raise UnreadableWeights(
+            f"{error.filename or path} cannot be read ({error.strerror or error})"
+        ) from None
 
 
-def of_run(checkpoint: Path) -> StatedScheduler | None:
-    """How the run of a checkpoint draws, by the configuration that it left; None without one.
+def of_run(dump_folder: Path) -> StatedScheduler | None:
+    """How a run draws, by the configuration that it left in its folder.
 
-    Args:
-        checkpoint: its folder, or the one that holds it.
-
-    Raises:
-        UnreadableWeights: the configuration, or what the run began with, is spoilt.
+    None where it left none that can be read, and where it draws as its flavor.
     """
-    return _of_run(checkpoint, ())
+    if not any((dump_folder / name).is_file() for name in ("config.toml", "config.json")):
+        return None
+    with suppress(UnreadableWeights):
+        return _of_run(dump_folder / "checkpoint", ())
+    return None
 
 
 def flavor_scheduler(guidance_embed: bool) -> StatedScheduler:
@@ -116,36 +124,34 @@ def _stated(path: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
     if (path / SCHEDULER_FILE).is_file():
         return _of_json(path / SCHEDULER_FILE)
     if (path / METADATA).is_file():
-        return _of_run(path, seen)
+        return _of_checkpoint(path, seen)
     singles = list(path.glob("flux1-*.safetensors"))
     of_single = _of_file(singles[0]) if len(singles) == 1 else None
     return _of_pipeline(path) or of_single or _of_pipeline(path.parent)
 
 
+def _of_checkpoint(folder: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
+    stated = _of_run(folder, seen)
+    flavor = None if stated else architecture.flavor_of_run(folder)
+    if flavor is None:
+        return stated
+    return _ours(folder, Schedule.of_flavor(flavor.guidance_embed))
+
+
 def _of_run(checkpoint: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
-    config = architecture.run_config(checkpoint)
-    if config is None:
-        return None
+    config = architecture.run_config(checkpoint) or {}
     given = _entry(config, "sampling", "schedule") or "auto"
     if given == "auto":
         origin = _entry(config, "checkpoint", "initial_load_path")
         begun = locate(origin) if origin else None
         # a run may begin with a checkpoint of its own folder
-        follow = None if begun in seen else begun
-        if follow is not None and (stated := _stated(follow, (*seen, follow))):
-            return stated
-        flavor = FLAVORS.get(_entry(config, "model", "flavor"))
-        if flavor is None:
-            return None
-        schedule = Schedule.of_flavor(flavor.guidance_embed)
-    else:
-        try:
-            schedule = Schedule.parse(given)
-        except ValueError as error:
-            raise UnreadableWeights(
-                f"{checkpoint}: its run's configuration has sampling.schedule = {given!r}: {error}"
-            ) from None
-    return _ours(checkpoint, schedule)
+        return None if begun is None or begun in seen else _stated(begun, (*seen, begun))
+    try:
+        return _ours(checkpoint, Schedule.parse(given))
+    except ValueError as error:
+        raise UnreadableWeights(
+            f"{checkpoint}: its run's configuration has sampling.schedule = {given!r}: {error}"
+        ) from None
 
 
 def _entry(config: Mapping[str, Any], section: str, key: str) -> str:
@@ -176,7 +182,9 @@ def _of_json(file: Path, name: str | None = None) -> StatedScheduler:
 def _of_file(file: Path) -> StatedScheduler | None:
     if file.suffix != ".safetensors":
         return None
-    text = TensorsFile.open(file).metadata.get(SCHEDULER_KEY)
+    text = None
+    with suppress(UnreadableWeights):  # what is wrong with weights is said when they are opened
+        text = TensorsFile.open(file).metadata.get(SCHEDULER_KEY)
     if text is None:
         return None
     try:

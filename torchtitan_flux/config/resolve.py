@@ -115,20 +115,16 @@ def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
 
 
 def origin_scheduler(config: Any) -> StatedScheduler | None:
-    """What `checkpoint.initial_load_path` says of its schedule, None where it says nothing.
+    """What is said of the schedule by the weights that the run begins with; None where nothing is.
 
-    Where that is gone, what the run wrote down of it when it began.
+    Where they are not named any more, or gone, it is what the run wrote down when it began.
 
     Raises:
         UnreadableWeights: what says it is spoilt.
     """
-    name = config.checkpoint.initial_load_path
-    if not name or not config.checkpoint.enable:
-        return None
-    path = locate(name)
-    if path is None:
-        return of_run(Path(config.job.dump_folder) / config.checkpoint.folder)
-    return stated_scheduler(path)
+    c = config.checkpoint
+    path = locate(c.initial_load_path) if c.enable and c.initial_load_path else None
+    return of_run(Path(config.job.dump_folder)) if path is None else stated_scheduler(path)
 
 
 def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = None) -> Schedule:
