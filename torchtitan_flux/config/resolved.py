@@ -69,6 +69,8 @@ def log_resolved(config: Any) -> None:
     """
     if config.job.print_config:
         logger.info(f"The configuration as resolved:\n{resolved_toml(config)}")
+    for key, value in _written_out(config).items():
+        logger.info(f"{key} = {value!r}, as the weights that the run began with say")
     name = config.job.save_config_file
     if not name or (dist.is_initialized() and dist.get_rank() != 0):
         return
