@@ -124,7 +124,12 @@ class Schedule(NamedTuple):
 
     def config(self) -> dict[str, Any]:
         """`scheduler_config.json` that has diffusers draw at these times."""
-        own = {key: value for key, value in self._asdict().items() if value is not None}
+        later = ("time_shift_type", "shift_terminal")  # than FLUX.1, so only where they count
+        own = {
+            key: value
+            for key, value in self._asdict().items()
+            if key not in later or value != self._field_defaults[key]
+        }
         return {
             "_class_name": SCHEDULER,
             "_diffusers_version": "0.30.0",  # the first release with FLUX.1

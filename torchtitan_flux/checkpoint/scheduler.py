@@ -21,6 +21,7 @@ import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint import architecture
+from torchtitan_flux.checkpoint.folder import list_steps, step_folder
 from torchtitan_flux.checkpoint.safetensors_file import TensorsFile, UnreadableWeights, read_json
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.paths import locate
@@ -94,15 +95,18 @@ def stated_scheduler(path: Path) -> StatedScheduler | None:
         ) from None
 
 
-def of_run(dump_folder: Path) -> StatedScheduler | None:
-    """How a run draws, by the configuration that it left in its folder.
+def of_run(checkpoints: Path) -> StatedScheduler | None:
+    """How a run draws that has checkpoints, by the configuration that it left.
 
-    None where it left none that can be read, and where it draws as its flavor.
+    None where there are no checkpoints, where no configuration can be read, and where the run draws
+    as its flavor.
+
+    Args:
+        checkpoints: the folder that holds them.
     """
-    if not any((dump_folder / name).is_file() for name in ("config.toml", "config.json")):
-        return None
+    steps = list_steps(checkpoints)
     with suppress(UnreadableWeights):
-        return _of_run(dump_folder / "checkpoint", ())
+        return _of_run(step_folder(checkpoints, max(steps)), ()) if steps else None
     return None
 
 
@@ -125,7 +129,7 @@ def _stated(path: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
         return _of_json(path / SCHEDULER_FILE)
     if (path / METADATA).is_file():
         return _of_checkpoint(path, seen)
-    singles = list(path.glob("flux1-*.safetensors"))
+    singles = list(path.glob("flux1-*.safetensors")) or list(path.glob("*.safetensors"))
     of_single = _of_file(singles[0]) if len(singles) == 1 else None
     return _of_pipeline(path) or of_single or _of_pipeline(path.parent)
 

@@ -114,17 +114,20 @@ def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
     return config.flow.guidance if given is None else given
 
 
-def origin_scheduler(config: Any) -> StatedScheduler | None:
-    """What is said of the schedule by the weights that the run begins with; None where nothing is.
+def own_scheduler(config: Any) -> StatedScheduler | None:
+    """What is said of the schedule by a run's own weights; None where nothing is.
 
-    Where they are not named any more, or gone, it is what the run wrote down when it began.
+    That is what the run wrote down, once it has checkpoints; before, what the weights say that it
+    begins with.
 
     Raises:
         UnreadableWeights: what says it is spoilt.
     """
     c = config.checkpoint
+    if stated := of_run(Path(config.job.dump_folder) / c.folder):
+        return stated
     path = locate(c.initial_load_path) if c.enable and c.initial_load_path else None
-    return of_run(Path(config.job.dump_folder)) if path is None else stated_scheduler(path)
+    return None if path is None else stated_scheduler(path)
 
 
 def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = None) -> Schedule:
@@ -133,7 +136,7 @@ def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = N
     Args:
         config: job configuration.
         args: of the model.
-        weights: that are drawn with; None for the run's own, which go by those it began with.
+        weights: that are drawn with; None for the run's own.
 
     Raises:
         ValueError: `sampling.schedule` is none, or the weights' is not computed here.
@@ -143,7 +146,7 @@ def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = N
             return Schedule.parse(config.sampling.schedule)
         except ValueError as error:
             raise ValueError(f"sampling.schedule = {config.sampling.schedule!r}: {error}") from None
-    stated = origin_scheduler(config) if weights is None else stated_scheduler(weights)
+    stated = own_scheduler(config) if weights is None else stated_scheduler(weights)
     return Schedule.of_flavor(args.guidance_embed) if stated is None else stated.schedule()
 
 

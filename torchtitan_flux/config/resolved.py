@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_flux import __version__
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
-from torchtitan_flux.config.resolve import AUTO, origin_scheduler
+from torchtitan_flux.config.resolve import AUTO, own_scheduler
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text
 
@@ -24,7 +24,8 @@ def resolved_toml(config: Any) -> str:
     """Every key with its value; read again as configuration file it gives an equal configuration.
 
     Keys that are unset and unset by default are left out: TOML has no word for it. The schedule
-    that `checkpoint.initial_load_path` says is written out, since that may be gone one day.
+    that the run's weights say (`own_scheduler`) is written out: `checkpoint.initial_load_path` may
+    be gone one day.
     """
     written = _written_out(config)
     lines = [
@@ -56,7 +57,7 @@ def _written_out(config: Any) -> dict[str, str]:
     if config.sampling.schedule != AUTO:
         return {}
     try:
-        stated = origin_scheduler(config)
+        stated = own_scheduler(config)
         return {} if stated is None else {"sampling.schedule": str(stated.schedule())}
     except UnreadableWeights:  # nothing is drawn by it: the check saw to that
         return {}
@@ -70,7 +71,7 @@ def log_resolved(config: Any) -> None:
     if config.job.print_config:
         logger.info(f"The configuration as resolved:\n{resolved_toml(config)}")
     for key, value in _written_out(config).items():
-        logger.info(f"{key} = {value!r}, as the weights that the run began with say")
+        logger.info(f"{key} = {value!r}, as the run's weights say")
     name = config.job.save_config_file
     if not name or (dist.is_initialized() and dist.get_rank() != 0):
         return

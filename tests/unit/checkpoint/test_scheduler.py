@@ -174,8 +174,8 @@ def test_a_checkpoint_is_drawn_as_its_run_draws(pipeline, tmp_path):
         assert schedule_of(step) == expected, name
     twice = run(tmp_path / "twice", "auto", tmp_path / "begun" / "checkpoint" / "step-7")
     assert schedule_of(twice) == Schedule(3.0)
-    assert of_run(tmp_path / "twice") == stated_scheduler(twice)
-    assert of_run(tmp_path / "auto") is None
+    assert of_run(twice.parent) == stated_scheduler(twice)
+    assert of_run(tmp_path / "auto" / "checkpoint") is None
     assert of_run(tmp_path) is None
     with pytest.raises(UnreadableWeights, match=r"sampling\.schedule = 'fast': 'fast' is unknown"):
         stated_scheduler(run(tmp_path / "wrong", "fast"))
@@ -220,9 +220,11 @@ def test_a_run_draws_as_what_it_began_with(pipeline, tmp_path):
     told = configured(dump, pipeline, "--sampling.schedule", "schnell")
     assert sampling_schedule(told, args) == SCHNELL
     assert 'schedule = "schnell"' in resolved_toml(told)
-    # it is known to the run when the pipeline is gone
     dump.mkdir()
     (dump / "config.toml").write_text(resolved_toml(config))
+    assert sampling_schedule(configured(dump, ""), args) == SCHNELL, "a new run in an old folder"
+    # its checkpoints are drawn alike when the pipeline is not named any more, or gone
+    (dump / "checkpoint" / "step-7").mkdir(parents=True)
     shutil.rmtree(pipeline)
     assert sampling_schedule(config, args) == Schedule(3.0)
     assert sampling_schedule(configured(dump, ""), args) == Schedule(3.0)
