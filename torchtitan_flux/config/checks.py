@@ -14,6 +14,7 @@ from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
 from torchtitan_flux.config.resolve import (
     AUTO,
     compiles,
+    configured_schedule,
     image_size,
     resolve_model_args,
     sample_settings,
@@ -28,7 +29,6 @@ from torchtitan_flux.data.registry import (
 )
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 from torchtitan_flux.paths import locate, looks_local
-from torchtitan_flux.schedules import Schedule
 
 AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")
@@ -235,12 +235,10 @@ def _compute_type(config: Any) -> list[str]:
 
 
 def _schedule(config: Any) -> list[str]:
-    if config.sampling.schedule == AUTO:
-        return []
     try:
-        Schedule.parse(config.sampling.schedule)
+        configured_schedule(config)
     except ValueError as error:
-        return [f"sampling.schedule = {config.sampling.schedule!r}: {error}"]
+        return [str(error)]
     return []
 
 

@@ -114,6 +114,19 @@ def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
     return config.flow.guidance if given is None else given
 
 
+def configured_schedule(config: Any) -> Schedule | None:
+    """What `sampling.schedule` names; None where it leaves it to the weights.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    given = config.sampling.schedule
+    try:
+        return None if given == AUTO else Schedule.parse(given)
+    except ValueError as error:
+        raise ValueError(f"sampling.schedule = {given!r}: {error}") from None
+
+
 def own_scheduler(config: Any) -> StatedScheduler | None:
     """What is said of the schedule by a run's own weights; None where nothing is.
 
@@ -141,11 +154,8 @@ def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = N
     Raises:
         ValueError: `sampling.schedule` is none, or the weights' is not computed here.
     """
-    if config.sampling.schedule != AUTO:
-        try:
-            return Schedule.parse(config.sampling.schedule)
-        except ValueError as error:
-            raise ValueError(f"sampling.schedule = {config.sampling.schedule!r}: {error}") from None
+    if told := configured_schedule(config):
+        return told
     stated = own_scheduler(config) if weights is None else stated_scheduler(weights)
     return Schedule.of_flavor(args.guidance_embed) if stated is None else stated.schedule()
 
