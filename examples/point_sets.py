@@ -29,7 +29,8 @@ from torch import Tensor
 
 from torchtitan_flux.flow_matching import flow_step
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.sampling import Velocity, euler, schedule
+from torchtitan_flux.sampling import Velocity, euler
+from torchtitan_flux.schedules import SCHNELL
 
 POINTS, SKETCH = 128, 20
 IDS_PER_UNIT = 4.0  # rotary angles fit a picture some units wide
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     rng = np.random.default_rng(options.seed + 10**6)
     unseen = draw(rng, 48, shape=np.arange(48) % len(SHAPES))
     velocity = velocity_of(model, unseen)
-    times = schedule(options.sampling_steps, tokens=POINTS, shifted=False)
+    times = SCHNELL.times(options.sampling_steps, tokens=POINTS)
     frames = [unseen.source]
     stops = np.linspace(0, options.sampling_steps, 5).astype(int)
     for first, last in pairwise(stops):

@@ -20,13 +20,21 @@ SHIFT_BASE = (256, 0.5)
 SHIFT_MAX = (4096, 1.15)
 
 
-def resolution_mu(tokens: int) -> float:
-    """mu of FLUX.1-dev's shift: linear in packed tokens through (256, 0.5) and (4096, 1.15).
+def resolution_mu(
+    tokens: int,
+    base: tuple[int, float] = SHIFT_BASE,
+    max: tuple[int, float] = SHIFT_MAX,
+) -> float:
+    """mu of a shift by resolution: linear in packed tokens, through two points.
 
     Source: BFL flux, `sampling.get_lin_function`; the same numbers as diffusers'
-    `calculate_shift` with the FLUX.1-dev scheduler configuration.
+    `calculate_shift`.
+
+    Args:
+        tokens: packed image tokens.
+        base, max: (tokens, mu) of the two; the defaults are FLUX.1-dev's.
     """
-    (x1, y1), (x2, y2) = SHIFT_BASE, SHIFT_MAX
+    (x1, y1), (x2, y2) = base, max
     return y1 + (y2 - y1) * (tokens - x1) / (x2 - x1)
 
 
@@ -37,8 +45,17 @@ def shift_times(t: np.ndarray, mu: float) -> np.ndarray:
         t: times in [0, 1], any shape, float64.
         mu: log of the shift; 0 leaves times unchanged (arXiv:2403.03206, eq. 23, alpha = e^mu).
     """
+    return stretch_times(t, math.exp(mu))
+
+
+def stretch_times(t: np.ndarray, alpha: float) -> np.ndarray:
+    """The same by the shift itself: alpha t / (1 + (alpha - 1) t).
+
+    Args:
+        t: times in [0, 1], any shape, float64.
+        alpha: positive; 1 leaves times unchanged.
+    """
     t = np.asarray(t, dtype=np.float64)
-    alpha = math.exp(mu)
     return alpha * t / (1 + (alpha - 1) * t)
 
 

@@ -14,7 +14,8 @@ from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.flow_matching import standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize, image_ids, pack, text_ids, unpack
 from torchtitan_flux.randomness import Stream, generator
-from torchtitan_flux.sampling import Velocity, euler, guided, schedule
+from torchtitan_flux.sampling import Velocity, euler, guided
+from torchtitan_flux.schedules import SCHNELL, Schedule
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SampleSettings:
         steps: Euler steps.
         cfg: scale of classifier-free guidance; 1 switches it off.
         guidance: guidance input of a model with guidance embedding, else None.
-        shifted: FLUX.1-dev's schedule; False for schnell's.
+        schedule: which times the steps are at.
         seed: noise of picture i is a function of (seed, i).
     """
 
@@ -50,8 +51,12 @@ class SampleSettings:
     steps: int
     cfg: float = 1.0
     guidance: float | None = None
-    shifted: bool = False
+    schedule: Schedule = SCHNELL
     seed: int = 0
+
+    def times(self, geometry: Geometry) -> np.ndarray:
+        """Of the steps, from 1 to 0. Raises ValueError where the schedule has none for them."""
+        return self.schedule.times(self.steps, geometry.grid(self.size).tokens)
 
 
 def initial_noise(geometry: Geometry, size: ImageSize, seed: int, index: int) -> Tensor:
@@ -171,10 +176,8 @@ def denoise(
             ),
             settings.cfg,
         )
-    grid = geometry.grid(settings.size)
-    times = schedule(settings.steps, grid.tokens, settings.shifted)
-    tokens = euler(velocity, pack(noise, geometry.patch), times, on_step)
-    return unpack(tokens, grid, geometry.patch)
+    tokens = euler(velocity, pack(noise, geometry.patch), settings.times(geometry), on_step)
+    return unpack(tokens, geometry.grid(settings.size), geometry.patch)
 
 
 def to_pil(image: Float[Tensor, "c H W"]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Sampling: schedules, classifier-free guidance, Euler. Knows no model, only a velocity callable.
+"""Sampling: classifier-free guidance, Euler. Knows no model, only a velocity callable.
 
 Times descend from 1 (noise) to 0 (data); on a straight path Euler is exact for any schedule.
 """
@@ -11,26 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from torchtitan_flux.flow_matching import resolution_mu, shift_times
-
 Velocity = Callable[[Tensor, Tensor], Tensor]
-
-
-def schedule(steps: int, tokens: int, shifted: bool) -> np.ndarray:
-    """Times of a sampling run, steps + 1 float64 values from 1 down to 0.
-
-    Args:
-        steps: number of Euler steps, at least 1.
-        tokens: packed image tokens; FLUX.1-dev's shift depends on it.
-        shifted: True for the schedule of FLUX.1-dev, False for FLUX.1-schnell's (n - k) / n.
-
-    Raises:
-        ValueError: when steps < 1.
-    """
-    if steps < 1:
-        raise ValueError(f"denoising steps must be at least 1, not {steps}")
-    times = np.linspace(1.0, 0.0, steps + 1)
-    return shift_times(times, resolution_mu(tokens)) if shifted else times
 
 
 def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
@@ -55,7 +36,7 @@ def euler(
     Args:
         velocity: called as velocity(x, t) with t of shape [b].
         noise: where the path begins, at times[0].
-        times: descending times, as from `schedule`.
+        times: descending times, as from `Schedule.times`.
         on_step: called after each step, for a progress bar.
     """
     x = noise.float()

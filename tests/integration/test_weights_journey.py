@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from helpers import nonzero_model
 from PIL import Image
 from ranks import keep_process_group, run_ranks
@@ -24,6 +25,7 @@ from torchtitan_flux import infer
 from torchtitan_flux.checkpoint import export, to_diffusers
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.schedules import Schedule
 
 ARGS = FLAVORS["flux-tiny"]
 EXPORT = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
@@ -68,6 +70,7 @@ class Journey:
 def journey(tmp_path_factory) -> Journey:
     folder = tmp_path_factory.mktemp("journey")
     original = pipeline_root(folder / "original", nonzero_model(ARGS, seed=5).state_dict(), ARGS)
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(original / "scheduler")
     first = run(2, folder / "run", 5, *beginning(original), *EXPORT)
     assert first.error == ""
     return Journey(folder / "run", original, first)
@@ -83,6 +86,15 @@ def test_the_last_step_is_a_checkpoint_and_a_folder_that_diffusers_opens(journey
         assert torch.equal(found[name], value), name
     left = sorted(path.name for path in journey.dcp.parent.iterdir())
     assert left == ["step-5", "step-5-hf"]
+
+
+def test_the_export_has_the_schedule_that_the_run_draws_with(journey):
+    """Which it has from the pipeline that it began with, and writes down."""
+    assert 'schedule = "shift=3.0"' in (journey.dump / "config.toml").read_text()
+    theirs = FlowMatchEulerDiscreteScheduler.from_pretrained(journey.exported)
+    assert isinstance(theirs, FlowMatchEulerDiscreteScheduler)
+    theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert np.abs(np.asarray(theirs.sigmas) - Schedule(3.0).times(4, 16)).max() <= 1e-6
 
 
 def test_training_on_from_the_export_is_training_on_from_the_checkpoint(journey, tmp_path):
@@ -170,8 +182,10 @@ def test_pictures_are_drawn_from_every_kind_of_weights(journey, tmp_path):
     nowhere = tmp_path / "no run"
     kinds = {"dcp": journey.dcp, "folder": journey.exported, "root": root, "bfl": bfl}
     own = tmp_path / "own.png"
+    as_trained = ("--sampling.schedule", "shift=3")
+    told = {"root": as_trained, "bfl": as_trained}  # the others say it themselves
     argvs = [drawing(journey.dump, own)] + [
-        drawing(nowhere, tmp_path / f"{kind}.png", "--weights", str(path))
+        drawing(nowhere, tmp_path / f"{kind}.png", "--weights", str(path), *told.get(kind, ()))
         for kind, path in kinds.items()
     ]
     assert run_ranks(1, draw, argvs) == [[""] * len(argvs)]

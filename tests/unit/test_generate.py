@@ -33,7 +33,8 @@ from torchtitan_flux.generate import (
 )
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
-from torchtitan_flux.sampling import euler, schedule
+from torchtitan_flux.sampling import euler
+from torchtitan_flux.schedules import DEV, SCHNELL, Schedule
 
 TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = FLAVORS["flux-tiny"]
@@ -66,7 +67,7 @@ def codec() -> Autoencoder:
     return load_autoencoder(TINY / "vae")
 
 
-def model_and_pipeline(args: FluxModelArgs, shifted: bool) -> tuple[FluxModel, FluxPipeline]:
+def model_and_pipeline(args: FluxModelArgs, schedule: Schedule) -> tuple[FluxModel, FluxPipeline]:
     ours = nonzero_model(args, seed=3)
     theirs = FluxTransformer2DModel(
         in_channels=args.in_channels,
@@ -82,10 +83,10 @@ def model_and_pipeline(args: FluxModelArgs, shifted: bool) -> tuple[FluxModel, F
     theirs.load_state_dict(to_diffusers(ours.state_dict(), args))
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0 if shifted else 1.0,
-            use_dynamic_shifting=shifted,
-            base_shift=0.5,
-            max_shift=1.15,
+            shift=schedule.shift,
+            use_dynamic_shifting=schedule.use_dynamic_shifting,
+            base_shift=schedule.base_shift,
+            max_shift=schedule.max_shift,
             base_image_seq_len=256,
             max_image_seq_len=4096,
         ),
@@ -106,12 +107,18 @@ def starting_noise(args: FluxModelArgs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("args", "shifted", "guidance"),
-    [(GUIDED, True, 3.5), (GUIDED, True, 1.0), (PLAIN, False, None)],
-    ids=["dev", "dev, guidance 1", "schnell"],
+    ("args", "schedule", "guidance"),
+    [
+        (GUIDED, DEV, 3.5),
+        (GUIDED, DEV, 1.0),
+        (PLAIN, SCHNELL, None),
+        (PLAIN, Schedule(shift=3.0), None),
+        (GUIDED, Schedule(use_dynamic_shifting=True, base_shift=0.9, max_shift=2.5), 3.5),
+    ],
+    ids=["dev", "dev, guidance 1", "schnell", "shift 3", "other line"],
 )
-def test_latents_equal_those_of_the_pipeline(args, shifted, guidance, encode_text):
-    model, pipeline = model_and_pipeline(args, shifted)
+def test_latents_equal_those_of_the_pipeline(args, schedule, guidance, encode_text):
+    model, pipeline = model_and_pipeline(args, schedule)
     noise = starting_noise(args)
     expected = pipeline(
         PROMPTS,
@@ -125,7 +132,7 @@ def test_latents_equal_those_of_the_pipeline(args, shifted, guidance, encode_tex
     ).images
 
     velocity = packed_velocity(model, encode_text(PROMPTS), args.geometry, SIZE, guidance)
-    times = schedule(STEPS, args.geometry.grid(SIZE).tokens, shifted)
+    times = schedule.times(STEPS, args.geometry.grid(SIZE).tokens)
     found = euler(velocity, noise, times)
     assert relative_l2(found, noise) > 0.1, "the model does not move the noise"
     assert relative_l2(found[:1], found[1:]) > 0.1
@@ -133,8 +140,8 @@ def test_latents_equal_those_of_the_pipeline(args, shifted, guidance, encode_tex
 
 
 def test_images_equal_those_of_the_pipeline_with_a_negative_prompt(encode_text, codec):
-    model, pipeline = model_and_pipeline(GUIDED, shifted=True)
-    settings = SampleSettings(SIZE, STEPS, cfg=2.5, guidance=3.5, shifted=True, seed=7)
+    model, pipeline = model_and_pipeline(GUIDED, DEV)
+    settings = SampleSettings(SIZE, STEPS, cfg=2.5, guidance=3.5, schedule=DEV, seed=7)
     negative = "a green triangle"
     expected = pipeline(
         PROMPTS,
@@ -201,7 +208,9 @@ def test_pictures_of_one_and_three_channels():
 
 
 def test_png_holds_its_settings(tmp_path):
-    settings = SampleSettings(SIZE, steps=4, cfg=1.5, guidance=None, shifted=True, seed=42)
+    settings = SampleSettings(
+        SIZE, steps=4, cfg=1.5, guidance=None, schedule=Schedule(3.0), seed=42
+    )
     path = tmp_path / "new" / "a.png"
     image = to_pil(torch.linspace(-1, 1, 3 * 48 * 112).reshape(3, 48, 112))
     save_png(image, path, settings, prompt="ein großer Kreis", step=17)
@@ -213,7 +222,7 @@ def test_png_holds_its_settings(tmp_path):
             "steps": "4",
             "cfg": "1.5",
             "guidance": "None",
-            "shifted": "True",
+            "schedule": "shift=3.0",
             "seed": "42",
             "prompt": "ein großer Kreis",
             "step": "17",

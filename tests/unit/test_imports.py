@@ -25,6 +25,7 @@ LEVELS = {
     "quantized": 0,
     "flow_matching": 1,
     "sampling": 2,
+    "schedules": 2,
     "model": 2,
     "encoders": 2,
     "checkpoint": 3,

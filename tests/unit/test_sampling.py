@@ -1,87 +1,15 @@
-"""Schedules against diffusers and the published numbers; Euler and guidance without a model."""
+"""Euler and guidance without a model."""
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from torchtitan_flux.flow_matching import resolution_mu
-from torchtitan_flux.latents import Geometry, ImageSize
-from torchtitan_flux.sampling import euler, guided, schedule
-
-FLUX = Geometry(channels=16, downscale=8, patch=2)
-DEV = {
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
-SCHNELL = {**DEV, "shift": 1.0, "use_dynamic_shifting": False}
-
-
-def tokens(height: int, width: int) -> int:
-    return FLUX.grid(ImageSize(height, width)).tokens
-
-
-def diffusers_times(config: dict, steps: int, packed: int) -> np.ndarray:
-    """The sigmas of a FluxPipeline run, its last zero included."""
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
-    mu = calculate_shift(packed, 256, 4096, 0.5, 1.15)
-    sigmas = np.linspace(1.0, 1 / steps, steps)
-    retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
-    return scheduler.sigmas.double().numpy()
-
-
-@pytest.mark.parametrize("steps", [1, 4, 28])
-@pytest.mark.parametrize("size", [(256, 256), (512, 512), (1024, 1024), (768, 1344)])
-@pytest.mark.parametrize(("config", "shifted"), [(DEV, True), (SCHNELL, False)])
-def test_schedule_equals_diffusers(config, shifted, size, steps):
-    found = schedule(steps, tokens(*size), shifted)
-    expected = diffusers_times(config, steps, tokens(*size))
-    assert found.dtype == np.float64
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-6
-
-
-@pytest.mark.parametrize(
-    ("pixels", "expected"),
-    [
-        (256, [1, 0.831824, 0.622459, 0.354661, 0]),
-        (512, [1, 0.849235, 0.652489, 0.384945, 0]),
-        (1024, [1, 0.904531, 0.759511, 0.512844, 0]),
-    ],
-)
-def test_schedule_of_dev_in_four_steps(pixels, expected):
-    found = schedule(4, tokens(pixels, pixels), shifted=True)
-    assert np.abs(found - expected).max() < 1e-6
-    assert (found[0], found[-1]) == (1.0, 0.0)
-
-
-def test_schedule_of_schnell_ignores_the_size():
-    assert schedule(4, 256, shifted=False).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert schedule(4, 4096, shifted=False).tolist() == [1, 0.75, 0.5, 0.25, 0]
-
-
-def test_shift_goes_through_its_two_points_and_beyond():
-    assert resolution_mu(256) == pytest.approx(0.5)
-    assert resolution_mu(4096) == pytest.approx(1.15)
-    assert resolution_mu(16384) == pytest.approx(calculate_shift(16384))
-
-
-@pytest.mark.parametrize("steps", [0, -1])
-def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
-        schedule(steps, 256, shifted=True)
-
-
-# ---- Euler ---------------------------------------------------------------------------------
+from torchtitan_flux.sampling import euler, guided
+from torchtitan_flux.schedules import DEV, SCHNELL
 
 SCHEDULES = {
-    "one step": schedule(1, 1024, shifted=False),
-    "shifted": schedule(4, 4096, shifted=True),
+    "one step": SCHNELL.times(1, 1024),
+    "shifted": DEV.times(4, 4096),
     "uneven": np.array([1.0, 0.97, 0.5, 0.499, 0.02, 0.0]),
 }
 

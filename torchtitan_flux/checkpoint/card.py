@@ -29,6 +29,8 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _TOLD = {
     "training": ("dataset", "dataset_path", "img_size", "steps", "local_batch_size", "dtype"),
     "optimizer": ("name", "lr", "weight_decay"),
+    "flow": ("time_density", "resolution_shift", "guidance"),
+    "sampling": ("schedule",),
     "checkpoint": ("initial_load_path",),
 }
 """Entries of a run's configuration that say how a model was trained."""

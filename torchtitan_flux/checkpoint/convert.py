@@ -33,6 +33,11 @@ from torchtitan_flux.checkpoint.safetensors_writer import (
     parse_size,
     total_bytes,
 )
+from torchtitan_flux.checkpoint.scheduler import (
+    SCHEDULER_FILE,
+    SCHEDULER_KEY,
+    stated_scheduler,
+)
 from torchtitan_flux.checkpoint.staging import TargetRefused, staged
 from torchtitan_flux.checkpoint.transformer import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.checkpoint.weights import (
@@ -100,6 +105,9 @@ def convert(
     needed = job.bytes + (pipeline.bytes if pipeline else 0)
     reads = [source.path, *(pipeline.reads if pipeline else ())]
     files = travelling_files(source, format, target, dtype)
+    stated = None if pipeline else stated_scheduler(source.path)
+    if stated is not None and format in ("dcp", "diffusers"):
+        files[SCHEDULER_FILE] = stated.text.encode()
     beside, outdated = [], []
     if format in ("bfl", "comfyui"):
         beside = [f"{target.stem}.{name}" for name in (*files, CHECKSUMS)]
@@ -110,7 +118,9 @@ def convert(
         if format == "dcp":
             _write_dcp(job, made, files)
         elif format in ("bfl", "comfyui"):
-            _write_single(job, made, COMFYUI_PREFIX if format == "comfyui" else "", files)
+            prefix = COMFYUI_PREFIX if format == "comfyui" else ""
+            metadata = {} if stated is None else {SCHEDULER_KEY: stated.text}
+            _write_single(job, made, prefix, metadata, files)
         else:
             made.mkdir()
             inner = made
@@ -221,9 +231,15 @@ def _write_dcp(job: _Job, folder: Path, files: Mapping[str, bytes]) -> None:
         write_checkpoint(folder, job.specs, read, step, facts, beside)
 
 
-def _write_single(job: _Job, path: Path, prefix: str, files: Mapping[str, bytes]) -> None:
+def _write_single(
+    job: _Job,
+    path: Path,
+    prefix: str,
+    metadata: Mapping[str, str],
+    files: Mapping[str, bytes],
+) -> None:
     specs = {prefix + name: spec for name, spec in job.foreign_specs("bfl").items()}
-    metadata = architecture.to_metadata(job.weights.args)
+    metadata = {**architecture.to_metadata(job.weights.args), **metadata}
     with TensorsWriter(path.parent, path.stem, specs, metadata) as writer:
         job.send("bfl", lambda name, tensor: writer.write(prefix + name, tensor))
     for name, content in files.items():

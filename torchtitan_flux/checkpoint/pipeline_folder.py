@@ -22,6 +22,13 @@ from torchtitan_flux.checkpoint.safetensors_file import (
     read_json,
     read_weight_map,
 )
+from torchtitan_flux.checkpoint.scheduler import (
+    PIPELINE_INDEX,
+    SCHEDULER_FILE,
+    StatedScheduler,
+    flavor_scheduler,
+    stated_scheduler,
+)
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.encoders.pretrained import (
     CLIP_KEY,
@@ -49,7 +56,6 @@ _TOKENIZER_FILES = (
 _INDEX = {
     "_class_name": "FluxPipeline",
     "_diffusers_version": "0.30.0",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "T5EncoderModel"],
     "transformer": ["diffusers", "FluxTransformer2DModel"],
@@ -76,11 +82,17 @@ class PipelineParts:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """A pipeline's folder without its transformer, checked and ready to be written."""
+    """A pipeline's folder without its transformer, checked and ready to be written.
 
-    args: FluxModelArgs
-    copies: dict[str, Path]  # name in the pipeline -> file
+    Attributes:
+        copies: name in the pipeline -> file.
+        autoencoder: see `PipelineParts`.
+        scheduler: what the source says of it, or what goes with the model.
+    """
+
+    copies: dict[str, Path]
     autoencoder: Path
+    scheduler: StatedScheduler
 
     @property
     def bytes(self) -> int:
@@ -101,24 +113,10 @@ class PipelinePlan:
             sums[name] = _copy(path, folder / name)
         write_vae(open_autoencoder(self.autoencoder), folder / "vae")
         (folder / "scheduler").mkdir()
-        _dump(scheduler_config(self.args), folder / "scheduler" / "scheduler_config.json")
-        _dump(_INDEX, folder / "model_index.json")
+        (folder / "scheduler" / SCHEDULER_FILE).write_bytes(self.scheduler.text.encode())
+        index = {**_INDEX, "scheduler": ["diffusers", self.scheduler.name]}
+        _dump(index, folder / PIPELINE_INDEX)
         return sums
-
-
-def scheduler_config(args: FluxModelArgs) -> dict[str, Any]:
-    """FLUX.1's schedule: shifted by the number of tokens with guidance, unshifted without."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "_diffusers_version": "0.30.0",
-        "base_image_seq_len": 256,
-        "base_shift": 0.5,
-        "max_image_seq_len": 4096,
-        "max_shift": 1.15,
-        "num_train_timesteps": 1000,
-        "shift": 3.0 if args.guidance_embed else 1.0,
-        "use_dynamic_shifting": args.guidance_embed,
-    }
 
 
 def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan:
@@ -144,13 +142,14 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
         tokenizer = _tokenizer_files(folder, part)
         copies |= {f"{_TOKENIZERS[part]}/{name}": one for name, one in tokenizer.items()}
     _check_fit(args, found)
-    return PipelinePlan(args, copies, found["autoencoder"])
+    scheduler = stated_scheduler(weights.path) or flavor_scheduler(args.guidance_embed)
+    return PipelinePlan(copies, found["autoencoder"], scheduler)
 
 
 def _find(weights: Weights, parts: PipelineParts) -> dict[str, Path]:
     """Where each part lies: as told, else beside the source, else as its run names it."""
     given = {one.name: getattr(parts, one.name) for one in fields(parts)}
-    root = weights.path if (weights.path / "model_index.json").is_file() else weights.path.parent
+    root = weights.path if (weights.path / PIPELINE_INDEX).is_file() else weights.path.parent
     config = architecture.run_config(weights.path) if weights.format == "dcp" else None
     encoder: Mapping[str, Any] = (config or {}).get("encoder", {})
     tiny = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
@@ -162,7 +161,7 @@ def _find(weights: Weights, parts: PipelineParts) -> dict[str, Path]:
     for part, path in given.items():
         beside = root / _SUBFOLDERS[part]
         named = encoder.get(_CONFIG_KEYS[part])
-        if path is None and (root / "model_index.json").is_file() and beside.is_dir():
+        if path is None and (root / PIPELINE_INDEX).is_file() and beside.is_dir():
             path = beside
         if path is None and named:
             path = locate(named)

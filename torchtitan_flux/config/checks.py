@@ -18,7 +18,13 @@ from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.numbers import number_problems
 from torchtitan_flux.config.pipeline import pipeline_fit, pipeline_problems
 from torchtitan_flux.config.recomputation import AC_MODES, recomputation_problems
-from torchtitan_flux.config.resolve import image_size, resolve_model_args
+from torchtitan_flux.config.resolve import (
+    AUTO,
+    configured_schedule,
+    image_size,
+    resolve_model_args,
+    sample_settings,
+)
 from torchtitan_flux.config.schema import get
 from torchtitan_flux.data.registry import (
     BUILT_IN,
@@ -72,7 +78,7 @@ def problems(config: Any, training: bool = True) -> list[str]:
             *recomputation_problems(config),
             *_evaluation(config),
         ]
-    found += _compute_type(config)
+    found += [*_schedule(config), *_compute_type(config)]
     named = {line.split(" = ")[0] for line in found}  # -inf is too small, and that is enough
     beyond = number_problems(config, training)
     return found + [line for line in beyond if line.split(" = ")[0] not in named]
@@ -205,6 +211,14 @@ def _compute_type(config: Any) -> list[str]:
     ]
 
 
+def _schedule(config: Any) -> list[str]:
+    try:
+        configured_schedule(config)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     """Widths and sizes that do not fit each other.
 
@@ -224,6 +238,7 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     fits = not found and low_precision
     return [
         *found,
+        *([] if found else _grid_times(config, args)),
         *model_problems(config, args),
         *pipeline_fit(config, args),
         *(low_precision_fit(config, args, image_size(config)) if fits else []),
@@ -273,6 +288,19 @@ def _size(config: Any, args: FluxModelArgs) -> list[str]:
         t = config.training
         key = "img_size" if not (t.img_height or t.img_width) else "img_height / img_width"
         return [f"training.{key}: {error}"]
+    return []
+
+
+def _grid_times(config: Any, args: FluxModelArgs) -> list[str]:
+    """Whether the pictures that are drawn while training have a schedule."""
+    if not config.sampling.enable or config.sampling.denoising_steps < 1 or _schedule(config):
+        return []
+    try:
+        sample_settings(config, args).times(args.geometry)
+    except (ValueError, OSError) as error:
+        of_weights = config.sampling.schedule == AUTO
+        key = "checkpoint.initial_load_path" if of_weights else "sampling.schedule"
+        return [f"{key} with sampling.enable = true: {error}"]
     return []
 
 

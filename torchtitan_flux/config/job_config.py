@@ -64,7 +64,8 @@ class Data:
     index_folder: str = ""
     """Where indexes of data sets are kept; empty: beside the data, or the user's cache folder"""
     image_column: str = ""
-    """Column of tables that holds images, or suffix of the pictures in tar shards; empty finds it"""
+    """Column of tables that holds images, or suffix of the pictures in tar shards; empty finds
+    it"""
     caption_column: str = ""
     """Column of tables, or key of json captions; empty finds it. "json.caption" is the field
     caption of the column json"""
@@ -161,9 +162,11 @@ class Sampling:
     """Guidance input of flavors with guidance embedding, when sampling; unset: flow.guidance"""
     local_batch_size: int = 16
     """Pictures drawn at once by one rank"""
-    schedule: Literal["auto", "dev", "schnell"] = "auto"
-    """dev: times shifted by the number of image tokens; schnell: evenly spaced; auto: dev for
-    flavors with guidance embedding, else schnell"""
+    schedule: str = "auto"
+    """When the steps are. dev: shifted by the number of image tokens; schnell: evenly spaced; or
+    settings of diffusers' scheduler, as "shift=3.0" or "use_dynamic_shifting=true,max_shift=1.3".
+    auto: what the weights say that are drawn with or begun with (a pipeline's scheduler), else dev
+    for flavors with guidance embedding and schnell for others"""
     folder: str = "samples"
     """Folder below job.dump_folder"""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.checkpoint.pruned import with_blocks_of, with_blocks_of_run
+from torchtitan_flux.checkpoint.scheduler import StatedScheduler, of_run, stated_scheduler
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
@@ -13,6 +14,10 @@ from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
 from torchtitan_flux.paths import locate
+from torchtitan_flux.schedules import Schedule
+
+AUTO = "auto"
+"""The value of `sampling.schedule` that leaves it to the weights."""
 
 
 def resolved_path(path: str) -> str:
@@ -142,15 +147,66 @@ def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
     return config.flow.guidance if given is None else given
 
 
-def sample_settings(config: Any, args: FluxModelArgs) -> SampleSettings:
-    """How pictures are drawn during training."""
+def configured_schedule(config: Any) -> Schedule | None:
+    """What `sampling.schedule` names; None where it leaves it to the weights.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    given = config.sampling.schedule
+    try:
+        return None if given == AUTO else Schedule.parse(given)
+    except ValueError as error:
+        raise ValueError(f"sampling.schedule = {given!r}: {error}") from None
+
+
+def own_scheduler(config: Any) -> StatedScheduler | None:
+    """What is said of the schedule by a run's own weights; None where nothing is.
+
+    That is what the run wrote down, once it has checkpoints; before, what the weights say that it
+    begins with.
+
+    Raises:
+        UnreadableWeights: what says it is spoilt.
+    """
+    c = config.checkpoint
+    if stated := of_run(Path(config.job.dump_folder) / c.folder):
+        return stated
+    path = locate(c.initial_load_path) if c.enable and c.initial_load_path else None
+    return None if path is None else stated_scheduler(path)
+
+
+def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = None) -> Schedule:
+    """When pictures take their steps: as configured, else as the weights say, else as the flavor.
+
+    Args:
+        config: job configuration.
+        args: of the model.
+        weights: that are drawn with; None for the run's own.
+
+    Raises:
+        ValueError: `sampling.schedule` is none, or the weights' is not computed here.
+    """
+    if told := configured_schedule(config):
+        return told
+    stated = own_scheduler(config) if weights is None else stated_scheduler(weights)
+    return Schedule.of_flavor(args.guidance_embed) if stated is None else stated.schedule()
+
+
+def sample_settings(
+    config: Any, args: FluxModelArgs, weights: Path | None = None
+) -> SampleSettings:
+    """How pictures are drawn during training, or with weights that are given.
+
+    Raises:
+        ValueError: see `sampling_schedule`.
+    """
     s = config.sampling
-    dev = args.guidance_embed if s.schedule == "auto" else s.schedule == "dev"
     return SampleSettings(
         size=image_size(config),
         steps=s.denoising_steps,
         cfg=s.classifier_free_guidance_scale,
         guidance=sample_guidance(config, args),
-        shifted=dev,
+        schedule=sampling_schedule(config, args, weights),
         seed=s.seed,
     )

@@ -14,10 +14,11 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.checkpoint.hub_cache import snapshot_of
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
+from torchtitan_flux.checkpoint.scheduler import stated_scheduler
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
-from torchtitan_flux.config.resolve import sample_settings
+from torchtitan_flux.config.resolve import AUTO, sample_guidance, sample_settings
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.picture_file import NoPicture, Recorded
@@ -246,7 +247,9 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     Published weights have settings of their own, for those of the run are of its training.
     """
     recorded: Recorded | None = options.recorded
-    base = sample_settings(config, args) if recorded is None else recorded.settings
+    given = options.weights if options.own_weights else None
+    weights = None if given is None else locate(given) or Path(given)
+    base = sample_settings(config, args, weights) if recorded is None else recorded.settings
     changes: dict[str, Any] = {}
     if options.size:
         sides = options.size.lower().split("x")
@@ -263,11 +266,15 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     if recorded is None and options.own_weights and _published(options.weights):
         changes = _of_published(options, config, args) | changes
     if args.guidance_embed != (base.guidance is not None):  # another flavor than the picture's
-        changes.setdefault("guidance", sample_settings(config, args).guidance)
+        changes.setdefault("guidance", sample_guidance(config, args))
     settings = replace(base, **changes)
     if settings.steps < 1:
         raise ValueError(f"--steps {settings.steps}: at least 1")
     args.geometry.check(settings.size)
+    settings.times(args.geometry)  # raises where the schedule has none
+    asked = None if recorded or config.sampling.schedule != AUTO else weights
+    if asked is not None and (stated := stated_scheduler(asked)):
+        logger.info(f"Drawn with the schedule {settings.schedule}, as {stated.where} says")
     return settings
 
 

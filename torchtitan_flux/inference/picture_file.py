@@ -12,6 +12,7 @@ from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.safetensors_file import SAFETENSORS
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.schedules import DEV, SCHNELL, Schedule
 
 SOFTWARE = "torchtitan-flux"
 SAMPLES, SAMPLE = 256, 4096
@@ -128,7 +129,7 @@ class Recorded:
             steps=int(text["steps"]),
             cfg=float(text["cfg"]),
             guidance=None if text["guidance"] == "None" else float(text["guidance"]),
-            shifted={"True": True, "False": False}[text["shifted"]],
+            schedule=_schedule(text),
             seed=int(text["seed"]),
         )
         recorded = cls(
@@ -153,6 +154,12 @@ class Recorded:
         if not 0 <= recorded.row < recorded.batch:
             raise ValueError(f"row {recorded.row} of a batch of {recorded.batch}")
         return recorded
+
+
+def _schedule(text: Mapping[str, str]) -> Schedule:
+    if "schedule" not in text and "shifted" in text:  # drawn before there were others
+        return {"True": DEV, "False": SCHNELL}[text["shifted"]]
+    return Schedule.parse(text["schedule"])
 
 
 def digest(path: Path) -> str:

@@ -150,6 +150,10 @@ class FluxTrainer(Trainer):
             self.parallel_dims,
             config.sampling.local_batch_size,
         )
+        # once, for what says the schedule need not stay where it is
+        self._drawn_with = (
+            sample_settings(config, self.model_args) if config.sampling.enable else None
+        )
         if config.validation.enable:
             self.validator = FluxValidator(  # type: ignore[assignment]
                 build_validation_loader(self.parallel_dims, self.parts.tokenizer, config),
@@ -364,7 +368,8 @@ class FluxTrainer(Trainer):
         """A row of pictures for each prompt, the same seeds every time."""
         config = self.config
         s = config.sampling
-        settings = sample_settings(config, self.model_args)
+        settings = self._drawn_with
+        assert settings is not None, "grids are drawn with sampling.enable alone"
         prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
         images = self.painter.draw(prompts, settings)
         if torch.distributed.get_rank() != 0:

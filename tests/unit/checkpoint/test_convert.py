@@ -46,7 +46,8 @@ from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encod
 from torchtitan_flux.generate import TextConditioning, initial_noise, packed_velocity
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
-from torchtitan_flux.sampling import euler, schedule
+from torchtitan_flux.sampling import euler
+from torchtitan_flux.schedules import Schedule
 
 TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -196,7 +197,8 @@ def test_the_pipeline_draws_what_our_sampler_draws(sources, models, variant):
     encoders = T5Encoder(TINY / "t5"), ClipEncoder(TINY / "clip")
     text = TextConditioning(encoders[0](t5[None]), encoders[1](clip[None]))
     velocity = packed_velocity(model, text, args.geometry, size, guidance)
-    times = schedule(steps, args.geometry.grid(size).tokens, shifted=args.guidance_embed)
+    schedule = Schedule.of_flavor(args.guidance_embed)
+    times = schedule.times(steps, args.geometry.grid(size).tokens)
     found = euler(velocity, noise, times)
     assert relative_l2(found, noise) > 0.1
     assert relative_l2(found, expected) <= 1e-5  # type: ignore[arg-type]

@@ -469,6 +469,14 @@ TABLE: dict[str, list[Refusal]] = {
             "run.toml:1: sampling.enable = true needs sampling.prompts, a list of captions",
         ),
         file(
+            'sampling.schedule = "shifted"',
+            "run.toml:1: sampling.schedule = 'shifted': 'shifted' is unknown; \"dev\", \"schnell\", or key=value with keys of shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, time_shift_type, shift_terminal, as in shift=3.0",
+        ),
+        line(
+            "--sampling.schedule max_shift=1.3",
+            "sampling.schedule = 'max_shift=1.3': max_shift counts only with use_dynamic_shifting=true",
+        ),
+        file(
             'score.enable = true\ntraining.dataset = "shapes"',
             "run.toml:1: score.enable = true reads 8 x 8 digits: training.dataset must be digits, not shapes",
         ),

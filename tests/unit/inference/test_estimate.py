@@ -17,10 +17,11 @@ from torchtitan_flux.inference.memory import free_memory, text_of
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.planning.command import model_args
+from torchtitan_flux.schedules import Schedule
 
 FLOAT32 = ("--training.mixed_precision_param", "float32")
 GIB = 2**30
-SETTINGS = SampleSettings(ImageSize(512, 512), 28, guidance=3.5, shifted=True)
+SETTINGS = SampleSettings(ImageSize(512, 512), 28, guidance=3.5, schedule=Schedule.of_flavor(True))
 DEV = FLAVORS["flux-dev"]
 
 

@@ -16,11 +16,12 @@ from torchtitan_flux.inference.picture_file import (
     digest,
 )
 from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.schedules import DEV, SCHNELL, Schedule
 
 PLAIN = Recorded(
     prompt='a "red" circle\nabove — 円',
     negative_prompt="",
-    settings=SampleSettings(ImageSize(48, 64), 7, 2.5, None, True, 2**40 + 1),
+    settings=SampleSettings(ImageSize(48, 64), 7, 2.5, None, Schedule(3.0), 2**40 + 1),
     index=13,
     batch=4,
     row=3,
@@ -38,7 +39,7 @@ PLAIN = Recorded(
 OTHER = replace(
     PLAIN,
     negative_prompt="blurred",
-    settings=SampleSettings(ImageSize(16, 16), 1, 1.0, 3.5, False, 0),
+    settings=SampleSettings(ImageSize(16, 16), 1, 1.0, 3.5, DEV, 0),
     own=False,
     step="",
     weights=Source("flux1-dev.safetensors", "ab"),
@@ -62,10 +63,24 @@ def test_everything_is_read_back(tmp_path, recorded):
     assert texts["software"] == "torchtitan-flux"
 
 
+@pytest.mark.parametrize(("shifted", "schedule"), [(True, DEV), (False, SCHNELL)])
+def test_pictures_from_before_there_were_other_schedules_are_read(tmp_path, shifted, schedule):
+    path = written(tmp_path / "a.png", PLAIN)
+    with Image.open(path) as image:
+        texts = dict(image.text)  # type: ignore[attr-defined]
+        del texts["schedule"]
+        metadata = PngImagePlugin.PngInfo()
+        for name, value in (texts | {"shifted": str(shifted)}).items():
+            metadata.add_text(name, value)
+        image.save(path, pnginfo=metadata)
+    settings = replace(PLAIN.settings, schedule=schedule)
+    assert Recorded.read(path) == replace(PLAIN, settings=settings)
+
+
 def test_every_single_fact_is_needed(tmp_path):
     """A file that lost one is refused, and the message names the fact."""
     facts = {**PLAIN.facts(), "size": "48x64", "steps": 7, "cfg": 2.5, "guidance": None}
-    facts |= {"shifted": True, "seed": 3}
+    facts |= {"schedule": "dev", "seed": 3}
     optional = {"software", "autoencoder", "autoencoder_digest"}
     assert len(facts) > len(fields(Recorded))
     for lost in set(facts) - optional:
@@ -84,19 +99,19 @@ def test_every_single_fact_is_needed(tmp_path):
     [
         ({"row": 4}, "row 4 of a batch of 4"),
         ({"batch": "x"}, "invalid literal"),
-        ({"dtype": "", "shifted": "maybe"}, "maybe"),
+        ({"dtype": "", "schedule": "maybe"}, "maybe"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, change, said):
     facts = {**PLAIN.facts(), **change}
-    shifted = facts.pop("shifted", None)
+    schedule = facts.pop("schedule", None)
     path = tmp_path / "a.png"
     save_png(to_pil(torch.zeros(1, 4, 4)), path, PLAIN.settings, **facts)
-    if shifted is not None:
+    if schedule is not None:
         with Image.open(path) as image:
             texts = dict(image.text)  # type: ignore[attr-defined]
             metadata = PngImagePlugin.PngInfo()
-            for name, value in (texts | {"shifted": shifted}).items():
+            for name, value in (texts | {"schedule": schedule}).items():
                 metadata.add_text(name, value)
             image.save(path, pnginfo=metadata)
     with pytest.raises(NoPicture, match=said):
