@@ -16,6 +16,7 @@ LEVELS = {
     "latents": 0,
     "lifetime": 0,
     "durable": 0,
+    "image_file": 0,
     "randomness": 0,
     "state_dict_keys": 0,
     "flow_matching": 1,

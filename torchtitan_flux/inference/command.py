@@ -216,19 +216,19 @@ class Task:
         settings: of all of them.
         negative: caption to move away from; empty without guidance.
         paths: where each goes.
-        overwrite: whether they may be there already.
         batch: pictures that a rank draws at once.
         kept: which of them is kept where a picture is repeated in the batch it was drawn in; None
             keeps all.
+        overwrite: whether files may be there already.
     """
 
     requests: list[Request]
     settings: SampleSettings
     negative: str
     paths: list[Path]
-    overwrite: bool
     batch: int
     kept: int | None = None
+    overwrite: bool = False
 
 
 def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks: int) -> Task:
@@ -257,12 +257,12 @@ def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks
             for again in range(options.count)
         ]
         paths = targets(options, config, requests)
-        return Task(requests, settings, negative, paths, options.overwrite, batch)
+        return Task(requests, settings, negative, paths, batch, overwrite=options.overwrite)
     paths = targets(options, config, [Request(prompts[0], recorded.index)])
     row = min(recorded.row, batch - 1)
     # kernels may compute a row of a batch otherwise than the row alone: so the batch is made again
     requests = [Request(prompts[0], recorded.index)] * (batch * ranks)
-    return Task(requests, settings, negative, paths, options.overwrite, batch, kept=row)
+    return Task(requests, settings, negative, paths, batch, row, options.overwrite)
 
 
 def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:

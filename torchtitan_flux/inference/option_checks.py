@@ -20,7 +20,7 @@ class Range:
 
     def holds(self, value: int | float) -> bool:
         # an int may be too large to be asked whether it is finite
-        return self.least <= value <= self.most and not value == math.inf
+        return self.least <= value <= self.most and value != math.inf
 
 
 RANGES = {

@@ -81,7 +81,7 @@ def test_the_parts_of_a_pipeline_that_is_named_are_known(tmp_path):
     )
     path = tmp_path / "a.webp"
     save_picture(Image.new("L", (8, 8)), path, recorded.facts())
-    with pytest.raises(ConfigError, match="--weights .*--encoder.t5.*--encoder.clip"):
+    with pytest.raises(ConfigError, match=r"--weights .*--encoder.t5.*--encoder.clip"):
         parse(["--from-png", str(path), *DIGITS])
     options, _ = parse(["--from-png", str(path), "--weights", str(tmp_path), *DIGITS])
     assert options.recorded == recorded
