@@ -150,7 +150,7 @@ def _say_before(options: argparse.Namespace, config: Any, task: Task) -> None:
 def _of_not_finite(task: Task, config: Any) -> str:
     """What may help."""
     dtype, cfg = config.training.mixed_precision_param, task.settings.cfg
-    found = ["look at the weights (scripts/compare_checkpoints.py)"]
+    found = ["other weights"]
     if dtype != "float32":
         found.append(f"--training.mixed_precision_param float32 (now {dtype})")
     if cfg != 1.0:

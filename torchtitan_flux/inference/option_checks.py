@@ -83,6 +83,8 @@ def wrong_options(options: argparse.Namespace) -> list[str]:
             found.append(f"{caption!a} is not written in UTF-8")
     if options.memory is not None and not options.estimate:
         found.append("--memory is of no use without --estimate")
+    if options.trust and options.from_png is None:
+        found.append("--trust is of no use without --from-png")
     return found
 
 

@@ -84,7 +84,7 @@ class Painter:
         first = self._of_all_ranks(torch.cat(broken))[: len(prompts)]
         bad = images.isnan().flatten(1).any(1)
         if torch.distributed.get_rank() == 0:
-            for i in bad.nonzero().flatten().tolist():
+            for i in map(int, bad.nonzero().flatten()):
                 logger.error(_not_finite(i, prompts[i], int(first[i]), settings.steps))
         return images.masked_fill(bad.view(-1, 1, 1, 1), -1.0)
 
@@ -109,7 +109,7 @@ def save_grid(
     settings: SampleSettings,
     **facts: str | int | float,
 ) -> Tensor:
-    """Write a grid as PNG with its settings in the metadata.
+    """Write a grid with its settings in the metadata.
 
     Returns:
         the grid's pixels, uint8 [H, W] or [H, W, 3], for TensorBoard.

@@ -97,6 +97,8 @@ def test_what_cannot_be_asked_for_names_the_option(argv, said):
 def test_memory_is_of_an_estimate():
     with pytest.raises(ConfigError, match="--estimate"):
         parse(["--prompt", "a", "--memory", "8"])
+    with pytest.raises(ConfigError, match="--from-png"):
+        parse(["--prompt", "a", "--trust"])
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ class Breaks(nn.Module):
 
 
 class Overflows(PixelCodec):
+    worse: list[bool]
+
     def decode(self, latents):
         decoded = super().decode(latents).clone()
         decoded[self.worse, 1, 0, 1] = torch.inf
