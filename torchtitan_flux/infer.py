@@ -2,6 +2,7 @@
 
 ./run_infer.sh --prompt "a handwritten seven" --out seven.png
 ./run_infer.sh --prompts prompts.txt --steps 28 --cfg 2 --seed 3 --sampling.schedule schnell
+./run_infer.sh --prompt "a handwritten seven" --count 4 --seed -1 --out sevens.jpg
 ./run_infer.sh --from-png seven.png --out again.png
 CONFIG_FILE=train_configs/flux_dev_model.toml ./run_infer.sh --weights assets/hf/FLUX.1-dev \\
     --prompt "a red fox"

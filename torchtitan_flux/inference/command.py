@@ -103,10 +103,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="with --estimate: for a card with so much free, instead of this machine",
     )
     options, rest = parser.parse_known_args(argv)
+    known = [f"--{name.replace('_', '-')}" for name in vars(options)]
     options.recorded, options.outranked, options.trusted = None, [], []
     options.own_weights = options.weights is not None
     options.given = {key for key, _ in given_keys(rest)}
-    known = [name for action in parser._actions for name in action.option_strings]
     if found := wrong_options(options) + unknown_options(sorted(options.given), known):
         raise ConfigError(found)
     if options.from_png is not None:
