@@ -107,7 +107,7 @@ def here(command: Command, folder: Path, *more: str) -> str:
     if words[0].endswith(("run_train.sh", "run_infer.sh")):
         kind = "train" if words[0].endswith("run_train.sh") else "infer"
         arguments, ranks = words[1:], settings.ranks
-        if not {"--job.config_file", "--from-png"} & set(arguments):
+        if "--job.config_file" not in arguments:
             arguments = ["--job.config_file", settings.config_file, *arguments]
         main = {"train": trainer.main, "infer": infer.main}[kind]
         if "--check" in words:

@@ -109,7 +109,6 @@ RUN_BY: dict[str, dict[str, str]] = {
         "NGPU=8 CONFIG_FILE=my.toml ./run_train.sh": _HERE + "test_the_guide",
         "CONFIG_FILE=theirs.toml ./": _HERE + "test_the_guide",
         "CONFIG_FILE=my.toml ./run_infer.sh": _HERE + "test_the_guide",
-        "./run_infer.sh --from-png": _HERE + "test_the_guide",
         "python scripts/report.py": _HERE + "test_the_guide",
         "python scripts/download_hf_assets.py": _DOWNLOADS,
         "python scripts/plan.py": _TOOLS + "test_plans",

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
 
 from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.flow_matching import standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize, image_ids, pack, text_ids, unpack
 from torchtitan_flux.randomness import Stream, generator
-from torchtitan_flux.sampling import Velocity, euler, guided
+from torchtitan_flux.sampling import Velocity, all_finite, euler, guided
 from torchtitan_flux.schedules import SCHNELL, Schedule
 
 
@@ -36,7 +35,7 @@ TextEncoding = Callable[[Sequence[str]], TextConditioning]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How pictures are drawn; written into each PNG.
+    """How pictures are drawn; written into each.
 
     Attributes:
         size: pixels.
@@ -57,6 +56,10 @@ class SampleSettings:
     def times(self, geometry: Geometry) -> np.ndarray:
         """Of the steps, from 1 to 0. Raises ValueError where the schedule has none for them."""
         return self.schedule.times(self.steps, geometry.grid(self.size).tokens)
+
+    def facts(self) -> dict[str, str]:
+        """All of them by name, as a picture's file holds them."""
+        return {name: str(value) for name, value in {**asdict(self), "size": self.size}.items()}
 
 
 def initial_noise(geometry: Geometry, size: ImageSize, seed: int, index: int) -> Tensor:
@@ -111,7 +114,7 @@ def generate(
     settings: SampleSettings,
     negative_prompt: str = "",
     device: torch.device | str = "cpu",
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b c H W"]:
     """Draw one image for each prompt.
 
@@ -125,10 +128,10 @@ def generate(
         settings: size, steps, guidance, seed.
         negative_prompt: what classifier-free guidance moves away from.
         device: where the model is.
-        on_step: called after each Euler step.
+        on_step: called with the packed tokens after each Euler step.
 
     Returns:
-        images in [-1, 1], float32.
+        `displayable` images.
     """
     noise = torch.stack(
         [initial_noise(geometry, settings.size, settings.seed, index) for index in indices]
@@ -137,7 +140,7 @@ def generate(
     latents = denoise(
         model, geometry, noise.to(device), encode_text(prompts), negative, settings, on_step
     )
-    return codec.decode(latents).float().clamp(-1, 1)
+    return displayable(codec.decode(latents))
 
 
 @torch.no_grad()
@@ -148,7 +151,7 @@ def denoise(
     text: TextConditioning,
     negative: TextConditioning | None,
     settings: SampleSettings,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """From noise to latents, float32, where the noise is.
 
@@ -160,7 +163,7 @@ def denoise(
         negative: of one caption, which classifier-free guidance moves away from; looked at where
             settings.cfg is not 1.
         settings: size, steps, guidance.
-        on_step: called after each Euler step.
+        on_step: called with the packed tokens after each Euler step.
     """
     velocity = packed_velocity(model, text, geometry, settings.size, settings.guidance)
     if settings.cfg != 1.0:
@@ -180,32 +183,16 @@ def denoise(
     return unpack(tokens, geometry.grid(settings.size), geometry.patch)
 
 
+def displayable(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+    """What a codec decodes, in [-1, 1], float32; nan all over where a picture is not finite."""
+    bad = ~all_finite(images)
+    return images.float().clamp(-1, 1).masked_fill(bad.view(-1, 1, 1, 1), torch.nan)
+
+
 def to_pil(image: Float[Tensor, "c H W"]) -> Image.Image:
     """An image in [-1, 1] with 1 or 3 channels as an 8-bit PIL image."""
     pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1))
-
-
-def save_png(
-    image: Image.Image, path: Path, settings: SampleSettings, **facts: str | int | float
-) -> None:
-    """Write a PNG whose text metadata holds the settings and `facts` (prompt, step, …).
-
-    Written beside and renamed, so that a reader never sees half a picture.
-
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
-    """
-    metadata = PngImagePlugin.PngInfo()
-    for name, value in {**asdict(settings), "size": str(settings.size), **facts}.items():
-        metadata.add_text(name, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        image.save(scratch, format="PNG", pnginfo=metadata)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)  # where one of them failed
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, enlarge_to: int = 48) -> Image.Image:

@@ -2,6 +2,7 @@
 
 ./run_infer.sh --prompt "a handwritten seven" --out seven.png
 ./run_infer.sh --prompts prompts.txt --steps 28 --cfg 2 --seed 3 --sampling.schedule schnell
+./run_infer.sh --prompt "a handwritten seven" --count 4 --seed -1 --out sevens.jpg
 ./run_infer.sh --from-png seven.png --out again.png
 CONFIG_FILE=train_configs/flux_dev_model.toml ./run_infer.sh --weights assets/hf/FLUX.1-dev \\
     --prompt "a red fox"
@@ -9,7 +10,9 @@ CONFIG_FILE=train_configs/flux_dev_model.toml ./run_infer.sh --weights assets/hf
 
 import argparse
 import os
+import secrets
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -22,13 +25,17 @@ from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_flux.config.manager import exit_on_config_error, load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
-from torchtitan_flux.inference.command import Task, changed, check_writable, parse, task_of
+from torchtitan_flux.inference.captions import cut_captions
+from torchtitan_flux.inference.command import FRESH_SEED, Task, changed, parse, task_of
+from torchtitan_flux.inference.draw import NotFinite
 from torchtitan_flux.inference.estimate import refusal, remedies
 from torchtitan_flux.inference.expectation import Expectation
 from torchtitan_flux.inference.memory import PeakMemory, free_memory
 from torchtitan_flux.inference.recording import check_sources
 from torchtitan_flux.inference.render import render
+from torchtitan_flux.inference.targets import check_free, check_room, check_writable
 from torchtitan_flux.planning.command import model_args
+from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.out_of_memory import exit_when_out_of_memory
 from torchtitan_flux.training.process import start_process_group
@@ -61,15 +68,18 @@ def main() -> None:
             _say(expected.told(int(options.memory * 2**30), "as given by --memory"))
             return
         if not options.estimate:
-            check_writable(task.paths)
+            _check_targets(task)
         device = start_process_group(config)
         if options.estimate:
             _say(expected.told(free_memory(device), f"on {device}"))
         else:
-            _draw(options, config, task, expected, device)
+            _draw(options, config, _seeded(task, options), expected, device)
     except (ValueError, FileNotFoundError) as error:
         print(f"Cannot draw: {error}", file=sys.stderr)
         sys.exit(2)
+    except NotFinite as error:
+        print(f"Drawing failed: {error}. {_of_not_finite(task, config)}", file=sys.stderr)
+        sys.exit(1)
     torch.distributed.destroy_process_group()
 
 
@@ -90,8 +100,8 @@ def _draw(
     if reason := refusal(wanted, lower, free_memory(device), expected.batch, task.settings):
         raise ValueError(reason)
     first = torch.distributed.get_rank() == 0
-    for line in changed(options, task) if first else ():
-        logger.warning(f"Not the same picture: {line}")
+    if first:
+        _say_before(options, config, task)
     with (
         exit_when_out_of_memory(lambda: remedies(lower, None, expected.batch, task.settings)),
         PeakMemory(device) as memory,
@@ -103,6 +113,50 @@ def _draw(
         peak = memory.peak
     if first:
         logger.info(expected.took(peak, memory.before, low))
+
+
+def _check_targets(task: Task) -> None:
+    """Raises ValueError where a picture cannot be kept as --out says."""
+    check_free(task.paths, task.overwrite)
+    check_writable(task.paths)
+    for path, request in zip(task.paths, task.requests, strict=False):
+        said = {"prompt": request.prompt, "negative": task.negative, "more": " " * 4096}
+        check_room(path, task.settings.size, said)
+
+
+def _seeded(task: Task, options: argparse.Namespace) -> Task:
+    """With a seed where a fresh one is asked for, the same on every rank."""
+    if options.seed != FRESH_SEED:
+        return task
+    box = [secrets.randbelow(2**32)]
+    torch.distributed.broadcast_object_list(box, src=0)
+    if torch.distributed.get_rank() == 0:
+        logger.info(f"--seed {box[0]} was drawn, and draws the same again")
+    return replace(task, settings=replace(task.settings, seed=box[0]))
+
+
+def _say_before(options: argparse.Namespace, config: Any, task: Task) -> None:
+    """What will not be as it was asked for, in the log."""
+    for name in options.trusted:
+        logger.info(f"{options.from_png} names, and --trust opens: {name}")
+    for line in changed(options, task):
+        logger.warning(f"Not the same picture: {line}")
+    captions = [request.prompt for request in task.requests]
+    if task.settings.cfg != 1.0:
+        captions.append(task.negative)
+    for line in cut_captions(captions, build_tokenizer(config)):
+        logger.warning(line)
+
+
+def _of_not_finite(task: Task, config: Any) -> str:
+    """What may help."""
+    dtype, cfg = config.training.mixed_precision_param, task.settings.cfg
+    found = ["other weights"]
+    if dtype != "float32":
+        found.append(f"--training.mixed_precision_param float32 (now {dtype})")
+    if cfg != 1.0:
+        found.append(f"a smaller --cfg (now {cfg:g})")
+    return f"What may help: {', '.join(found)}"
 
 
 def _patience(config: Any) -> timedelta:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +29,7 @@ def euler(
     velocity: Velocity,
     noise: Float[Tensor, "b *rest"],
     times: np.ndarray,
-    on_step: Callable[[], None] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b *rest"]:
     """Integrate dx/dt = v from noise to data: x <- x + (t_next - t) v, in float32.
 
@@ -37,12 +37,36 @@ def euler(
         velocity: called as velocity(x, t) with t of shape [b].
         noise: where the path begins, at times[0].
         times: descending times, as from `Schedule.times`.
-        on_step: called after each step, for a progress bar.
+        on_step: called with x after each step: a progress bar, `FirstNotFinite`.
     """
     x = noise.float()
     for t, t_next in pairwise(times):
         t_batch = torch.full((x.shape[0],), float(t), dtype=torch.float32, device=x.device)
         x = x + float(t_next - t) * velocity(x, t_batch).float()
         if on_step is not None:
-            on_step()
+            on_step(x)
     return x
+
+
+class FirstNotFinite:
+    """Notes at which step each sample of a batch stopped being finite, without waiting for a GPU.
+
+    Attributes:
+        first: step of each sample [b], counted from 1; 0 where all is finite.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self.first = torch.zeros(0, dtype=torch.long)
+
+    def __call__(self, x: Float[Tensor, "b *rest"]) -> None:
+        """Look at the samples after a step of `euler`."""
+        if self._step == 0:
+            self.first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        self._step += 1
+        self.first.masked_fill_((self.first == 0) & ~all_finite(x), self._step)
+
+
+def all_finite(x: Float[Tensor, "b *rest"]) -> Bool[Tensor, " b"]:
+    """Of which samples every value is a number, neither infinite nor nan."""
+    return torch.isfinite(x).flatten(1).all(1)

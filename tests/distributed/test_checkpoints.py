@@ -329,7 +329,7 @@ def fill_disk_for_others(trainer: FluxTrainer) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     SummaryWriter.add_scalar = full
-    pictures.save_png = full
+    pictures.save_picture = full
 
 
 def test_curves_and_grids_that_have_no_room_end_no_run(tmp_path):

@@ -65,6 +65,12 @@ def digits(folder) -> Path:
     return folder
 
 
+def forget_pictures(folder: Path) -> None:
+    """Each document draws into a folder of its own, so to say."""
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+
+
 # ---- all of them ------------------------------------------------------------------------------
 
 
@@ -96,6 +102,7 @@ def test_every_key_and_option_of_a_start_exists(command, tmp_path):
 @pytest.mark.slow
 def test_the_readme(digits):
     """On the run that the first command left; what is a shell script, by the shell."""
+    forget_pictures(digits)
     off = ("--sampling.no-enable", "--score.no-enable", "--validation.no-enable")
     for command in claimed(__file__, "test_the_readme"):
         program, words = command.words[0], command.words
@@ -213,9 +220,13 @@ def test_drawing(digits, tiny_flavors):
             assert "--low_memory: " in here(command, digits)
             continue
         out = digits / words[words.index("--out") + 1]
-        for earlier in sorted(out.glob("*.png")) if out.is_dir() else [out]:
-            earlier.unlink(missing_ok=True)
+        if "--overwrite" not in words:  # an earlier document's
+            for earlier in sorted(out.glob("*.png")) if out.is_dir() else [out]:
+                earlier.unlink(missing_ok=True)
         here(command, digits, *(() if "--from-png" in words else ("--steps", "2")))
+        if "--count" in words:
+            assert len(list(digits.glob(f"{out.stem}-?{out.suffix}"))) == 4
+            continue
         drawn = sorted(out.glob("*.png")) if out.is_dir() else [out]
         assert len(drawn) == (2 if out.is_dir() else 1)
         for path in drawn:
@@ -228,6 +239,7 @@ def test_drawing(digits, tiny_flavors):
 @pytest.mark.long
 def test_the_guide(folder, tiny_flavors):
     """From a folder of pictures to a picture; a run is stopped, resized and made longer."""
+    forget_pictures(folder)
     steps = iter(range(2, 20, 2))
     quick = (*SMALL, "--sampling.denoising_steps", "2", "--sampling.images_per_prompt", "1")
     for command in claimed(__file__, "test_the_guide"):
@@ -264,6 +276,7 @@ ENCODERS_OF_TORCHTITAN = (
 @pytest.mark.long
 def test_running(folder, tiny_flavors):
     """Two ranks; then eight, from FLUX.1's weights to diffusers', and a picture from these."""
+    forget_pictures(folder)
     fine = folder / "outputs/fine/checkpoint"
     for command in claimed(__file__, "test_running"):
         if command.words[0] == "./run_infer.sh":

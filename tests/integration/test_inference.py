@@ -29,17 +29,19 @@ from torchtitan_flux.checkpoint import to_bfl
 from torchtitan_flux.checkpoint.transformer import our_shapes
 from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.image_file import read_facts
 from torchtitan_flux.inference import draw, memory, render
 from torchtitan_flux.inference.estimate import SLACK, TOLERANCE, estimate
 from torchtitan_flux.latents import ImageSize
-from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.training import trainer
 from torchtitan_flux.training.trainer import FluxTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGS = FLAVORS["flux-tiny"]
 PROMPTS = ("--prompt", "a red circle", "--prompt", "a blue square", "--prompt", "a red circle")
-SETTINGS = ("--steps", "2", "--cfg", "2", "--negative", "blurred", "--seed", "11")
+SEED = ("--seed", "11")
+SETTINGS = ("--steps", "2", "--cfg", "2", "--negative", "blurred", *SEED)
 NAMES = ("0000-a-red-circle.png", "0001-a-blue-square.png", "0002-a-red-circle.png")
 SINGLE = ("--inference.local_batch_size", "1")
 
@@ -92,6 +94,16 @@ class Drawn:
         return pixels(self.folder / name)
 
 
+def own_run(dump: Path) -> tuple[str, ...]:
+    """A command line whose configuration has the files of a picture of this run."""
+    return ("--job.config_file", "train_configs/debug_model.toml", "--job.dump_folder", str(dump))
+
+
+def no_beginning() -> None:
+    with patch.object(infer, "begin", side_effect=AssertionError("begun")):
+        infer.main()
+
+
 def one_round_a_time() -> None:
     draw.AT_ONCE = 1
 
@@ -102,7 +114,11 @@ def drawn(tmp_path_factory) -> Drawn:
     dump, png = folder / "run", folder / "normal" / NAMES[1]
     checkpoint(dump, seed=3)
     warm(dump)
-    again = ("--from-png", str(png), "--out")
+    again = ("--from-png", str(png), "--trust", "--out")
+    alone = ("--prompt", "a red circle", *SETTINGS[:6], *SINGLE, *arguments(dump, 8))
+    counted = ("--prompt", "a red circle", "--count", "2", *arguments(dump, 8))
+    jpeg, taken = str(folder / "jpeg-2.jpg"), folder / "taken.png"
+    taken.touch()
     commands = {
         "normal": Command(own(dump, "--out", str(folder / "normal"))),
         "low": Command(own(dump, "--out", str(folder / "low"), "--low_memory"), one_round_a_time),
@@ -111,6 +127,16 @@ def drawn(tmp_path_factory) -> Drawn:
         "other seed": Command([*again, str(folder / "other.png"), "--seed", "12"]),
         "other words": Command([*again, str(folder / "words.png"), "--prompt", "a red circle"]),
         "estimate": Command([*again, str(folder / "none.png"), "--estimate"]),
+        "untrusted": Command(["--from-png", str(png), "--out", str(folder / "never.png")]),
+        "own": Command(["--from-png", str(png), "--out", str(folder / "own.png"), *own_run(dump)]),
+        "counted": Command([*alone, *SEED, "--count", "3", "--out", str(folder / "n.webp")]),
+        "alone": Command([*alone, "--seed", "13", "--out", str(folder / "third.png")]),
+        "jpeg": Command([*counted, *SETTINGS, "--out", str(folder / "jpeg.jpg")]),
+        "jpeg again": Command(["--from-png", jpeg, "--trust", "--out", f"{folder}/j.JPG"]),
+        "there": Command([*alone, *SEED, "--out", str(taken)], main=no_beginning),
+        "over": Command([*alone, *SEED, "--out", str(taken), "--overwrite"]),
+        "fresh": Command([*alone, "--seed", "-1", "--out", str(folder / "fresh.png")]),
+        "long": Command([*alone, *SEED, "--out", str(folder / "l.png"), "--prompt", "fox " * 99]),
     }
     (said,) = run_ranks(1, run, list(commands.values()))
     return Drawn(folder, dump, dict(zip(commands, said, strict=True)))
@@ -140,6 +166,55 @@ def test_from_png_draws_the_identical_picture(drawn):
         facts = picture.text  # type: ignore[attr-defined]
     assert (facts["index"], facts["batch"], facts["row"]) == ("1", "2", "1")
     assert facts["negative_prompt"] == "blurred"
+
+
+def test_a_picture_opens_what_the_configuration_has_and_else_what_is_trusted(drawn):
+    assert drawn.said["own"].status == 0, drawn.said["own"].text
+    assert drawn.pixels("own.png") == drawn.pixels(f"normal/{NAMES[1]}")
+    said = drawn.said["untrusted"]
+    assert said.status == 2
+    for part in ("--weights", "step-7", "--trust", "--job.dump_folder"):
+        assert part in said.text
+    assert not (drawn.folder / "never.png").exists()
+    assert "--trust opens: --weights" in drawn.said["again"].text
+
+
+def test_a_counted_picture_is_the_one_of_its_own_seed(drawn):
+    assert drawn.said["counted"].status == drawn.said["alone"].status == 0, drawn.said
+    assert "seed 13 -> " in drawn.said["counted"].text
+    names = [f"n-{i}.webp" for i in (1, 2, 3)]
+    assert len({drawn.pixels(name) for name in names}) == 3
+    assert drawn.pixels("n-3.webp") == drawn.pixels("third.png")
+
+
+def test_a_jpeg_is_repeated_from_its_exif(drawn):
+    assert drawn.said["jpeg"].status == drawn.said["jpeg again"].status == 0, drawn.said
+    assert drawn.pixels("j.JPG") == drawn.pixels("jpeg-2.jpg") != drawn.pixels("jpeg-1.jpg")
+    assert read_facts(drawn.folder / "j.JPG")[1]["seed"] == "12"
+
+
+def test_a_picture_that_is_there_is_replaced_only_when_told_to(drawn):
+    """And refused before weights are looked for."""
+    said = drawn.said["there"]
+    assert said.status == 2, said.text
+    assert "taken.png exists already: --overwrite replaces it" in said.text
+    assert drawn.said["over"].status == 0, drawn.said["over"].text
+    assert drawn.pixels("taken.png") == drawn.pixels("n-1.webp")
+
+
+def test_a_fresh_seed_is_drawn_said_and_kept(drawn):
+    said = drawn.said["fresh"]
+    assert said.status == 0, said.text
+    seed = re.search(r"--seed (\d+) was drawn", said.text)
+    assert seed is not None
+    assert read_facts(drawn.folder / "fresh.png")[1]["seed"] == seed[1]
+
+
+def test_captions_that_are_cut_are_said_and_drawn(drawn):
+    said = drawn.said["long"]
+    assert said.status == 0, said.text
+    assert re.search(r"fox fox.* is cut for T5: it has \d+ tokens, 32 are read", said.text)
+    assert "is cut for CLIP" in said.text
 
 
 def test_what_the_command_line_says_outranks_the_picture_and_is_said(drawn):
@@ -188,12 +263,23 @@ def draw_too_much() -> None:
 
 def on_a_full_disk() -> None:
     error = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(render, "save_png", side_effect=error):
+    with patch.object(render, "save_picture", side_effect=error):
         infer.main()
 
 
-def without_beginning() -> None:
-    with patch.object(infer, "begin", side_effect=AssertionError("begun")):
+def not_finite() -> None:
+    """From the second step on."""
+    forward, rendered = FluxModel.forward, infer.render
+
+    def at_half(self, *args: torch.Tensor) -> torch.Tensor:
+        velocity = forward(self, *args)
+        return velocity if args[4][0] > 0.9 else velocity * torch.inf
+
+    def rendering(*args: object) -> None:
+        with patch.object(FluxModel, "forward", at_half):
+            rendered(*args)
+
+    with patch.object(infer, "render", rendering):
         infer.main()
 
 
@@ -218,13 +304,13 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
     plain.touch()
     nowhere = ("--out", str(folder / "never.png"))
     one = ["--prompt", "a", "--steps", "1", *nowhere, *arguments(drawn.dump, 8)]
-    mine = ["--from-png", str(png), *nowhere]
+    mine = ["--from-png", str(png), "--trust", *nowhere]
     commands = {
         "foreign": Command(["--from-png", str(foreign), *nowhere]),
         "prompts": Command(["--from-png", str(foreign), "--prompts", "a.txt", *nowhere]),
         "negative": Command([*one, "--negative", "b"]),
         "draw": Command(["--prompt", "a", "--steps", "1", "--out", str(png), *arguments(dump, 8)]),
-        "unwritable": Command([*one, "--out", str(plain)], main=without_beginning),
+        "unwritable": Command([*one, "--out", str(plain)], main=no_beginning),
         "unwritable, estimate": Command([*one, "--out", str(plain), "--estimate"]),
         "full disk": Command(one, main=on_a_full_disk),
         "sampling": Command([*mine, "--sampling.seed", "3"]),
@@ -232,6 +318,8 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
         "gone": Command(mine, lambda: shutil.move(step, moved)),
         "too large": Command([*one, "--size", "65536"]),
         "too large, low": Command([*one, "--size", "65536", "--low_memory"]),
+        "not finite": Command([*one, "--steps", "3"], main=not_finite),
+        "not finite, low": Command([*one, "--steps", "3", "--low_memory"], main=not_finite),
         "elsewhere": Command([*one, "--estimate", "--memory", "0.001"]),
         "out of memory": Command([*one, "--size", "1024"], draw_too_much),
         "training": Command(
@@ -269,6 +357,15 @@ def test_what_cannot_be_is_refused_in_one_message(refused, name, parts):
     assert (
         len([line for line in said.text.splitlines() if "Cannot" in line or "cannot" in line]) < 3
     )
+
+
+@pytest.mark.parametrize("name", ["not finite", "not finite, low"])
+def test_a_picture_that_is_not_finite_is_an_error(refused, name):
+    """The caption, the step, and what may help; nothing is written, as `refused` looks after."""
+    said = refused[name]
+    assert said.status == 1, said.text
+    assert "Drawing failed: 'a' is not finite at step 2 of 3. What may help: " in said.text
+    assert "Traceback" not in said.text
 
 
 def test_an_estimate_for_another_card_says_what_does_not_fit(refused):

@@ -1,6 +1,5 @@
 """A whole sampling run equals diffusers' FluxPipeline put together from the same tiny parts."""
 
-import errno
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -24,11 +23,11 @@ from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encod
 from torchtitan_flux.generate import (
     SampleSettings,
     TextConditioning,
+    displayable,
     generate,
     image_grid,
     initial_noise,
     packed_velocity,
-    save_png,
     to_pil,
 )
 from torchtitan_flux.latents import ImageSize, pack
@@ -165,7 +164,7 @@ def test_images_equal_those_of_the_pipeline_with_a_negative_prompt(encode_text, 
         range(len(PROMPTS)),
         settings,
         negative_prompt=negative,
-        on_step=lambda: ticks.append(None),
+        on_step=lambda _: ticks.append(None),
     )
     assert found.shape == (len(PROMPTS), 3, SIZE.height, SIZE.width)
     assert len(ticks) == STEPS
@@ -207,45 +206,11 @@ def test_pictures_of_one_and_three_channels():
     assert np.asarray(colour)[0].tolist() == [[0, 255, 255], [51, 204, 255], [102, 153, 255]]
 
 
-def test_png_holds_its_settings(tmp_path):
-    settings = SampleSettings(
-        SIZE, steps=4, cfg=1.5, guidance=None, schedule=Schedule(3.0), seed=42
-    )
-    path = tmp_path / "new" / "a.png"
-    image = to_pil(torch.linspace(-1, 1, 3 * 48 * 112).reshape(3, 48, 112))
-    save_png(image, path, settings, prompt="ein großer Kreis", step=17)
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
-    with Image.open(path) as read:
-        assert np.array_equal(np.asarray(read), np.asarray(image))
-        assert read.text == {
-            "size": "48x112",
-            "steps": "4",
-            "cfg": "1.5",
-            "guidance": "None",
-            "schedule": "shift=3.0",
-            "seed": "42",
-            "prompt": "ein großer Kreis",
-            "step": "17",
-        }
-
-
-def test_what_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
-    settings = SampleSettings(SIZE, steps=4)
-    image = Image.new("L", (4, 4))
-    taken = tmp_path / "a.png"
-    taken.mkdir()
-    with pytest.raises(OSError, match=r"a\.png"):
-        save_png(image, taken, settings)
-    assert list(tmp_path.iterdir()) == [taken]
-
-    def full(self, path, **_):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_png(image, tmp_path / "b.png", settings)
-    assert list(tmp_path.iterdir()) == [taken]
+def test_a_picture_that_is_not_finite_is_nan_all_over_and_the_others_are_clamped():
+    images = torch.tensor([[0.5, -3.0], [torch.inf, 0.0], [0.0, torch.nan]]).view(3, 1, 1, 2)
+    found = displayable(images)
+    assert found[0].flatten().tolist() == [0.5, -1.0]
+    assert found[1:].isnan().all()
 
 
 def test_grid_places_pictures_row_by_row():

@@ -19,6 +19,7 @@ LEVELS = {
     "paths": 0,
     "file_kinds": 0,
     "weight_kinds": 0,
+    "image_file": 0,
     "randomness": 0,
     "state_dict_keys": 0,
     "element_types": 0,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchtitan_flux.sampling import euler, guided
+from torchtitan_flux.sampling import FirstNotFinite, euler, guided
 from torchtitan_flux.schedules import DEV, SCHNELL
 
 SCHEDULES = {
@@ -45,7 +45,7 @@ def test_euler_meets_each_time_once_in_order():
 
     _, noise = pair(1)
     times = SCHEDULES["uneven"]
-    found = euler(velocity, noise.bfloat16(), times, on_step=lambda: steps.append(None))
+    found = euler(velocity, noise.bfloat16(), times, on_step=lambda _: steps.append(None))
     assert torch.stack(seen)[:, 0].tolist() == [np.float32(t) for t in times[:-1]]
     assert len(steps) == len(times) - 1
     assert found.dtype == torch.float32
@@ -58,6 +58,24 @@ def test_euler_from_a_time_between():
     middle = 0.4 * data + 0.6 * noise
     found = euler(lambda _x, _t: noise - data, middle, np.array([0.6, 0.25, 0.0]))
     assert (found - data).abs().max() < 2e-6
+
+
+def test_the_first_step_that_is_not_finite_is_noted_for_each_sample():
+    """Sample 0 stays finite; 1 breaks at the third step, 2 at the second, each in one value."""
+    _, noise = pair(4)
+    times = SCHNELL.times(5, 1024)
+
+    def velocity(x, t):
+        v = torch.ones_like(x)
+        v[2, 1, 3] = torch.inf if t[0] == 0.8 else 1
+        v[1, 4, 6] = torch.nan if t[0] < 0.7 else 1
+        return v
+
+    watch = FirstNotFinite()
+    euler(velocity, noise, times, watch)
+    assert watch.first.tolist() == [0, 3, 2]
+    euler(lambda x, _: torch.ones_like(x), noise, times, clean := FirstNotFinite())
+    assert clean.first.tolist() == [0, 0, 0]
 
 
 def test_guidance_formula():

@@ -1,6 +1,8 @@
 """What is wrong with a configuration, all of it, each with its key and the remedy."""
 
+import math
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -341,6 +343,12 @@ MINIMA = {
 
 PROBABILITIES = ("training.classifier_free_guidance_prob", "training.flip_prob")
 BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+SCALES = (
+    "flow.guidance",
+    "sampling.guidance",
+    "sampling.classifier_free_guidance_scale",
+    "score.classifier_free_guidance_scale",
+)
 SHARES = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor", "data.max_unreadable_share")
 
 
@@ -355,6 +363,10 @@ def _at_least(config: Any) -> list[str]:
     for name in BELOW_ONE:
         if not 0 <= get(config, name) < 1:
             found.append(f"{name} = {get(config, name)} is not in [0, 1)")
+    for name in SCALES:
+        value = get(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            found.append(f"{name} = {value} must be a finite number, 0 or more")
     for name in SHARES:
         value = get(config, name)
         if value is not None and not 0 <= value <= 1:

@@ -1,6 +1,7 @@
 """Captions to the tokens of both text encoders."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,23 @@ CLIP_LENGTH = 77
 """Tokens that CLIP reads, start and end of text included."""
 
 _CACHED_CAPTIONS = 4096
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What an encoder does not read of a caption.
+
+    Attributes:
+        encoder: "T5" or "CLIP".
+        tokens: of the whole caption, those that the encoder adds included.
+        limit: how many are read.
+        text: the end that is cut.
+    """
+
+    encoder: str
+    tokens: int
+    limit: int
+    text: str
 
 
 class CaptionTokenizer:
@@ -92,6 +110,23 @@ class CaptionTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}
+
+    def unread(self, caption: str) -> list[Unread]:
+        """What is cut of a caption, for each encoder that does not read all of it."""
+        found = []
+        for name, tokenizer in (("T5", self._t5), ("CLIP", self._clip)):
+            encoding = tokenizer.encode(caption)
+            if not encoding.overflowing:
+                continue
+            further = [
+                place
+                for part in encoding.overflowing
+                for place, added in zip(part.offsets, part.special_tokens_mask, strict=True)
+                if not added
+            ]
+            tokens, limit = len(encoding.ids) + len(further), len(encoding.ids)
+            found.append(Unread(name, tokens, limit, caption[further[0][0] :]))
+        return found
 
 
 def _fixed_length(tokenizer: Any, length: int) -> Tokenizer:

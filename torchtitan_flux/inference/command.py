@@ -1,7 +1,6 @@
 """What is asked for on the command line of run_infer.sh: captions, settings, where pictures go."""
 
 import argparse
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,19 @@ from torchtitan_flux.checkpoint.scheduler import stated_scheduler
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
+from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.config.resolve import AUTO, sample_guidance, sample_settings
 from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.draw import Request
+from torchtitan_flux.inference.option_checks import (
+    MOST_PIXELS,
+    RANGES,
+    unknown_options,
+    wrong_options,
+)
 from torchtitan_flux.inference.picture_file import NoPicture, Recorded
+from torchtitan_flux.inference.targets import SUFFIXES, targets
+from torchtitan_flux.inference.trust import foreign_files
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
@@ -29,13 +37,15 @@ from torchtitan_flux.paths import locate
 EXAMPLES = """examples:
   ./run_infer.sh --prompt "a handwritten seven" --out seven.png
   ./run_infer.sh --prompts prompts.txt --out pictures --steps 28 --cfg 2 --seed 3
+  ./run_infer.sh --prompt "a handwritten seven" --count 4 --out sevens.webp
   ./run_infer.sh --from-png seven.png --out again.png
 
 Any --section.key value of the configuration may follow; docs/inference.md tells more."""
 
 PUBLISHED_GUIDANCE = 3.5
 """Guidance input that Black Forest Labs draw with."""
-OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FRESH_SEED = -1
+"""What --seed is where one is to be drawn."""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -45,7 +55,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     all that it was drawn with: the rest then names them.
 
     Raises:
-        ConfigError: the picture cannot be repeated.
+        ConfigError: with all that is wrong: options that do not exist or cannot be, a picture that
+            cannot be repeated.
     """
     parser = argparse.ArgumentParser(
         prog="run_infer.sh",
@@ -57,20 +68,31 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="caption; may be repeated")
     add("--prompts", metavar="FILE", help="file with one caption a line")
-    add("--from-png", metavar="FILE", help="draw a picture of ours again, from what it says")
+    add(
+        "--from-png",
+        metavar="FILE",
+        help="draw a picture of ours again, PNG, JPEG or WebP, from what it says",
+    )
+    add(
+        "--trust",
+        action="store_true",
+        help="with --from-png: open the files that it names, whoever it comes from",
+    )
+    add("--count", type=int, default=1, help="pictures of each prompt; the seed goes up by one")
     add(
         "--weights",
         metavar="PATH",
         help="draw with these instead of the run's checkpoint: a diffusers folder, BFL's or "
         "ComfyUI's safetensors file, or a checkpoint folder",
     )
-    add("--out", metavar="PATH", help="PNG file (one picture) or folder")
+    add("--out", metavar="PATH", help=f"file ({SUFFIXES}) or folder")
+    add("--overwrite", action="store_true", help="replace pictures that are there")
     add("--size", help="pixels: HEIGHTxWIDTH or one number")
     add("--steps", type=int, help="Euler steps")
     add("--cfg", type=float, help="scale of classifier-free guidance, 1 is off")
     add("--guidance", type=float, help="guidance input of flux-dev")
     add("--negative", metavar="CAPTION", help="caption to move away from, with --cfg")
-    add("--seed", type=int, help="of the noise")
+    add("--seed", type=int, help="of the noise; -1 draws a fresh one")
     add(
         "--low_memory",
         "--low-memory",
@@ -85,11 +107,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="with --estimate: for a card with so much free, instead of this machine",
     )
     options, rest = parser.parse_known_args(argv)
-    if options.memory is not None and not options.estimate:
-        raise ConfigError(["--memory is of no use without --estimate"])
-    options.recorded, options.outranked = None, []
+    known = [f"--{name.replace('_', '-')}" for name in vars(options)]
+    options.recorded, options.outranked, options.trusted = None, [], []
     options.own_weights = options.weights is not None
     options.given = {key for key, _ in given_keys(rest)}
+    if found := wrong_options(options) + unknown_options(sorted(options.given), known):
+        raise ConfigError(found)
     if options.from_png is not None:
         rest = _as_recorded(options, rest)
     return options, rest if options.weights is None else with_parts_of(options.weights, rest)
@@ -133,6 +156,8 @@ def _as_recorded(options: argparse.Namespace, rest: list[str]) -> list[str]:
     wrong = [f"--{key}" for key in sorted(given) if key.startswith("sampling.")]
     if options.prompts or len(options.prompt) > 1:
         wrong.append("--prompts" if options.prompts else "more than one --prompt")
+    if options.count > 1:
+        wrong.append(f"--count {options.count}")
     if wrong:
         raise ConfigError(
             [
@@ -141,6 +166,7 @@ def _as_recorded(options: argparse.Namespace, rest: list[str]) -> list[str]:
                 for one in wrong
             ]
         )
+    _check_trust(options, rest)
     if not options.own_weights:
         options.weights = recorded.weights.path
     size = recorded.settings.size
@@ -163,6 +189,30 @@ def _as_recorded(options: argparse.Namespace, rest: list[str]) -> list[str]:
     ]
 
 
+def _check_trust(options: argparse.Namespace, rest: list[str]) -> None:
+    """Open no file because a picture says so, unless that was asked for.
+
+    Raises:
+        ConfigError: naming the files.
+    """
+    named = {f"--{key}" for key in options.given}
+    if options.own_weights:
+        named.add("--weights")
+        rest = with_parts_of(options.weights, rest)
+    foreign = foreign_files(options.recorded, read_config(rest), named)
+    if options.trust:
+        options.trusted = foreign
+    elif foreign:
+        raise ConfigError(
+            [
+                f"--from-png: {options.from_png} wants files that the configuration does not name, "
+                f"and a picture can come from anybody: {', '.join(foreign)}. Add --trust to open "
+                "them (names on the hub are downloaded), or name them or yours by these options, "
+                "or draw with the picture's CONFIG_FILE or --job.dump_folder"
+            ]
+        )
+
+
 @dataclass(frozen=True)
 class Task:
     """What is to be drawn.
@@ -175,6 +225,7 @@ class Task:
         batch: pictures that a rank draws at once.
         kept: which of them is kept where a picture is repeated in the batch it was drawn in; None
             keeps all.
+        overwrite: whether files may be there already.
     """
 
     requests: list[Request]
@@ -183,6 +234,7 @@ class Task:
     paths: list[Path]
     batch: int
     kept: int | None = None
+    overwrite: bool = False
 
 
 def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks: int) -> Task:
@@ -203,15 +255,20 @@ def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks
             "--negative needs classifier-free guidance, which is off: give --cfg a scale above 1 "
             "(FLUX.1-dev and schnell have no such guidance; their models do without)"
         )
-    paths = targets(options, config, prompts)
     batch = config.inference.local_batch_size
     if recorded is None:
-        requests = [Request(prompt, index) for index, prompt in enumerate(prompts)]
-        return Task(requests, settings, negative, paths, batch)
+        requests = [
+            Request(prompt, index, again)
+            for index, prompt in enumerate(prompts)
+            for again in range(options.count)
+        ]
+        paths = targets(options, config, requests)
+        return Task(requests, settings, negative, paths, batch, overwrite=options.overwrite)
+    paths = targets(options, config, [Request(prompts[0], recorded.index)])
     row = min(recorded.row, batch - 1)
     # kernels may compute a row of a batch otherwise than the row alone: so the batch is made again
     requests = [Request(prompts[0], recorded.index)] * (batch * ranks)
-    return Task(requests, settings, negative, paths, batch, kept=row)
+    return Task(requests, settings, negative, paths, batch, row, options.overwrite)
 
 
 def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:
@@ -251,7 +308,7 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     weights = None if given is None else locate(given) or Path(given)
     base = sample_settings(config, args, weights) if recorded is None else recorded.settings
     changes: dict[str, Any] = {}
-    if options.size:
+    if options.size is not None:
         sides = options.size.lower().split("x")
         if len(sides) > 2 or not all(side.isdecimal() for side in sides):
             raise ValueError(f"--size {options.size}: give HEIGHTxWIDTH or one number of pixels")
@@ -268,9 +325,18 @@ def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -
     if args.guidance_embed != (base.guidance is not None):  # another flavor than the picture's
         changes.setdefault("guidance", sample_guidance(config, args))
     settings = replace(base, **changes)
-    if settings.steps < 1:
-        raise ValueError(f"--steps {settings.steps}: at least 1")
-    args.geometry.check(settings.size)
+    source = "the configuration" if recorded is None else options.from_png
+    for name in ("steps", "cfg", "guidance"):
+        value = getattr(settings, name)
+        if value is not None and not RANGES[name].holds(value):
+            raise ValueError(f"--{name} {value} (by {source}): {RANGES[name].words}")
+    given = f"--size {options.size}" if options.size is not None else f"--size (by {source})"
+    if max(settings.size.height, settings.size.width) > MOST_PIXELS:
+        raise ValueError(f"{given}: at most {MOST_PIXELS} pixels a side")
+    try:
+        args.geometry.check(settings.size)
+    except ValueError as error:
+        raise ValueError(f"{given}: {error}") from None
     settings.times(args.geometry)  # raises where the schedule has none
     asked = None if recorded or config.sampling.schedule != AUTO else weights
     if asked is not None and (stated := stated_scheduler(asked)):
@@ -297,55 +363,6 @@ def _of_published(
         scales = ", ".join(f"--{name} {value}" for name, value in found.items())
         logger.info(f"{options.weights} is no checkpoint of a run: drawn with FLUX.1's {scales}")
     return found
-
-
-def targets(options: argparse.Namespace, config: Any, prompts: list[str]) -> list[Path]:
-    """Where each picture goes.
-
-    Raises:
-        ValueError: when one file is to hold several pictures, or a file is no PNG.
-    """
-    out, folder = options.out, Path(config.job.dump_folder) / config.inference.save_img_folder
-    if out is not None:
-        folder = Path(out)
-        # a dot may be in the name of a folder as well
-        suffix = "" if out.endswith("/") or folder.is_dir() else folder.suffix.lower()
-        if suffix == ".png":
-            if len(prompts) > 1:
-                raise ValueError(f"--out {out}: {len(prompts)} pictures need a folder, not a file")
-            return [folder]
-        if suffix in OTHER_PICTURES:
-            raise ValueError(f"--out {out}: pictures are PNG files; name a .png file or a folder")
-    if options.recorded is not None:  # never over the picture itself
-        return [folder / f"{Path(options.from_png).stem}-again.png"]
-    return [folder / f"{i:04d}-{_slug(prompt)}.png" for i, prompt in enumerate(prompts)]
-
-
-def check_writable(paths: list[Path]) -> None:
-    """Refuse what could not be written, before anything is drawn. Leaves nothing behind.
-
-    Raises:
-        ValueError: naming the folder and the option.
-    """
-    for folder in {path.parent for path in paths}:
-        try:
-            existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise unwritable(folder, error) from None
-
-
-def unwritable(path: Path, error: OSError) -> ValueError:
-    """What to say of a file or folder that cannot be written."""
-    return ValueError(
-        f"{path} cannot be written ({error.strerror or error}): name another place with --out"
-    )
-
-
-def _slug(prompt: str) -> str:
-    """A file name's worth of a caption."""
-    return "".join(c if c.isalnum() else "-" for c in prompt.lower())[:60].strip("-") or "empty"
 
 
 def changed(options: argparse.Namespace, task: Task) -> list[str]:

@@ -5,7 +5,7 @@ own request and the shape of the batch that the transformer saw: that shape, and
 in it, are recorded, and the same call gives the same bits.
 """
 
-import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,22 +21,35 @@ from torchtitan_flux.generate import (
     TextConditioning,
     TextEncoding,
     denoise,
+    displayable,
     initial_noise,
 )
 from torchtitan_flux.inference.stages import Stages
 from torchtitan_flux.latents import Geometry
+from torchtitan_flux.sampling import all_finite
 
 AT_ONCE = 32
 """Pictures of a rank that go together from part to part, where parts take turns: so that memory
 does not grow with their number, and the first are there before the last are begun."""
 
 
+class NotFinite(RuntimeError):
+    """A picture has values that are infinite or no number; says which one, and at which step."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """A picture to draw: its caption, and the number that its noise is drawn by."""
+    """A picture to draw; its noise is a function of (settings.seed + again, index).
+
+    Attributes:
+        prompt: its caption.
+        index: number of the caption.
+        again: how many pictures of the same caption come before it.
+    """
 
     prompt: str
     index: int
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,9 @@ def draw(
         settings: size, steps, guidance, seed.
         negative_prompt: what classifier-free guidance moves away from.
         on_step: called after each step of a round, with its number.
+
+    Raises:
+        NotFinite: at the step at which that is seen.
     """
     if stages.apart and len(rounds) > (size := portion(len(rounds[0]))):
         for begin in range(0, len(rounds), size):
@@ -118,31 +134,35 @@ def draw(
     # what comes next begins only when all before it is done, or takes each batch as it comes
     hold = list if stages.apart else iter
     with stages.text() as encode:
-        negative = _to(encode([negative_prompt]), "cpu") if settings.cfg != 1.0 else None
-        captions = [[requests[i].prompt for i in batch] for batch in rounds]
+        negative = _encoded(encode, negative_prompt) if settings.cfg != 1.0 else None
+        batches = [[requests[i] for i in batch] for batch in rounds]
         # ranks that share an encoder work in step, so that none may leave a caption out
-        texts = hold(_texts(encode, captions, once=stages.apart))
+        texts = hold(_texts(encode, batches, once=stages.apart))
     del encode  # it holds the encoders
     with stages.transformer() as model:
-        indices = [[requests[i].index for i in batch] for batch in rounds]
         all_latents = hold(
-            _latents(model, geometry, indices, texts, negative, settings, device, on_step)
+            _latents(model, geometry, batches, texts, negative, settings, device, on_step)
         )
     del model
     with stages.codec() as codec:
-        for latents in all_latents:
-            yield torch.cat([_decoded(codec, one, device) for one in latents.split(1)])
+        for batch, latents in zip(batches, all_latents, strict=True):
+            yield torch.cat(
+                [
+                    _decoded(codec, one, device, request.prompt)
+                    for request, one in zip(batch, latents.split(1), strict=True)
+                ]
+            )
 
 
 def _texts(
-    encode: TextEncoding, batches: Sequence[Sequence[str]], once: bool
+    encode: TextEncoding, batches: Sequence[Sequence[Request]], once: bool
 ) -> Iterator[TextConditioning]:
     """Conditioning of each batch, on the CPU; with `once`, equal captions are encoded once."""
     known: dict[str, TextConditioning] = {}
-    for captions in batches:
+    for requests in batches:
         found = []
-        for caption in captions:
-            text = known.get(caption) or _to(encode([caption]), "cpu")
+        for caption in (request.prompt for request in requests):
+            text = known.get(caption) or _encoded(encode, caption)
             if once:
                 known[caption] = text
             found.append(text)
@@ -151,10 +171,21 @@ def _texts(
         )
 
 
+def _encoded(encode: TextEncoding, caption: str) -> TextConditioning:
+    """Conditioning of one caption, on the CPU."""
+    text = _to(encode([caption]), "cpu")
+    for name, part in (("T5", text.txt), ("CLIP", text.vec)):
+        if not all_finite(part).all():
+            raise NotFinite(
+                f"{caption!r} is not finite as {name} encodes it, before the first step"
+            )
+    return text
+
+
 def _latents(
     model: nn.Module,
     geometry: Geometry,
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[Request]],
     texts: Iterable[TextConditioning],
     negative: TextConditioning | None,
     settings: SampleSettings,
@@ -163,8 +194,20 @@ def _latents(
 ) -> Iterator[Float[Tensor, "b c h w"]]:
     """Latents of each batch, on the CPU."""
     negative = None if negative is None else _to(negative, device)
-    for number, (indices, text) in enumerate(zip(batches, texts, strict=True)):
-        noise = [initial_noise(geometry, settings.size, settings.seed, i) for i in indices]
+    for number, (requests, text) in enumerate(zip(batches, texts, strict=True)):
+        noise = [
+            initial_noise(geometry, settings.size, settings.seed + one.again, one.index)
+            for one in requests
+        ]
+        steps = itertools.count(1)
+
+        def stepped(x: Tensor, number=number, requests=requests, steps=steps) -> None:
+            step, finite = next(steps), all_finite(x).tolist()
+            if not all(finite):  # one wait for the device in each step, small beside the step
+                prompt = requests[finite.index(False)].prompt
+                raise NotFinite(f"{prompt!r} is not finite at step {step} of {settings.steps}")
+            on_step(number)
+
         latents = denoise(
             model,
             geometry,
@@ -172,16 +215,19 @@ def _latents(
             _to(text, device),
             negative,
             settings,
-            functools.partial(on_step, number),
+            stepped,
         )
         yield latents.cpu()
 
 
 def _decoded(
-    codec: Codec, latents: Float[Tensor, "1 ch h w"], device: torch.device
+    codec: Codec, latents: Float[Tensor, "1 ch h w"], device: torch.device, prompt: str
 ) -> Float[Tensor, "1 c H W"]:
     with torch.no_grad():
-        return codec.decode(latents.to(device)).float().clamp(-1, 1).cpu()
+        image = displayable(codec.decode(latents.to(device))).cpu()
+    if image.isnan().any():
+        raise NotFinite(f"{prompt!r} is not finite once decoded, after the last step")
+    return image
 
 
 def _to(text: TextConditioning, device: torch.device | str) -> TextConditioning:

@@ -1,22 +1,26 @@
-"""What a PNG of ours says about itself, enough to draw it again to the last bit."""
+"""What a picture of ours says about itself, enough to draw it again to the last bit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import xxhash
-from PIL import Image
 
 import torchtitan_flux
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.safetensors_file import SAFETENSORS
 from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.image_file import FORMATS, read_facts
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.schedules import DEV, SCHNELL, Schedule
 
 SOFTWARE = "torchtitan-flux"
 SAMPLES, SAMPLE = 256, 4096
 """Places of a file that are looked at, and bytes at each; training changes weights everywhere."""
+
+
+MOST = 4096
+"""Pictures of a batch; a stranger's file may say anything."""
 
 
 class NoPicture(ValueError):
@@ -78,8 +82,8 @@ class Recorded:
     version: str = torchtitan_flux.__version__
 
     def facts(self) -> dict[str, str | int]:
-        """For `save_png`, which adds the settings."""
-        found: dict[str, str | int] = {"software": SOFTWARE}
+        """For `save_picture`."""
+        found: dict[str, str | int] = {**self.settings.facts(), "software": SOFTWARE}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Source):
@@ -91,20 +95,21 @@ class Recorded:
 
     @classmethod
     def read(cls, path: Path) -> "Recorded":
-        """From a PNG.
+        """From a PNG, JPEG or WebP.
 
         Raises:
-            NoPicture: it is no PNG, or not one that run_infer.sh wrote.
+            NoPicture: it is none, or not one that run_infer.sh wrote.
         """
         try:
-            with Image.open(path) as image:
-                kind, text = image.format, dict(getattr(image, "text", {}))
+            kind, text = read_facts(path)
         except FileNotFoundError:
             raise NoPicture(f"{path} does not exist") from None
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError) as error:
             raise NoPicture(f"{path} is no picture that can be read ({error})") from None
-        if kind != "PNG":
-            raise NoPicture(f"{path} is a {kind}; the settings are in the PNG that was drawn")
+        if kind not in FORMATS.values():
+            raise NoPicture(
+                f"{path} is a {kind}; the settings are in the PNG, JPEG or WebP that was drawn"
+            )
         if text.get("software") != SOFTWARE:
             raise NoPicture(
                 f"{path} holds no settings: it was not drawn by run_infer.sh, or saved again by a "
@@ -151,7 +156,7 @@ class Recorded:
             autoencoder=source("autoencoder") if "autoencoder" in text else None,
             version=text["version"],
         )
-        if not 0 <= recorded.row < recorded.batch:
+        if not 0 <= recorded.row < recorded.batch <= MOST:
             raise ValueError(f"row {recorded.row} of a batch of {recorded.batch}")
         return recorded
 

@@ -51,9 +51,11 @@ class Recorder:
     def of(self, number: int, place: Place) -> Recorded:
         """What is to be said of a picture, by its number in the task."""
         request = self._task.requests[number]
+        settings = self._task.settings
         return replace(
             self._common,
             prompt=request.prompt,
+            settings=replace(settings, seed=settings.seed + request.again),
             index=request.index,
             batch=place.batch,
             row=place.row,

@@ -1,4 +1,4 @@
-"""From a task to PNG files, on all ranks; each picture is written as soon as it is there."""
+"""From a task to picture files, on all ranks; each picture is written as soon as it is there."""
 
 import sys
 
@@ -8,11 +8,13 @@ import torch
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
-from torchtitan_flux.generate import save_png, to_pil
-from torchtitan_flux.inference.command import Task, unwritable
+from torchtitan_flux.generate import to_pil
+from torchtitan_flux.image_file import save_picture
+from torchtitan_flux.inference.command import Task
 from torchtitan_flux.inference.draw import batches_of, draw, gathered, places, rounds_of
 from torchtitan_flux.inference.recording import Recorder
 from torchtitan_flux.inference.stages import Loaded, OneAfterAnother, Stages
+from torchtitan_flux.inference.targets import unwritable
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.session import Beginning, load
 
@@ -27,6 +29,7 @@ def render(begun: Beginning, task: Task, low_memory: bool) -> None:
 
     Raises:
         ValueError: a picture cannot be written.
+        NotFinite: a picture cannot be drawn; those before it are written.
     """
     dims, first = begun.dims, torch.distributed.get_rank() == 0
     where = places(len(task.requests), dims.data_degree, task.batch)
@@ -60,13 +63,13 @@ def render(begun: Beginning, task: Task, low_memory: bool) -> None:
                     continue
                 place = where[number]
                 path = task.paths[0 if task.kept is not None else number]
-                facts = recorder.of(number, place).facts()
+                said = recorder.of(number, place)
                 try:
-                    save_png(to_pil(every[place.rank][place.row]), path, task.settings, **facts)
+                    save_picture(to_pil(every[place.rank][place.row]), path, said.facts())
                 except OSError as error:
                     raise unwritable(path, error) from None
                 bar.clear()
-                logger.info(f"{task.requests[number].prompt!r} -> {path}")
+                logger.info(f"{said.prompt!r}, seed {said.settings.seed} -> {path}")
 
 
 def _stages(begun: Beginning, low_memory: bool) -> Stages:

@@ -49,6 +49,8 @@ class _Slot:
         self.block: int | None = None
         if device.type != "cpu":
             self.filled, self.used = torch.cuda.Event(), torch.cuda.Event()
+            # the memory may have been another tensor's, which kernels before still use
+            self.used.record(torch.cuda.current_stream(device))
             self.staging: Tensor | None = None
 
 

@@ -166,12 +166,10 @@ class FluxTrainer(Trainer):
                 self.quarantine.record,
             )
         if torch.distributed.get_rank() == 0:
-            read = [self.dataloader, *([self.validator.loader] if config.validation.enable else [])]
-            log_surveys(
-                [loader.samples.source for loader in read],
-                image_size(config),
-                self.parts.tokenizer,
-            )
+            sources = [self.dataloader.samples.source]
+            if isinstance(self.validator, FluxValidator):
+                sources.append(self.validator.loader.samples.source)
+            log_surveys(sources, image_size(config), self.parts.tokenizer)
 
     @property
     def model(self) -> FluxModel | Pipeline:

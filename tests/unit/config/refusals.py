@@ -450,11 +450,11 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             "training.img_size = 7",
-            "run.toml:1: training.img_size: image height 7 is not a positive multiple of 2 pixels (codec downscale 1 x patch 2)",
+            "run.toml:1: training.img_size: image height 7 is not a positive multiple of 2 pixels (codec downscale 1 x patch 2); nearest: 6x6, 6x8, 8x6, 8x8",
         ),
         file(
             "training.img_height = 9",
-            "run.toml:1: training.img_height / img_width: image height 9 is not a positive multiple of 2 pixels (codec downscale 1 x patch 2)",
+            "run.toml:1: training.img_height / img_width: image height 9 is not a positive multiple of 2 pixels (codec downscale 1 x patch 2); nearest: 8x8, 10x8",
         ),
         file(
             'model.flavor = "flux-schnell"\ntraining.img_size = 256',
@@ -463,6 +463,14 @@ TABLE: dict[str, list[Refusal]] = {
         file(
             'validation.enable = true\ntraining.dataset = "cc12m-test"',
             "run.toml:1: validation.enable = true, and nothing is held out: set validation.dataset_path to other data, or data.held_out_share to the share of the training data to keep back",
+        ),
+        file(
+            "sampling.classifier_free_guidance_scale = inf",
+            "run.toml:1: sampling.classifier_free_guidance_scale = inf must be a finite number, 0 or more",
+        ),
+        file(
+            "sampling.guidance = -1.0",
+            "run.toml:1: sampling.guidance = -1.0 must be a finite number, 0 or more",
         ),
         file(
             "sampling.enable = true",

@@ -1,19 +1,23 @@
 """The command line of run_infer.sh, and the documented commands."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
 import pytest
 from documents import commands
+from PIL import Image
+from unit.inference.recorded import DRAWN
 
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.manager import ConfigError, load_config, read_config
 from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.generate import SampleSettings
-from torchtitan_flux.inference.command import check_writable, parse, task_of
+from torchtitan_flux.image_file import save_picture
+from torchtitan_flux.inference.command import parse, task_of
 from torchtitan_flux.planning.command import model_args
 
 REPO = Path(__file__).resolve().parents[3]
@@ -71,10 +75,18 @@ def test_a_negative_caption_needs_guidance():
         (("--prompts", "train_configs"), "no text file"),
         (("--prompt", "a", "--size", "8by8"), "HEIGHTxWIDTH"),
         (("--prompt", "a", "--size", "9"), "not a positive multiple of 2"),
+        (("--prompt", "a", "--size", "9x16"), r"--size 9x16: .*nearest: 8x16, 10x16$"),
+        (("--prompt", "a", "--size", "0"), r"--size 0: .*nearest: 2x2$"),
+        (("--prompt", "a", "--size", "70000"), "--size 70000: at most 65536 pixels a side"),
+        (("--prompt", "a", "--size", "-8"), "HEIGHTxWIDTH"),
+        (("--prompt", "a", "--size", "nan"), "HEIGHTxWIDTH"),
+        (("--prompt", "a", "--size", ""), "--size is empty"),
+        (("--prompt", "a", "--inference.img_size", "9"), "by the configuration.*nearest: 8x8"),
+        (("--prompt", "a", "--out", ""), "--out is empty"),
+        (("--prompts", ""), "--prompts is empty"),
+        (("--prompt", "a\udcff"), "not written in UTF-8"),
         (("--prompt", "a", "--steps", "0"), "at least 1"),
         (("--prompt", "a", "--guidance", "2"), "takes no guidance"),
-        (("--prompt", "a", "--prompt", "b", "--out", "c.png"), "2 pictures need a folder"),
-        (("--prompt", "a", "--out", "c.jpg"), "--out c.jpg: pictures are PNG files"),
     ],
 )
 def test_what_cannot_be_asked_for_names_the_option(argv, said):
@@ -85,6 +97,84 @@ def test_what_cannot_be_asked_for_names_the_option(argv, said):
 def test_memory_is_of_an_estimate():
     with pytest.raises(ConfigError, match="--estimate"):
         parse(["--prompt", "a", "--memory", "8"])
+    with pytest.raises(ConfigError, match="--from-png"):
+        parse(["--prompt", "a", "--trust"])
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("steps", ("0", "-3", "10001", "99999999999999")),
+        ("count", ("0", "-1", "10001")),
+        ("cfg", ("nan", "inf", "-1")),
+        ("guidance", ("nan", "inf", "-0.5")),
+        ("seed", ("-2",)),
+        ("memory", ("nan", "inf", "-1")),
+    ],
+)
+def test_numbers_that_can_never_be_are_refused_before_anything_starts(option, wrong):
+    for value in wrong:
+        argv = ["--prompt", "a", "--estimate", f"--{option}", value]
+        with pytest.raises(ConfigError, match=f"--{option} {value}"):
+            parse(argv)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ConfigError) as refused:
+        parse(["--prompt", "a", "--cfg", "nan", "--steps", "0", "--height", "512", "--sed", "3"])
+    assert len(refused.value.found) == 4
+
+
+def test_the_edges_of_what_can_be():
+    for argv in (("--steps", "10000"), ("--cfg", "0"), ("--seed", "0"), ("--seed", str(10**400))):
+        assert task("--prompt", "a", *argv)
+
+
+def test_a_picture_with_impossible_settings_is_refused_with_its_name(tmp_path):
+    for change, said in (
+        ({"cfg": float("nan")}, "--cfg nan"),
+        ({"steps": 10**6}, "--steps 1000000"),
+    ):
+        path = tmp_path / "a.png"
+        recorded = replace(DRAWN, settings=replace(DRAWN.settings, **change))
+        save_picture(Image.new("L", (8, 8)), path, recorded.facts())
+        with pytest.raises(ValueError, match=f"{said} .by {path}"):
+            task("--from-png", str(path))
+
+
+def test_options_of_other_programs_point_to_what_does_it():
+    for given, meant in {
+        "--height": "--size HEIGHTxWIDTH",
+        "--width": "--size HEIGHTxWIDTH",
+        "--num_images": "--count N",
+        "--num-images-per-prompt": "--count N",
+        "--num_inference_steps": "--steps",
+        "--guidance_scale": "--cfg",
+        "--negative_prompt": "--negative",
+        "--output": "--out",
+        "--from_png": "did you mean --from-png",
+        "--promt": "did you mean --prompt",
+        "--xyzzy": "--help lists",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{given.replace('-', '.')} is unknown: .*{meant}"):
+            parse(["--prompt", "a", given, "8"])
+
+
+def test_pictures_of_a_prompt_count_the_seed_up():
+    found = task("--prompt", "a", "--prompt", "b", "--count", "2", "--seed", "7")
+    assert [(r.prompt, r.index, r.again) for r in found.requests] == [
+        ("a", 0, 0),
+        ("a", 0, 1),
+        ("b", 1, 0),
+        ("b", 1, 1),
+    ]
+    assert found.settings.seed == 7
+
+
+def test_a_picture_is_not_counted(tmp_path):
+    save_picture(Image.new("L", (8, 8)), tmp_path / "a.png", DRAWN.facts())
+    with pytest.raises(ConfigError, match="--count 2: --from-png draws one picture"):
+        parse(["--from-png", str(tmp_path / "a.png"), "--count", "2", *DIGITS])
 
 
 def test_prompts_of_a_file_are_its_lines(tmp_path):
@@ -144,23 +234,3 @@ def test_a_checkpoint_of_a_run_is_drawn_as_the_run_draws(tmp_path, name):
     assert (found.cfg, found.guidance) == (5.0, 1.0)
     (tmp_path / name).unlink()
     assert settings("--weights", str(tmp_path)).cfg == 1.0
-
-
-def test_only_what_is_surely_a_file_is_judged_by_its_name(tmp_path):
-    (tmp_path / "folder.png").mkdir()
-    for out in (f"{tmp_path}/v1.5", f"{tmp_path}/v1.jpg/", f"{tmp_path}/folder.png"):
-        (path,) = task("--prompt", "a", "--out", out).paths
-        assert path == Path(out) / "0000-a.png"
-    (path,) = task("--prompt", "a", "--inference.save_img_folder", "img.v1").paths
-    assert path.parent.name == "img.v1"
-    assert task("--prompt", "a", "--out", "b.PNG").paths == [Path("b.PNG")]
-
-
-def test_what_cannot_be_written_is_known_before(tmp_path):
-    plain = tmp_path / "plain"
-    plain.touch()
-    for path in (plain / "x.png", plain / "deep" / "x.png", Path("/proc/seven.png")):
-        with pytest.raises(ValueError, match=r"cannot be written \(.+\).* --out"):
-            check_writable([path])
-    check_writable([tmp_path / "new" / "deep" / "x.png"])
-    assert list(tmp_path.iterdir()) == [plain], "nothing is left behind"

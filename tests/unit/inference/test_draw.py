@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
 
@@ -12,7 +12,15 @@ from torch import nn
 
 from torchtitan_flux.encoders.codec import PixelCodec
 from torchtitan_flux.generate import SampleSettings, TextConditioning
-from torchtitan_flux.inference.draw import AT_ONCE, Request, batches_of, draw, places, portion
+from torchtitan_flux.inference.draw import (
+    AT_ONCE,
+    NotFinite,
+    Request,
+    batches_of,
+    draw,
+    places,
+    portion,
+)
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
 
@@ -50,13 +58,18 @@ class Noted:
     apart: bool
     device: torch.device
     done: list[str] = field(default_factory=list)
+    model: nn.Module = field(default_factory=Follows)
+    broken: str = ""
+    """A part that makes what is not finite."""
 
     @contextmanager
     def text(self) -> Iterator:
         def encode(captions):
             self.done.append("caption")
             length = torch.tensor([[float(len(caption))] for caption in captions])
-            return TextConditioning(length[:, None] / 99, length / 99)
+            if self.broken == "CLIP":
+                length = length / 0
+            return TextConditioning(length[:, None].clamp(max=99) / 99, length / 99)
 
         self.done.append("text")
         yield encode
@@ -64,12 +77,71 @@ class Noted:
     @contextmanager
     def transformer(self) -> Iterator:
         self.done.append("transformer")
-        yield Follows()
+        yield self.model
 
     @contextmanager
     def codec(self) -> Iterator:
         self.done.append("codec")
-        yield PixelCodec(16)  # the latents as they are
+        # the latents as they are
+        yield Overflows(16) if self.broken == "codec" else PixelCodec(16)
+
+
+class Overflows(PixelCodec):
+    def decode(self, latents):
+        decoded = super().decode(latents)
+        decoded[0, 0, 0, 0] = torch.inf
+        return decoded
+
+
+class Breaks(Follows):
+    """One value of the second sample is not finite at the third call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, *inputs):
+        velocity = super().forward(*inputs).clone()
+        self.calls += 1
+        if self.calls == 3:
+            velocity[-1, 0, 1] = torch.nan
+        return velocity
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    ("broken", "model", "said", "steps"),
+    [
+        ("", Breaks, "'b' is not finite at step 3 of 5", 2),
+        ("CLIP", Follows, "'a' is not finite as CLIP encodes it, before the first step", 0),
+        ("codec", Follows, "'a' is not finite once decoded, after the last step", 5),
+    ],
+)
+def test_what_is_not_finite_ends_the_drawing_at_once(apart, broken, model, said, steps):
+    """With the caption, and where it was seen; no later step is computed."""
+    seen: list[int] = []
+    stages = Noted(apart, torch.device("cpu"), model=model(), broken=broken)
+    settings = replace(SETTINGS, steps=5)
+    requests = [Request("a", 0), Request("b", 1)]
+    with pytest.raises(NotFinite) as error:
+        list(draw(stages, GEOMETRY, requests, [[0, 1]], settings, "", seen.append))
+    assert str(error.value) == said
+    assert len(seen) == steps
+
+
+def test_the_next_picture_of_a_caption_is_the_first_of_the_next_seed():
+    """So that it can be drawn alone: to the bit, where the shape of the batch is the same."""
+
+    def drawn(requests, seed):
+        stages = Noted(True, torch.device("cpu"))
+        rounds = [[i] for i in range(len(requests))]
+        settings = replace(SETTINGS, seed=seed)
+        return torch.cat(list(draw(stages, GEOMETRY, requests, rounds, settings)))
+
+    together = drawn([Request("a", 0), Request("a", 0, 1), Request("a", 0, 2)], seed=7)
+    for again in range(3):
+        assert torch.equal(together[again], drawn([Request("a", 0)], seed=7 + again)[0])
+    assert not torch.equal(together[0], together[1])
 
 
 def test_many_pictures_go_from_part_to_part_in_portions():

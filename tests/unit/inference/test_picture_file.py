@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from torchtitan_flux.generate import SampleSettings, save_png, to_pil
+from torchtitan_flux.generate import SampleSettings, to_pil
+from torchtitan_flux.image_file import FORMATS, save_picture
 from torchtitan_flux.inference.picture_file import (
     SAMPLE,
     SAMPLES,
@@ -49,14 +50,15 @@ OTHER = replace(
 
 def written(path, recorded: Recorded):
     image = to_pil(torch.zeros(3, 4, 4))
-    save_png(image, path, recorded.settings, **recorded.facts())
+    save_picture(image, path, recorded.facts())
     return path
 
 
 @pytest.mark.parametrize("recorded", [PLAIN, OTHER], ids=["own", "named"])
 def test_everything_is_read_back(tmp_path, recorded):
-    path = written(tmp_path / "a.png", recorded)
-    assert Recorded.read(path) == recorded
+    for suffix in FORMATS:
+        assert Recorded.read(written(tmp_path / f"a{suffix}", recorded)) == recorded
+    path = tmp_path / "a.png"
     with Image.open(path) as image:
         texts = image.text  # type: ignore[attr-defined]
     assert ("checkpoint" in texts) == recorded.own
@@ -99,6 +101,7 @@ def test_every_single_fact_is_needed(tmp_path):
     [
         ({"row": 4}, "row 4 of a batch of 4"),
         ({"batch": "x"}, "invalid literal"),
+        ({"batch": 10**9}, "row 3 of a batch of 1000000000"),
         ({"dtype": "", "schedule": "maybe"}, "maybe"),
     ],
 )
@@ -106,7 +109,7 @@ def test_nonsense_is_refused(tmp_path, change, said):
     facts = {**PLAIN.facts(), **change}
     schedule = facts.pop("schedule", None)
     path = tmp_path / "a.png"
-    save_png(to_pil(torch.zeros(1, 4, 4)), path, PLAIN.settings, **facts)
+    save_picture(to_pil(torch.zeros(1, 4, 4)), path, facts)
     if schedule is not None:
         with Image.open(path) as image:
             texts = dict(image.text)  # type: ignore[attr-defined]
@@ -122,9 +125,10 @@ def test_foreign_files_are_refused(tmp_path):
     plain = tmp_path / "plain.png"
     Image.new("RGB", (4, 4)).save(plain)
     grid = tmp_path / "grid.png"
-    save_png(Image.new("L", (4, 4)), grid, PLAIN.settings, step=4, prompts="[]")
-    jpeg = tmp_path / "named.png"
+    save_picture(Image.new("L", (4, 4)), grid, {**PLAIN.settings.facts(), "step": 4})
+    jpeg, gif = tmp_path / "named.png", tmp_path / "gif.png"
     Image.new("RGB", (4, 4)).save(jpeg, format="JPEG")
+    Image.new("RGB", (4, 4)).save(gif, format="GIF")
     text = tmp_path / "text.png"
     text.write_text("no picture")
     cut = tmp_path / "cut.png"
@@ -132,7 +136,8 @@ def test_foreign_files_are_refused(tmp_path):
     for path, said in {
         plain: "holds no settings",
         grid: "holds no settings",
-        jpeg: "is a JPEG",
+        jpeg: "holds no settings",
+        gif: "is a GIF; .* PNG, JPEG or WebP",
         text: "no picture that can be read",
         cut: "no picture that can be read",
         tmp_path / "nowhere.png": "does not exist",

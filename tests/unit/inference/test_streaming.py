@@ -154,6 +154,32 @@ def test_blocks_in_pinned_memory_compute_the_same_bits(monkeypatch, keep):
         assert len(read.asked) > len(set(read.asked))
 
 
+def test_the_first_copy_into_a_slot_waits_for_who_had_its_memory(monkeypatch):
+    """An event that was never recorded holds nobody up."""
+    order: list[tuple[str, object]] = []
+
+    class Event:
+        def record(self, stream):
+            order.append(("recorded", self))
+
+    read = Reader(nonzero_model(ARGS, seed=2))
+    with torch.device("meta"):
+        model = FluxModel(ARGS)
+    blocks = {name: model.get_submodule(name) for name in BLOCKS}
+    pretend_a_card(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    stream = MagicMock()
+    stream.wait_event.side_effect = lambda event: order.append(("waited for", event))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    streamed = Streamed(blocks, read, torch.device("cuda"), torch.float32, keep=True)
+    streamed._enter(0)  # fills both slots
+    waits = [event for what, event in order if what == "waited for"]
+    assert len(waits) == len(set(waits)) == 2
+    for event in waits:
+        assert order.index(("recorded", event)) < order.index(("waited for", event))
+    streamed.close()
+
+
 def flux_blocks() -> list[int]:
     """Bytes of each of FLUX.1's blocks in bfloat16."""
     with torch.device("meta"):
