@@ -167,7 +167,8 @@ class FluxTrainer(Trainer):
             )
         if torch.distributed.get_rank() == 0:
             sources = [self.dataloader.samples.source]
-            if isinstance(self.validator, FluxValidator):
+            if config.validation.enable:
+                assert isinstance(self.validator, FluxValidator)
                 sources.append(self.validator.loader.samples.source)
             log_surveys(sources, image_size(config), self.parts.tokenizer)
 
