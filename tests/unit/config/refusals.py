@@ -603,6 +603,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         line(
             "--checkpoint.enable --checkpoint.exclude_from_loading model --checkpoint.initial_load_path folder",
+            "checkpoint.initial_load_path = 'folder': folder holds no FLUX weights: expected is …",
             "checkpoint.exclude_from_loading names 'model', and checkpoint.initial_load_path has nothing else to give while checkpoint.initial_load_model_only = true; remove one of them",
             needs=("folder",),
         ),

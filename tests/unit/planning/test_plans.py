@@ -160,7 +160,6 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch):
     def card(device: int) -> SimpleNamespace:
         return SimpleNamespace(total_memory=(80 if device == 3 else 40) * GIB)
 
-    monkeypatch.setattr(fits_module, "local_ranks", lambda: 1)
     monkeypatch.setattr(
         fits_module.utils.device_module, "get_device_properties", card, raising=False
     )
@@ -173,8 +172,8 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch):
     reason = fits(dev("--activation_checkpoint.mode", "full", *accumulated), 8, 1)
     assert reason is not None
     assert "training.global_batch_size" in reason
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert fits(dev("--activation_checkpoint.mode", "none")) is None, "its own card is larger"
+    own = fits(dev("--activation_checkpoint.mode", "none"), 8, 1, device=3)
+    assert own is None, "its own card is larger"
 
 
 def test_a_small_run_is_never_refused():
