@@ -236,11 +236,12 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     found = _size(config, args)
     if not training:
         return found
+    times = [] if found else _grid_times(config, args)
     found += _initial_weights(config, args)
     fits = not found and low_precision
     return [
         *found,
-        *([] if found else _grid_times(config, args)),
+        *times,
         *model_problems(config, args),
         *pipeline_fit(config, args),
         *(low_precision_fit(config, args, image_size(config)) if fits else []),
