@@ -1,7 +1,24 @@
-"""Values in another element type, refused where it cannot hold them."""
+"""Element types: their names in safetensors, and values in another one, if that can hold them."""
 
 import torch
 from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of element types in a header of safetensors, those of quantised files among them."""
 
 
 class BeyondRange(ValueError):

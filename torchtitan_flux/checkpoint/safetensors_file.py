@@ -17,26 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan_flux.element_types import DTYPES
 from torchtitan_flux.file_kinds import other_kind
 from torchtitan_flux.paths import absence
 from torchtitan_flux.quantized import PACKED
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Names of element types in a header; what FLUX weights come in, and what quantised files hold."""
 
 _LENGTH = 8  # bytes of the header's length, little endian
 _LONGEST_HEADER = 100_000_000  # the format's own limit

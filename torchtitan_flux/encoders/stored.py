@@ -7,23 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from torchtitan_flux.element_types import DTYPES
 from torchtitan_flux.quantized import QuantizedWeights
-
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118
             tensor = opened.get_slice(name)
-            dtype = _TYPES.get(tensor.get_dtype())
+            dtype = DTYPES.get(tensor.get_dtype())
             if dtype is None:
                 raise QuantizedWeights(
                     f"holds {name} of the type {tensor.get_dtype()}, which is not read"
