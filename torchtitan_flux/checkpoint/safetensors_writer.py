@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan_flux.checkpoint.safetensors_file import DTYPES
+from torchtitan_flux.element_types import DTYPES
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Element type and shape of each tensor by its name, in the order of writing."""
