@@ -1,12 +1,12 @@
 """The trajectory is the same on any number of ranks, with accumulation, and when continued."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 from tiny_run import GLOBAL_BATCH, STEPS, arguments, loss_series, refusal, worst
+from transformers import T5Config, T5EncoderModel
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,10 @@ def test_another_run_is_refused_by_name(one_rank, changes, named):
 
 
 def test_other_encoder_widths_are_refused_by_name(one_rank, tmp_path):
-    """Before a weight is read: the widths stand in config.json."""
     _, dump = one_rank
     wider = shutil.copytree("assets/tiny/t5", tmp_path / "t5")
-    facts = json.loads((wider / "config.json").read_text())
-    (wider / "config.json").write_text(json.dumps({**facts, "d_model": 48}))
+    config = T5Config.from_pretrained(wider, d_model=48)
+    T5EncoderModel(config).save_pretrained(wider)
     argv = arguments(dump, GLOBAL_BATCH, "--encoder.t5_encoder", str(wider))
     (message,) = run_ranks(1, refusal, argv)
     assert f"context_in_dim is 48, but the run in {dump}/checkpoint was started with 32" in message

@@ -73,7 +73,10 @@ def drawn(tmp_path_factory) -> tuple[Path, dict[str, Said]]:
         "line, checkpoint": drawing("line, checkpoint", "again-dcp", "--cfg", "1"),
         "karras": drawing("karras", "karras"),
         "karras, told": drawing("karras, told", "karras", *schnell),
-        "repeated": ["--from-png", str(folder / "static.png"), "--out", str(folder / "again.png")],
+        "repeated": [
+            *("--from-png", str(folder / "static.png"), "--trust"),
+            *("--out", str(folder / "again.png")),
+        ],
     }
     (said,) = run_ranks(1, several, list(commands.values()))
     return folder, dict(zip(commands, said, strict=True))

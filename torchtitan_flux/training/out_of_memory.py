@@ -74,6 +74,8 @@ def note_second_step(
         if isinstance(value, torch.Tensor)
     ]
     states = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    if not states:  # offloaded, or the first step was skipped
+        return
     taken = utils.device_module.memory_stats(device)["reserved_bytes.all.peak"]
     memory = utils.device_module.get_device_properties(device).total_memory
     line = (
