@@ -24,6 +24,7 @@ from torchtitan_flux.encoders.autoencoder_layers import (
 from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.encoders.stored import read_header, read_stored
 from torchtitan_flux.file_kinds import other_kind
+from torchtitan_flux.file_sets import weight_files
 from torchtitan_flux.paths import absence
 from torchtitan_flux.quantized import (
     QuantizedWeights,
@@ -168,7 +169,7 @@ def _naming(weights: Path) -> Iterator[None]:
 def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     """The architecture, and the file that holds the weights."""
     if path.is_dir():
-        config, weights = path / "config.json", _weights_in(path)
+        config, weights = path / "config.json", weights_in(path)
         if not config.is_file():
             raise FileNotFoundError(
                 f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
@@ -184,11 +185,11 @@ def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     return _args_from_shapes(path), path
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
     """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
-    weights = folder / _WEIGHTS
-    variants = sorted(folder.glob(f"{Path(_WEIGHTS).stem}.*.safetensors"))
-    return variants[0] if len(variants) == 1 and not weights.exists() else weights
+    stem = _WEIGHTS.partition(".")[0]
+    found = [one for one in weight_files(folder) if one.stem == stem and one.count == 1]
+    return folder / found[0].names[0] if len(found) == 1 else folder / _WEIGHTS
 
 
 def _args_from_shapes(path: Path) -> AutoencoderArgs:

@@ -3,6 +3,9 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+
+import torchtitan_flux.engine
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from weight_files import scaled_float8
 
 from torchtitan_flux.checkpoint.autoencoder import from_diffusers, to_bfl
 from torchtitan_flux.checkpoint.convert_autoencoder import convert_autoencoder
+from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.encoders.autoencoder import (
     Autoencoder,
     AutoencoderArgs,
@@ -223,6 +227,13 @@ def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: 
     expected = load_autoencoder(tmp_path / "vae").decoder.conv_in.weight
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert torch.equal(load_autoencoder(tmp_path / "vae").decoder.conv_in.weight, expected)
+    variant = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    variant.write_bytes(variant.read_bytes()[:-7])
+    tiny = Path(torchtitan_flux.__file__).parent / "assets" / "tiny"
+    paths = {"t5_encoder": str(tiny / "t5"), "clip_encoder": str(tiny / "clip")}
+    encoder = SimpleNamespace(**paths, autoencoder_path=str(tmp_path / "vae"))
+    (problem,) = encoder_problems(SimpleNamespace(encoder=encoder), pixel_space=False)
+    assert f"{variant} is damaged: it has" in problem
     (tmp_path / "link.safetensors").symlink_to("gone")
     with pytest.raises(FileNotFoundError, match="is a link to gone, which does not exist"):
         autoencoder_geometry(tmp_path / "link.safetensors")
