@@ -373,6 +373,10 @@ TABLE: dict[str, list[Refusal]] = {
             "training.dataset_path is not set: 'folder' needs the folder of its files",
         ),
         file(
+            'data.caption_prefix = "art: "',
+            "run.toml:1: data.caption_prefix = 'art: ': training.dataset = 'digits' makes its own captions; remove the key",
+        ),
+        file(
             'training.dataset = "folder"\ntraining.dataset_path = "./nowhere"',
             "run.toml:2: training.dataset_path = './nowhere' does not exist",
         ),
