@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchtitan_flux.element_types import BeyondRange, cast
-from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers
+from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
     AutoencoderArgs,
@@ -107,7 +107,8 @@ def load_autoencoder(
     Args:
         path: a file in Black Forest Labs' layout (`ae.safetensors`; its architecture is read off
             the tensor shapes, scale and shift are those of FLUX.1), or a diffusers `vae` folder
-            with `config.json` and `diffusion_pytorch_model.safetensors`.
+            with `config.json` and `diffusion_pytorch_model.safetensors`; all names may stand behind
+            a prefix.
         device: where the weights go.
         dtype: of the weights and of the computation.
 
@@ -119,7 +120,7 @@ def load_autoencoder(
     path = Path(path)
     args, weights = read_args(path)
     with _naming(weights):
-        state_dict = _to_ours(path)(plain(load_file(weights)), args)
+        state_dict = _to_ours(path)(plain(without_prefix(load_file(weights))), args)
         state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
     with torch.device("meta"):
         autoencoder = Autoencoder(args)
@@ -137,10 +138,13 @@ def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     args, weights = read_args(path)
     with _naming(weights):
-        tensors, strings = read_header(weights)
+        stored, strings = read_header(weights)
+        tensors = without_prefix(stored)
         dtypes = {name: one.dtype for name, one in tensors.items()}
         shapes = {name: one.shape for name, one in tensors.items()}
-        scales = find_scales(dtypes, shapes, [strings], lambda name: read_stored(weights, name))
+        scales = find_scales(
+            dtypes, shapes, [strings], lambda name: read_stored(weights, tensors[name].name)
+        )
         own = {name: one for name, one in shapes.items() if name not in scales.beside}
         _to_ours(path)({name: torch.empty(one, device="meta") for name, one in own.items()}, args)
         check_integers({name: dtypes[name] for name in own})
@@ -200,6 +204,7 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
     except SafetensorError as error:
         kind = other_kind(path) or f"is not a safetensors file ({error})"
         raise ValueError(f"{_KEY}: {path} {kind}") from None
+    shapes = without_prefix(shapes)
     try:
         conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
         ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")

@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from weight_files import scaled_float8
 
 from torchtitan_flux.checkpoint.autoencoder import from_diffusers, to_bfl
-from torchtitan_flux.checkpoint.convert_autoencoder import convert_autoencoder
+from torchtitan_flux.checkpoint.convert_autoencoder import (
+    convert_autoencoder,
+    is_autoencoder,
+    open_autoencoder,
+)
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.encoders.autoencoder import (
     Autoencoder,
@@ -140,6 +144,34 @@ def test_scaled_float8_is_read_as_the_numbers(kl, vae_folder, tmp_path: Path, sc
     assert autoencoder_geometry(tmp_path / "scaled") == (16, 8)
     for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", "module.vae."])
+def test_names_behind_a_prefix(kl, vae_folder, bfl_file, tmp_path: Path, prefix: str, refused):
+    expected = load_autoencoder(bfl_file).state_dict()
+    single, folder = tmp_path / "ae.safetensors", tmp_path / "vae"
+    stored = {f"{prefix}{name}": value for name, value in expected.items()}
+    save_file(stored, single)
+    shutil.copytree(vae_folder, folder)
+    scaled, header, _ = scaled_float8(kl.state_dict(), "scale_weight")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file(scaled, weights, header)
+    unprefixed = load_autoencoder(folder).state_dict()
+    save_file({f"{prefix}{name}": value for name, value in scaled.items()}, weights, header)
+    for path in (single, folder):
+        assert autoencoder_geometry(path) == (16, 8)
+        assert load_autoencoder(path).args == FLUX_NARROW
+        assert is_autoencoder(path)
+    for name, value in load_autoencoder(single).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    converted = open_autoencoder(single).tensors
+    assert all(torch.equal(converted[name], value) for name, value in expected.items())
+    for name, value in load_autoencoder(folder).state_dict().items():
+        assert torch.equal(value, unprefixed[name]), name
+    save_file({**stored, "model.diffusion_model.double_blocks.0.x": torch.ones(1)}, single)
+    refused(single, ValueError, "is a FLUX transformer, or a whole checkpoint")
+    save_file({**stored, "stray": torch.ones(1)}, single)
+    refused(single, ValueError, "is not an autoencoder in Black Forest Labs' layout")
 
 
 def test_images_that_do_not_fit_are_refused(vae_folder: Path):

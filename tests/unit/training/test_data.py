@@ -68,8 +68,8 @@ def configured(tmp_path: Path):
 def test_captions_are_trained_and_validated_as_data_says(configured, data, a, b):
     config = configured(*data)
     encoder = config.encoder
-    paths = (resolved_path(one) for one in (encoder.t5_encoder, encoder.clip_encoder))
-    tokenizer = CaptionTokenizer(*paths, encoder.max_t5_encoding_len)
+    t5_path, clip_path = map(resolved_path, (encoder.t5_encoder, encoder.clip_encoder))
+    tokenizer = CaptionTokenizer(t5_path, clip_path, encoder.max_t5_encoding_len)
 
     source = open_source(config, "train")
     training = training_samples(source, tokenizer, config, resolve_model_args(config), seed=1)
