@@ -30,6 +30,21 @@ def narrows(source: torch.dtype, target: torch.dtype) -> bool:
     return torch.finfo(source).max > torch.finfo(target).max
 
 
+def overflows(values: Tensor, result: Tensor) -> bool:
+    """Whether a finite value became infinite.
+
+    Args:
+        values: floating-point numbers.
+        result: the same in another element type.
+    """
+    if not narrows(values.dtype, result.dtype) or not values.numel():
+        return False
+    # both ends are NaN where one value is
+    if torch.stack(result.aminmax()).isfinite().all():
+        return False
+    return not torch.equal(result.isfinite(), values.isfinite())
+
+
 def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`values` in another floating-point type; the same tensor where that is its type.
 
@@ -42,12 +57,7 @@ def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         BeyondRange: names the tensor.
     """
     result = values.to(dtype)
-    if not narrows(values.dtype, dtype) or not values.numel():
-        return result
-    # both ends are NaN where one value is
-    if torch.stack(result.aminmax()).isfinite().all():
-        return result
-    if not torch.equal(result.isfinite(), values.isfinite()):
+    if overflows(values, result):
         largest = torch.finfo(dtype).max
         raise BeyondRange(
             f"{name} has values that {dtype} cannot hold (beyond {largest:.5g} in size); keep "

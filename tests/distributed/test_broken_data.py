@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -89,6 +90,23 @@ def run(ranks: int, data: Path, dump: Path, *more: str) -> Run:
 
 def listed(dump: Path) -> list[dict]:
     return [json.loads(line) for line in (dump / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_pictures_without_any_caption_are_trained_on_when_that_is_said(tmp_path):
+    """With the empty caption the run trains, on every picture; without the key it is refused."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(GLOBAL_BATCH):
+        (pictures / f"{index}.jpg").write_bytes(jpeg(index)[0])
+    argv = ("--training.steps", "2", "--checkpoint.no-enable")
+    told = run(1, pictures, tmp_path / "told", *argv, "--data.default_caption", "")
+    assert told.error == ""
+    assert list(told.losses) == [1, 2]
+    assert all(map(math.isfinite, told.losses.values()))
+    assert not (tmp_path / "told/quarantine.jsonl").exists()
+    keys = ("--training.dataset", "folder", "--training.dataset_path", str(pictures))
+    (said,) = run_ranks(1, refusal, arguments(tmp_path / "not", GLOBAL_BATCH, *keys, *argv))
+    assert "has no caption" in said
 
 
 def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):

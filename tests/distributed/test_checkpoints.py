@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
+from safetensors.torch import load_file
 from tiny_run import Run, arguments, refusal, train, worst
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, complete_steps
@@ -256,6 +259,48 @@ def test_a_model_only_end_is_small_and_recognised(finished, tmp_path):
     assert "holds only a model" in message
     further = run(1, dump, "--training.steps", "8", "--checkpoint.load_step", "4")
     assert list(further.losses) == [5, 6, 7, 8]
+
+
+LARGE = ("double_blocks.0.img_mlp.0.bias", "final_layer.linear.bias")
+
+
+def enlarge(trainer: FluxTrainer) -> None:
+    """The last element of two biases is beyond float16's range when the run ends."""
+    save = trainer.checkpointer.save
+
+    def saved(step: int, last_step: bool = False) -> None:
+        if last_step:
+            for name, parameter in trainer.model_parts[0].named_parameters():
+                assert isinstance(parameter, DTensor)
+                local = parameter.to_local()
+                if name == LARGE[0] and dist.get_rank() == dist.get_world_size() - 1:
+                    local.detach()[-1] = 1e5
+                elif name == LARGE[1] and dist.get_rank() == 0:
+                    local.detach()[0] = -1e5
+        save(step, last_step)
+
+    trainer.checkpointer.save = saved  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_weight_becomes_infinite_by_the_type_of_the_last_checkpoint(ranks, tmp_path):
+    """Each of two ranks holds one of the values; both say the same, and keep float32."""
+    argv = arguments(
+        *(tmp_path, 8 // ranks, *SHORT, "--training.steps", "1"),
+        *("--checkpoint.last_save_model_only", "--checkpoint.export_dtype", "float16"),
+        "--checkpoint.last_save_in_hf",
+    )
+    runs = run_ranks(ranks, train, argv, enlarge)
+    folder = tmp_path / "checkpoint/step-1"
+    for one in runs:
+        assert one.error == ""
+        assert "checkpoint.export_dtype = 'float16' cannot hold all values" in one.log
+        assert f"of {LARGE[0]}, {LARGE[1]}; {folder} keeps" in one.log
+    assert Manifest.read(folder).kind == "model"
+    values = load_file(tmp_path / "checkpoint/step-1-hf/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    assert values["transformer_blocks.0.ff.net.0.proj.bias"][-1] == 1e5
+    assert values["proj_out.bias"].isfinite().all()
 
 
 def limit_files(trainer: FluxTrainer) -> None:

@@ -398,6 +398,9 @@ def test_the_kinds_of_torchtitans_script():
     assert chosen("tokenizer") == ["tokenizer.json", "original/tokenizer.model"]
     assert chosen("config", "index") == ["config.json", "model.safetensors.index.json"]
     assert chosen("safetensors") == ["model-1.safetensors", "model.safetensors.index.json"]
+    names.insert(0, "model.safetensors.index.fp16.json")
+    files.insert(0, RemoteFile(names[0], 1, "0" * 40, False))
+    assert chosen("index") == [names[0], "model.safetensors.index.json"]
     assert chosen(patterns=("original/*",)) == ["original/tokenizer.model"]
     assert chosen(everything=True) == names[:-1]
 

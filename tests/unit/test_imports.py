@@ -18,6 +18,7 @@ LEVELS = {
     "durable": 0,
     "paths": 0,
     "file_kinds": 0,
+    "file_sets": 0,
     "weight_kinds": 0,
     "image_file": 0,
     "randomness": 0,

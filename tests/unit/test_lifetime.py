@@ -35,7 +35,7 @@ def test_a_worker_dies_with_its_rank():
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         parent.kill()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while _runs(worker):
         assert time.monotonic() < end
         time.sleep(0.01)

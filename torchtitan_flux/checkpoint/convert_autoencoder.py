@@ -21,6 +21,7 @@ from torchtitan_flux.checkpoint.staging import TargetRefused, staged
 from torchtitan_flux.checkpoint.weights import WEIGHTS_NAME
 from torchtitan_flux.element_types import cast
 from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, read_args
+from torchtitan_flux.encoders.autoencoder_keys import without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
 from torchtitan_flux.quantized import QuantizedWeights, plain
 
@@ -51,7 +52,7 @@ def is_autoencoder(path: Path) -> bool:
         return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
     if path.suffix not in SAFETENSORS or not path.is_file():
         return False
-    return "encoder.conv_in.weight" in TensorsFile.open(path).shapes
+    return "encoder.conv_in.weight" in without_prefix(TensorsFile.open(path).shapes)
 
 
 def autoencoder_args(path: Path) -> AutoencoderArgs:
@@ -73,7 +74,7 @@ def open_autoencoder(path: Path) -> AutoencoderWeights:
     args = autoencoder_args(path)
     file = TensorsFile.open(read_args(path)[1])
     try:
-        found = plain({name: file.tensor(name) for name in file.shapes})
+        found = plain(without_prefix({name: file.tensor(name) for name in file.shapes}))
     except QuantizedWeights as error:
         raise UnreadableWeights(f"{file.path} {error}") from None
     if path.is_file():

@@ -25,10 +25,10 @@ from torchtitan_flux.checkpoint.safetensors_file import (
 )
 from torchtitan_flux.checkpoint.sources import DcpSource, FilesSource, RenamedSource, Source
 from torchtitan_flux.checkpoint.storage import METADATA
-from torchtitan_flux.checkpoint.weight_files import (
+from torchtitan_flux.checkpoint.weight_files import by_stem, open_files
+from torchtitan_flux.file_sets import (
     WeightFiles,
     all_files,
-    by_stem,
     is_index,
     shard_count,
     weight_files,
@@ -116,7 +116,7 @@ def _files(files: WeightFiles) -> Found:
     config, declared = files.folder / _CONFIG, None
     if config.is_file() and files.stem == WEIGHTS_NAME:
         declared = architecture.from_diffusers_config(config)
-    return _transformer(files.folder, files.open(), declared)
+    return _transformer(files.folder, open_files(files), declared)
 
 
 def _transformer(path: Path, files: list[TensorsFile], declared: FluxModelArgs | None) -> Found:

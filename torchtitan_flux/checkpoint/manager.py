@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchtitan.train
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import (
     LR_SCHEDULER,
     MODEL,
@@ -46,9 +48,11 @@ from torchtitan_flux.checkpoint.optimizer_states import (
     ScheduleState,
 )
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
+from torchtitan_flux.checkpoint.safetensors_file import listed
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of, load_states, partial_of
 from torchtitan_flux.checkpoint.weights import Weights
 from torchtitan_flux.durable import DiskFull
+from torchtitan_flux.element_types import overflows
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -176,11 +180,11 @@ class FluxCheckpointManager(CheckpointManager):
         self.wait(required=None if background else False)
         GarbageCollection.collect("GC collection invoked by checkpointer.")
         states = self.states[MODEL].state_dict()
-        if model_only and self.export_dtype != torch.float32:
-            states = {name: value.to(self.export_dtype) for name, value in states.items()}
-        elif not model_only:
-            states = self._flattened_model_states_sd()
         folder = step_folder(Path(self.folder), step)
+        if model_only:
+            states = self._in_export_dtype(states, folder)
+        else:
+            states = self._flattened_model_states_sd()
         kind = "model" if model_only else "full"
         writer = ManifestWriter(folder, step, kind, self.facts, self.settings, step in self.damaged)
         if dist.get_rank() == 0:
@@ -196,6 +200,31 @@ class FluxCheckpointManager(CheckpointManager):
             self._failed(step, writer, error, required)
             return
         self._complete()
+
+    def _in_export_dtype(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+        """Weights in `checkpoint.export_dtype`, or as they are where one is beyond it; collective.
+
+        By then the run is over: its result is kept, whatever the type.
+        """
+        if self.export_dtype == torch.float32:
+            return weights
+        found, beyond = {}, []
+        for name, value in weights.items():
+            found[name] = value.to(self.export_dtype)
+            if overflows(_local(value), _local(found[name])):
+                beyond.append(name)
+        every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, beyond)  # a rank sees its own shards, or stages, alone
+        names = sorted({name for of_rank in every for name in of_rank})
+        if not names:
+            return found
+        given = str(self.export_dtype).removeprefix("torch.")
+        logger.error(
+            f"checkpoint.export_dtype = {given!r} cannot hold all values (beyond "
+            f"{torch.finfo(self.export_dtype).max:.5g} in size) of {listed(names)}; {folder} keeps "
+            f"the type of training; `python scripts/convert_checkpoint.py {folder} …` writes others"
+        )
+        return weights
 
     def _save_in_background(self, states: dict[str, Any], writer: ManifestWriter) -> None:
         if self.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
@@ -354,6 +383,10 @@ class FluxCheckpointManager(CheckpointManager):
         finally:
             self._background.shutdown()
             super().close()
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @contextmanager

@@ -18,9 +18,7 @@ from torchtitan_flux.checkpoint.convert_autoencoder import (
 from torchtitan_flux.checkpoint.safetensors_file import (
     TensorsFile,
     UnreadableWeights,
-    listed,
     read_json,
-    read_weight_map,
 )
 from torchtitan_flux.checkpoint.scheduler import (
     PIPELINE_INDEX,
@@ -36,6 +34,7 @@ from torchtitan_flux.encoders.pretrained import (
     TOKENIZER_FILES,
     has_tokenizer,
 )
+from torchtitan_flux.encoders.text_files import INDEX, SINGLE, files_in
 from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
@@ -184,24 +183,14 @@ def _model_files(folder: Path, part: str) -> dict[str, Path]:
     config = folder / "config.json"
     if not config.is_file():
         raise UnreadableWeights(f"{_FLAGS[part]}: {folder} is no encoder, it has no config.json")
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights:
-        pickles = [one.name for one in folder.glob("*.bin")]
-        more = f" (only {', '.join(pickles)}, and pickles are not used)" if pickles else ""
-        raise UnreadableWeights(f"{_FLAGS[part]}: {folder} holds no model*.safetensors{more}")
-    indexes = sorted(folder.glob("model*.safetensors.index.json"))
-    for index in indexes:
-        shards = {folder / name for name in read_weight_map(index).values()}
-        if missing := sorted(one.name for one in shards if not one.is_file()):
-            raise UnreadableWeights(
-                f"{_FLAGS[part]}: {index} names {listed(missing)}, which {folder} does not hold; "
-                "get it again"
-            )
-        weights = sorted({*weights, *shards})
-    if not indexes and not (folder / "model.safetensors").is_file():
+    try:
+        weights, index = files_in(folder)
+    except (OSError, ValueError) as error:
+        raise UnreadableWeights(f"{_FLAGS[part]}: {error}") from None
+    if index is None and len(weights) > 1:
         raise UnreadableWeights(
-            f"{_FLAGS[part]}: {folder} has {listed(one.name for one in weights)}, but neither "
-            "model.safetensors nor model.safetensors.index.json; get it again"
+            f"{_FLAGS[part]}: {folder} has shards but not their {INDEX}, without which a "
+            "FluxPipeline does not find them; get that as well"
         )
     for one in weights:
         TensorsFile.open(one)
@@ -214,7 +203,9 @@ def _model_files(folder: Path, part: str) -> dict[str, Path]:
             f"{_FLAGS[part]}: {folder} holds scaled float8, and a FluxPipeline leaves scales out; "
             "give the encoder that it was made from"
         )
-    return {one.name: one for one in (config, *weights, *indexes)}
+    # under plain names, where a pipeline that names no variant looks for them
+    named = {SINGLE: weights[0]} if index is None else {one.name: one for one in weights}
+    return {config.name: config, **named, **({INDEX: index} if index else {})}
 
 
 def _tokenizer_files(folder: Path, part: str) -> dict[str, Path]:

@@ -32,6 +32,7 @@ from torchtitan_flux.data.registry import (
     BUILT_IN,
     DOWNLOADS,
     NEED_PATH,
+    OWN_CAPTIONS,
     SOURCES,
     WITHOUT_HELD_OUT,
 )
@@ -418,6 +419,13 @@ def data_key_problems(config: Any) -> list[str]:
             )
         elif path and locate(path) is None and looks_local(path) and not set(path) & set("*?[{"):
             found.append(f"{section}.dataset_path = {path!r} does not exist")
+    prefix = config.data.caption_prefix
+    found += [
+        f"data.caption_prefix = {prefix!r}: {section}.dataset = {name!r} makes its own captions; "
+        "remove the key"
+        for section, (name, _) in sections.items()
+        if prefix and name in OWN_CAPTIONS
+    ]
     if v.enable and not own and t.dataset in WITHOUT_HELD_OUT and not config.data.held_out_share:
         found.append(
             "validation.enable = true, and nothing is held out: set validation.dataset_path to "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.resolve import resolved_path
+from torchtitan_flux.encoders.autoencoder import weights_in
 from torchtitan_flux.encoders.pretrained import (
     PUBLISHED,
     TOKENIZER_FILES,
@@ -19,6 +20,7 @@ from torchtitan_flux.encoders.pretrained import (
     read_clip_config,
     read_t5_config,
 )
+from torchtitan_flux.encoders.text_files import files_in
 from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.file_kinds import other_kind
 from torchtitan_flux.paths import absence, locate, looks_local
@@ -103,7 +105,7 @@ def _missing(key: str, path: str) -> Iterator[tuple[str, str]]:
         elif there.is_file():
             yield from ((why, there.name) for why in broken(there))
         else:
-            weights = there / "diffusion_pytorch_model.safetensors"
+            weights = weights_in(there)
             yield from ((why, there.name) for why in broken(weights) if weights.is_file())
         return
     part = Path(path).name
@@ -130,22 +132,14 @@ def _has_tokenizer(folder: Path | None) -> bool:
 
 
 def _weights(folder: Path) -> Iterator[str]:
-    """What is wrong with a text encoder's weights: one file, or an index and its shards."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        yield from broken(single)
-    elif index.is_file():
-        try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            yield f": {index} is not an index of weights"
-            return
-        for name in sorted(names):
-            yield from broken(folder / name)
-    else:
-        others = [path.name for path in folder.glob("pytorch_model*.bin")]
-        hint = f"; {others[0]} is not read, for it could run code" if others else ""
-        yield f": {single} does not exist{hint}"
+    """What is wrong with the files of a text encoder's weights."""
+    try:
+        files, _ = files_in(folder)
+    except (OSError, ValueError) as error:
+        yield f": {error}"
+        return
+    for file in files:
+        yield from broken(file)
 
 
 def broken(path: Path) -> Iterator[str]:

@@ -134,7 +134,8 @@ USED = {
     "checkpoint.last_save_model_only": "The last checkpoint holds weights alone, and the run "
     "cannot be made longer",
     "checkpoint.last_save_in_hf": "Write the last checkpoint as a diffusers folder",
-    "checkpoint.export_dtype": "Type of weights in a last checkpoint that holds weights alone",
+    "checkpoint.export_dtype": "Type of weights in a last checkpoint that holds weights alone; "
+    "where it cannot hold a value, they keep theirs, and the log names them",
     "checkpoint.async_mode": "Write checkpoints while training goes on",
     "checkpoint.keep_latest_k": "Keep so many checkpoints; 0 keeps all",
     "checkpoint.load_step": "Continue from this step; -1: from the newest",

@@ -92,6 +92,9 @@ SOURCES: dict[str, Callable[[Split, SourceOptions], Source]] = {
 BUILT_IN = ("digits", "shapes")
 """Sources that read no files."""
 
+OWN_CAPTIONS = (*BUILT_IN, "mnist")
+"""Sources that make their captions themselves."""
+
 NEED_PATH = ("folder", "webdataset", "parquet", "cc12m-wds", "coco-validation")
 """Sources that read nothing unless they are told where."""
 

@@ -17,8 +17,8 @@ KINDS = {
         "merges.txt",
         "special_tokens_map.json",
     ),
-    "safetensors": ("*.safetensors", "*.safetensors.index.json"),
-    "index": ("*.safetensors.index.json",),
+    "safetensors": ("*.safetensors", "*.safetensors.index*.json"),
+    "index": ("*.safetensors.index*.json",),
     "config": ("config.json", "generation_config.json"),
 }
 """Kinds of files that torchtitan's own script knows, as patterns of file names."""

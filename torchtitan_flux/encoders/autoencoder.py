@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from torchtitan_flux.element_types import BeyondRange, cast
-from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers
+from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
     AutoencoderArgs,
@@ -24,6 +24,7 @@ from torchtitan_flux.encoders.autoencoder_layers import (
 from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.encoders.stored import read_header, read_stored
 from torchtitan_flux.file_kinds import other_kind
+from torchtitan_flux.file_sets import weight_files
 from torchtitan_flux.paths import absence
 from torchtitan_flux.quantized import (
     QuantizedWeights,
@@ -106,7 +107,8 @@ def load_autoencoder(
     Args:
         path: a file in Black Forest Labs' layout (`ae.safetensors`; its architecture is read off
             the tensor shapes, scale and shift are those of FLUX.1), or a diffusers `vae` folder
-            with `config.json` and `diffusion_pytorch_model.safetensors`.
+            with `config.json` and `diffusion_pytorch_model.safetensors`; all names may stand behind
+            a prefix.
         device: where the weights go.
         dtype: of the weights and of the computation.
 
@@ -118,7 +120,7 @@ def load_autoencoder(
     path = Path(path)
     args, weights = read_args(path)
     with _naming(weights):
-        state_dict = _to_ours(path)(plain(load_file(weights)), args)
+        state_dict = _to_ours(path)(plain(without_prefix(load_file(weights))), args)
         state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
     with torch.device("meta"):
         autoencoder = Autoencoder(args)
@@ -136,10 +138,13 @@ def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     args, weights = read_args(path)
     with _naming(weights):
-        tensors, strings = read_header(weights)
+        stored, strings = read_header(weights)
+        tensors = without_prefix(stored)
         dtypes = {name: one.dtype for name, one in tensors.items()}
         shapes = {name: one.shape for name, one in tensors.items()}
-        scales = find_scales(dtypes, shapes, [strings], lambda name: read_stored(weights, name))
+        scales = find_scales(
+            dtypes, shapes, [strings], lambda name: read_stored(weights, tensors[name].name)
+        )
         own = {name: one for name, one in shapes.items() if name not in scales.beside}
         _to_ours(path)({name: torch.empty(one, device="meta") for name, one in own.items()}, args)
         check_integers({name: dtypes[name] for name in own})
@@ -168,7 +173,7 @@ def _naming(weights: Path) -> Iterator[None]:
 def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     """The architecture, and the file that holds the weights."""
     if path.is_dir():
-        config, weights = path / "config.json", _weights_in(path)
+        config, weights = path / "config.json", weights_in(path)
         if not config.is_file():
             raise FileNotFoundError(
                 f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
@@ -184,11 +189,11 @@ def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
     return _args_from_shapes(path), path
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
     """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
-    weights = folder / _WEIGHTS
-    variants = sorted(folder.glob(f"{Path(_WEIGHTS).stem}.*.safetensors"))
-    return variants[0] if len(variants) == 1 and not weights.exists() else weights
+    stem = _WEIGHTS.partition(".")[0]
+    found = [one for one in weight_files(folder) if one.stem == stem and one.count == 1]
+    return folder / found[0].names[0] if len(found) == 1 else folder / _WEIGHTS
 
 
 def _args_from_shapes(path: Path) -> AutoencoderArgs:
@@ -199,6 +204,7 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
     except SafetensorError as error:
         kind = other_kind(path) or f"is not a safetensors file ({error})"
         raise ValueError(f"{_KEY}: {path} {kind}") from None
+    shapes = without_prefix(shapes)
     try:
         conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
         ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")

@@ -18,11 +18,14 @@ keys.
 import re
 from collections.abc import Mapping
 from functools import cache
+from typing import TypeVar
 
 from torch import Tensor
 
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
 from torchtitan_flux.state_dict_keys import check_keys
+
+T = TypeVar("T")
 
 _RENAMES = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -37,6 +40,7 @@ _RENAMES = (
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
 )
+_INPUT = "encoder.conv_in.weight"  # in either layout
 _ATTENTION_PROJECTION = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")
 
 
@@ -65,6 +69,14 @@ def _diffusers_shapes(args: AutoencoderArgs) -> dict[str, tuple[int, ...]]:
         names[name]: shape[:2] if _ATTENTION_PROJECTION.search(name) else shape
         for name, shape in parameter_shapes(args).items()
     }
+
+
+def without_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Whatever stands before all names, such as `first_stage_model.` or `vae.`, is cut off."""
+    found = [name.removesuffix(_INPUT) for name in tensors if name.endswith(f".{_INPUT}")]
+    if len(found) != 1 or not all(name.startswith(found[0]) for name in tensors):
+        return dict(tensors)
+    return {name.removeprefix(found[0]): one for name, one in tensors.items()}
 
 
 def from_bfl(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Weights of T5 and CLIP where they lie: every key accounted for, by the header alone."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, T5Config
@@ -18,18 +15,15 @@ from torchtitan_flux.element_types import cast
 from torchtitan_flux.encoders.pretrained import (
     CLIP_KEY,
     T5_KEY,
-    locate,
     read_clip_config,
     read_t5_config,
     refusal,
 )
 from torchtitan_flux.encoders.stored import StoredTensor, read_header, read_stored
+from torchtitan_flux.encoders.text_files import weight_files
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH
 from torchtitan_flux.quantized import check_integers, dequantized, find_scales
 from torchtitan_flux.state_dict_keys import check_keys
-
-SINGLE = "model.safetensors"
-INDEX = f"{SINGLE}.index.json"
 
 Stored = Callable[[Path, str], Tensor]
 """(file, name in it) -> values as they are stored."""
@@ -112,44 +106,6 @@ class TextWeights:
 
     def _raw(self, name: str) -> Tensor:
         return self._stored(self._tensors[name].file, self._tensors[name].name)
-
-
-def weight_files(path: str | Path, key: str) -> list[Path]:
-    """The safetensors files of an encoder: one, or those of an index.
-
-    Args:
-        path: local folder, or a name on the hub, whose files are then fetched.
-        key: TOML key for the message.
-
-    Raises:
-        FileNotFoundError: no such folder, and it cannot be a name on the hub either.
-        OSError, ValueError: the hub cannot be asked; the index is none.
-    """
-    name = locate(path, key)["pretrained_model_name_or_path"]
-    if (single := _find(name, SINGLE)) is not None:
-        return [single]
-    if (index := _find(name, INDEX)) is None:
-        raise FileNotFoundError(f"there is no {SINGLE} and no {INDEX} (pickles are not read)")
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        if not names or any(Path(one).name != one for one in names):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{INDEX} is no index of weights") from None
-    shards = {one: _find(name, one) for one in sorted(names)}
-    if missing := [one for one, shard in shards.items() if shard is None]:
-        raise FileNotFoundError(f"{INDEX} names {', '.join(missing)}, which is not there")
-    return [shard for shard in shards.values() if shard is not None]
-
-
-def _find(folder: str, name: str) -> Path | None:
-    """A file of a local folder or, fetched, of a repository on the hub; None where it has none."""
-    if Path(folder).is_dir():
-        return Path(folder) / name if (Path(folder) / name).is_file() else None
-    try:
-        return Path(hf_hub_download(folder, name))
-    except EntryNotFoundError:  # also where it is not in the cache and the hub is not asked
-        return None
 
 
 # ---- what is in a file ---------------------------------------------------------------------

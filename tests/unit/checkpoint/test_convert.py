@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, relative_l2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextModel
 from weight_files import scaled_float8
 
 from torchtitan_flux import engine
@@ -218,12 +219,10 @@ def test_a_pipelines_parts_must_fit(sources, tmp_path, models):
     refused(path, r"--clip: there is no .*absent", clip=tmp_path / "absent")
     shutil.copytree(TINY / "t5", tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    refused(
-        path, r"--t5: .* no model\*\.safetensors \(only pytorch_model\.bin", t5=tmp_path / "pickled"
-    )
+    refused(path, r"--t5: .* pytorch_model\.bin is not read, for it", t5=tmp_path / "pickled")
     shutil.copytree(TINY / "t5", tmp_path / "part")
     (tmp_path / "part" / "model.safetensors").rename(tmp_path / "part" / "model-1-of-2.safetensors")
-    refused(path, r"--t5: .* has model-1-of-2\.safetensors, but neither", t5=tmp_path / "part")
+    refused(path, r"--t5: .* named otherwise: model-1-of-2\.safetensors$", t5=tmp_path / "part")
     shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
     index = tmp_path / "part" / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
@@ -238,6 +237,33 @@ def test_a_pipelines_parts_must_fit(sources, tmp_path, models):
     digits = replace(FLAVORS["flux-digits"], depth=1, depth_single_blocks=1)
     pixels = made.make(tmp_path / "pixels", "bfl", digits, made.state_dict(digits))
     refused(pixels, r"works on pixels")
+
+
+def test_a_pipeline_has_a_variant_of_an_encoder_under_its_plain_name(sources, tmp_path):
+    state = {n: x.half() for n, x in load_file(TINY / "t5" / "model.safetensors").items()}
+    shutil.copytree(TINY, tmp_path / "tiny")
+    t5, clip = tmp_path / "tiny" / "t5", tmp_path / "tiny" / "clip"
+    (t5 / "model.safetensors").unlink()
+    table = {}
+    for i in (1, 2):
+        file = f"model.fp16-0000{i}-of-00002.safetensors"
+        mine = {name: state[name] for name in list(state)[i - 1 :: 2]}
+        save_file(mine, t5 / file, metadata={"format": "pt"})
+        table |= dict.fromkeys(mine, file)
+    (clip / "model.safetensors").rename(clip / "model.fp16.safetensors")
+    parts = convert_module.PipelineParts(t5=t5, clip=clip)
+    path, target = sources["bfl", FOR_PIPELINE], tmp_path / "out"
+    with pytest.raises(UnreadableWeights, match=r"--t5: .* not their model\.safetensors\.index"):
+        convert(path, target, "pipeline", parts=parts)
+    index = {"metadata": {}, "weight_map": table}
+    (t5 / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    convert(path, target, "pipeline", parts=parts)
+    pipeline = FluxPipeline.from_pretrained(target, torch_dtype=torch.float16)
+    for name, tensor in pipeline.text_encoder_2.state_dict().items():
+        assert torch.equal(tensor, state[name.replace("encoder.embed_tokens", "shared")]), name
+    for name, tensor in CLIPTextModel.from_pretrained(TINY / "clip").state_dict().items():
+        found = pipeline.text_encoder.state_dict()[name]
+        assert torch.equal(found.half(), tensor.half()), name
 
 
 @pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", f"vae/{SINGLE}"])

@@ -334,7 +334,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'encoder.t5_encoder = "shards"',
-            "run.toml:1: encoder.t5_encoder = 'shards': shards/model-00002-of-00002.safetensors does not exist",
+            "run.toml:1: encoder.t5_encoder = 'shards': shards/model.safetensors.index.json names model-00002-of-00002.safetensors, which does not exist",
             needs=("shards",),
         ),
         file(
@@ -360,7 +360,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'encoder.clip_encoder = "pickled"',
-            "run.toml:1: encoder.clip_encoder = 'pickled': pickled/model.safetensors does not exist; pytorch_model.bin is not read, for it could run code",
+            "run.toml:1: encoder.clip_encoder = 'pickled': pickled/model.safetensors does not exist, nor an index of shards; pytorch_model.bin is not read, for it could run code",
             needs=("pickled",),
         ),
         file(
@@ -371,6 +371,10 @@ TABLE: dict[str, list[Refusal]] = {
         file(
             'training.dataset = "folder"',
             "training.dataset_path is not set: 'folder' needs the folder of its files",
+        ),
+        file(
+            'data.caption_prefix = "art: "',
+            "run.toml:1: data.caption_prefix = 'art: ': training.dataset = 'digits' makes its own captions; remove the key",
         ),
         file(
             'training.dataset = "folder"\ntraining.dataset_path = "./nowhere"',

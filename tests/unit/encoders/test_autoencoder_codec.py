@@ -3,6 +3,9 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+
+import torchtitan_flux.engine
 
 import numpy as np
 import pytest
@@ -12,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from weight_files import scaled_float8
 
 from torchtitan_flux.checkpoint.autoencoder import from_diffusers, to_bfl
-from torchtitan_flux.checkpoint.convert_autoencoder import convert_autoencoder
+from torchtitan_flux.checkpoint.convert_autoencoder import (
+    convert_autoencoder,
+    is_autoencoder,
+    open_autoencoder,
+)
+from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.encoders.autoencoder import (
     Autoencoder,
     AutoencoderArgs,
@@ -138,6 +146,34 @@ def test_scaled_float8_is_read_as_the_numbers(kl, vae_folder, tmp_path: Path, sc
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "vae.", "module.vae."])
+def test_names_behind_a_prefix(kl, vae_folder, bfl_file, tmp_path: Path, prefix: str, refused):
+    expected = load_autoencoder(bfl_file).state_dict()
+    single, folder = tmp_path / "ae.safetensors", tmp_path / "vae"
+    stored = {f"{prefix}{name}": value for name, value in expected.items()}
+    save_file(stored, single)
+    shutil.copytree(vae_folder, folder)
+    scaled, header, _ = scaled_float8(kl.state_dict(), "scale_weight")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    save_file(scaled, weights, header)
+    unprefixed = load_autoencoder(folder).state_dict()
+    save_file({f"{prefix}{name}": value for name, value in scaled.items()}, weights, header)
+    for path in (single, folder):
+        assert autoencoder_geometry(path) == (16, 8)
+        assert load_autoencoder(path).args == FLUX_NARROW
+        assert is_autoencoder(path)
+    for name, value in load_autoencoder(single).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    converted = open_autoencoder(single).tensors
+    assert all(torch.equal(converted[name], value) for name, value in expected.items())
+    for name, value in load_autoencoder(folder).state_dict().items():
+        assert torch.equal(value, unprefixed[name]), name
+    save_file({**stored, "model.diffusion_model.double_blocks.0.x": torch.ones(1)}, single)
+    refused(single, ValueError, "is a FLUX transformer, or a whole checkpoint")
+    save_file({**stored, "stray": torch.ones(1)}, single)
+    refused(single, ValueError, "is not an autoencoder in Black Forest Labs' layout")
+
+
 def test_images_that_do_not_fit_are_refused(vae_folder: Path):
     autoencoder = load_autoencoder(vae_folder)
     with pytest.raises(ValueError, match=r"images of shape \(batch, 3,"):
@@ -223,6 +259,13 @@ def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: 
     expected = load_autoencoder(tmp_path / "vae").decoder.conv_in.weight
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert torch.equal(load_autoencoder(tmp_path / "vae").decoder.conv_in.weight, expected)
+    variant = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    variant.write_bytes(variant.read_bytes()[:-7])
+    tiny = Path(torchtitan_flux.__file__).parent / "assets" / "tiny"
+    paths = {"t5_encoder": str(tiny / "t5"), "clip_encoder": str(tiny / "clip")}
+    encoder = SimpleNamespace(**paths, autoencoder_path=str(tmp_path / "vae"))
+    (problem,) = encoder_problems(SimpleNamespace(encoder=encoder), pixel_space=False)
+    assert f"{variant} is damaged: it has" in problem
     (tmp_path / "link.safetensors").symlink_to("gone")
     with pytest.raises(FileNotFoundError, match="is a link to gone, which does not exist"):
         autoencoder_geometry(tmp_path / "link.safetensors")

@@ -1,6 +1,7 @@
 """T5 and CLIP: every key and element type accounted for, scales applied, on every path."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
 from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
-from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights, weight_files
+from torchtitan_flux.encoders.text_files import files_in, weight_files
+from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.stages import OneAfterAnother
 from torchtitan_flux.model import FLAVORS
@@ -169,6 +172,92 @@ def test_shards_by_their_index(tiny: Path, tmp_path: Path):
         T5Encoder(folder)
 
 
+def in_files(folder: Path, state: dict[str, Tensor], *names: str, index: str = "") -> None:
+    """The weights in so many files and, where it has a name, their index; no others."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    table = {}
+    for i, file in enumerate(names):
+        mine = {name: state[name] for name in list(state)[i :: len(names)]}
+        save_file(mine, folder / file)
+        table |= dict.fromkeys(mine, file)
+    if index:
+        (folder / index).write_text(json.dumps({"weight_map": table}))
+
+
+def shards(variant: str, count: int) -> list[str]:
+    return [f"model{variant}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+VARIANTS = {
+    "one file": (["model.fp16.safetensors"], ""),
+    "another": (["model.bf16.safetensors"], ""),
+    "shards": (shards(".fp16", 3), "model.safetensors.index.fp16.json"),
+    "variant last": (
+        [f"model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)],
+        "model.fp16.safetensors.index.json",
+    ),
+    "no index": (shards(".fp16", 2), ""),
+    "plain, no index": (shards("", 2), ""),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_variant_is_read_where_the_plain_files_are_not(kind: str, case: str, tiny, tmp_path):
+    folder, state = copy(tiny, tmp_path / "x", kind)
+    names, index = VARIANTS[case]
+    variant = {name: (tensor * 2).half() for name, tensor in state.items()}
+    in_files(folder, variant, *names, index=index)
+    assert encoder_problems(configured(kind, folder, tiny), pixel_space=True) == []
+    for name, tensor in BUILD[kind](folder).state_dict().items():
+        own = _KINDS[KEYS[kind]].renamed(name.removeprefix("model."))
+        expected = {_KINDS[KEYS[kind]].renamed(n): t for n, t in variant.items()}[own]
+        assert torch.equal(tensor, expected.float()), name
+    if "plain" not in case:
+        save(folder, state)
+        assert files_in(folder) == ([folder / "model.safetensors"], None)
+
+
+def configured(kind: str, folder: Path, tiny: Path) -> SimpleNamespace:
+    paths = {f"{name}_encoder": str(tiny / name) for name in KEYS}
+    return SimpleNamespace(encoder=SimpleNamespace(**paths | {f"{kind}_encoder": str(folder)}))
+
+
+WRONG_FILES = {
+    "two variants": (
+        ["model.bf16.safetensors", "model.fp16.safetensors"],
+        r"holds several variants: model\.bf16\.safetensors, model\.fp16\.safetensors; keep one",
+    ),
+    "part of the shards": (shards(".fp16", 3)[:2], r"00001-of-00003.*, 2 of 3 files; get the oth"),
+    "another name": (["t5xxl_fp16.safetensors"], r"named otherwise: t5xxl_fp16\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_files_that_are_no_encoder_alone(case: str, tiny: Path, tmp_path: Path):
+    folder, state = copy(tiny, tmp_path / "x", "t5")
+    names, message = WRONG_FILES[case]
+    in_files(folder, state, *names)
+    (problem,) = encoder_problems(configured("t5", folder, tiny), pixel_space=True)
+    assert re.match(rf"encoder\.t5_encoder = '{folder}': .*{message}", problem)
+    with pytest.raises(ValueError, match=rf"^encoder\.t5_encoder: cannot load.*{message}"):
+        TextWeights(T5_KEY, folder)
+
+
+def test_damage_in_a_shard_of_a_variant_is_named(tiny: Path, tmp_path: Path):
+    folder, state = copy(tiny, tmp_path / "x", "t5")
+    names = shards(".fp16", 2)
+    in_files(folder, state, *names, index="model.safetensors.index.fp16.json")
+    last = folder / names[1]
+    last.write_bytes(last.read_bytes()[:-7])
+    found = encoder_problems(configured("t5", folder, tiny), pixel_space=True)
+    assert [f"{last} is damaged" in line for line in found] == [True]
+    last.unlink()
+    last.symlink_to("gone")
+    (found,) = encoder_problems(configured("t5", folder, tiny), pixel_space=True)
+    assert f"index.fp16.json names {last.name}, which is a link to gone, which does not" in found
+
+
 def test_only_the_files_of_a_repository_that_are_needed_are_fetched(monkeypatch, tmp_path: Path):
     fetched = []
 
@@ -178,7 +267,7 @@ def test_only_the_files_of_a_repository_that_are_needed_are_fetched(monkeypatch,
             raise LocalEntryNotFoundError(f"{repository} has no {name}")
         return str(tmp_path / name)
 
-    monkeypatch.setattr("torchtitan_flux.encoders.text_weights.hf_hub_download", fetch)
+    monkeypatch.setattr("torchtitan_flux.encoders.text_files.hf_hub_download", fetch)
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no .*index\.json"):
         weight_files("owner/t5", T5_KEY)
     table = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
