@@ -14,7 +14,7 @@ from torchtitan_flux.checkpoint.locations import find
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.folders import folder_problems
-from torchtitan_flux.config.loading import loading_problems
+from torchtitan_flux.config.loading import going_on_problem, loading_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.numbers import number_problems
@@ -249,9 +249,9 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
 
 
 def _initial_path(config: Any) -> Path | None:
-    """Where the weights lie that a run begins with; None where it begins with none of them."""
+    """What a run begins with; None where it begins with nothing that is there."""
     c = config.checkpoint
-    if not (c.enable and c.initial_load_path and c.initial_load_model_only):
+    if not (c.enable and c.initial_load_path):
         return None
     if complete_steps(Path(config.job.dump_folder) / c.folder):
         return None  # the run goes on from its own
@@ -259,21 +259,25 @@ def _initial_path(config: Any) -> Path | None:
 
 
 def _initial_kind(config: Any) -> list[str]:
-    """Why what a run is to begin with is no FLUX transformer, whatever the model is."""
-    path = _initial_path(config)
+    """Why a run cannot begin with what it is to begin with, whatever the model is."""
+    path, c = _initial_path(config), config.checkpoint
     if path is None:
         return []
+    key = f"checkpoint.initial_load_path = {c.initial_load_path!r}"
+    if not c.initial_load_model_only:
+        why = "" if c.initial_load_in_hf else going_on_problem(path)  # that is refused already
+        return [f"{key} {why}"] if why else []
     try:
         find(path, "sizes")
     except (ValueError, OSError) as error:
-        return [f"checkpoint.initial_load_path = {config.checkpoint.initial_load_path!r}: {error}"]
+        return [f"{key}: {error}"]
     return []
 
 
 def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
     """Why weights do not fit the model, by their headers."""
     path, c = _initial_path(config), config.checkpoint
-    if path is None or _initial_kind(config):
+    if path is None or not c.initial_load_model_only or _initial_kind(config):
         return []
     try:
         open_for(

@@ -163,12 +163,15 @@ def schedule_of(path: Path) -> Schedule:
 
 def test_a_checkpoint_is_drawn_as_its_run_draws(pipeline, tmp_path):
     with_scheduler(pipeline, SHIFT_3)
+    cache = tmp_path / "models--org--flux"
+    shutil.copytree(pipeline, cache / "snapshots" / "abc")
     own = tmp_path / "own" / "checkpoint" / "step-7"
     for name, step, expected in (
         ("told", run(tmp_path / "told", "shift=2"), Schedule(2.0)),
         ("auto", run(tmp_path / "auto", "auto"), DEV),
         ("schnell", run(tmp_path / "schnell", "auto", flavor="flux-schnell"), SCHNELL),
         ("begun", run(tmp_path / "begun", "auto", pipeline), Schedule(3.0)),
+        ("cached", run(tmp_path / "cached", "auto", cache), Schedule(3.0)),
         ("gone", run(tmp_path / "gone", "auto", tmp_path / "nowhere"), DEV),
         ("own", run(tmp_path / "own", "auto", own), DEV),
     ):
