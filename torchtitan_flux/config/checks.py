@@ -11,6 +11,7 @@ from torchtitan_flux.checkpoint.folder import complete_steps
 from torchtitan_flux.checkpoint.hub_cache import why_absent
 from torchtitan_flux.checkpoint.import_weights import open_for
 from torchtitan_flux.checkpoint.locations import find
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.folders import folder_problems
@@ -24,6 +25,7 @@ from torchtitan_flux.config.resolve import (
     AUTO,
     configured_schedule,
     image_size,
+    own_scheduler,
     resolve_model_args,
     sample_settings,
 )
@@ -299,13 +301,25 @@ def _size(config: Any, args: FluxModelArgs) -> list[str]:
 
 
 def _grid_times(config: Any, args: FluxModelArgs) -> list[str]:
-    """Whether the pictures that are drawn while training have a schedule."""
-    if not config.sampling.enable or config.sampling.denoising_steps < 1 or _schedule(config):
+    """Whether there is a schedule for the pictures that are drawn while training.
+
+    What states it has to be readable without any, too: it goes along with what is exported.
+    """
+    if config.sampling.denoising_steps < 1 or _schedule(config):
+        return []
+    of_weights = config.sampling.schedule == AUTO
+    try:
+        _ = own_scheduler(config) if of_weights else None
+    except UnreadableWeights as error:
+        return [
+            f"checkpoint.initial_load_path: {error}; get it again, or say by sampling.schedule how "
+            "is drawn"
+        ]
+    if not config.sampling.enable:
         return []
     try:
         sample_settings(config, args).times(args.geometry)
     except (ValueError, OSError) as error:
-        of_weights = config.sampling.schedule == AUTO
         key = "checkpoint.initial_load_path" if of_weights else "sampling.schedule"
         return [f"{key} with sampling.enable = true: {error}"]
     return []

@@ -253,3 +253,17 @@ def test_grids_that_could_not_be_drawn_are_found_by_the_check(pipeline, tmp_path
     once = ("--sampling.schedule", "shift_terminal=0.1", "--sampling.denoising_steps", "1")
     (said,) = about_schedules(configured(tmp_path / "run", pipeline, *drawing, *once))
     assert said.startswith("sampling.schedule with sampling.enable = true: shift_terminal = 0.1")
+
+
+def test_a_spoilt_scheduler_is_found_by_the_check_whether_or_not_grids_are_drawn(
+    pipeline, tmp_path
+):
+    """It would be found after training else, when the run is exported."""
+    (pipeline / "scheduler" / SCHEDULER_FILE).write_text('{"shift": 3.0')
+    for more in (("--sampling.enable", "--sampling.prompts", "a"), ("--sampling.no-enable",)):
+        (said,) = about_schedules(configured(tmp_path / "run", pipeline, *more))
+        assert said.startswith("checkpoint.initial_load_path: ")
+        for part in (SCHEDULER_FILE, "is not JSON", "sampling.schedule"):
+            assert part in said
+    told = ("--sampling.no-enable", "--sampling.schedule", "shift=3")
+    assert about_schedules(configured(tmp_path / "run", pipeline, *told)) == []
