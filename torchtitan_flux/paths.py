@@ -44,5 +44,5 @@ def looks_local(path: str) -> bool:
 
 def _places(path: str) -> list[Path]:
     """Where a path of the configuration may lie, the first place first."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))  # Path.expanduser raises where there is no such user
     return [given] if given.is_absolute() else [root / given for root in (Path.cwd(), *ROOTS)]

@@ -74,7 +74,7 @@ class Manifest:
         """
         try:
             content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise Damaged(f"it has no {MANIFEST}, so it was not saved completely") from None
         except (OSError, ValueError) as error:
             raise Damaged(f"its {MANIFEST} cannot be read ({error})") from error

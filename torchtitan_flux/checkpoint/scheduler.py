@@ -150,7 +150,9 @@ def _of_run(checkpoint: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
         origin = _entry(config, "checkpoint", "initial_load_path")
         begun = locate(origin) if origin else None
         # a run may begin with a checkpoint of its own folder
-        return None if begun is None or begun in seen else _stated(begun, (*seen, begun))
+        if begun is None or begun in seen:
+            return None
+        return _stated(snapshot_of(begun), (*seen, begun))
     try:
         return _ours(checkpoint, Schedule.parse(given))
     except ValueError as error:

@@ -11,10 +11,11 @@ from torchtitan_flux.checkpoint.folder import complete_steps
 from torchtitan_flux.checkpoint.hub_cache import why_absent
 from torchtitan_flux.checkpoint.import_weights import open_for
 from torchtitan_flux.checkpoint.locations import find
+from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
 from torchtitan_flux.config.device import card
 from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.config.folders import folder_problems
-from torchtitan_flux.config.loading import loading_problems
+from torchtitan_flux.config.loading import going_on_problem, loading_problems
 from torchtitan_flux.config.low_precision import low_precision_fit, low_precision_problems
 from torchtitan_flux.config.meshes import mesh_problems, model_problems
 from torchtitan_flux.config.numbers import number_problems
@@ -24,6 +25,7 @@ from torchtitan_flux.config.resolve import (
     AUTO,
     configured_schedule,
     image_size,
+    own_scheduler,
     resolve_model_args,
     sample_settings,
 )
@@ -250,9 +252,9 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
 
 
 def _initial_path(config: Any) -> Path | None:
-    """Where the weights lie that a run begins with; None where it begins with none of them."""
+    """What a run begins with; None where it begins with nothing that is there."""
     c = config.checkpoint
-    if not (c.enable and c.initial_load_path and c.initial_load_model_only):
+    if not (c.enable and c.initial_load_path):
         return None
     if complete_steps(Path(config.job.dump_folder) / c.folder):
         return None  # the run goes on from its own
@@ -260,21 +262,25 @@ def _initial_path(config: Any) -> Path | None:
 
 
 def _initial_kind(config: Any) -> list[str]:
-    """Why what a run is to begin with is no FLUX transformer, whatever the model is."""
-    path = _initial_path(config)
+    """Why a run cannot begin with what it is to begin with, whatever the model is."""
+    path, c = _initial_path(config), config.checkpoint
     if path is None:
         return []
+    key = f"checkpoint.initial_load_path = {c.initial_load_path!r}"
+    if not c.initial_load_model_only:
+        why = "" if c.initial_load_in_hf else going_on_problem(path)  # that is refused already
+        return [f"{key} {why}"] if why else []
     try:
         find(path, "sizes")
     except (ValueError, OSError) as error:
-        return [f"checkpoint.initial_load_path = {config.checkpoint.initial_load_path!r}: {error}"]
+        return [f"{key}: {error}"]
     return []
 
 
 def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
     """Why weights do not fit the model, by their headers."""
     path, c = _initial_path(config), config.checkpoint
-    if path is None or _initial_kind(config):
+    if path is None or not c.initial_load_model_only or _initial_kind(config):
         return []
     try:
         open_for(
@@ -296,13 +302,25 @@ def _size(config: Any, args: FluxModelArgs) -> list[str]:
 
 
 def _grid_times(config: Any, args: FluxModelArgs) -> list[str]:
-    """Whether the pictures that are drawn while training have a schedule."""
-    if not config.sampling.enable or config.sampling.denoising_steps < 1 or _schedule(config):
+    """Whether there is a schedule for the pictures that are drawn while training.
+
+    What states it has to be readable without any, too: it goes along with what is exported.
+    """
+    if config.sampling.denoising_steps < 1 or _schedule(config):
+        return []
+    of_weights = config.sampling.schedule == AUTO
+    try:
+        _ = own_scheduler(config) if of_weights else None
+    except UnreadableWeights as error:
+        return [
+            f"checkpoint.initial_load_path: {error}; get it again, or say by sampling.schedule how "
+            "is drawn"
+        ]
+    if not config.sampling.enable:
         return []
     try:
         sample_settings(config, args).times(args.geometry)
     except (ValueError, OSError) as error:
-        of_weights = config.sampling.schedule == AUTO
         key = "checkpoint.initial_load_path" if of_weights else "sampling.schedule"
         return [f"{key} with sampling.enable = true: {error}"]
     return []

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torchtitan_flux.checkpoint.manifest import Damaged, Manifest
+
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
 """What a checkpoint consists of."""
 
@@ -28,6 +30,39 @@ def loading_problems(config: Any) -> list[str]:
                 f"exist; there {'are ' + ', '.join(map(str, there)) if there else 'is none'}"
             )
     return found + _left_out(c)
+
+
+def going_on_problem(path: Path) -> str:
+    """Why no run can go on with another's checkpoint, by its manifest and the sizes of its files.
+
+    Empty where it can, as far as that shows.
+    """
+    try:
+        manifest = Manifest.read(path)
+        manifest.check_sizes(path)
+    except Damaged as error:
+        return why_not_gone_on(None, str(error))
+    return why_not_gone_on(manifest, "")
+
+
+def why_not_gone_on(manifest: Manifest | None, problem: str) -> str:
+    """What to say of a checkpoint that is no full one; empty where it is.
+
+    Args:
+        manifest: None where the checkpoint is not good.
+        problem: why.
+    """
+    if manifest is None:
+        return (
+            f"cannot be gone on with: {problem}; set checkpoint.initial_load_model_only = true "
+            "where only its weights are wanted"
+        )
+    if manifest.kind != "full":
+        return (
+            "holds only a model, so it cannot be gone on with; set "
+            "checkpoint.initial_load_model_only = true to start from its weights"
+        )
+    return ""
 
 
 def _left_out(checkpoint: Any) -> list[str]:

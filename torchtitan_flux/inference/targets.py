@@ -29,7 +29,7 @@ def targets(options: argparse.Namespace, config: Any, requests: Sequence[Request
     if out is not None:
         folder = Path(out)
         # a dot may be in the name of a folder as well
-        named = "" if out.endswith(os.sep) or folder.is_dir() else folder.suffix.lower()
+        named = "" if out.endswith(os.sep) or os.path.isdir(out) else folder.suffix.lower()
         if named in FORMATS:
             _check_format(out, FORMATS[named])
             if len(requests) == 1:

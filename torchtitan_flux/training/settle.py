@@ -26,6 +26,7 @@ from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.pruned import blocks_told
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.checkpoint.weights import Weights
+from torchtitan_flux.config.loading import why_not_gone_on
 from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.config.meshes import peer_degree
 from torchtitan_flux.config.resolve import resolve_model_args, resolved_path
@@ -200,20 +201,8 @@ def _initial(config: Any, args: FluxModelArgs) -> tuple[Weights | Path | None, M
     if checkpoint.initial_load_model_only:
         return _weights(path, config, args, key), None
     manifest, problem = verify(path)
-    if manifest is None:
-        raise ConfigError(
-            [
-                f"{key} cannot be gone on with: {problem}; set checkpoint.initial_load_model_only "
-                "= true where only its weights are wanted"
-            ]
-        )
-    if manifest.kind != "full":
-        raise ConfigError(
-            [
-                f"{key} holds only a model, so it cannot be gone on with; set "
-                "checkpoint.initial_load_model_only = true to start from its weights"
-            ]
-        )
+    if why := why_not_gone_on(manifest, problem):
+        raise ConfigError([f"{key} {why}"])
     return path, manifest
 
 

@@ -163,12 +163,15 @@ def schedule_of(path: Path) -> Schedule:
 
 def test_a_checkpoint_is_drawn_as_its_run_draws(pipeline, tmp_path):
     with_scheduler(pipeline, SHIFT_3)
+    cache = tmp_path / "models--org--flux"
+    shutil.copytree(pipeline, cache / "snapshots" / "abc")
     own = tmp_path / "own" / "checkpoint" / "step-7"
     for name, step, expected in (
         ("told", run(tmp_path / "told", "shift=2"), Schedule(2.0)),
         ("auto", run(tmp_path / "auto", "auto"), DEV),
         ("schnell", run(tmp_path / "schnell", "auto", flavor="flux-schnell"), SCHNELL),
         ("begun", run(tmp_path / "begun", "auto", pipeline), Schedule(3.0)),
+        ("cached", run(tmp_path / "cached", "auto", cache), Schedule(3.0)),
         ("gone", run(tmp_path / "gone", "auto", tmp_path / "nowhere"), DEV),
         ("own", run(tmp_path / "own", "auto", own), DEV),
     ):
@@ -250,3 +253,17 @@ def test_grids_that_could_not_be_drawn_are_found_by_the_check(pipeline, tmp_path
     once = ("--sampling.schedule", "shift_terminal=0.1", "--sampling.denoising_steps", "1")
     (said,) = about_schedules(configured(tmp_path / "run", pipeline, *drawing, *once))
     assert said.startswith("sampling.schedule with sampling.enable = true: shift_terminal = 0.1")
+
+
+def test_a_spoilt_scheduler_is_found_by_the_check_whether_or_not_grids_are_drawn(
+    pipeline, tmp_path
+):
+    """It would be found after training else, when the run is exported."""
+    (pipeline / "scheduler" / SCHEDULER_FILE).write_text('{"shift": 3.0')
+    for more in (("--sampling.enable", "--sampling.prompts", "a"), ("--sampling.no-enable",)):
+        (said,) = about_schedules(configured(tmp_path / "run", pipeline, *more))
+        assert said.startswith("checkpoint.initial_load_path: ")
+        for part in (SCHEDULER_FILE, "is not JSON", "sampling.schedule"):
+            assert part in said
+    told = ("--sampling.no-enable", "--sampling.schedule", "shift=3")
+    assert about_schedules(configured(tmp_path / "run", pipeline, *told)) == []

@@ -612,6 +612,11 @@ TABLE: dict[str, list[Refusal]] = {
             needs=("folder",),
         ),
         line(
+            "--checkpoint.enable --checkpoint.initial_load_path folder --checkpoint.no-initial_load_model_only",
+            "checkpoint.initial_load_path = 'folder' cannot be gone on with: it has no manifest.json, so it was not saved completely; set checkpoint.initial_load_model_only = true where only its weights are wanted",
+            needs=("folder",),
+        ),
+        line(
             "--checkpoint.exclude_from_loading optimizer",
             "checkpoint.exclude_from_loading is set, and nothing is loaded or saved: set checkpoint.enable = true (with checkpoint.load_only = true to save nothing), or remove the key",
         ),

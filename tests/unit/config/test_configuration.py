@@ -248,6 +248,7 @@ def test_a_home_folder_is_one(monkeypatch, tmp_path):
 def test_a_name_that_no_file_can_have_is_not_there():
     assert locate("a red fox " * 30) is None
     assert locate("/" + "a red fox " * 30) is None
+    assert locate("~nobody-of-that-name/flux") is None
 
 
 def test_a_configuration_for_another_machine_is_read_unchecked():

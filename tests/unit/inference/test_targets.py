@@ -108,5 +108,8 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     for path in (plain / "x.png", plain / "deep" / "x.png", Path("/proc/seven.png"), too_long):
         with pytest.raises(ValueError, match=r"cannot be written \(.+\).* --out"):
             check_writable([path])
+    for out in (f"{tmp_path}/{'x' * 300}.png", f"{tmp_path}/{'x' * 300}/"):
+        with pytest.raises(ValueError, match=r"cannot be written \(File name too long\).* --out"):
+            check_writable(paths(out))
     check_writable([tmp_path / "new" / "deep" / "x.png", tmp_path / "y.png"])
     assert list(tmp_path.iterdir()) == [plain], "nothing is left behind"
