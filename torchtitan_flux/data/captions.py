@@ -67,9 +67,12 @@ def captions_of_text(data: bytes, by_line: bool, suffix: str = ".txt") -> Captio
     if is_lfs_pointer(data):
         return (), f"its {suffix} is a Git LFS pointer, run `git lfs pull`"
     try:
-        return captions_or_reason(data.decode("utf-8-sig"), by_line)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return (), f"its {suffix} is not UTF-8"
+    if "\0" in text:  # UTF-16 of plain letters is valid UTF-8, with a zero beside each of them
+        return (), f"its {suffix} is not UTF-8: it has zero bytes"
+    return captions_or_reason(text, by_line)
 
 
 def captions_of_json(data: bytes, column: str, by_line: bool) -> Captions:
@@ -150,8 +153,10 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
     for line, record in _records(root, name):
         where = f"{root / name}, line {line}"
         file_name = _field(record, "file_name")
-        if not isinstance(file_name, str) or not file_name:
+        if file_name is _MISSING:
             raise ValueError(f"{where}: has no 'file_name', only {_listed(record)}")
+        if not isinstance(file_name, str) or not file_name:
+            raise ValueError(f"{where}: its 'file_name' is {file_name!r}, not the name of a file")
         wanted = (column,) if column else CAPTION_NAMES
         captioned = captioned or any(has_field(record, known) for known in wanted)
         if not captioned:
@@ -176,8 +181,11 @@ def _records(root: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     path, line = root / name, 0
     try:
         with path.open("rb") as file:
-            if is_lfs_pointer(file.read(HEAD)):
-                raise ValueError(f"{path}: is a Git LFS pointer, run `git lfs pull`")
+            head = file.read(HEAD)
+        if is_lfs_pointer(head):
+            raise ValueError(f"{path}: is a Git LFS pointer, run `git lfs pull`")
+        if b"\0" in head:
+            raise ValueError(f"{path}, line 1: is not UTF-8: it has zero bytes")
         with path.open(encoding="utf-8-sig", newline="") as file:
             if name.endswith(".csv"):
                 for line, record in _csv_records(file, path):
@@ -188,8 +196,6 @@ def _records(root: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
                         yield line, _json_object(text, f"{path}, line {line}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, line {_line_of_damage(path)}: is not UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line + 1}: {error}") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
 
@@ -209,7 +215,7 @@ def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]
     names = [name.lower() for name in table.fieldnames if name]
     if twice := next((name for name in names if names.count(name) > 1), ""):
         raise ValueError(f"{path}, line 1: has two columns called {twice!r}")
-    for record in table:
+    for record in _each(table, path):
         if None in record:
             raise ValueError(
                 f"{path}, line {table.line_num}: has more fields than line 1 has columns "
@@ -218,6 +224,18 @@ def _csv_records(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]
         if spaced:
             record = {name: value and value.strip() for name, value in record.items()}
         yield table.line_num, record
+
+
+def _each(table: csv.DictReader, path: Path) -> Iterator[dict[str | Any, Any]]:
+    """The rows of a table; one that is damaged is refused with the line where it begins."""
+    while True:
+        line = table.line_num + 1
+        try:
+            yield next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
 
 
 def _names(line: str, separator: str) -> list[str]:

@@ -42,7 +42,14 @@ from torchtitan_flux.data.pairing import (
     composed,
     is_picture,
 )
-from torchtitan_flux.data.parts import NO_PART, not_read, own_parts, part_of_folder
+from torchtitan_flux.data.parts import (
+    NO_PART,
+    are_parts,
+    deeper_parts,
+    not_read,
+    own_parts,
+    part_of_folder,
+)
 from torchtitan_flux.data.sources import Source, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.data.split import part_or_share
 
@@ -54,6 +61,10 @@ _SEVERAL_LINES = (
     '(data.captions = "lines" makes every line a caption of its own)'
 )
 _SECOND_TEXT = "pictures have a .caption besides their .txt, which alone is read"
+_DEEPER_PARTS = (
+    "folders named after parts are read like any other, since they do not lie directly below the "
+    "data's folder: name the one above them"
+)
 _NO_FILES = "names of pictures and texts that are a pipe, a socket, a device or a folder"
 
 
@@ -127,7 +138,7 @@ class _Pictures:
         self._index_folder = options.index_folder
         self._split: Split = split
         parts = self._parts()
-        own = own_parts(parts.values(), split, str(root)) if _are_parts(parts) else None
+        own = own_parts(parts.values(), split, str(root)) if are_parts(parts.values()) else None
         self.part = own[0] if own else ""
         self._only = {name for name in parts if parts[name] == self.part} if own else None
         self._left_out = not_read(parts, own)
@@ -138,7 +149,7 @@ class _Pictures:
         """Folders directly below the root that hold pictures -> the part of the data they are."""
         named = directories_of(self.place, self._index_folder)
         parts = {name: part_of_folder(name) for name in named}
-        if not _are_parts(parts):
+        if not are_parts(parts.values()):
             return {}
         return {name: part for name, part in parts.items() if self._holds_pictures(name)}
 
@@ -214,6 +225,9 @@ class _Pictures:
                 text = "files whose names are not UTF-8 are left out"
                 writer.note(text, directory.name or ".", directory.unnameable)
             self._add(directory, metadata, writer, bar)
+        pictured = (d.name for d in self._walk() if any(map(is_picture, d.files)))
+        for name in deeper_parts(pictured):
+            writer.note(_DEEPER_PARTS, name)
         for path in sorted(metadata.captions):  # missing, hidden, or of a suffix of their own
             if self._is_read(path):
                 self._add_row(path, self._captions(path, metadata, None, writer), writer)
@@ -221,10 +235,21 @@ class _Pictures:
                 writer.note(NO_PART, path)
         if not writer.rows:
             nothing = f"holds no pictures ({named()})"
+            if others := self._other_sources():
+                nothing += f"; {others}"
             if refused:
                 nothing += f"; cannot be opened: {', '.join(refused[:3])}"
             part = f" of the {self.part} part" if self.part else ""
             raise ValueError(f"{PATH_KEY[self._split]}: {self.place}{part} {nothing}")
+
+    def _other_sources(self) -> str:
+        """What else the folder holds that another source reads, in words; "" for nothing."""
+        files = [file.lower() for directory in self._walk() for file in directory.files]
+        found = []
+        for kind, suffixes in (("webdataset", (".tar",)), ("parquet", (".parquet", ".arrow"))):
+            if there := next((s for s in suffixes for file in files if file.endswith(s)), ""):
+                found.append(f'its {there} files are read by training.dataset = "{kind}"')
+        return ", ".join(found)
 
     def _add(
         self, directory: Directory, metadata: "_Metadata", writer: IndexWriter, bar: tqdm
@@ -361,12 +386,6 @@ class _Metadata:
             if len(spellings) == 1 and path not in spellings:
                 (spelling,) = spellings
                 self.captions.setdefault(spelling, []).extend(self.captions.pop(path))
-
-
-def _are_parts(parts: dict[str, str]) -> bool:
-    """Whether folders that are named after parts are meant as such."""
-    there = set(parts.values())
-    return "train" in there and not there.isdisjoint({"validation", "test"})
 
 
 def _stamp(path: Path) -> str:

@@ -38,6 +38,8 @@ def foreign_content(head: bytes, name: str) -> str:
         return "is a web page: download the file itself"
     if head.startswith(b"ARROW1"):
         return "is an Arrow file for random access (Feather), not a stream: write it as parquet"
+    if head.startswith(b"PAR1") and not name.lower().endswith(".parquet"):
+        return "is a parquet file under another name: rename it to .parquet"
     for magic, (packed, command, suffix) in _PACKED.items():
         if head.startswith(magic) and (packed != "bzip2" or head[4:10] == b"1AY&SY"):
             return (

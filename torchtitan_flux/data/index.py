@@ -21,7 +21,7 @@ BATCH_ROWS = 65_536
 """Rows that the writer keeps in memory; also what a reader may have to look through."""
 BATCH_CHARACTERS = 2**27  # of captions: a batch of long ones is written earlier
 
-FORMAT = "2"
+FORMAT = "3"
 """Indexes of other formats are built anew."""
 _KEY = b"torchtitan_flux.index"
 

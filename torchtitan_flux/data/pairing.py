@@ -15,6 +15,10 @@ TEXT_SUFFIXES = (".txt", ".caption")
 SHARED = "pictures share their text with another picture of the same name"
 UNCLEAR = "text files might belong to several pictures, and are not read"
 UNUSED = "text files belong to no picture"
+SPELLED_TWICE = "text files differ from another one in upper and lower case alone, and are not read"
+TABLES = "tables beside pictures are not read, only metadata.csv and metadata.jsonl are"
+
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".xlsx")
 
 UNCLEAR_REASON = "several spellings of its name are there, and whose its text is is not known"
 
@@ -51,7 +55,7 @@ class Pairs:
         self._pictures: Counter[str] = Counter()  # how many of each stem
         self._texts: dict[str, dict[str, str]] = {suffix: {} for suffix in TEXT_SUFFIXES}
         self._others: dict[str, list[str]] = {}
-        unused = []
+        self._spelled_twice: list[str] = []
         for file in files:
             stem, ending = os.path.splitext(file)
             suffix = ending.lower()
@@ -60,15 +64,15 @@ class Pairs:
             elif suffix not in TEXT_SUFFIXES:
                 self._others.setdefault(stem, []).append(file)
             elif stem in self._texts[suffix] and ending != suffix:
-                unused.append(file)
+                self._spelled_twice.append(file)
             else:  # a.txt counts before a.TXT
-                unused += [self._texts[suffix][stem]] if stem in self._texts[suffix] else []
+                if stem in self._texts[suffix]:
+                    self._spelled_twice.append(self._texts[suffix][stem])
                 self._texts[suffix][stem] = file
         self._unclear: set[str] = set()  # stems of pictures
         self._other_spellings: dict[tuple[str, str], str] = {}
         for suffix in TEXT_SUFFIXES:
             self._pair_spellings(suffix)
-        self._unused = unused + list(self._without_picture())
 
     def _pair_spellings(self, suffix: str) -> None:
         texts, pictures = defaultdict(list), defaultdict(list)
@@ -115,9 +119,8 @@ class Pairs:
         unclear = {composed(stem) for stem in self._unclear}
         explained = set()
         for stem, files in sorted(self._others.items()):
-            captioned = stem not in self._pictures and any(
-                stem in texts for texts in self._texts.values()
-            )
+            has_text = any(stem in texts for texts in self._texts.values())
+            captioned = has_text and stem not in self._pictures
             for file in files:
                 suffix = os.path.splitext(file)[1].lower()
                 package = plug_in_for(suffix)
@@ -126,7 +129,13 @@ class Pairs:
                     beside = " with a caption beside them" if captioned else ""
                     yield Remark(f"{suffix or 'nameless'} files{beside} are not read{hint}", file)
                     explained.add(stem)
-        for file in sorted(self._unused):
+                elif stem in self._pictures and not has_text:
+                    yield Remark(f"{suffix or 'nameless'} files beside pictures are not read", file)
+                elif suffix in _TABLES and file not in METADATA_FILES:
+                    yield Remark(TABLES, file)
+        for file in sorted(self._spelled_twice):
+            yield Remark(SPELLED_TWICE, file)
+        for file in sorted(self._without_picture()):
             stem = os.path.splitext(file)[0]
             if composed(stem) in unclear:
                 yield Remark(UNCLEAR, file)

@@ -46,6 +46,28 @@ def part_of_folder(name: str) -> str:
     return ""
 
 
+def are_parts(parts: Iterable[str]) -> bool:
+    """Whether folders of pictures that are these parts are meant as such."""
+    there = set(parts)
+    return "train" in there and not there.isdisjoint(_HELD_OUT)
+
+
+def deeper_parts(folders: Iterable[str]) -> list[str]:
+    """Folders that are named after parts, where parts are not looked for: not below the root.
+
+    Args:
+        folders: that hold pictures, relative to the root.
+    """
+    beside: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        names = folder.split("/")
+        for depth in range(1, len(names)):
+            if part := part_of_folder(names[depth]):
+                same = beside.setdefault("/".join(names[:depth]), {})
+                same["/".join(names[: depth + 1])] = part
+    return [name for same in beside.values() if are_parts(same.values()) for name in same]
+
+
 def own_parts(parts: Iterable[str], split: Split, path: str) -> tuple[str, bool] | None:
     """(part of a split, whether both splits share it); None where no part is named at all.
 

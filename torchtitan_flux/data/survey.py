@@ -3,7 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions when it is imported)
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -109,12 +109,11 @@ class Survey:
         held_out = "" if self.held_out is None else f", {self.held_out:,} of them held out"
         yield f"{self.title}: {self.items:,} items{held_out}"
         for one in self.unreadable:
-            yield _line(one.count, f"cannot be read: {one.text}", one.examples, one.count)
+            yield f"{one.count:11,}  cannot be read: {_with_examples(one)}"
         for note in self.notes:
-            lost = f" (about {note.lost:,} items lost)" if note.lost else ""
-            yield _line(note.count, f"{note.text}{lost}", note.examples, note.count)
+            yield f"{note.count:11,}  {_with_examples(note)}"
         if self.enlarged.count:
-            yield _line(self.enlarged.count, self.enlarged.text, (), 0)
+            yield f"{self.enlarged.count:11,}  {self.enlarged.text}"
         for name, one in self.tokens.items():
             if one.too_long:
                 yield (
@@ -123,9 +122,10 @@ class Survey:
                 )
 
 
-def _line(count: int, text: str, examples: Sequence[str], of: int) -> str:
-    named = ", ".join(examples) + (", …" if of > len(examples) else "")
-    return f"{count:11,}  {text}" + (f" ({named})" if examples else "")
+def _with_examples(one: Found | Note) -> str:
+    lost = f" (about {one.lost:,} items lost)" if isinstance(one, Note) and one.lost else ""
+    named = ", ".join(one.examples) + (", …" if one.count > len(one.examples) else "")
+    return one.text + lost + (f" ({named})" if one.examples else "")
 
 
 def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) -> Survey:
@@ -302,5 +302,6 @@ def refuse_unusable(source: Source, max_share: float, key: str) -> None:
         if readable
         else f"{key}: none of the {items:,} items of {whole.title} can be trained on"
     )
-    table = [line.strip() for line in survey(source, ImageSize(1, 1)).lines()][1:]
-    raise ValueError("; ".join([what, *table]))
+    found = survey(source, ImageSize(1, 1))
+    table = [f"{one.count:,} × {_with_examples(one)}" for one in (*found.unreadable, *found.notes)]
+    raise ValueError(f"{what}: {'; '.join(table)}")

@@ -7,6 +7,7 @@ Rows are read through memory maps. Of parquet, the columns that are read are con
 import bisect
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +28,16 @@ from torchtitan_flux.data.sources import SourceOptions, Split
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 _SUFFIXES = (".parquet", ".arrow")
 
 _PACKED = re.compile(r"\.(parquet|arrow)\.(gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+_ROWS = 256
+"""Rows that are converted at once."""
 
 _NO_ROWS = "tables without rows"
 
@@ -268,7 +274,8 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
             if what := foreign_content(head, file.name):
                 return what
     if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened: {error.strerror}"
+        other = error.filename if str(error.filename or file) != str(file) else ""
+        return f"cannot be opened: {other}{': ' if other else ''}{error.strerror}"
     reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
     return f"cannot be read as a table: {reason[0]}"
 
@@ -287,14 +294,16 @@ def _from_parquet(
 
     folder = _cache_folder(root, index_folder)
     files = [str(root / name) for name in rows]
+    logger.info("%s: %d parquet files are converted once, into %s", root, len(files), folder)
     # One process converts, the others wait and find it done.
-    with locked(folder.parent / "parquet.lock", str(root)):
+    with locked(folder.parent / "parquet.lock", str(root)), _without_bars():
         table = load_dataset(
             "parquet",
             data_files=files,
             split="train",
             cache_dir=str(folder),
             columns=columns.names,
+            batch_size=_ROWS,  # else as many as the first group holds, which may be none
             features=Features.from_arrow_schema(columns),
         )
     assert isinstance(table, Dataset)
@@ -304,6 +313,24 @@ def _from_parquet(
         name: table.select(range(end - rows[name], end))
         for name, end in zip(rows, ends, strict=True)
     }
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, of which every process would print several."""
+    from datasets.utils.logging import (
+        disable_progress_bar,
+        enable_progress_bar,
+        is_progress_bar_enabled,
+    )
+
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _cache_folder(root: Path, index_folder: Path | None) -> Path:

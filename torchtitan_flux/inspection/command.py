@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ DECODED = 20_000
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, or 2 where a run would refuse the data."""
     options, keys = _parse(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal may not have the letters of a caption
+            stream.reconfigure(errors="backslashreplace")
     with exit_on_config_error():
         config = _read(keys)
         source = open_source(config, "train")
@@ -107,7 +111,7 @@ def _show(config: Any, samples: TrainingSamples, options: argparse.Namespace) ->
     if options.json:
         summary = {**dataclasses.asdict(found), "decoded": decode, "sheet": sheet and str(sheet)}
         summary["notes"] = [note._asdict() for note in found.notes]
-        print(json.dumps({"summary": summary}, ensure_ascii=False))
+        print(json.dumps({"summary": summary}))
         return
     print("\n".join(_page(found, missing)))
     if not decode:
@@ -120,12 +124,17 @@ def _listed(items: Iterator[Inspected], options: argparse.Namespace) -> Iterator
     """The items, each printed on its way where that was asked for."""
     for one in items:
         if options.json:
-            print(json.dumps(as_json(one), ensure_ascii=False))
+            print(json.dumps(as_json(one)))
         elif options.items:
             bad = one.unreadable
-            said = f"cannot be read: {bad}" if bad else " | ".join(one.captions)
+            said = f"cannot be read: {bad}" if bad else " | ".join(map(_on_a_line, one.captions))
             print(f"{one.item}  {one.width or '?'}x{one.height or '?'}  {said}")
         yield one
+
+
+def _on_a_line(caption: str) -> str:
+    """A caption with its ends of lines, and what else a terminal obeys, written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in caption)
 
 
 def _page(found: Survey, missing: str) -> Iterator[str]:

@@ -140,13 +140,37 @@ def test_the_caption_column_is_the_one_named_or_the_first_known(tmp_path):
         ("metadata.csv", b"file,text\na.png,x\n", "line 2: has no 'file_name'"),
         ("metadata.csv", b"file_name,label\na.png,x\n", "no line has 'text'"),
         ("metadata.csv", b'file_name,text\na.png,x\nb.png,"x\n', "line 3: unexpected end"),
+        ("metadata.csv", b'file_name,text\na.png,"x\nb.png,y\n', "line 2: unexpected end"),
+        ("metadata.csv", b"file_name,text\n,x\n", "line 2: its 'file_name' is '', not the name"),
+        ("metadata.jsonl", b'{"file_name": 3}', "line 1: its 'file_name' is 3, not the name"),
         ("metadata.csv", b"file_name,text\na.png,\xff\n", "line 2: is not UTF-8"),
+        ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16"), "line 1: is not UTF-8"),
+        ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16-le"), "line 1: is not UTF-8"),
+        ("metadata.jsonl", '{"file_name": "a.png"}'.encode("utf-16-be"), "line 1: is not UTF-8"),
     ],
 )
 def test_metadata_that_cannot_be_understood_are_named(tmp_path, name, text, message):
     picture(tmp_path / "a.png")
     (tmp_path / name).write_bytes(text)
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}.*{message}"):
+        source(tmp_path)
+
+
+def test_utf_16_without_a_mark_is_no_caption(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16-le"))  # which is valid UTF-8
+    row = source(tmp_path).index[0]
+    assert (row.captions, row.reason) == ((), "its .txt is not UTF-8: it has zero bytes")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("0.TAR", "webdataset"), ("0.parquet", "parquet"), ("0.arrow", "parquet")]
+)
+def test_a_folder_for_another_source_is_told(tmp_path, file, kind):
+    (tmp_path / file).touch()
+    with pytest.raises(
+        ValueError, match=rf'holds no pictures .*read by training.dataset = "{kind}"'
+    ):
         source(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_long_captions_are_written_before_the_batch_is_full(tmp_path, monkeypatc
         lambda data: b"garbage" * 100,
         lambda data: data[: len(data) // 2],
         lambda data: data[:-1],
-        lambda data: data.replace(b'"format": "2"', b'"format": "0"'),
+        lambda data: data.replace(b'"format": "3"', b'"format": "0"'),
         lambda data: data.replace(b"torchtitan_flux.index", b"torchtitan_flux.other"),
     ],
 )

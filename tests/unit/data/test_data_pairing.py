@@ -14,7 +14,7 @@ from torchtitan_flux.data import index_cache
 from torchtitan_flux.data import pairing as pairing_module
 from torchtitan_flux.data.folder import FolderSource
 from torchtitan_flux.data.formats import IMAGE_SUFFIXES
-from torchtitan_flux.data.pairing import SHARED, UNCLEAR, UNUSED, Pairs
+from torchtitan_flux.data.pairing import SHARED, SPELLED_TWICE, TABLES, UNCLEAR, UNUSED, Pairs
 from torchtitan_flux.data.sources import SourceOptions, UnreadableItem
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -45,8 +45,8 @@ def notes(items: FolderSource) -> dict[str, tuple[str, ...]]:
     ("files", "pairs", "remarks"),
     [
         ("a.JPG a.TXT", {"a.JPG": ["a.TXT"]}, {}),
-        ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, {"a.TXT": UNUSED}),
-        ("a.TXT a.jpg a.txt", {"a.jpg": ["a.txt"]}, {"a.TXT": UNUSED}),
+        ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, {"a.TXT": SPELLED_TWICE}),
+        ("a.TXT a.jpg a.txt", {"a.jpg": ["a.txt"]}, {"a.TXT": SPELLED_TWICE}),
         ("a.jpg A.txt", {"a.jpg": []}, {"A.txt": UNUSED}),
         ("a.jpg a.caption", {"a.jpg": ["a.caption"]}, {}),
         ("a.jpg a.txt a.Caption", {"a.jpg": ["a.txt", "a.Caption"]}, {}),
@@ -62,6 +62,12 @@ def notes(items: FolderSource) -> dict[str, tuple[str, ...]]:
         # The text is one picture's own; the other picture has none.
         (f"{NFC}.jpg {NFD}.jpg {NFC}.txt", {f"{NFC}.jpg": [f"{NFC}.txt"], f"{NFD}.jpg": []}, {}),
         ("a.jpg a.txt a.npz", {"a.jpg": ["a.txt"]}, {}),
+        ("a.jpg a.json", {"a.jpg": []}, {"a.json": ".json files beside pictures are not read"}),
+        (
+            "a.jpg Metadata.csv labels.tsv notes.md",
+            {},
+            {"Metadata.csv": TABLES, "labels.tsv": TABLES},
+        ),
         ("b.mp4 b.txt c.mp4", {}, {"b.mp4": ".mp4 files with a caption beside them are not read"}),
         ("metadata.jsonl readme.txt", {}, {"readme.txt": UNUSED}),
     ],

@@ -199,14 +199,34 @@ def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"training\.dataset_path: .* holds no \.parquet or"):
         source_of(tmp_path / "empty")
-    for name in "a.parquet", "b.arrow":
+    said = {"a.parquet": "cannot be read as a table", "b.arrow": r"is a parquet file .* rename it"}
+    for name, what in said.items():
         (tmp_path / name).write_bytes(b"PAR1 and nothing more")
-        with pytest.raises(ValueError, match=rf"dataset_path: .*{name} cannot be read as a table"):
+        with pytest.raises(ValueError, match=rf"dataset_path: .*{name} {what}"):
             source_of(tmp_path / name)
+    as_dataset(0, 2).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match=r"saved cannot be opened: .*\.arrow: No such file"):
+        source_of(tmp_path / "saved")
     write_parquet(tmp_path / "none" / "0.parquet", rows(0, 1)).touch()
     pq.write_table(pa.table(rows(0, 1)).slice(0, 0), tmp_path / "none" / "0.parquet")
     with pytest.raises(ValueError, match="holds no row"):
         source_of(tmp_path / "none")
+
+
+def test_groups_without_rows(tmp_path):
+    table = pa.table(rows(0, 3))
+    with pq.ParquetWriter(tmp_path / "0.parquet", table.schema) as writer:
+        for part in table.slice(0, 0), table.slice(0, 2), table.slice(0, 0), table.slice(2, 1):
+            writer.write_table(part)
+    assert contents(source_of(tmp_path)) == numbers(0, 3)
+
+
+def test_no_bars_of_datasets_are_shown(tmp_path, capfd):
+    datasets.enable_progress_bars()
+    source_of(write_parquet(tmp_path / "0.parquet", rows(0, 3)))
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
 
 
 def _count(arguments) -> int:

@@ -98,6 +98,14 @@ def test_a_folder_of_parts(tmp_path):
     assert ids(tmp_path, "held_out") == ["val/2.png", "val/6.png"]
 
 
+def test_parts_that_lie_deeper_are_told(tmp_path):
+    png(tmp_path, "images/train/0.png", "images/val/a/1.png", "cars/val/2.png")
+    source = FolderSource("train", SourceOptions(path=str(tmp_path)))
+    assert len(source) == 3
+    notes = [note for note in source.index.notes if "named after parts" in note.text]
+    assert [note.examples for note in notes] == [("images/train", "images/val")]
+
+
 def test_metadata_at_the_root_caption_each_part(tmp_path):
     png(tmp_path, "train/0", "test/1")
     for text in tmp_path.rglob("*.txt"):

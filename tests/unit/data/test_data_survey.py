@@ -135,7 +135,14 @@ def test_sizes_and_aspect_ratios_of_what_can_be_read(make):
 def test_nothing_usable_is_refused_and_says_why(make):
     with pytest.raises(ValueError, match=r"training\.dataset_path: none of the 6 items") as error:
         refuse_unusable(make(BAD), 1.0, "training.dataset_path")
-    assert "2  cannot be read: the file is empty (empty, empty too)" in str(error.value)
+    table = str(error.value).partition(" can be trained on: ")[2].split("; ")
+    assert table[0] == "2 × the file is empty (empty, empty too)"
+    assert sorted(table[1:]) == [
+        "1 × decompression bomb, data.max_image_pixels = 134217728 (vast)",
+        "1 × does not exist (shut)",
+        "1 × has no caption (silent)",
+        "1 × too small, data.min_image_size = 8 (tiny)",
+    ]
 
 
 def test_what_is_lost_counts_towards_the_share(make):

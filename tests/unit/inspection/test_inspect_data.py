@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,28 @@ def test_json_names_every_item_and_every_fault(folder, capsys, tmp_path_factory)
     assert summary["decoded"] is True
     assert sum(one["count"] for one in summary["unreadable"]) == 5
     assert summary["tokens"]["CLIP"]["limit"] == 77
+
+
+def test_each_item_is_a_line_whatever_its_caption_holds(folder, capsys):
+    said = "one\r\ntwo\u2028three\x85four \x1b[31m é"
+    (folder / "00.txt").write_bytes(said.encode())
+    assert inspected(folder, "--json") == 0
+    lines = capsys.readouterr().out.splitlines()  # which splits at U+2028 and NEL, too
+    assert len(lines) == 26
+    assert json.loads(lines[0])["captions"] == [said]
+    assert inspected(folder, "--items") == 0
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert first == r"00.jpg  48x40  one\r\ntwo\u2028three\x85four \x1b[31m é"
+    assert second.startswith("01.jpg")
+
+
+def test_captions_beyond_the_letters_of_the_terminal(folder, monkeypatch):
+    (folder / "00.txt").write_text("猫", encoding="utf-8")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert inspected(folder, "--items") == 0
+    out.flush()
+    assert out.buffer.getvalue().startswith(rb"00.jpg  48x40  \u732b")
 
 
 def test_without_decoding_the_headers_are_believed(folder, capsys):
