@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         config = _read(keys)
         source = open_source(config, "train")
         samples = _samples(config, source)
-        _show(config, samples, options)
+        try:
+            _show(config, samples, options)
+        except BrokenPipeError:  # as of `| head`, which has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         refuse_bad_data(source, "train", config)
     return 0
 
@@ -166,5 +169,9 @@ def _sheet(config: Any, samples: TrainingSamples, options: argparse.Namespace) -
     if not pictures:
         return None
     path = options.sheet or Path(config.job.dump_folder) / "contact_sheet.png"
-    save_contact_sheet(pictures, path)
+    try:
+        save_contact_sheet(pictures, path)
+    except OSError as error:
+        key = "--sheet" if options.sheet else "job.dump_folder"
+        raise ConfigError([f"{key}: {path} cannot be written: {error.strerror}"]) from error
     return path

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -94,6 +95,22 @@ def test_captions_beyond_the_letters_of_the_terminal(folder, monkeypatch):
     assert inspected(folder, "--items") == 0
     out.flush()
     assert out.buffer.getvalue().startswith(rb"00.jpg  48x40  \u732b")
+
+
+def test_a_sheet_that_cannot_be_written_is_refused(folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        inspected(folder, "--sheet", str(folder), tmp=folder / "00.txt")
+    assert ended.value.code == 2
+    assert "--sheet: " in (said := capsys.readouterr().err)
+    assert "cannot be written: " in said
+
+
+def test_a_reader_that_has_seen_enough_ends_it(folder, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", buffering=1) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert inspected(folder, "--items") == 0
 
 
 def test_without_decoding_the_headers_are_believed(folder, capsys):
