@@ -72,10 +72,8 @@ class SourcePart:
 
     @property
     def digest(self) -> str:
-        return hashlib.blake2b(
-            f"{items_digest(self.source)}/{self.split}/{self._count}/{self._held_out}".encode(),
-            digest_size=16,
-        ).hexdigest()
+        what = f"{items_digest(self.source)}/{self.split}/{self._count}/".encode()
+        return hashlib.blake2b(what + self._held_out.tobytes(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return self._count if self.split == "held_out" else len(self.source) - self._count

@@ -211,3 +211,17 @@ def test_a_refusal_of_the_system_is_told_as_it_is_now(make):
 def test_notes_come_back_from_the_file(make):
     notes = make(GOOD, [("files", str(n)) for n in range(9)]).index.notes
     assert json.loads(json.dumps(notes)) == [["files", 9, 0, ["0", "1", "2", "3", "4"]]]
+
+
+def test_the_digest_of_a_part_is_of_every_held_out_item(make):
+    """Which of thousands cannot be read changes what is held out, not the names."""
+
+    def part(unreadable: int) -> SourcePart:
+        rows = [row(f"{n}") for n in range(4000)]
+        rows[unreadable] = row(f"{unreadable}", 0, 0, reason="the file is empty")
+        return SourcePart(make(rows), "held_out", 0.5)
+
+    drawn = [int(n) for n in Permutation(0, "held_out", 4000).many(np.arange(2000))]
+    parts = [part(drawn[1000]), part(drawn[1001])]
+    assert len({items_digest(one.source) for one in parts}) == 1
+    assert len(set(map(items_digest, parts))) == 2
