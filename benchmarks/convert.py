@@ -16,17 +16,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 
-from torchtitan_flux.checkpoint.architecture import to_metadata
-from torchtitan_flux.checkpoint.convert import TargetFormat, convert
-from torchtitan_flux.checkpoint.safetensors_writer import TensorsWriter, parse_size, total_bytes
-from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries
-from torchtitan_flux.checkpoint.weights import open_weights
 from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter, parse_size, total_bytes
+from torchtitan_flux.weights.architecture import to_metadata
+from torchtitan_flux.weights.convert import TargetFormat, convert
+from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries
+from torchtitan_flux.weights.open import open_weights
 
 NAMES: dict[str, str] = {"bfl": "flux1-b.safetensors", "comfyui": "c.safetensors"}
 

@@ -17,22 +17,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
-from torchtitan_flux.engine import give_back_freed_memory
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+from torchtitan_flux.torchtitan_shim import give_back_freed_memory
 
 import torch
 import torch.distributed as dist
 
-from torchtitan_flux.checkpoint.architecture import to_diffusers_config
-from torchtitan_flux.checkpoint.import_weights import import_weights
-from torchtitan_flux.checkpoint.safetensors_writer import TensorsWriter
-from torchtitan_flux.checkpoint.transformer import foreign_shapes, layout_entries, our_shapes
-from torchtitan_flux.checkpoint.weights import WEIGHTS_NAME, open_weights
 from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter
+from torchtitan_flux.weights.architecture import to_diffusers_config
+from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
+from torchtitan_flux.weights.load import import_weights
+from torchtitan_flux.weights.open import WEIGHTS_NAME, open_weights
 
 MB = 10**6
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
-    from torchtitan_flux.data.index import Index
+    from torchtitan_flux.data.sources.index import Index
 
 READS = 10_000
 WRITTEN_AT_ONCE = 2**18
@@ -50,7 +50,7 @@ def columns(start: int, rows: int) -> dict[str, pa.Array]:
 
 
 def write(path: Path, rows: int) -> None:
-    from torchtitan_flux.data.index import IndexWriter
+    from torchtitan_flux.data.sources.index import IndexWriter
 
     start = time.perf_counter()
     writer = IndexWriter(path, {})
@@ -72,8 +72,8 @@ def private_memory() -> float:
 
 def read(path: Path) -> None:
     """Open and read; to be called in a fresh process."""
-    from torchtitan_flux.data.index import Index
     from torchtitan_flux.data.order import Order
+    from torchtitan_flux.data.sources.index import Index
 
     before = private_memory()
     start = time.perf_counter()
@@ -97,9 +97,9 @@ def read(path: Path) -> None:
 
 def table(index: "Index") -> None:
     """The table that every start prints, and a held-out part; many rows are too small."""
-    from torchtitan_flux.data.indexed import IndexedSource
-    from torchtitan_flux.data.sources import SourceOptions
-    from torchtitan_flux.data.split import SourcePart
+    from torchtitan_flux.data.sources.indexed import IndexedSource
+    from torchtitan_flux.data.sources.source import SourceOptions
+    from torchtitan_flux.data.sources.split import SourcePart
     from torchtitan_flux.data.survey import survey
     from torchtitan_flux.latents import ImageSize
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torchtitan_flux.engine  # isort: skip  # noqa: F401  before torchtitan
+import torchtitan_flux.torchtitan_shim  # isort: skip  # noqa: F401  before torchtitan
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ from torchtitan.models.flux.tokenizer import FluxTokenizer
 from torchtitan.models.flux import flux_datasets
 from torchtitan_flux.data.loader import FluxDataLoader
 from torchtitan_flux.data.order import Order
-from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples
-from torchtitan_flux.data.sources import SourceOptions
+from torchtitan_flux.data.sources.registry import build_source
+from torchtitan_flux.data.sources.source import SourceOptions
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize

@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # before torchtitan
+import torchtitan_flux.torchtitan_shim  # before torchtitan
 
 import torch
 from torchtitan.tools.logging import init_logger
 
-from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.trainer import FluxTrainer
 
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     init_logger()
-    torchtitan_flux.engine.keep_freed_memory()  # as the trainer's own entry point
+    torchtitan_flux.torchtitan_shim.keep_freed_memory()  # as the trainer's own entry point
     with tempfile.TemporaryDirectory() as own:
         box = [own]  # all ranks write one folder
         start_process_group(load_config(arguments(own, options)))

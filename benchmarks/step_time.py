@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # isort: skip  before torchtitan
+import torchtitan_flux.torchtitan_shim  # isort: skip  before torchtitan
 
 import tomli
 import torch
@@ -48,13 +48,13 @@ from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.flux.utils import create_position_encoding_for_latents, pack_latents
 
 from torchtitan.models import flux as theirs
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.generate import TextConditioning
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
 from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
+from torchtitan_flux.sampling.generate import TextConditioning
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.losses import EncodedBatch, sample_losses
 from torchtitan_flux.training.process import start_process_group
 
@@ -164,7 +164,7 @@ def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
     )  # fmt: skip
     start_process_group(config)
     if inputs.latents.device.type == "cpu":
-        torchtitan_flux.engine.keep_freed_memory()
+        torchtitan_flux.torchtitan_shim.keep_freed_memory()
     dims = FluxParallelDims.of(config.parallelism, 1)
     dims.build_mesh()
     with torch.device("meta"):

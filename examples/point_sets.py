@@ -29,8 +29,8 @@ from torch import Tensor
 
 from torchtitan_flux.flow_matching import flow_step
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.sampling import Velocity, euler
-from torchtitan_flux.schedules import SCHNELL
+from torchtitan_flux.sampling.euler import Velocity, euler
+from torchtitan_flux.sampling.schedules import SCHNELL
 
 POINTS, SKETCH = 128, 20
 IDS_PER_UNIT = 4.0  # rotary angles fit a picture some units wide

@@ -8,7 +8,7 @@ torchtitan_flux/config/meanings.py; a test keeps it current.
 
 from pathlib import Path
 
-from torchtitan_flux.config.manager import config_class
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.reference import reference_text
 from torchtitan_flux.config.schema import keys_of
 
@@ -37,7 +37,7 @@ Every key, by section of the TOML file. `./run_train.sh --help` prints the same.
 
 def text() -> str:
     """The whole document."""
-    return HEAD + reference_text(keys_of(config_class()))
+    return HEAD + reference_text(keys_of(FluxJobConfig))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ ComfyUI's single files, diffusers transformer folders and whole pipelines; an au
 ae.safetensors or a diffusers vae folder. docs/checkpoints.md goes through each journey.
 """
 
-from torchtitan_flux.checkpoint.convert_command import main
+from torchtitan_flux.weights.convert_command import main
 
 if __name__ == "__main__":
     main()

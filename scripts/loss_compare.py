@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.manager import exit_on_config_error, load_config
+from torchtitan_flux.startup.load_config import exit_on_config_error, load_config
 
 REPO = Path(__file__).resolve().parents[1]
 TAG = "loss_metrics/global_avg_loss"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tiny_tokenizers import t5_tokenizer
 
-from torchtitan_flux.data.shapes import ShapesSource
+from torchtitan_flux.data.sources.shapes import ShapesSource
 from torchtitan_flux.latents import ImageSize
 
 FOLDER = Path(__file__).parent.parent / "tests" / "assets"

@@ -25,10 +25,10 @@ import torch
 from safetensors.torch import save_file
 from tiny_tokenizers import clip_tokenizer, t5_tokenizer
 
-from torchtitan_flux.checkpoint.convert_autoencoder import vae_config
 from torchtitan_flux.encoders.autoencoder_keys import to_bfl, to_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
 from torchtitan_flux.randomness import Stream, generator
+from torchtitan_flux.weights.convert_autoencoder import vae_config
 
 FOLDER = Path(__file__).parent.parent / "torchtitan_flux" / "assets" / "tiny"
 SEED = 20240801

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import made_weights as made
 import pyarrow as pa
@@ -23,13 +23,13 @@ import torch.distributed.checkpoint as dcp
 from documents import REPO, Command, block
 from programs import Said, attempt
 from ranks import run_ranks
-from unit.data.test_data_mnist import write_idx
+from unit.data.test_mnist import write_idx
 
 from torchtitan_flux import infer, launch
-from torchtitan_flux.checkpoint.convert import convert
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.training import trainer
+from torchtitan_flux.weights.convert import convert
 
 TINY = FLAVORS["flux-tiny"]
 GUIDED = replace(TINY, guidance_embed=True)

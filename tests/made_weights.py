@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,10 +13,10 @@ from helpers import nonzero_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.checkpoint import architecture, to_bfl, to_diffusers
 from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.weights import architecture, to_bfl, to_diffusers
 
 ARGS = FluxModelArgs(
     in_channels=12,

@@ -10,14 +10,13 @@ import ctypes
 import sys
 from dataclasses import replace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
-from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModel
@@ -26,6 +25,7 @@ from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.dry_run import model_inputs
 from torchtitan_flux.planning.estimate import tokens_of, with_mesh
+from torchtitan_flux.startup.load_config import load_config
 
 # 17 M parameters, pixel space: states of 270 MB, and activations of as many again
 ARGS = replace(FLAVORS["flux-mnist"], depth=2, depth_single_blocks=2)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from helpers import randomize
 from ranks import run_ranks
@@ -13,9 +13,9 @@ from torch import Tensor
 from torchtitan.tools.logging import logger
 from twins import fill
 
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.config.resolve import sample_settings
 from torchtitan_flux.model import FluxModel
+from torchtitan_flux.startup.load_config import load_config
+from torchtitan_flux.startup.model_args import sample_settings
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.trainer import FluxTrainer
 

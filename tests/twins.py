@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,6 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.clip import clip_gradients
@@ -23,6 +22,7 @@ from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import parallelize_flux, sync_gradients
 from torchtitan_flux.parallel.pipeline import pipeline_flux
+from torchtitan_flux.startup.load_config import load_config
 
 STEPS = 5
 CLIP = 0.5

@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.checkpoint import to_bfl, to_diffusers
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.weights import to_bfl, to_diffusers
 
 
 def transformer_config(args: FluxModelArgs) -> dict[str, object]:

@@ -16,30 +16,30 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.tools.logging import init_logger, logger
 
-from torchtitan_flux.config.manager import exit_on_config_error, load_config, read_config
-from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.inference.captions import cut_captions
 from torchtitan_flux.inference.command import FRESH_SEED, Task, changed, parse, task_of
 from torchtitan_flux.inference.draw import NotFinite
 from torchtitan_flux.inference.estimate import refusal, remedies
 from torchtitan_flux.inference.expectation import Expectation
 from torchtitan_flux.inference.memory import PeakMemory, free_memory
+from torchtitan_flux.inference.open_run import begin
 from torchtitan_flux.inference.recording import check_sources
 from torchtitan_flux.inference.render import render
 from torchtitan_flux.inference.targets import check_free, check_room, check_writable
 from torchtitan_flux.planning.command import model_args
+from torchtitan_flux.startup.load_config import exit_on_config_error, load_config, read_config
+from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.out_of_memory import exit_when_out_of_memory
 from torchtitan_flux.training.process import start_process_group
-from torchtitan_flux.training.session import begin
 
 A_DAY = 24 * 3600
 """Seconds."""

@@ -43,9 +43,9 @@ def launch(command: str, arguments: list[str]) -> int:
         the exit status.
     """
     # imported here for the sake of Ctrl-C: torch takes seconds
-    from torchtitan_flux.config.manager import exit_on_config_error
     from torchtitan_flux.launching.job import Job
     from torchtitan_flux.launching.settings import Settings
+    from torchtitan_flux.startup.load_config import exit_on_config_error
 
     if command == "train" and {"--help", "-h"} & set(arguments):
         print(_help())
@@ -60,7 +60,7 @@ def launch(command: str, arguments: list[str]) -> int:
         if command == "train" and only["--check"]:
             print(_would(config, settings.ranks, settings.ranks_per_node))
     if only["--print-config"]:
-        from torchtitan_flux.config.resolved import resolved_toml
+        from torchtitan_flux.startup.dump_config import resolved_toml
 
         print(resolved_toml(config), end="")
     if any(only.values()):
@@ -90,7 +90,7 @@ def check(command: str, arguments: list[str], ranks: int, open_data: bool = Fals
     Raises:
         ConfigError: with everything that is wrong.
     """
-    from torchtitan_flux.config.manager import load_config, read_config
+    from torchtitan_flux.startup.load_config import load_config, read_config
     from torchtitan_flux.training.data import data_problems
 
     if command == "infer":
@@ -130,13 +130,12 @@ def _would(config: Any, ranks: int, ranks_per_machine: int) -> str:
         ConfigError: it cannot fit this machine.
     """
     from torchtitan_flux.config.errors import ConfigError
-    from torchtitan_flux.config.resolve import image_size
     from torchtitan_flux.planning.fits import fits
 
     if reason := fits(config, ranks, ranks_per_machine):
         raise ConfigError([reason])
     t = config.training
-    size = image_size(config)
+    size = config.training.image_size
     return (
         f"The configuration is sound: {config.model.flavor} on {t.dataset} at {size}, {t.steps} "
         f"steps, {ranks} {'ranks' if ranks > 1 else 'rank'}, into {config.job.dump_folder}"
@@ -144,12 +143,12 @@ def _would(config: Any, ranks: int, ranks_per_machine: int) -> str:
 
 
 def _help() -> str:
-    from torchtitan_flux.config.manager import config_class
+    from torchtitan_flux.config.job_config import FluxJobConfig
     from torchtitan_flux.config.reference import help_text
     from torchtitan_flux.config.schema import keys_of
     from torchtitan_flux.launching.settings import Settings
 
-    return help_text(keys_of(config_class()), "./run_train.sh", Settings.config_file)
+    return help_text(keys_of(FluxJobConfig), "./run_train.sh", Settings.config_file)
 
 
 if __name__ == "__main__":

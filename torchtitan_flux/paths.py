@@ -21,6 +21,12 @@ def locate(path: str) -> Path | None:
     return next((one for one in _places(path) if os.path.exists(one)), None)
 
 
+def resolved_path(path: str) -> str:
+    """The local file or folder that `path` means, or `path` itself as a hub name."""
+    found = locate(path)
+    return path if found is None else str(found)
+
+
 def absence(path: str | Path) -> str:
     """What to say of a path that `locate` did not find: that it is a broken link, or not there."""
     for place in _places(str(path)):

@@ -12,7 +12,7 @@ from PIL import Image
 from ranks import run_ranks
 from tiny_run import Run, arguments, refusal, train, worst
 
-from torchtitan_flux.data.shapes import ShapesSource
+from torchtitan_flux.data.sources.shapes import ShapesSource
 from torchtitan_flux.latents import ImageSize
 
 ITEMS, STEPS, GLOBAL_BATCH = 200, 25, 8  # every item is wanted once

@@ -24,8 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, complete_steps
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan_flux.checkpoint.storage import SafeReader
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.training import pictures
+from torchtitan_flux.startup.load_config import load_config
+from torchtitan_flux.training import distributed_sampler as pictures
 from torchtitan_flux.training.trainer import FluxTrainer
 
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "2", "--lr_scheduler.warmup_steps", "2")

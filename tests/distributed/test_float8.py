@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ from torchtitan.protocols.model_converter import build_model_converters
 
 from torchtitan_flux.checkpoint.folder import step_folder
 from torchtitan_flux.checkpoint.storage import load_states, read_states
-from torchtitan_flux.config.low_precision import FLOAT8
-from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import initial_rows
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import fill_initial_values
+from torchtitan_flux.parallel.low_precision_checks import FLOAT8
 from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.startup.load_config import read_config
 
 ARGS = FLAVORS["flux-tiny"]
 BATCH = 4

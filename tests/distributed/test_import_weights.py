@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -27,19 +27,19 @@ from weight_files import (
     torchtitan_checkpoint,
 )
 
-from torchtitan_flux.checkpoint import from_bfl, to_bfl
-from torchtitan_flux.checkpoint.import_weights import import_weights
-from torchtitan_flux.checkpoint.weights import open_weights
-from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.inference import open_run as session
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
-from torchtitan_flux.training import session
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training import trainer as trainer_module
 from torchtitan_flux.training.trainer import FluxTrainer
+from torchtitan_flux.weights import from_bfl, to_bfl
+from torchtitan_flux.weights.load import import_weights
+from torchtitan_flux.weights.open import open_weights
 
 ARGS = FLAVORS["flux-tiny"]
 GUIDED = replace(ARGS, guidance_embed=True)

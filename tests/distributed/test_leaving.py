@@ -11,8 +11,8 @@ from ranks import run_ranks
 from tiny_run import Run, arguments, train, worst
 
 from torchtitan_flux.checkpoint.folder import complete_steps
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.data.sources import UnreadableItem
+from torchtitan_flux.data.sources.source import UnreadableItem
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.trainer import FluxTrainer
 
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "3", "--lr_scheduler.warmup_steps", "2")

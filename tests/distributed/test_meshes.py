@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from tiny_run import arguments, loss_series, painted_and_measured, worst
 
-from torchtitan_flux.training.peers import Peers
+from torchtitan_flux.parallel.replicated_rows import Peers
 
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "3")
 MESHES = {

@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ from tiny_run import GLOBAL_BATCH, Run, arguments, train, worst
 from torch import Tensor
 from twins import TWIN, Case, assert_as_on_one_device, difference, fill, mutant, reference
 
-from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.inference.open_run import open_session
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.parallel import pipeline_stage
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import _Loss, pipeline_flux
-from torchtitan_flux.training.session import open_session
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.trainer import FluxTrainer
 
 UNEVEN = {"cols": 5, "text": 7}

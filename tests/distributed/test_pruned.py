@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from helpers import nonzero_model
@@ -12,10 +12,10 @@ from tiny_run import arguments, train
 from twins import whole
 from weight_files import bfl_file
 
-from torchtitan_flux.checkpoint.weights import open_weights
-from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.inference.open_run import open_session
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.training.session import open_session
+from torchtitan_flux.startup.load_config import load_config
+from torchtitan_flux.weights.open import open_weights
 
 PRUNED = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=3)
 SAID = "1 double and 3 single blocks, model.flavor = 'flux-tiny' 2 and 2"

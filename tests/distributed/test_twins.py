@@ -7,7 +7,7 @@ import functools
 import statistics
 from dataclasses import replace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import hub_server
 import pyarrow.parquet
@@ -32,9 +32,9 @@ from PIL import Image
 from programs import pixels
 
 from torchtitan_flux import infer
-from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.startup.load_config import read_config
 
 DIGITS = (
     "--training.steps", "2", "--training.local_batch_size", "8", "--validation.steps", "1",

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 from tiny_run import arguments
 
 from torchtitan_flux import infer
-from torchtitan_flux.checkpoint import to_bfl
-from torchtitan_flux.checkpoint.transformer import our_shapes
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.image_file import read_facts
 from torchtitan_flux.inference import draw, memory, render
 from torchtitan_flux.inference.estimate import SLACK, TOLERANCE, estimate
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training import trainer
 from torchtitan_flux.training.trainer import FluxTrainer
+from torchtitan_flux.weights import to_bfl
+from torchtitan_flux.weights.key_maps import our_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGS = FLAVORS["flux-tiny"]

@@ -4,7 +4,7 @@ import pytest
 from integration_tests.run_tests import arguments, run_row
 from integration_tests.table import GLOBAL_BATCH, REFERENCE, build_flux_tests_list
 
-from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 TABLE = {row.test_name: row for row in build_flux_tests_list()}
 MESHES = [

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import numpy as np
 import pytest
@@ -18,10 +18,10 @@ from ranks import run_ranks
 from tiny_run import arguments
 
 from torchtitan_flux import infer
-from torchtitan_flux.checkpoint.convert import convert
-from torchtitan_flux.generate import initial_noise
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.sampling.generate import initial_noise
+from torchtitan_flux.weights.convert import convert
 
 ARGS, SIZE, STEPS, PROMPT = FLAVORS["flux-tiny"], ImageSize(64, 96), 3, "a red circle"
 CLASS = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}

@@ -8,9 +8,9 @@ import tomli
 from ranks import run_ranks
 from tiny_run import train
 
-from torchtitan_flux.config.manager import ConfigError, load_config
 from torchtitan_flux.config.meanings import NOT_USED
 from torchtitan_flux.config.schema import get
+from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "assets" / "torchtitan"
 FILES = ("debug_model", "flux_dev_model", "flux_schnell_model")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ from tiny_run import Run, arguments, train
 from weight_files import bfl_file, pipeline_root
 
 from torchtitan_flux import infer
-from torchtitan_flux.checkpoint import export, to_diffusers
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.schedules import Schedule
+from torchtitan_flux.sampling.schedules import Schedule
+from torchtitan_flux.weights import export, to_diffusers
 
 ARGS = FLAVORS["flux-tiny"]
 EXPORT = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from torchtitan_flux.generate import SampleSettings, to_pil
 from torchtitan_flux.image_file import FORMATS, LONGEST, read_facts, save_picture
 from torchtitan_flux.latents import ImageSize
-from torchtitan_flux.schedules import Schedule
+from torchtitan_flux.sampling.generate import SampleSettings, to_pil
+from torchtitan_flux.sampling.schedules import Schedule
 
 SETTINGS = SampleSettings(
     ImageSize(48, 112), steps=4, cfg=1.5, guidance=None, schedule=Schedule(3.0), seed=42

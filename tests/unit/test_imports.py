@@ -12,50 +12,49 @@ PACKAGE = "torchtitan_flux"
 ROOT = Path(__file__).resolve().parents[2]
 
 LEVELS = {
-    "engine": 0,
+    "torchtitan_shim": 0,
     "latents": 0,
     "lifetime": 0,
-    "durable": 0,
+    "files": 0,
+    "formatting": 0,
     "paths": 0,
-    "file_kinds": 0,
-    "file_sets": 0,
-    "weight_kinds": 0,
     "image_file": 0,
     "randomness": 0,
-    "state_dict_keys": 0,
-    "element_types": 0,
-    "quantized": 0,
+    "tensor_files": 1,
     "flow_matching": 1,
-    "sampling": 2,
-    "schedules": 2,
     "model": 2,
-    "encoders": 2,
-    "checkpoint": 3,
-    "generate": 3,
-    "config": 4,
-    "data": 3,
-    "parallel": 5,
-    "downloads": 5,
-    "evaluation": 5,
-    "planning": 6,
-    "report": 6,
-    "training": 7,
-    "inference": 8,
-    "launching": 8,
-    "inspection": 9,
-    "infer": 9,
-    "launch": 10,
+    "config": 3,
+    "encoders": 3,
+    "sampling": 4,
+    "data": 4,
+    "checkpoint": 4,
+    "weights": 5,
+    "startup": 7,
+    "parallel": 6,
+    "downloads": 6,
+    "report": 10,
+    "planning": 8,
+    "training": 9,
+    "inference": 10,
+    "evaluation": 8,
+    "launching": 11,
+    "inspection": 12,
+    "infer": 13,
+    "launch": 14,
 }
 """Module or sub-package -> level; a module imports from lower levels or its own sub-package."""
 
 WITH_TORCHTITAN = {
-    "engine",
+    "torchtitan_shim",
     "config",
+    "startup",
     "parallel",
     "checkpoint",
+    "weights",
     "planning",
     "training",
     "inference",
+    "evaluation",
     "infer",
     "launch",
 }
@@ -101,9 +100,9 @@ def violations(package: Path, levels: dict[str, int], with_torchtitan: set[str])
             where = f"{module}:{line}"
             head, target = name.split(".")[0], part_of(name)
             if head == package.name:
-                if target == "engine" and part not in with_torchtitan:
-                    found.append(f"{where}: may not import the engine")
-                if target == "engine" and engine_line is None:
+                if target == "torchtitan_shim" and part not in with_torchtitan:
+                    found.append(f"{where}: may not import torchtitan_shim")
+                if target == "torchtitan_shim" and engine_line is None:
                     engine_line = line
                 if target in ("", "__version__"):
                     continue
@@ -116,8 +115,8 @@ def violations(package: Path, levels: dict[str, int], with_torchtitan: set[str])
             elif head == "torchtitan":
                 if part not in with_torchtitan:
                     found.append(f"{where}: may not import torchtitan")
-                elif part != "engine" and engine_line is None:
-                    found.append(f"{where}: imports torchtitan before the engine")
+                elif part != "torchtitan_shim" and engine_line is None:
+                    found.append(f"{where}: imports torchtitan before torchtitan_shim")
     return found
 
 
@@ -132,23 +131,23 @@ def test_the_check_finds_what_it_should(tmp_path):
         "low.py": "import torch\n\n\ndef f():\n    from pkg.high import thing\n",
         "high/__init__.py": "from pkg.high.a import x\nfrom . import a\nfrom .. import low\n",
         "high/a.py": "import pkg.top\nfrom ..peer import p\nfrom .b import y\n",
-        "high/b.py": "from pkg import engine, low\nfrom torchtitan.config import X\n",
+        "high/b.py": "from pkg import torchtitan_shim, low\nfrom torchtitan.config import X\n",
         "peer.py": "import torchtitan_flux\nfrom torchtitan import train\nimport pkg.low as low\n",
-        "top.py": "def main():\n    import torchtitan.tools\n\nfrom pkg import engine\n",
-        "engine.py": "import torchtitan\n",
+        "top.py": "def main():\n    import torchtitan.tools\n\nfrom pkg import torchtitan_shim\n",
+        "torchtitan_shim.py": "import torchtitan\n",
         "stray.py": "",
     }
     for name, text in files.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
-    levels = {"engine": 0, "low": 0, "high": 1, "peer": 1, "top": 2}
-    assert violations(package, levels, {"engine", "high", "top"}) == [
+    levels = {"torchtitan_shim": 0, "low": 0, "high": 1, "peer": 1, "top": 2}
+    assert violations(package, levels, {"torchtitan_shim", "high", "top"}) == [
         "pkg.high.a:1: high may not import top",
         "pkg.high.a:2: high may not import peer",
         "pkg.low:5: low may not import high",
         "pkg.peer:2: may not import torchtitan",
         "pkg.stray: stray has no level",
-        "pkg.top:2: imports torchtitan before the engine",
+        "pkg.top:2: imports torchtitan before torchtitan_shim",
     ]
 
 
@@ -166,7 +165,8 @@ def test_the_library_loads_no_torchtitan():
     loaded = run_python(
         "import sys, torchtitan_flux\n"
         "assert 'torch' not in sys.modules, 'the package alone is light'\n"
-        "import torchtitan_flux.model, torchtitan_flux.flow_matching, torchtitan_flux.sampling\n"
+        "import torchtitan_flux.model, torchtitan_flux.flow_matching\n"
+        "import torchtitan_flux.sampling.euler\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('torchtitan', 'transformers')])"
     )
     assert loaded == "[]"

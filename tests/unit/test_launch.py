@@ -2,10 +2,10 @@
 
 import pytest
 
-from torchtitan_flux.config.manager import load_config
 from torchtitan_flux.launch import launch
 from torchtitan_flux.planning import fits as fits_module
 from torchtitan_flux.planning.fits import least
+from torchtitan_flux.startup.load_config import load_config
 
 CONFIG = ["--job.config_file", "train_configs/debug_model.toml"]
 

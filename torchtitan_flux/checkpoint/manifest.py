@@ -13,7 +13,7 @@ from typing import Any, Literal
 import xxhash
 
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
-from torchtitan_flux.durable import sync_folder
+from torchtitan_flux.files import sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -32,8 +32,8 @@ from torchtitan_flux.checkpoint.manifest import (
     file_facts,
 )
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
-from torchtitan_flux.durable import DiskFull, disk_full, sync_folder
-from torchtitan_flux.state_dict_keys import check_keys
+from torchtitan_flux.files import DiskFull, disk_full, sync_folder
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
 METADATA = ".metadata"
 NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")

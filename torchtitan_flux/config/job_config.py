@@ -1,17 +1,25 @@
-"""The sections that FLUX adds to torchtitan's JobConfig, or whose defaults differ here.
+"""The configuration: torchtitan's sections, derived where FLUX adds keys or has other defaults.
 
-torchtitan merges these dataclasses into its own, field by field, and reads their types at run
-time: no `from __future__ import annotations` in this file.
+torchtitan reads the types of these fields at run time: no `from __future__ import annotations` in
+this file.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchtitan_flux.config.low_precision import KEPT
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
+from torchtitan.config import job_config as torchtitan_config
+
+from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.model.args import EMBEDDERS
+
+KEPT = (*EMBEDDERS, "img_mod", "txt_mod", "modulation", "final_layer")
+"""Layers that are not computed in 8 bits unless the configuration says so."""
 
 
 @dataclass
-class Job:
+class Job(torchtitan_config.Job):
     description: str = "FLUX pretraining"
     """Description of the job"""
     save_config_file: str | None = "config.toml"
@@ -20,7 +28,7 @@ class Job:
 
 
 @dataclass
-class Model:
+class Model(torchtitan_config.Model):
     name: str = "flux"
     """Which model to train: FLUX"""
     flavor: str = "flux-digits"
@@ -28,13 +36,13 @@ class Model:
 
 
 @dataclass
-class DataLoader:
+class DataLoader(torchtitan_config.DataLoader):
     pin_memory: bool = True
     """Hand out batches in pinned memory where there is a GPU: it copies them while it computes"""
 
 
 @dataclass
-class Training:
+class Training(torchtitan_config.Training):
     dataset: str = "digits"
     """Where images and captions come from: digits, shapes, mnist, folder, webdataset, parquet,
     cc12m-wds, cc12m-test, coco-validation; training.dataset_path says where the files are"""
@@ -57,6 +65,11 @@ class Training:
     dataloader: DataLoader = field(default_factory=DataLoader)
     test_mode: bool = False
     """torchtitan's test mode: here the tiny encoders of assets/tiny, loaded as any others"""
+
+    @property
+    def image_size(self) -> ImageSize:
+        """Size of training images in pixels."""
+        return ImageSize(self.img_height or self.img_size, self.img_width or self.img_size)
 
 
 @dataclass
@@ -118,7 +131,7 @@ class Encoder:
 
 
 @dataclass
-class Validation:
+class Validation(torchtitan_config.Validation):
     dataset: str = ""
     """Held-out data; empty means the held-out part of training.dataset"""
     seed: int = 0
@@ -196,7 +209,7 @@ class Inference:
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(torchtitan_config.Checkpoint):
     on_save_error: Literal["continue", "stop"] = "continue"
     """When a checkpoint of the interval cannot be written: report it and train on, or stop"""
     start_over_when_damaged: bool = False
@@ -210,7 +223,7 @@ class Checkpoint:
 
 
 @dataclass
-class ActivationCheckpoint:
+class ActivationCheckpoint(torchtitan_config.ActivationCheckpoint):
     mode: Literal["selective", "full", "memory_budget", "none"] = "none"
     """none keeps all activations; full recomputes every block; selective by selective_ac_option:
     "N" every N-th block, "op" all but matrix products, attention and what came from other ranks;
@@ -220,37 +233,37 @@ class ActivationCheckpoint:
 
 
 @dataclass
-class Float8Linear:
+class Float8Linear(torchtitan_config.Float8Linear):
     filter_fqns: list[str] = field(default_factory=lambda: list(KEPT))
     """Linears whose name contains one of these are not computed in float8"""
 
 
 @dataclass
-class MXLinear:
+class MXLinear(torchtitan_config.MXLinear):
     filter_fqns: list[str] = field(default_factory=lambda: list(KEPT))
     """Linears whose name contains one of these are not computed in MXFP8"""
 
 
 @dataclass
-class QuantizedLinear:
+class QuantizedLinear(torchtitan_config.QuantizedLinear):
     float8: Float8Linear = field(default_factory=Float8Linear)
     mx: MXLinear = field(default_factory=MXLinear)
 
 
 @dataclass
-class Quantize:
+class Quantize(torchtitan_config.Quantize):
     linear: QuantizedLinear = field(default_factory=QuantizedLinear)
 
 
 @dataclass
-class Experimental:
+class Experimental(torchtitan_config.Experimental):
     custom_import: str = "torchtitan_flux.training.train_spec"
     """Registers FLUX with torchtitan"""
 
 
 @dataclass
-class JobConfig:
-    """What is merged into torchtitan's JobConfig."""
+class FluxJobConfig(torchtitan_config.JobConfig):
+    """The complete configuration of a run."""
 
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
@@ -266,3 +279,14 @@ class JobConfig:
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     quantize: Quantize = field(default_factory=Quantize)
     experimental: Experimental = field(default_factory=Experimental)
+
+    def maybe_log(self) -> None:
+        """torchtitan's trainer asks; ours writes the configuration as resolved (dump_config)."""
+
+    def compiles(self, component: Literal["model", "loss"]) -> bool:
+        """Whether torch.compile is asked for."""
+        return self.compile.enable and component in self.compile.components
+
+
+JobConfig = FluxJobConfig
+"""The name that torchtitan looks for in `job.custom_config_module`."""

@@ -56,14 +56,17 @@ def merged(base: type, custom: type) -> type:
 
 def meanings_of(cls: type) -> dict[str, str]:
     """Field -> the string that stands below it in the source, as one paragraph."""
-    return cls.__dict__.get("meanings") or _meanings_in_source(cls)
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        found.update(one.__dict__.get("meanings") or _meanings_in_source(one))
+    return found
 
 
 @functools.cache
 def _meanings_in_source(cls: type) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError):  # made at run time
+    except (OSError, TypeError, SyntaxError):  # made at run time
         return {}
     body = tree.body[0].body  # type: ignore[attr-defined]
     found = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torchtitan_flux.data.ahead import Ahead
+from torchtitan_flux.data.prefetch import Ahead
 from torchtitan_flux.data.samples import Replacement, TrainingSamples, ValidationSamples
 from torchtitan_flux.lifetime import die_with_parent
 

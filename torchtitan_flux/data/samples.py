@@ -15,9 +15,9 @@ from torch import Tensor
 
 from torchtitan_flux.data.colours import in_srgb
 from torchtitan_flux.data.decode import damage_is_unreadable
-from torchtitan_flux.data.draws import generator
 from torchtitan_flux.data.order import Order
-from torchtitan_flux.data.sources import Item, Source, UnreadableItem
+from torchtitan_flux.data.reused_generator import generator
+from torchtitan_flux.data.sources.source import Item, Source, UnreadableItem
 from torchtitan_flux.data.transforms import (
     CENTER,
     PLAIN_RULES,

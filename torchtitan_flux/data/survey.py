@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool
 
-from torchtitan_flux.data.captions import NO_CAPTION
-from torchtitan_flux.data.index import EXAMPLES, Note
-from torchtitan_flux.data.indexed import IndexedSource
-from torchtitan_flux.data.sources import Source, UnreadableItem
-from torchtitan_flux.data.split import SourcePart, whole_of
+from torchtitan_flux.data.sources.captions import NO_CAPTION
+from torchtitan_flux.data.sources.index import EXAMPLES, Note
+from torchtitan_flux.data.sources.indexed import IndexedSource
+from torchtitan_flux.data.sources.source import Source, UnreadableItem
+from torchtitan_flux.data.sources.split import SourcePart, whole_of
 from torchtitan_flux.latents import ImageSize
 
 MIN_ITEMS = 100

@@ -11,7 +11,7 @@ from pathlib import Path
 from torchtitan_flux.downloads.choose import KINDS, DownloadError, RemoteFile, choose
 from torchtitan_flux.downloads.fetch import fetch, is_right, part_path
 from torchtitan_flux.downloads.hub import Hub
-from torchtitan_flux.durable import take
+from torchtitan_flux.files import try_lock
 from torchtitan_flux.paths import PACKAGE, locate
 
 EPILOG = f"""\
@@ -178,6 +178,6 @@ def _alone(folder: Path, dry_run: bool) -> Iterator[None]:
     except OSError as error:
         raise DownloadError(f"{path} cannot be written: {error.strerror}") from None
     with lock:
-        if take(lock.fileno()) is False:
+        if try_lock(lock.fileno()) is False:
             raise DownloadError(f"another download is writing to {folder}: wait for it")
         yield

@@ -18,7 +18,7 @@ from huggingface_hub.utils import tqdm
 
 from torchtitan_flux.downloads.choose import DownloadError, RemoteFile
 from torchtitan_flux.downloads.hub import Hub
-from torchtitan_flux.durable import sync_folder
+from torchtitan_flux.files import sync_folder
 
 CHUNK = 1 << 20
 DIGITS = 12

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from torchtitan_flux.element_types import BeyondRange, cast
 from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
@@ -23,18 +22,19 @@ from torchtitan_flux.encoders.autoencoder_layers import (
 )
 from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.encoders.stored import read_header, read_stored
-from torchtitan_flux.file_kinds import other_kind
-from torchtitan_flux.file_sets import weight_files
 from torchtitan_flux.paths import absence
-from torchtitan_flux.quantized import (
+from torchtitan_flux.tensor_files.element_types import BeyondRange, cast
+from torchtitan_flux.tensor_files.file_kinds import other_kind
+from torchtitan_flux.tensor_files.file_sets import weight_files
+from torchtitan_flux.tensor_files.quantized import (
     QuantizedWeights,
     check_config,
     check_integers,
     find_scales,
     plain,
 )
-from torchtitan_flux.state_dict_keys import KeyMismatch
-from torchtitan_flux.weight_kinds import is_transformer, kind_of
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
+from torchtitan_flux.tensor_files.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
 

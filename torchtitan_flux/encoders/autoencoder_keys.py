@@ -23,7 +23,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
-from torchtitan_flux.state_dict_keys import check_keys
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPTextConfig, PretrainedConfig, T5Config
 
-from torchtitan_flux.quantized import QuantizedWeights, check_config
-from torchtitan_flux.state_dict_keys import KeyMismatch
+from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_config
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 
 T5_KEY = "encoder.t5_encoder"
 CLIP_KEY = "encoder.clip_encoder"

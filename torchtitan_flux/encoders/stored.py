@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from torchtitan_flux.element_types import DTYPES
-from torchtitan_flux.quantized import QuantizedWeights
+from torchtitan_flux.tensor_files.element_types import DTYPES
+from torchtitan_flux.tensor_files.quantized import QuantizedWeights
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from torchtitan_flux import file_sets
 from torchtitan_flux.encoders.pretrained import locate
 from torchtitan_flux.paths import absence
+from torchtitan_flux.tensor_files import file_sets
 
 STEM = "model"
 SINGLE = f"{STEM}.safetensors"

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, T5Config
 
-from torchtitan_flux.element_types import cast
 from torchtitan_flux.encoders.pretrained import (
     CLIP_KEY,
     T5_KEY,
@@ -22,8 +21,9 @@ from torchtitan_flux.encoders.pretrained import (
 from torchtitan_flux.encoders.stored import StoredTensor, read_header, read_stored
 from torchtitan_flux.encoders.text_files import weight_files
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH
-from torchtitan_flux.quantized import check_integers, dequantized, find_scales
-from torchtitan_flux.state_dict_keys import check_keys
+from torchtitan_flux.tensor_files.element_types import cast
+from torchtitan_flux.tensor_files.quantized import check_integers, dequantized, find_scales
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
 Stored = Callable[[Path, str], Tensor]
 """(file, name in it) -> values as they are stored."""

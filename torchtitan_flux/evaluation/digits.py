@@ -17,10 +17,10 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import SVC
 from torch import Tensor
 
-from torchtitan_flux.config.resolve import image_size, sample_guidance
-from torchtitan_flux.data.digits import DIGIT_WORDS, load_digit_arrays
-from torchtitan_flux.generate import SampleSettings
+from torchtitan_flux.data.sources.digits import DIGIT_WORDS, load_digit_arrays
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.startup.model_args import sample_guidance
 
 PIXELS = 64
 INK = 16.0  # scikit-learn's digits run from 0 to 16
@@ -69,7 +69,7 @@ def score_settings(config: Any, args: FluxModelArgs, cfg: float | None = None) -
     """
     score = config.score
     return SampleSettings(
-        size=image_size(config),
+        size=config.training.image_size,
         steps=score.denoising_steps,
         cfg=score.classifier_free_guidance_scale if cfg is None else cfg,
         guidance=sample_guidance(config, args),

@@ -6,20 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.checkpoint.hub_cache import snapshot_of
 from torchtitan_flux.checkpoint.manifest import MANIFEST
-from torchtitan_flux.checkpoint.safetensors_file import UnreadableWeights
-from torchtitan_flux.checkpoint.scheduler import stated_scheduler
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
-from torchtitan_flux.config.manager import read_config
-from torchtitan_flux.config.resolve import AUTO, sample_guidance, sample_settings
-from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.option_checks import (
     MOST_PIXELS,
@@ -33,6 +27,12 @@ from torchtitan_flux.inference.trust import foreign_files
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.startup.load_config import read_config
+from torchtitan_flux.startup.model_args import AUTO, sample_guidance, sample_settings
+from torchtitan_flux.tensor_files.hub_cache import snapshot_of
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
+from torchtitan_flux.weights.scheduler import stated_scheduler
 
 EXAMPLES = """examples:
   ./run_infer.sh --prompt "a handwritten seven" --out seven.png

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from torchtitan_flux.encoders.codec import Codec
-from torchtitan_flux.generate import (
+from torchtitan_flux.inference.stages import Stages
+from torchtitan_flux.latents import Geometry
+from torchtitan_flux.sampling.euler import all_finite
+from torchtitan_flux.sampling.generate import (
     SampleSettings,
     TextConditioning,
     TextEncoding,
@@ -24,9 +27,6 @@ from torchtitan_flux.generate import (
     displayable,
     initial_noise,
 )
-from torchtitan_flux.inference.stages import Stages
-from torchtitan_flux.latents import Geometry
-from torchtitan_flux.sampling import all_finite
 
 AT_ONCE = 32
 """Pictures of a rank that go together from part to part, where parts take turns: so that memory

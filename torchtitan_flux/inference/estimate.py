@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ from torchtitan.tools import utils
 from transformers import T5Config, T5EncoderModel
 
 from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs
-from torchtitan_flux.generate import SampleSettings, TextConditioning, denoise
 from torchtitan_flux.inference.memory import text_of
 from torchtitan_flux.inference.streaming import block_sizes
 from torchtitan_flux.model import FluxModel, FluxModelArgs
@@ -27,6 +26,7 @@ from torchtitan_flux.planning.dry_run import shown_of
 from torchtitan_flux.planning.frozen import clip_parameters, configured_parts, t5_work
 from torchtitan_flux.planning.timeline import blocks_of
 from torchtitan_flux.planning.tracker import MemoryTracker
+from torchtitan_flux.sampling.generate import SampleSettings, TextConditioning, denoise
 
 TOLERANCE = 0.15
 """How far the estimate may be from what is measured, as a share, besides `SLACK`."""

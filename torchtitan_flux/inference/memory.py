@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from torchtitan_flux.engine import local_ranks  # isort: skip
+from torchtitan_flux.torchtitan_shim import local_ranks  # isort: skip
 
 import torch
 

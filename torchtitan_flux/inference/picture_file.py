@@ -8,11 +8,11 @@ import xxhash
 
 import torchtitan_flux
 from torchtitan_flux.checkpoint.manifest import MANIFEST
-from torchtitan_flux.checkpoint.safetensors_file import SAFETENSORS
-from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.image_file import FORMATS, read_facts
 from torchtitan_flux.latents import ImageSize
-from torchtitan_flux.schedules import DEV, SCHNELL, Schedule
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
+from torchtitan_flux.tensor_files.safetensors_file import SAFETENSORS
 
 SOFTWARE = "torchtitan-flux"
 SAMPLES, SAMPLE = 256, 4096

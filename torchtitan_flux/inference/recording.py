@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.inference.command import Task
 from torchtitan_flux.inference.draw import Place
+from torchtitan_flux.inference.open_run import Beginning
 from torchtitan_flux.inference.picture_file import Recorded, Source, digest
-from torchtitan_flux.paths import locate
-from torchtitan_flux.training.session import Beginning
+from torchtitan_flux.paths import locate, resolved_path
 
 
 class Recorder:

@@ -2,21 +2,21 @@
 
 import sys
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
-from torchtitan_flux.generate import to_pil
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference.command import Task
 from torchtitan_flux.inference.draw import batches_of, draw, gathered, places, rounds_of
+from torchtitan_flux.inference.open_run import Beginning, load
 from torchtitan_flux.inference.recording import Recorder
 from torchtitan_flux.inference.stages import Loaded, OneAfterAnother, Stages
 from torchtitan_flux.inference.targets import unwritable
+from torchtitan_flux.sampling.generate import to_pil
 from torchtitan_flux.training.conditioning import build_tokenizer
-from torchtitan_flux.training.session import Beginning, load
 
 
 def render(begun: Beginning, task: Task, low_memory: bool) -> None:

@@ -10,25 +10,25 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
-from torchtitan_flux.engine import give_back_freed_memory
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+from torchtitan_flux.torchtitan_shim import give_back_freed_memory
 
 import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.encoders.pretrained import T5_KEY
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder
 from torchtitan_flux.encoders.text_weights import TextWeights
-from torchtitan_flux.generate import TextConditioning, TextEncoding
 from torchtitan_flux.inference.memory import free_memory
 from torchtitan_flux.inference.streaming import Streamed, block_sizes, can_be_kept, load_outside
 from torchtitan_flux.inference.t5_files import Pages
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.paths import resolved_path
+from torchtitan_flux.sampling.generate import TextConditioning, TextEncoding
 from torchtitan_flux.training.conditioning import FrozenParts, build_codec
+from torchtitan_flux.weights.open import Weights
 
 
 @runtime_checkable

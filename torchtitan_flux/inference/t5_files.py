@@ -6,11 +6,11 @@ room: a T5 that is streamed may be larger than that.
 
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torch import Tensor
 
-from torchtitan_flux.checkpoint.safetensors_file import TensorsFile
+from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 
 
 class Pages:

@@ -5,11 +5,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan_flux.inference.picture_file import Recorded
 from torchtitan_flux.paths import locate
-from torchtitan_flux.training.settle import checkpoint_folder
+from torchtitan_flux.training.resume import checkpoint_folder
 
 KEYS = {"t5": "t5_encoder", "clip": "clip_encoder", "autoencoder": "autoencoder_path"}
 """A picture's sources -> keys of [encoder]."""

@@ -10,17 +10,16 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.checks import data_key_problems
-from torchtitan_flux.config.manager import ConfigError, exit_on_config_error, read_config
-from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.data.samples import TrainingSamples
-from torchtitan_flux.data.sources import Source
+from torchtitan_flux.data.sources.source import Source
 from torchtitan_flux.data.survey import Survey, survey
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inspection.contact_sheet import save_contact_sheet
 from torchtitan_flux.inspection.items import Inspected, as_json, inspect, unreadable
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.startup.checks import data_key_problems
+from torchtitan_flux.startup.load_config import ConfigError, exit_on_config_error, read_config
 from torchtitan_flux.training.data import open_source, refuse_bad_data, training_samples
 
 DECODED = 20_000
@@ -105,7 +104,7 @@ def _show(config: Any, samples: TrainingSamples, options: argparse.Namespace) ->
         )
     except (OSError, ValueError) as error:
         missing = f"tokens of captions are not counted: {error}"
-    found = survey(samples.source, image_size(config), tokenizer)
+    found = survey(samples.source, config.training.image_size, tokenizer)
     decode = found.items <= DECODED if options.decode is None else options.decode
     if decode or options.items or options.json:
         bad = unreadable(_listed(inspect(samples, decode), options))

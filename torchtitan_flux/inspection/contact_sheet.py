@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from torchtitan_flux.generate import to_pil
+from torchtitan_flux.sampling.generate import to_pil
 
 COLUMNS = 6
 _CELL = 192

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from torchtitan_flux.data.index import EXAMPLES
-from torchtitan_flux.data.indexed import IndexedSource
 from torchtitan_flux.data.samples import TrainingSamples
-from torchtitan_flux.data.sources import Source, UnreadableItem
-from torchtitan_flux.data.split import SourcePart, whole_of
+from torchtitan_flux.data.sources.index import EXAMPLES
+from torchtitan_flux.data.sources.indexed import IndexedSource
+from torchtitan_flux.data.sources.source import Source, UnreadableItem
+from torchtitan_flux.data.sources.split import SourcePart, whole_of
 from torchtitan_flux.data.survey import REFUSED, Found, unreadable_rows
 
 _AHEAD = 1024

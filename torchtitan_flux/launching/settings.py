@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torchtitan_flux.config.manager import ConfigError
+from torchtitan_flux.startup.load_config import ConfigError
 
 
 @dataclass(frozen=True)

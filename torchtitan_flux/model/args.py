@@ -154,5 +154,8 @@ FLAVORS: dict[str, FluxModelArgs] = {
     ),
 }
 
+EMBEDDERS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
+"""Modules that take inputs to the width of the model."""
+
 FIXED_WIDTH_FLAVORS = ("flux-dev", "flux-schnell")
 """Published models: text and latent widths are part of the flavor. Others follow the encoders."""

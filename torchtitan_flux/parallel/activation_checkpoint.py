@@ -21,8 +21,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from torchtitan_flux.config.recomputation import AC_MODES
 from torchtitan_flux.model import FluxModel
+from torchtitan_flux.parallel.recomputation_checks import AC_MODES
 
 _aten, _collective = torch.ops.aten, torch.ops._c10d_functional
 

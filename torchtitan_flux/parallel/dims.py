@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup

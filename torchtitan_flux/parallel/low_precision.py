@@ -1,15 +1,16 @@
 """torchtitan's converters to float8 and MXFP8, as FLUX needs them.
 
 Importing this module puts them in the place of torchtitan's, under the same names. Which layers are
-converted, and why: config/low_precision.py. Parameters keep their names, shapes and float32 values;
-only the products are computed in 8 bits (and, where asked for, weights are gathered in them).
+converted, and why: parallel/low_precision_checks.py. Parameters keep their names, shapes and
+float32 values; only the products are computed in 8 bits (and, where asked for, weights are
+gathered in them).
 """
 
 import copy
 from dataclasses import replace
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,8 @@ from torchtitan.components.quantization.float8 import Float8LinearConverter
 from torchtitan.components.quantization.mx import MXLinearConverter
 from torchtitan.protocols import model_converter
 
-from torchtitan_flux.config.low_precision import EMBEDDERS, FLOAT8, MX
+from torchtitan_flux.model.args import EMBEDDERS
+from torchtitan_flux.parallel.low_precision_checks import FLOAT8, MX
 
 
 class FluxFloat8Converter(Float8LinearConverter):

@@ -4,16 +4,16 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torchtitan.config import TORCH_DTYPE_MAP, JobConfig
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
-from torchtitan_flux.config.resolve import compiles
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -30,7 +30,7 @@ OTHER_TRAINER = (
 
 
 def parallelize_flux(
-    model: FluxModel, parallel_dims: ParallelDims, job_config: JobConfig
+    model: FluxModel, parallel_dims: ParallelDims, job_config: FluxJobConfig
 ) -> FluxModel:
     """Apply the configured parallelism to a model on the meta device, in place.
 
@@ -54,7 +54,7 @@ def parallelize_flux(
         apply_context_parallel(model, parallel_dims.get_mesh("cp"), gather)
 
     # Activation checkpointing, before compile: that knows which part of a wrapped block is a graph.
-    ac: Any = job_config.activation_checkpoint
+    ac = job_config.activation_checkpoint
     apply_activation_checkpoint(
         model,
         ac.mode,
@@ -68,7 +68,7 @@ def parallelize_flux(
     )
 
     # Compile each block: two graphs serve 57 layers.
-    if compiles(job_config, "model"):
+    if job_config.compiles("model"):
         compile_blocks(model, job_config.compile.backend)
 
     # Data parallel last: it owns the parameters.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,11 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.config.pipeline import Schedule, pipeline_schedule
-from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.context import tokens_per_rank
 from torchtitan_flux.parallel.parallelize import reshard
+from torchtitan_flux.parallel.pipeline_plan import Schedule, pipeline_schedule
 from torchtitan_flux.parallel.pipeline_split import split_model
 from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, LaterStage
 
@@ -56,7 +55,7 @@ def pipeline_flux(
     """
     p, mesh = job_config.parallelism, parallel_dims.get_mesh("pp")
     split = split_model(
-        p, model_args, image_size(job_config), job_config.encoder.max_t5_encoding_len
+        p, model_args, job_config.training.image_size, job_config.encoder.max_t5_encoding_len
     )
     schedule = pipeline_schedule(p)
     own = schedule.stages_of(mesh.get_local_rank(), mesh.size(), len(split))

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from torchtitan_flux.config.pipeline import check_parts, module_names, stage_count
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.flops import flops_of_parts
+from torchtitan_flux.parallel.pipeline_plan import check_parts, module_names, stage_count
 
 Number = int | float  # exact while finite
 

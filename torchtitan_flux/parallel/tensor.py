@@ -5,7 +5,7 @@ rank whole heads, and a row-parallel one adds the ranks' contributions up: one a
 pair. Activations between the pairs are whole on every rank.
 """
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate

@@ -6,16 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-from torchtitan_flux.config.manager import (
-    ConfigError,
-    exit_on_config_error,
-    read_config,
-)
-from torchtitan_flux.config.meshes import model_problems
-from torchtitan_flux.config.resolve import resolve_model_args, with_configured_blocks
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
+from torchtitan_flux.parallel.mesh_checks import model_problems
 from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.estimate import GIB, estimate, microbatches_of, with_mesh
 from torchtitan_flux.planning.propose import (
@@ -25,6 +19,12 @@ from torchtitan_flux.planning.propose import (
     with_checkpointing,
 )
 from torchtitan_flux.planning.report import draw_ranks, plan_text, proposals_text
+from torchtitan_flux.startup.load_config import (
+    ConfigError,
+    exit_on_config_error,
+    read_config,
+)
+from torchtitan_flux.startup.model_args import resolve_model_args, with_configured_blocks
 
 PLOTTED = (8, 16, 32, 64, 128, 256, 512, 1024)
 

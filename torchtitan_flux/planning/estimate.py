@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from torchtitan_flux.config.pipeline import pipeline_schedule
-from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule
 from torchtitan_flux.parallel.pipeline_split import split_model
 from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.dry_run import DryRun, dry_run
@@ -118,7 +117,7 @@ def microbatches_of(config: Any, mesh: Mesh) -> int:
 
 def tokens_of(config: Any, args: FluxModelArgs) -> tuple[int, int]:
     """(image, text) tokens of a sample."""
-    return args.geometry.grid(image_size(config)).tokens, config.encoder.max_t5_encoding_len
+    return args.geometry.grid(config.training.image_size).tokens, config.encoder.max_t5_encoding_len
 
 
 @functools.lru_cache
@@ -202,7 +201,7 @@ def _dearest_stage(
     1F1B and its kin hold as many microbatches as ranks come after this one, GPipe all of them.
     """
     split = split_model(
-        config.parallelism, args, image_size(config), config.encoder.max_t5_encoding_len
+        config.parallelism, args, config.training.image_size, config.encoder.max_t5_encoding_len
     )
     schedule = pipeline_schedule(config.parallelism)
     t, p = config.training, config.parallelism

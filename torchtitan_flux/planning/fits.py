@@ -7,7 +7,7 @@ on the allocator's luck; a run is refused when not even this fits.
 
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
-from torchtitan_flux.config.resolve import resolve_model_args
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_flux.planning.dry_run import mark_blocks, model_inputs, shown_of
@@ -31,6 +30,7 @@ from torchtitan_flux.planning.estimate import (
 from torchtitan_flux.planning.frozen import frozen_weights
 from torchtitan_flux.planning.timeline import Timeline, blocks_of
 from torchtitan_flux.planning.tracker import MemoryTracker
+from torchtitan_flux.startup.model_args import resolve_model_args
 
 
 def fits(config: Any, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.tools import utils
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from torchtitan_flux.config.resolve import image_size, resolved_path
 from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, read_args
 from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
 from torchtitan_flux.encoders.pretrained import read_clip_config, read_t5_config
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.planning.tracker import MemoryTracker
 
 T5_XXL = T5Config(
@@ -93,7 +93,7 @@ def frozen_parts(config: Any, args: FluxModelArgs, shard: int, dtype: torch.dtyp
     codec = drawing = 0
     if shape is not None:
         codec = _autoencoder_parameters(shape) * size
-        image = image_size(config)
+        image = config.training.image_size
         encoding = max(encoding, _codec_work(shape, "encode", batch, image, dtype))
         if config.sampling.enable:
             drawn = config.sampling.local_batch_size

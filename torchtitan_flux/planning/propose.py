@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.config import TORCH_DTYPE_MAP
 
-from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.model import FluxModelArgs, flops_per_image
 from torchtitan_flux.planning.communication import Mesh, Message, messages
 from torchtitan_flux.planning.estimate import (
@@ -258,7 +257,7 @@ def cost(config: Any, args: FluxModelArgs, mesh: Mesh, own: int, machine: Machin
     peers = mesh.cp * mesh.tp * mesh.pp
     microbatches = microbatches_of(config, mesh)
     images = batch * microbatches
-    size = image_size(config)
+    size = config.training.image_size
     useful = flops_per_image(args, size, config.encoder.max_t5_encoding_len) * images / peers
     useful /= machine.flops
     mode = "op" if ac.mode == "selective" else ac.mode

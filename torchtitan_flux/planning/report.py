@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.config.resolve import image_size
 from torchtitan_flux.model import FluxModelArgs, flops_per_image
 from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.estimate import (
@@ -38,7 +37,7 @@ def plan_text(
     t, frozen = config.training, found.frozen
     img, text = tokens_of(config, args)
     lines = [
-        f"{config.model.flavor} at {image_size(config)}: {img} image and {text} text tokens",
+        f"{config.model.flavor} at {t.image_size}: {img} image and {text} text tokens",
         f"{mesh.ranks} ranks, {mesh}; local batch {t.local_batch_size}, "
         f"{microbatches_of(config, mesh)} microbatch(es), {t.local_batch_size * mesh.data} images "
         f"each; activation checkpointing {checkpointing(config)}; {t.mixed_precision_param}",
@@ -78,7 +77,7 @@ def plan_text(
         )
     if not messages:
         lines.append("  nothing")
-    flops = flops_per_image(args, image_size(config), text) * t.local_batch_size
+    flops = flops_per_image(args, config.training.image_size, text) * t.local_batch_size
     flops *= microbatches_of(config, mesh) / (mesh.cp * mesh.tp * mesh.pp)
     lines += ["", f"operations of a rank in a step: {flops / 1e12:.0f} TFLOP, nothing run again"]
     return "\n".join(lines)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torchtitan_flux.checkpoint.folder import complete_steps, list_steps
 from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.report.environment import NAME as ENVIRONMENT
-from torchtitan_flux.report.environment import read_json_lines
 from torchtitan_flux.report.events import Series, event_files, joined, read_session
 from torchtitan_flux.report.grids import MAX_GRIDS, Grid, list_grids, read_grid, spread
 from torchtitan_flux.report.settings import Setting, find_configuration, read_settings
+from torchtitan_flux.training.environment import NAME as ENVIRONMENT
+from torchtitan_flux.training.environment import read_json_lines
 
 LOSS = "loss_metrics/global_avg_loss"
 VALIDATION = "validation_metrics/loss"

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli
 
-from torchtitan_flux.config.manager import config_class
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import keys_of
 from torchtitan_flux.config.values import toml_text
 
@@ -62,7 +62,7 @@ def read_settings(path: Path) -> list[Setting]:
     given = _flat(_read(path) or {})
     settings = [
         Setting(key.name, given.pop(key.name, key.default), key.default, key.meaning)
-        for key in keys_of(config_class())
+        for key in keys_of(FluxJobConfig)
         if key.name != "job.config_file"
     ]
     given.pop("job.config_file", None)

@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torchtitan_flux.config.resolve import resolved_path
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.codec import Codec, PixelCodec
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
-from torchtitan_flux.generate import TextConditioning
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import OTHER_TRAINER, shard_text_encoder
+from torchtitan_flux.paths import resolved_path
+from torchtitan_flux.sampling.generate import TextConditioning
 from torchtitan_flux.training.transfer import sent
 
 

@@ -5,36 +5,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.config.checks import data_key_problems
-from torchtitan_flux.config.manager import ConfigError
-from torchtitan_flux.config.resolve import (
-    image_size,
-    resolve_model_args,
-    resolved_path,
-    time_density,
-)
-from torchtitan_flux.data.files import PATH_KEY
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
-from torchtitan_flux.data.registry import build_source
 from torchtitan_flux.data.samples import (
     CaptionDropout,
     Tokenize,
     TrainingSamples,
     ValidationSamples,
 )
-from torchtitan_flux.data.sources import Source, SourceOptions, Split, items_digest
-from torchtitan_flux.data.split import whole_of
+from torchtitan_flux.data.sources.listing import PATH_KEY
+from torchtitan_flux.data.sources.registry import build_source
+from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, items_digest
+from torchtitan_flux.data.sources.split import whole_of
 from torchtitan_flux.data.survey import refuse_unusable, survey
 from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.text import CaptionTokenizer
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.paths import resolved_path
+from torchtitan_flux.startup.checks import data_key_problems
+from torchtitan_flux.startup.load_config import ConfigError
+from torchtitan_flux.startup.model_args import resolve_model_args, time_density
 
 
 def image_channels(config: Any, args: FluxModelArgs) -> int:
@@ -62,7 +58,7 @@ def open_source(config: Any, split: Split) -> Source:
         name, path = validation.dataset or name, validation.dataset_path or path
     options = SourceOptions(
         path=None if path is None else resolved_path(path),
-        image_size=image_size(config),
+        image_size=config.training.image_size,
         index_folder=Path(data.index_folder) if data.index_folder else None,
         image_column=data.image_column,
         caption_column=data.caption_column,
@@ -157,7 +153,7 @@ def training_samples(
         source=source,
         order=Order(seed, len(source)),
         seed=seed,
-        size=image_size(config),
+        size=config.training.image_size,
         geometry=args.geometry,
         channels=image_channels(config, args),
         tokenize=tokenize,
@@ -192,7 +188,7 @@ def validation_samples(
     return ValidationSamples(
         source=source,
         seed=job_config.validation.seed,
-        size=image_size(job_config),
+        size=job_config.training.image_size,
         geometry=args.geometry,
         channels=image_channels(job_config, args),
         tokenize=tokenizer,

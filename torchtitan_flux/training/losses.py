@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from torchtitan_flux.data.loader import Batch
 from torchtitan_flux.flow_matching import flow_step, interpolate, squared_errors
-from torchtitan_flux.generate import TextConditioning, packed_arguments, packed_velocity
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.pipeline import Pipeline
+from torchtitan_flux.parallel.replicated_rows import ALONE, Peers
+from torchtitan_flux.sampling.generate import TextConditioning, packed_arguments, packed_velocity
 from torchtitan_flux.training.conditioning import FrozenParts
-from torchtitan_flux.training.peers import ALONE, Peers
 from torchtitan_flux.training.transfer import sent
 
 

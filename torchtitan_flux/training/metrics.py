@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
-from torchtitan_flux.engine import give_back_freed_memory
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+from torchtitan_flux.torchtitan_shim import give_back_freed_memory
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
-from torchtitan_flux.config.resolve import image_size
-from torchtitan_flux.durable import disk_full
+from torchtitan_flux.files import disk_full
 from torchtitan_flux.model import FluxModelArgs, flops_per_image
 
 _RANK_0 = SimpleNamespace(pp_enabled=False)
@@ -58,7 +57,7 @@ class FluxMetrics(MetricsProcessor):
         self.lr_schedulers = None
         self.model_parts = None
 
-        size, text_tokens = image_size(job_config), job_config.encoder.max_t5_encoding_len
+        size, text_tokens = job_config.training.image_size, job_config.encoder.max_t5_encoding_len
         self.tokens_per_image = model_args.geometry.grid(size).tokens + text_tokens
         self.flops_per_image = flops_per_image(model_args, size, text_tokens)
         self.images_since_last_log = 0

@@ -6,12 +6,12 @@ import os
 import socket
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.config.manager import ConfigError
-from torchtitan_flux.durable import take
+from torchtitan_flux.files import try_lock
+from torchtitan_flux.startup.load_config import ConfigError
 
 NAME = "run.lock"
 
@@ -51,7 +51,7 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
     path = Path(folder) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    taken = take(descriptor)
+    taken = try_lock(descriptor)
     if taken is False:
         with contextlib.closing(os.fdopen(descriptor)) as file:
             holder = file.read().strip() or "a process that has not said who it is"

@@ -9,7 +9,7 @@ import time
 from types import FrameType
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 

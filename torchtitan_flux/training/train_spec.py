@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torch import nn
 from torchtitan.components.loss import build_mse_loss
@@ -12,15 +12,15 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from torchtitan_flux.checkpoint.adapter import FluxStateDictAdapter
-from torchtitan_flux.config.resolve import image_size, resolve_model_args
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
 from torchtitan_flux.parallel import low_precision  # noqa: F401  (our converters, for torchtitan's)
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
+from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.data import build_dataloader
 from torchtitan_flux.training.metrics import build_metrics_processor
+from torchtitan_flux.weights.adapter import FluxStateDictAdapter
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FluxTrainArgs(FluxModelArgs):
         resolved = resolve_model_args(job_config)
         for field in fields(resolved):
             object.__setattr__(self, field.name, getattr(resolved, field.name))
-        object.__setattr__(self, "_size", image_size(job_config))
+        object.__setattr__(self, "_size", job_config.training.image_size)
         object.__setattr__(self, "_text_tokens", job_config.encoder.max_t5_encoding_len)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:

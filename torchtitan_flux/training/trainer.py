@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torchtitan_flux.engine
+import torchtitan_flux.torchtitan_shim
 
 import torch
 import torchtitan.train
@@ -26,26 +26,10 @@ from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
 import torchtitan_flux.training.train_spec  # registers "flux"
-from torchtitan_flux.checkpoint.manager import (
-    CheckpointNotSaved,
-    FluxCheckpointManager,
-    checkpoint_manager_bound,
-)
-from torchtitan_flux.config.manager import (
-    ConfigError,
-    exit_on_config_error,
-    load_config_or_exit,
-)
-from torchtitan_flux.config.resolve import (
-    compiles,
-    image_size,
-    resolve_model_args,
-    sample_settings,
-)
 from torchtitan_flux.data.loader import Batch, FluxDataLoader
-from torchtitan_flux.data.sources import items_digest
-from torchtitan_flux.durable import disk_full
+from torchtitan_flux.data.sources.source import items_digest
 from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score_settings
+from torchtitan_flux.files import disk_full
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.clip import clip_gradients
@@ -53,12 +37,26 @@ from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import sync_gradients
 from torchtitan_flux.parallel.pipeline import Pipeline
+from torchtitan_flux.parallel.replicated_rows import Peers
 from torchtitan_flux.planning.fits import fits
-from torchtitan_flux.report.environment import append_environment, environment
+from torchtitan_flux.startup.dump_config import log_resolved
+from torchtitan_flux.startup.load_config import (
+    ConfigError,
+    exit_on_config_error,
+    load_config_or_exit,
+)
+from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
 from torchtitan_flux.training.agreement import Agreed, Agreement, Step, step_unless
+from torchtitan_flux.training.checkpoint_manager import (
+    CheckpointNotSaved,
+    FluxCheckpointManager,
+    checkpoint_manager_bound,
+)
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader, log_surveys
+from torchtitan_flux.training.distributed_sampler import Painter, save_grid
+from torchtitan_flux.training.environment import append_environment, environment
 from torchtitan_flux.training.heartbeat import Heartbeat
 from torchtitan_flux.training.losses import (
     EncodedBatch,
@@ -73,11 +71,9 @@ from torchtitan_flux.training.out_of_memory import (
     note_second_step,
     training_remedies,
 )
-from torchtitan_flux.training.peers import Peers
-from torchtitan_flux.training.pictures import Painter, save_grid
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.quarantine import Quarantine, TooManyUnreadable, take_replaced
-from torchtitan_flux.training.settle import settle
+from torchtitan_flux.training.resume import settle
 from torchtitan_flux.training.stopping import SIGNALS, StopSignals, noted
 from torchtitan_flux.training.validator import FluxValidator
 
@@ -117,6 +113,7 @@ class FluxTrainer(Trainer):
             Path(job_config.job.dump_folder) / "quarantine.jsonl",
             job_config.data.max_unreadable_share,
         )
+        log_resolved(self.settled.config)
         with checkpoint_manager_bound(
             facts=self.facts,
             settings=self.settled.settings,
@@ -140,7 +137,7 @@ class FluxTrainer(Trainer):
         self._agreement = Agreement(device, late=device.type == "cuda")
         self._errors = (
             compiled_squared_errors(config.compile.backend)
-            if compiles(config, "loss")
+            if config.compiles("loss")
             else squared_errors
         )
         self.painter = Painter(
@@ -170,7 +167,7 @@ class FluxTrainer(Trainer):
             if config.validation.enable:
                 assert isinstance(self.validator, FluxValidator)
                 sources.append(self.validator.loader.samples.source)
-            log_surveys(sources, image_size(config), self.parts.tokenizer)
+            log_surveys(sources, config.training.image_size, self.parts.tokenizer)
 
     @property
     def model(self) -> FluxModel | Pipeline:
@@ -494,8 +491,8 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
-    if utils.device_type == "cpu" and torchtitan_flux.engine.local_ranks() == 1:
-        torchtitan_flux.engine.keep_freed_memory()
+    if utils.device_type == "cpu" and torchtitan_flux.torchtitan_shim.local_ranks() == 1:
+        torchtitan_flux.torchtitan_shim.keep_freed_memory()
     # What holds after StopSignals: a saved run ends well. SIG_IGN would also drop a signal that the
     # launcher's rank holds back until StopSignals listens.
     for number in SIGNALS:
@@ -503,7 +500,7 @@ def main() -> None:
     with exit_on_config_error():
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         device = int(os.environ.get("LOCAL_RANK", "0"))
-        if reason := fits(config, ranks, torchtitan_flux.engine.local_ranks(), device):
+        if reason := fits(config, ranks, torchtitan_flux.torchtitan_shim.local_ranks(), device):
             raise ConfigError([reason])
         with exit_when_out_of_memory(lambda: training_remedies(config)):
             trainer = FluxTrainer(config)

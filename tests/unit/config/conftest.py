@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from unit.config.refusals import BASE, Refusal
 
-from torchtitan_flux.config import checks
-from torchtitan_flux.config.device import Card
+from torchtitan_flux.parallel.card import Card
+from torchtitan_flux.startup import checks
 
 TINY = Path(__file__).resolve().parents[3] / "assets" / "tiny"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from unit.config.conftest import TINY
 
-from torchtitan_flux.config import encoder_files
-from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.encoders import file_checks as encoder_files
 from torchtitan_flux.launch import launch
+from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 REPO = Path(__file__).resolve().parents[3]
 SCHNELL = "./torchtitan/models/flux/train_configs/flux_schnell_model.toml"

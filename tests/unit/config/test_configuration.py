@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 from unit.config.refusals import Refusal
 
-from torchtitan_flux.config.manager import (
-    ConfigError,
-    config_class,
-    load_config,
-    read,
-    read_config,
-)
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.meanings import MEANINGS
 from torchtitan_flux.config.reference import help_text
-from torchtitan_flux.config.resolved import log_resolved, resolved_toml
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.toml_file import read_toml
 from torchtitan_flux.config.values import allowed, from_text, from_toml
 from torchtitan_flux.paths import locate
+from torchtitan_flux.startup.dump_config import log_resolved, resolved_toml
+from torchtitan_flux.startup.load_config import (
+    ConfigError,
+    load_config,
+    read,
+    read_config,
+)
 
 REPO = Path(__file__).resolve().parents[3]
-KEYS = {key.name: key for key in keys_of(config_class())}
+KEYS = {key.name: key for key in keys_of(FluxJobConfig)}
 DIGITS = ["--job.config_file", "train_configs/flux_digits.toml"]
 
 
@@ -128,7 +128,7 @@ def test_the_resolved_file_gives_the_configuration_again(name, tmp_path):
         "--debug.seed", "5",
     ]  # fmt: skip
     config = load_config(argv)
-    config.maybe_log()  # torchtitan's trainer does
+    log_resolved(config)
     again = load_config(["--job.config_file", str(tmp_path / "config.toml")])
     again.job.config_file = config.job.config_file
     assert asdict(again) == asdict(config)

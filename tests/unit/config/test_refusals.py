@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from unit.config.refusals import DOCUMENT, TABLE, Refusal, document
 
-from torchtitan_flux.config.manager import ConfigError, load_config
+from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 REPO = f"{Path(__file__).resolve().parents[3]}/"
 ROWS = [row for rows in TABLE.values() for row in rows]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
-from torchtitan_flux.data.sources import Item, UnreadableItem
+from torchtitan_flux.data.sources.source import Item, UnreadableItem
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 

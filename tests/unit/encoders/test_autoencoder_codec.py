@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import torchtitan_flux.engine
+import torchtitan_flux.torchtitan_shim
 
 import numpy as np
 import pytest
@@ -14,20 +14,20 @@ from helpers import relative_l2
 from safetensors.torch import load_file, save_file
 from weight_files import scaled_float8
 
-from torchtitan_flux.checkpoint.autoencoder import from_diffusers, to_bfl
-from torchtitan_flux.checkpoint.convert_autoencoder import (
-    convert_autoencoder,
-    is_autoencoder,
-    open_autoencoder,
-)
-from torchtitan_flux.config.encoder_files import encoder_problems
 from torchtitan_flux.encoders.autoencoder import (
     Autoencoder,
     AutoencoderArgs,
     autoencoder_geometry,
     load_autoencoder,
 )
-from torchtitan_flux.state_dict_keys import KeyMismatch
+from torchtitan_flux.encoders.file_checks import encoder_problems
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
+from torchtitan_flux.weights.autoencoder_maps import from_diffusers, to_bfl
+from torchtitan_flux.weights.convert_autoencoder import (
+    convert_autoencoder,
+    is_autoencoder,
+    open_autoencoder,
+)
 
 FLUX_NARROW = AutoencoderArgs(ch=32)
 """FLUX.1's autoencoder at a quarter of its width; the widths change at two levels."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from weight_files import SCALINGS, scaled_float8
 
-from torchtitan_flux.checkpoint.weights import Weights
-from torchtitan_flux.config.encoder_files import encoder_problems
+from torchtitan_flux.encoders.file_checks import encoder_problems
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
 from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
 from torchtitan_flux.encoders.text_files import files_in, weight_files
@@ -28,6 +27,7 @@ from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.stages import OneAfterAnother
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.weights.open import Weights
 
 KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
 BUILD = {"t5": T5Encoder, "clip": ClipEncoder}

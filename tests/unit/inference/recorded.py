@@ -1,10 +1,10 @@
 """What a picture of the digits says of itself."""
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.picture_file import Recorded, Source
 from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.sampling.generate import SampleSettings
 
 DRAWN = Recorded(
     prompt="a handwritten seven",

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 from documents import commands
@@ -13,12 +13,12 @@ from unit.inference.recorded import DRAWN
 
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
-from torchtitan_flux.config.manager import ConfigError, load_config, read_config
-from torchtitan_flux.config.resolve import resolve_model_args
-from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference.command import parse, task_of
 from torchtitan_flux.planning.command import model_args
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.startup.load_config import ConfigError, load_config, read_config
+from torchtitan_flux.startup.model_args import resolve_model_args
 
 REPO = Path(__file__).resolve().parents[3]
 GUIDE = (REPO / "docs" / "inference.md").read_text(encoding="utf-8")

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
 from torch import nn
 
 from torchtitan_flux.encoders.codec import PixelCodec
-from torchtitan_flux.generate import SampleSettings, TextConditioning
 from torchtitan_flux.inference.draw import (
     AT_ONCE,
     NotFinite,
@@ -23,6 +22,7 @@ from torchtitan_flux.inference.draw import (
 )
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.sampling.generate import SampleSettings, TextConditioning
 
 GEOMETRY = FLAVORS["flux-tiny"].geometry
 SETTINGS = SampleSettings(ImageSize(16, 16), steps=2, seed=5)

@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
 
-from torchtitan_flux.config.manager import read_config
-from torchtitan_flux.generate import SampleSettings
 from torchtitan_flux.inference.command import Task
 from torchtitan_flux.inference.draw import AT_ONCE, Request
 from torchtitan_flux.inference.estimate import Estimate, Phase, estimate, refusal
@@ -17,7 +15,9 @@ from torchtitan_flux.inference.memory import free_memory, text_of
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.planning.command import model_args
-from torchtitan_flux.schedules import Schedule
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.sampling.schedules import Schedule
+from torchtitan_flux.startup.load_config import read_config
 
 FLOAT32 = ("--training.mixed_precision_param", "float32")
 GIB = 2**30

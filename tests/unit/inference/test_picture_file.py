@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from torchtitan_flux.generate import SampleSettings, to_pil
 from torchtitan_flux.image_file import FORMATS, save_picture
 from torchtitan_flux.inference.picture_file import (
     SAMPLE,
@@ -17,7 +16,8 @@ from torchtitan_flux.inference.picture_file import (
     digest,
 )
 from torchtitan_flux.latents import ImageSize
-from torchtitan_flux.schedules import DEV, SCHNELL, Schedule
+from torchtitan_flux.sampling.generate import SampleSettings, to_pil
+from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
 
 PLAIN = Recorded(
     prompt='a "red" circle\nabove — 円',

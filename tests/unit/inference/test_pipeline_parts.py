@@ -2,7 +2,7 @@
 
 import shutil
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan_flux.inference.command import with_parts_of
 

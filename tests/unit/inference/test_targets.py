@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 

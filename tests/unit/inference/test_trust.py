@@ -3,18 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 from PIL import Image
 from unit.inference.recorded import DRAWN
 
-from torchtitan_flux.config.manager import ConfigError, read_config
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference import picture_file
 from torchtitan_flux.inference.command import parse
 from torchtitan_flux.inference.picture_file import Source
 from torchtitan_flux.inference.trust import foreign_files
+from torchtitan_flux.startup.load_config import ConfigError, read_config
 
 DIGITS = ["--job.config_file", "train_configs/flux_digits.toml"]
 CONFIG = read_config(DIGITS)

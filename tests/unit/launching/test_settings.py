@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from torchtitan_flux import launch
-from torchtitan_flux.config.manager import ConfigError
 from torchtitan_flux.launching.settings import Settings
+from torchtitan_flux.startup.load_config import ConfigError
 
 
 def test_each_rank_wants_a_card_of_its_own(monkeypatch):

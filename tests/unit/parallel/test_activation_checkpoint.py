@@ -11,13 +11,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchtitan_flux.config.manager import ConfigError, load_config
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel import activation_checkpoint
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_flux.parallel.context import apply_context_parallel
 from torchtitan_flux.planning.dry_run import fake_ranks
+from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 # two double and three single blocks: an even and an odd number
 ARGS = replace(

@@ -1,6 +1,6 @@
 """Clipping by the norm of all gradients beside torch's own."""
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -13,17 +13,17 @@ import torchtitan.components.quantization.mx as torchtitan_mx
 from helpers import model_inputs, nonzero_model, relative_l2
 from torchtitan.protocols.model_converter import build_model_converters
 
-from torchtitan_flux.config.low_precision import (
+from torchtitan_flux.config.job_config import KEPT
+from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.parallel import low_precision
+from torchtitan_flux.parallel.low_precision_checks import (
     FLOAT8,
-    KEPT,
     MX,
     low_precision_fit,
     low_precision_problems,
 )
-from torchtitan_flux.config.manager import ConfigError, load_config, read_config
-from torchtitan_flux.latents import ImageSize
-from torchtitan_flux.model import FLAVORS, FluxModel
-from torchtitan_flux.parallel import low_precision
+from torchtitan_flux.startup.load_config import ConfigError, load_config, read_config
 
 ARGS = FLAVORS["flux-tiny"]
 NO_RANKS = SimpleNamespace(dp_shard_enabled=False)
@@ -229,7 +229,7 @@ def test_both_ways_in_refuse():
 
 
 def test_what_to_install_is_said(monkeypatch):
-    monkeypatch.setattr("torchtitan_flux.config.low_precision.find_spec", lambda _: None)
+    monkeypatch.setattr("torchtitan_flux.parallel.low_precision_checks.find_spec", lambda _: None)
     (line,) = low_precision_problems(settings(EMULATED))
     assert 'pip install "torchtitan-flux[float8]"' in line
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan_flux.config.manager import ConfigError, load_config
-from torchtitan_flux.config.pipeline import SCHEDULES, module_names
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, flops_per_image
 from torchtitan_flux.model.flops import flops_of_parts
+from torchtitan_flux.parallel.pipeline_plan import SCHEDULES, module_names
 from torchtitan_flux.parallel.pipeline_split import balanced, split_model
+from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 DEV = FLAVORS["flux-dev"]
 COSTS = [

@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 
-from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.planning.communication import Mesh, messages
 from torchtitan_flux.planning.dry_run import dry_run
 from torchtitan_flux.planning.estimate import GIB, Fitted, estimate, parameters_of, with_mesh
 from torchtitan_flux.planning.propose import with_checkpointing
+from torchtitan_flux.startup.load_config import read_config
 
 TINY = replace(FLAVORS["flux-tiny"], depth=5, depth_single_blocks=6)
 

@@ -2,12 +2,11 @@
 
 from types import SimpleNamespace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
 
-from torchtitan_flux.config.manager import ConfigError, load_config, read_config
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.planning import fits as fits_module
 from torchtitan_flux.planning.command import model_args, parse_mesh
@@ -24,6 +23,7 @@ from torchtitan_flux.planning.propose import (
 from torchtitan_flux.planning.report import plan_text, proposals_text
 from torchtitan_flux.planning.timeline import Segment, Timeline
 from torchtitan_flux.planning.tracker import MemoryTracker, ring_bytes
+from torchtitan_flux.startup.load_config import ConfigError, load_config, read_config
 
 MIB = 2**20
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest
 from torchtitan_flux.checkpoint.run_facts import RunFacts
-from torchtitan_flux.report.environment import append_environment, environment
+from torchtitan_flux.training.environment import append_environment, environment
 
 HOSTILE = "</script><script>alert(1)</script> \" onerror='x' <b>&amp;"
 TIMES = (0.0625, 0.4375, 0.9375)

@@ -9,7 +9,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -17,13 +17,13 @@ from PIL import Image, PngImagePlugin
 from torchtitan_flux.report.charts import number
 from torchtitan_flux.report.command import main
 from torchtitan_flux.report.curves import SINGLE
-from torchtitan_flux.report.environment import PACKAGES, read_json_lines
 from torchtitan_flux.report.grids import MAX_BYTES, MAX_SIDE, read_grid, spread
 from torchtitan_flux.report.page import page
 from torchtitan_flux.report.read import NotARun, Run, read_run
 from torchtitan_flux.report.settings import UNKNOWN, find_configuration, read_settings
 from torchtitan_flux.report.tables import QUARANTINE_ROWS
 from torchtitan_flux.report.words import duration, size_text
+from torchtitan_flux.training.environment import PACKAGES, read_json_lines
 
 REPO = Path(__file__).resolve().parents[3]
 NOW = 1_770_010_000.0

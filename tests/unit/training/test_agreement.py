@@ -1,6 +1,6 @@
 """A step that is skipped on the device changes nothing; a sum that is read late loses nothing."""
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch

@@ -8,8 +8,8 @@ import tomli as tomllib
 import torch
 from ranks import run_ranks
 
-from torchtitan_flux.config.manager import ConfigError, load_config
-from torchtitan_flux.config.resolve import resolve_model_args, sample_settings
+from torchtitan_flux.startup.load_config import ConfigError, load_config
+from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
 from torchtitan_flux.training.trainer import FluxTrainer
 
 CONFIGS = sorted(Path("train_configs").glob("*.toml"))
@@ -211,7 +211,7 @@ def test_relative_paths_start_at_the_callers_folder_then_the_repository(tmp_path
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_file_says_only_what_differs_from_the_defaults(path):
     """And every key of it exists: the merged configuration takes it."""
-    from torchtitan_flux.config.manager import read_config
+    from torchtitan_flux.startup.load_config import read_config
 
     defaults = read_config([])
     with path.open("rb") as file:

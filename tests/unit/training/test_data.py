@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from torchtitan_flux.config.manager import load_config
-from torchtitan_flux.config.resolve import resolve_model_args, resolved_path
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
+from torchtitan_flux.paths import resolved_path
+from torchtitan_flux.startup.load_config import load_config
+from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.data import open_source, training_samples, validation_samples
 
 TOML = """

@@ -3,14 +3,14 @@
 import logging
 from types import SimpleNamespace
 
-import torchtitan_flux.engine  # noqa: F401  (before torchtitan)
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.config.manager import load_config
+from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.out_of_memory import (
     exit_when_out_of_memory,
     is_out_of_memory,

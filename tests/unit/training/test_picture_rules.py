@@ -1,7 +1,7 @@
 """What [data] says of all pictures."""
 
-from torchtitan_flux.config.manager import read_config
 from torchtitan_flux.data.transforms import PictureRules
+from torchtitan_flux.startup.load_config import read_config
 from torchtitan_flux.training.data import picture_rules
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from torchtitan_flux.config.manager import ConfigError
+from torchtitan_flux.startup.load_config import ConfigError
 from torchtitan_flux.training.run_folder import lock_run_folder
 
 

@@ -1,0 +1,402 @@
+"""Image files of every sort, whole and damaged, through `open_image` and the transform."""
+
+import errno
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
+
+from torchtitan_flux.data import formats as formats_module
+from torchtitan_flux.data import transforms
+from torchtitan_flux.data.decode import damage_is_unreadable, header_size, open_image
+from torchtitan_flux.data.sources.source import UnreadableItem
+from torchtitan_flux.data.transforms import (
+    CENTER,
+    Picture,
+    fit,
+    load_picture,
+    needs_crop,
+    to_training_image,
+)
+from torchtitan_flux.latents import ImageSize
+
+MAX_PIXELS = 2**20
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth noise, mostly of brightness: amplitudes fall with frequency, as in photographs."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    spectrum = (
+        np.fft.rfft2(rng.normal(size=(4, height, width))) / np.maximum(frequency, 0.01) ** 1.4
+    )
+    noise = np.fft.irfft2(spectrum, s=(height, width))
+    noise /= noise.std(axis=(1, 2), keepdims=True)
+    colours = 128 + 40 * noise[0, :, :, None] + 12 * noise[1:].transpose(1, 2, 0)
+    return Image.fromarray(colours.clip(0, 255).astype(np.uint8))
+
+
+SQUARE = ImageSize(16, 16)
+
+
+def read(data: bytes, size=SQUARE, channels: int = 3, crop=CENTER, **options):
+    """[channels, H, W] in whole numbers 0 to 255."""
+    with damage_is_unreadable("item"):
+        image = open_image(data, "item", MAX_PIXELS)
+        result = to_training_image(image, size, channels, crop, **options)
+    return np.round((result + 1) * 127.5).astype(int)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.maximum(((a - b) ** 2.0).mean(), 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "error"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("PPM", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95}, 12),
+        ("JPEG", {"quality": 95, "progressive": True}, 12),
+        ("WEBP", {"quality": 95}, 12),
+        ("GIF", {}, 25),
+    ],
+)
+def test_formats(format, options, error):
+    image = photo(20, 16)
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(int)
+    read_back = read(saved(image, format, **options), ImageSize(16, 20))
+    assert np.abs(read_back - pixels).mean() <= error
+
+
+def test_animations_show_their_first_frame():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
+    for format, options in ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}):
+        data = saved(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert (read(data)[:, 5, 5] == [255, 0, 0]).all(), format
+
+
+def test_cmyk_and_ycck_jpegs():
+    # PIL writes Adobe's inverted CMYK: ink (10, 200, 60, 20) shows as (1 - ink) (1 - black).
+    data = saved(Image.new("CMYK", (16, 16), (10, 200, 60, 20)), "JPEG", quality=100, subsampling=0)
+    expected = [(255 - ink) * (255 - 20) / 255 for ink in (10, 200, 60)]
+    np.testing.assert_allclose(read(data)[:, 3, 3], expected, atol=3)
+    # The last byte of the Adobe marker says how the four channels are coded; 2 is YCCK: the first
+    # three, which are stored inverted, then stand for Y, Cb and Cr of the inverted ink.
+    marker = data.index(b"Adobe") + 11
+    assert data[marker] == 0
+    y, cb, cr = 255 - 60, 255 - 120, 255 - 140
+    ycck = saved(Image.new("CMYK", (16, 16), (60, 120, 140, 20)), "JPEG", quality=100)
+    ycck = ycck[:marker] + b"\2" + ycck[marker + 1 :]
+    red_green_blue = np.array(
+        [
+            y + 1.402 * (cr - 128),
+            y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128),
+            y + 1.772 * (cb - 128),
+        ]
+    )
+    # libjpeg turns YCC into CMY as 255 - RGB; inverted once more by Adobe's convention
+    expected = (255 - red_green_blue) * (255 - 20) / 255
+    np.testing.assert_allclose(read(ycck)[:, 3, 3], expected, atol=4)
+
+
+def test_deep_gray_files():
+    values = (np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).astype(np.uint16)
+    wanted = np.arange(256).reshape(16, 16)
+    big_endian = Image.frombytes("I;16B", (16, 16), values.astype(">u2").tobytes())
+    for image, format in (
+        (Image.fromarray(values), "PNG"),
+        (Image.fromarray(values), "TIFF"),
+        (Image.fromarray(values.astype(np.int32)), "TIFF"),
+        (big_endian, "TIFF"),
+    ):
+        np.testing.assert_array_equal(read(saved(image, format), channels=1)[0], wanted)
+
+
+def test_float_files():
+    ramp = np.arange(256, dtype=np.float32).reshape(16, 16)
+    wanted = np.arange(256).reshape(16, 16)
+    for values in (ramp, ramp / 255):
+        data = saved(Image.fromarray(values), "TIFF")
+        np.testing.assert_array_equal(read(data, channels=1)[0], wanted)
+    for values in (ramp * 2, ramp - 1, ramp + np.nan):
+        with pytest.raises(UnreadableItem, match="float pixels from"):
+            read(saved(Image.fromarray(values), "TIFF"))
+
+
+def test_lab_files():
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.new("RGB", (16, 16), (200, 80, 30)), srgb, lab,
+                                      outputMode="LAB")  # fmt: skip
+    assert image.mode == "LAB"
+    np.testing.assert_allclose(read(saved(image, "TIFF"))[:, 2, 2], (200, 80, 30), atol=3)
+
+
+def transparent_files() -> dict[str, bytes]:
+    """Files whose left half is black and whose right half is transparent."""
+    shown = np.zeros((16, 16), np.uint8)
+    shown[:, :8] = 255
+    alpha = Image.fromarray(shown)
+    rgba = Image.new("RGBA", (16, 16))
+    rgba.putalpha(alpha)
+    gray = Image.new("LA", (16, 16))
+    gray.putalpha(alpha)
+    index = Image.fromarray(255 - shown)  # 0 is shown, 255 is not
+    palette = Image.frombytes("P", (16, 16), index.tobytes())
+    palette.putpalette([0] * 768)
+    rgb = Image.merge("RGB", [index] * 3)
+    deep = Image.fromarray((np.asarray(index) * 257.0).astype(np.uint16))
+    return {
+        "RGBA": saved(rgba, "PNG"),
+        "RGBA webp": saved(rgba, "WEBP", lossless=True),
+        "LA": saved(gray, "PNG"),
+        "P": saved(palette, "PNG", transparency=255),
+        "P gif": saved(palette, "GIF", transparency=255),
+        "P bytes": saved(palette, "PNG", transparency=bytes([255] * 255 + [0])),
+        "L tRNS": saved(index, "PNG", transparency=255),
+        "RGB tRNS": saved(rgb, "PNG", transparency=(255, 255, 255)),
+        "1 tRNS": saved(index.convert("1"), "PNG", transparency=255),
+        "I;16 tRNS": saved(deep, "PNG", transparency=65535),
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", transparent_files())
+def test_transparency_shows_the_background(name, channels):
+    colour = (200, 100, 50)
+    result = read(transparent_files()[name], channels=channels, background=colour)
+    assert not result[:, :, :8].any()
+    luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+    expected = colour if channels == 3 else (luma,)
+    np.testing.assert_allclose(result[:, 4, 12], expected, atol=1)
+
+
+def fully_decoded(data: bytes, size: ImageSize, crop) -> np.ndarray:
+    """As `read`, of all pixels of the file."""
+    image = open_image(data, "item", MAX_PIXELS)
+    image.load()
+    return np.round((to_training_image(image, size, 3, crop) + 1) * 127.5).astype(int)
+
+
+@pytest.fixture
+def exact_crops(monkeypatch):
+    """Crops that begin within a pixel: a picture decoded small and the full one show the same."""
+    monkeypatch.setattr(transforms, "_WHOLE_PIXELS", 10**9)
+
+
+@pytest.mark.usefixtures("exact_crops")
+@pytest.mark.parametrize("width", [203, 400, 401, 407])
+def test_jpegs_are_decoded_near_the_size_they_are_wanted_at(width):
+    data = saved(photo(width, 299), "JPEG", quality=90)
+    for size in (ImageSize(96, 96), ImageSize(31, 52), ImageSize(60, 17)):
+        picture = load_picture(open_image(data, "item", MAX_PIXELS), size)
+        shrunk = round(width / picture.width)
+        assert picture.width == width / shrunk
+        assert picture.height == 299 / shrunk
+        assert min(picture.width / size.width, picture.height / size.height) >= 1.5 or shrunk == 1
+        finer = 2 * picture.width, 2 * picture.height
+        assert shrunk == 8 or min(finer[0] / size.width, finer[1] / size.height) < 6.1
+        for crop in (0.0, 0.0), (0.999, 0.999), CENTER:
+            assert psnr(read(data, size, crop=crop), fully_decoded(data, size, crop)) > 40
+
+
+@pytest.mark.usefixtures("exact_crops")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_jpeg_that_is_decoded_small(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(photo(403, 299), "JPEG", quality=90, exif=exif)
+    turned = orientation >= 5
+    for size in (ImageSize(48, 80), ImageSize(80, 48)):
+        picture = load_picture(open_image(data, "item", MAX_PIXELS), size)
+        assert picture.width < 299
+        assert (picture.width < picture.height) == turned
+        for crop in (0.0, 0.0), (0.999, 0.999), CENTER:
+            assert psnr(read(data, size, crop=crop), fully_decoded(data, size, crop)) > 40
+    assert not needs_crop(picture, ImageSize(403, 299) if turned else ImageSize(299, 403))
+
+
+def test_a_jpeg_of_the_wanted_size_is_not_touched():
+    data = saved(photo(64, 48), "JPEG")
+    image = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read(data, ImageSize(48, 64)), image)
+    loaded = load_picture(open_image(data, "item", MAX_PIXELS), ImageSize(48, 64))
+    assert loaded == Picture(loaded.image, 0, 0, 64, 48)
+    assert fit(loaded, ImageSize(48, 64), 3).shape == (3, 48, 64)
+
+
+def test_damaged_exif_is_ignored():
+    data = saved(photo(20, 16), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\2\3")
+    assert read(data).shape == (3, 16, 16)
+
+
+def refusal(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
+    """Why a file is unreadable; the same at every try."""
+    reasons = set()
+    for _ in range(2):
+        with pytest.raises(UnreadableItem) as caught, damage_is_unreadable("item"):
+            to_training_image(open_image(data, "item", max_pixels), ImageSize(16, 16), 3)
+        assert caught.value.item_id == "item"
+        reasons.add(caught.value.reason)
+    (reason,) = reasons
+    assert "0x" not in reason
+    assert len(reason) <= 250
+    return reason
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A gray PNG of a header and some chunks."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, body in (header, *chunks, (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        parts.append(struct.pack(">I", len(body)) + kind + body + crc)
+    return b"".join(parts)
+
+
+def test_bombs():
+    big = saved(Image.new("1", (2048, 1024)), "PNG")
+    assert refusal(big) == (
+        "decompression bomb: 2048 x 1024 pixels, more than data.max_image_pixels = 1048576"
+    )
+    assert "decompression bomb" in refusal(png(10_000, 10_000), 2**26)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_of_pixels_is_ours_alone():
+    sizes = (12_000, 12_000), (30_000, 30_000)  # PIL warns of the one and refuses the other
+    for size in sizes:
+        assert open_image(png(*size), "item", 2**40).size == size
+        assert header_size(io.BytesIO(png(*size))) == (*size, "")
+
+
+def test_text_chunks_that_blow_up():
+    text = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    assert "ValueError" in refusal(png(16, 16, (b"zTXt", b"key\0\0" + text)))
+
+
+def test_headers_that_lie_about_the_size():
+    whole = saved(photo(16, 16), "GIF")
+    lying = whole[:6] + struct.pack("<HH", 900, 900) + whole[10:]
+    frame = lying.index(b"\x2c")
+    lying = lying[: frame + 5] + struct.pack("<HH", 900, 900) + lying[frame + 9 :]
+    assert read(lying).shape == (3, 16, 16)  # PIL shows what there is of a GIF
+    assert refusal(png(1000, 1000, (b"IDAT", zlib.compress(bytes(100)))))
+    tiff = bytearray(saved(Image.new("L", (16, 16)), "TIFF"))
+    for at in range(struct.unpack_from("<I", tiff, 4)[0] + 2, len(tiff) - 11, 12):
+        if struct.unpack_from("<H", tiff, at)[0] in (256, 257, 278):  # width, height, rows of strip
+            struct.pack_into("<HI", tiff, at + 2, 4, 1)
+            struct.pack_into("<I", tiff, at + 8, 1000)
+    assert refusal(bytes(tiff))
+
+
+def test_what_is_no_image():
+    assert refusal(b"") == "the file is empty"
+    for data in (b"no image", b"\xff\xd8", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
+        assert "no image in a known format (JPEG, PNG" in refusal(data)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+FOREIGN = {
+    b"": "the file is empty",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer, run `git",
+    b"\n<!DOCTYPE html><title>404</title>": "is a web page",
+    b"<html><body>": "is a web page",
+    b"\x1f\x8b\x08\0\0\0\0\0": "is gzip under another name",
+    b"%PDF-1.7\n": "no image in a known format",
+    b"\0" * 600: "no image in a known format",
+    b"noise" * 100: "no image in a known format",
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN)
+def test_what_a_file_is_instead_is_said_alike_by_its_header_and_when_it_is_read(data):
+    width, height, reason = header_size(io.BytesIO(data))
+    assert (width, height) == (0, 0)
+    assert reason.startswith(FOREIGN[data])
+    assert refusal(data) == reason
+
+
+def test_formats_of_plug_ins_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(formats_module, "formats", lambda: ("JPEG",))
+    for data, package in (
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pillow-heif"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "pillow-avif-plugin"),
+        (b"\xff\x0a\xfa\x1f", "pillow-jxl-plugin"),
+    ):
+        assert f"which `pip install {package}` reads" in formats_module.unread_format(data)
+
+
+def test_what_the_system_refuses_is_no_property_of_the_picture():
+    class Stale(io.BytesIO):
+        def read(self, *args):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with pytest.raises(OSError, match="Stale") as caught:
+        header_size(Stale(saved(photo(8, 8), "PNG")))
+    assert caught.value.errno == errno.ESTALE
+
+
+VALID = {
+    "jpeg": saved(photo(41, 37), "JPEG"),
+    "progressive": saved(photo(41, 37), "JPEG", progressive=True),
+    "png": saved(photo(41, 37), "PNG"),
+    "palette": saved(photo(41, 37).convert("P"), "PNG", transparency=3),
+    "webp": saved(photo(41, 37), "WEBP"),
+    "gif": saved(photo(41, 37), "GIF"),
+    "tiff": saved(photo(41, 37), "TIFF"),
+    "lzw": saved(photo(41, 37), "TIFF", compression="tiff_lzw"),
+    "bmp": saved(photo(41, 37), "BMP"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", VALID)
+def test_damaged_files_are_read_or_refused_alike(kind):
+    rng = np.random.default_rng(len(VALID[kind]))
+    outcomes = []
+    for case in range(60):
+        data = bytearray(VALID[kind])
+        # Most damage near the beginning, where the structure is.
+        reach = len(data) if case % 2 else min(len(data), 200)
+        for place in rng.integers(0, reach, 1 + case % 4):
+            data[place] = rng.integers(256)
+        if case % 3 == 0:
+            del data[int(rng.integers(len(data))) :]
+        results = set()
+        for _ in range(2):
+            try:
+                results.add(read(bytes(data)).tobytes())
+            except UnreadableItem as error:
+                results.add(error.reason)
+        (result,) = results
+        outcomes.append(result)
+    reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert 10 < len(reasons) <= 60
+    assert not any("0x" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_header_size_is_that_of_the_upright_picture(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((5, 13, 3), np.uint8)).save(file, format, exif=exif)
+    width, height = (5, 13) if orientation == 6 else (13, 5)
+    assert header_size(io.BytesIO(file.getvalue())) == (width, height, "")
+    assert header_size(io.BytesIO(file.getvalue()[:5]))[:2] == (0, 0)

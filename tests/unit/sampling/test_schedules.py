@@ -1,0 +1,198 @@
+"""Schedules against diffusers and the published numbers; as text; what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+from torchtitan_flux.flow_matching import resolution_mu
+from torchtitan_flux.latents import Geometry, ImageSize
+from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
+
+FLUX = Geometry(channels=16, downscale=8, patch=2)
+PUBLISHED_DEV = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+PUBLISHED_SCHNELL = {**PUBLISHED_DEV, "shift": 1.0, "use_dynamic_shifting": False}
+OTHER_LINE = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.3,
+    "max_shift": 1.7,
+    "base_image_seq_len": 100,
+    "max_image_seq_len": 3000,
+}
+CONFIGS = {
+    "dev": PUBLISHED_DEV,
+    "schnell": PUBLISHED_SCHNELL,
+    "defaults": {},
+    "shift 3": {"shift": 3.0, "use_dynamic_shifting": False},
+    "whole shift below 1": {"shift": 0.25},
+    "other line": OTHER_LINE,
+    "linear": {**OTHER_LINE, "time_shift_type": "linear"},
+    "terminal": {"shift": 3, "shift_terminal": 0.1},
+    "terminal, dynamic": {**OTHER_LINE, "shift_terminal": 0.02},
+    "terminal off": {"shift": 2.0, "shift_terminal": 0.0},
+    "falling line": {"use_dynamic_shifting": True, "base_shift": 0.9, "max_shift": -0.4},
+}
+
+
+def tokens(height: int, width: int) -> int:
+    return FLUX.grid(ImageSize(height, width)).tokens
+
+
+def diffusers_times(config: dict, steps: int, packed: int) -> np.ndarray:
+    """The sigmas of a FluxPipeline run, its last zero included."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    mu = calculate_shift(
+        packed,
+        scheduler.config["base_image_seq_len"],
+        scheduler.config["max_image_seq_len"],
+        scheduler.config["base_shift"],
+        scheduler.config["max_shift"],
+    )
+    sigmas = np.linspace(1.0, 1 / steps, steps).tolist()
+    retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, mu=mu)
+    return np.asarray(scheduler.sigmas, dtype=np.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28])
+@pytest.mark.parametrize("size", [(256, 256), (512, 512), (1024, 1024), (768, 1344)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_times_equal_diffusers(name, size, steps):
+    config = CONFIGS[name]
+    if steps == 1 and config.get("shift_terminal"):
+        with pytest.raises(ValueError, match=r"shift_terminal = 0\.\d+ needs at least 2 steps"):
+            Schedule.of_config(config).times(steps, tokens(*size))  # diffusers' is nan
+        return
+    found = Schedule.of_config(config).times(steps, tokens(*size))
+    expected = diffusers_times(config, steps, tokens(*size))
+    assert found.dtype == np.float64
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back(name):
+    """As text, and as a configuration of diffusers: the same times, and the same in diffusers."""
+    schedule = Schedule.of_config(CONFIGS[name])
+    written = json.loads(json.dumps(schedule.config()))
+    for again in (Schedule.parse(str(schedule)), Schedule.of_config(written)):
+        assert np.array_equal(again.times(5, 1234), schedule.times(5, 1234))
+        assert str(again) == str(schedule)
+    theirs = {key: value for key, value in written.items() if not key.startswith("_")}
+    assert np.abs(diffusers_times(theirs, 5, 1234) - schedule.times(5, 1234)).max() <= 1e-6
+
+
+def test_published_schedules_have_names():
+    assert Schedule.of_config(PUBLISHED_DEV) == DEV == Schedule.parse("dev")
+    assert Schedule.of_config(PUBLISHED_SCHNELL) == SCHNELL == Schedule.parse("schnell")
+    assert (str(DEV), str(SCHNELL)) == ("dev", "schnell")
+    assert str(Schedule.parse("use_dynamic_shifting=true")) == "dev"
+    assert str(Schedule.parse(" shift = 3")) == "shift=3.0"
+    assert (Schedule.of_flavor(True), Schedule.of_flavor(False)) == (DEV, SCHNELL)
+    written = {key: value for key, value in DEV.config().items() if not key.startswith("_")}
+    assert written == PUBLISHED_DEV
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (256, [1, 0.831824, 0.622459, 0.354661, 0]),
+        (512, [1, 0.849235, 0.652489, 0.384945, 0]),
+        (1024, [1, 0.904531, 0.759511, 0.512844, 0]),
+    ],
+)
+def test_dev_in_four_steps(pixels, expected):
+    found = DEV.times(4, tokens(pixels, pixels))
+    assert np.abs(found - expected).max() < 1e-6
+    assert (found[0], found[-1]) == (1.0, 0.0)
+
+
+def test_schnell_ignores_the_size():
+    assert SCHNELL.times(4, 256).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert SCHNELL.times(4, 4096).tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_mu_goes_through_its_two_points_and_beyond():
+    assert resolution_mu(256) == pytest.approx(0.5)
+    assert resolution_mu(4096) == pytest.approx(1.15)
+    assert resolution_mu(16384) == pytest.approx(calculate_shift(16384))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_fewer_than_one_step_is_refused(steps):
+    with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
+        DEV.times(steps, 256)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "use_dynamic_shifting=true,time_shift_type=linear,base_shift=-2",
+        "use_dynamic_shifting=true,max_shift=1e300",
+    ],
+)
+def test_a_shift_out_of_range_is_refused_at_the_size_that_makes_it(text):
+    with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic_shifting"):
+        Schedule.parse(text).times(4, 300)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "it is a DDIMScheduler; only FlowMatchEuler"),
+        ({"use_karras_sigmas": True, "shift": 3.0}, "use_karras_sigmas = True: not computed here"),
+        ({"use_beta_sigmas": True}, "use_beta_sigmas"),
+        ({"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+        (
+            {"invert_sigmas": True, "stochastic_sampling": True},
+            "invert_sigmas = True; stochastic_sampling = True: not",
+        ),
+        ({"num_train_timesteps": 500}, "num_train_timesteps = 500, FLUX.1 has 1000"),
+        ({"shift": "3"}, "shift = '3' is no number"),
+        ({"shift": 0}, "shift = 0 must be positive"),
+        ({"shift": float("inf")}, "shift = inf is no number"),
+        ({"shift": True}, "shift = True is no number"),
+        ({"max_shift": [1]}, "max_shift = .1. is no number"),
+        ({"shift_terminal": 1.0}, "shift_terminal = 1.0 is not between 0 and 1"),
+        ({"use_dynamic_shifting": "yes"}, "use_dynamic_shifting = 'yes' is not true or false"),
+        ({"base_image_seq_len": 4096}, "are not two different whole numbers"),
+        ({"max_image_seq_len": 4096.5}, "are not two different whole numbers"),
+        ({"time_shift_type": "cosine"}, "time_shift_type = 'cosine' is not"),
+    ],
+)
+def test_what_is_not_computed_is_named(config, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule.of_config(config)
+
+
+def test_null_is_the_default():
+    """As diffusers writes what is unset."""
+    nothing = dict.fromkeys(("shift_terminal", "base_shift", "time_shift_type"))
+    assert Schedule.of_config({**PUBLISHED_DEV, **nothing, "use_karras_sigmas": False}) == DEV
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "'' is unknown"),
+        ("Dev", '\'Dev\' is unknown; "dev", "schnell"'),
+        ("shift", "'shift' is unknown"),
+        ("shift=3,karras=true", "'karras=true' is unknown"),
+        ("shift=3,shift=4", "shift is given twice"),
+        ("shift=much", "shift = 'much' is no number"),
+        ("base_shift=0.4", "base_shift counts only with use_dynamic_shifting=true"),
+        ("shift=2,use_dynamic_shifting=true", "shift counts only without"),
+    ],
+)
+def test_text_that_is_no_schedule_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule.parse(text)

@@ -1,0 +1,92 @@
+"""The commands of docs/checkpoints.md, read from there and run as they stand."""
+
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
+import made_weights as made
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from documents import claimed
+
+from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.weights import compare_command, convert_command
+from torchtitan_flux.weights.convert import convert
+from torchtitan_flux.weights.convert_autoencoder import open_autoencoder
+from torchtitan_flux.weights.open import open_weights
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
+PLAIN = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=1)
+GUIDED = replace(PLAIN, guidance_embed=True)
+SCRIPTS = {"convert_checkpoint": convert_command.main, "compare_checkpoints": compare_command.main}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the document takes for granted, small."""
+    folder = tmp_path_factory.mktemp("journeys")
+    plain, guided = made.state_dict(PLAIN), made.state_dict(GUIDED)
+    made.save_checkpoint(folder / "outputs" / "checkpoint" / "step-1000", PLAIN, plain)
+    (folder / "outputs" / "config.toml").write_text('[model]\nflavor = "flux-tiny"\n')
+    for args, states, name in ((GUIDED, guided, "dev"), (PLAIN, plain, "schnell")):
+        (folder / "make").mkdir()
+        file = made.make(folder / "make", "bfl", args, states)
+        file.rename(folder / f"flux1-{name}.safetensors")
+        (folder / "make").rmdir()
+    convert(folder / "flux1-dev.safetensors", folder / "FLUX.1-dev", "pipeline")
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        assert (folder / "FLUX.1-dev" / tokenizer).is_dir()
+    shutil.copy(TINY / "ae.safetensors", folder / "ae.safetensors")
+    theirs = made.torchtitan_states(PLAIN, plain)
+    dcp.save(theirs, checkpoint_id=folder / "torchtitan-outputs/checkpoint/step-500", no_dist=True)
+    return folder
+
+
+def test_every_command_of_the_document(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    # depth 1 + 1 instead of the flavors' own: these are what `--flavor` and the run's file name
+    for flavor in ("flux-schnell", "flux-tiny"):
+        monkeypatch.setitem(FLAVORS, flavor, PLAIN)
+    ran = []
+    for command in claimed(__file__, "test_every_command_of_the_document"):
+        python, script, *arguments = command.words
+        assert python == "python"
+        assert (ROOT / script).is_file()
+        main = SCRIPTS[Path(script).stem]
+        if main is compare_command.main:
+            with pytest.raises(SystemExit) as left:
+                main(arguments)
+            assert left.value.code == 0, capsys.readouterr()
+        else:
+            main(arguments)
+            ran.append((arguments[0], arguments[1], arguments[arguments.index("--to") + 1]))
+    assert {to for _, _, to in ran} == {"diffusers", "pipeline", "comfyui", "bfl", "dcp"}
+    for source, target, to in ran:
+        if source in ("ae.safetensors", "vae"):
+            assert open_autoencoder(Path(target)).format == to
+            continue
+        made_here = open_weights(target)
+        assert made_here.format == ("diffusers" if to == "pipeline" else to)
+        name = "single_blocks.0.linear1_by_head.weight"
+        expected = made.state_dict(made_here.args)[name].to(made_here.dtypes[name])
+        if "guid" not in target:  # of these, one has the weights of the other architecture
+            assert torch.equal(made_here.read(name), expected), target
+    assert open_weights("flux1-unguided.safetensors").args == PLAIN
+    assert open_weights("flux1-guided.safetensors").args == GUIDED
+
+
+def test_the_documents_command_of_the_script_is_one_of_these():
+    """The line to copy in the script's docstring is right as well."""
+    for name in SCRIPTS:
+        text = (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8")
+        line = re.search(rf"^python scripts/{name}\.py .*$", text, re.MULTILINE)
+        assert line is not None
+        if name == "convert_checkpoint":
+            convert_command.parse(shlex.split(line[0])[2:])

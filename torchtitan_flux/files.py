@@ -1,0 +1,90 @@
+"""Durable and atomic writes, locks that work without flock, and full disks."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes that name when the block ends without an error.
+
+    Readers see the old file or the whole new one, also after a power failure. Raises what the
+    block raises, and then leaves `path` as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+        descriptor = os.open(unfinished, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def try_lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Make a file or folder this process's until the descriptor is closed.
+
+    Args:
+        descriptor: of the open file or folder.
+        wait: for as long as another process has it.
+
+    Returns:
+        True; False where another one has it; None where the file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+class DiskFull(OSError):
+    """Something could not be written for want of room; the message names the disk and its room."""
+
+
+def disk_full(error: BaseException, path: Path) -> DiskFull | None:
+    """What to say of an error that came of a full disk or quota; None where it came of else.
+
+    Args:
+        error: raised on writing. torch's own (a position of its archive that was unexpected) hides
+            the system's, which is then found behind it.
+        path: a folder on the disk, as it is at that moment.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in (errno.ENOSPC, errno.EDQUOT):
+            break
+        behind = behind.__cause__ or behind.__context__
+    if behind is None:
+        return None
+    disk = next(one for one in (path, *path.absolute().parents) if os.path.ismount(one))
+    if behind.errno == errno.EDQUOT:
+        return DiskFull(f"the quota on {disk} is used up")
+    found = os.statvfs(disk)
+    free, whole = (
+        tqdm.format_sizeof(blocks * found.f_frsize, "B")
+        for blocks in (found.f_bavail, found.f_blocks)
+    )
+    files = ", and no further file may be made" if found.f_files and not found.f_favail else ""
+    return DiskFull(f"no space left on {disk}: {free} of {whole} are free{files}")

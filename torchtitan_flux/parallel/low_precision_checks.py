@@ -1,0 +1,157 @@
+"""Which layers are computed in 8 bits, and what low precision asks of the machine.
+
+Two of torchtitan's model converters are for FLUX: "quantize.linear.float8" and
+"quantize.linear.mx", both on torchao. What they convert are the linears that see every token of
+the sequence: qkv_by_head, proj and the MLP of double blocks, linear1_by_head and linear2_by_head
+of single blocks. In FLUX.1 these are 97 % of all FLOPs at 256 pixels, 93 % at 512 and 80 % at 1024;
+attention itself, which no converter touches, is nearly all of the rest.
+
+What stays as it is (`KEPT`), with its share of FLOPs at 256 pixels and 256 text tokens:
+
+    modulation         0.1 %     one vector an image: its product is bound by reading the weights,
+                                 its gradient sums over a batch of which 16 would have to divide
+                                 the size, and its error shifts and scales every token alike
+    embedders          0.1 %     they take float32 inputs into the compute type (CastingLinear),
+                                 which torchao's linears do not
+    final layer        0.002 %   its output is the velocity itself
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.parallel.card import card
+
+FLOAT8 = "quantize.linear.float8"
+MX = "quantize.linear.mx"
+
+MX_RECIPES = ("mxfp8_cublas", "mxfp8_cublas_rceil")
+
+
+def low_precision_problems(config: Any) -> list[str]:
+    """What is wrong with `model.converters` and the keys that belong to them."""
+    chosen = config.model.converters
+    key = f"model.converters = {chosen}"
+    if unknown := [name for name in chosen if name not in (FLOAT8, MX)]:
+        return [f"{key}: {', '.join(unknown)} is unknown; FLUX has {FLOAT8!r} and {MX!r}"]
+    if len(chosen) > 1:
+        return [f"{key}: choose one of them, once"]
+    if not chosen:
+        return []
+    found = []
+    if find_spec("torchao") is None:
+        found.append(f'{key} needs torchao: pip install "torchtitan-flux[float8]"')
+    return found + (_float8(config) if FLOAT8 in chosen else _mx(config))
+
+
+def _float8(config: Any) -> list[str]:
+    found = []
+    section = f"{FLOAT8}."
+    f = config.quantize.linear.float8
+    if not f.emulate and not _device_has((8, 9)):
+        found.append(
+            f"model.converters = [{FLOAT8!r}] needs a GPU of compute capability 8.9 or later, and "
+            f"{_device()}; remove it, or set {section}emulate = true (slow, for trying out)"
+        )
+    if f.emulate and config.compiles("model"):
+        found.append(
+            f"{section}emulate = true cannot be compiled; set compile.enable = false, or emulate "
+            "= false on a GPU that has float8"
+        )
+    if f.enable_fsdp_float8_all_gather and f.recipe_name is not None:
+        found.append(
+            f"{section}enable_fsdp_float8_all_gather = true needs one scale a tensor, and "
+            f"recipe_name = {f.recipe_name!r} was set; remove recipe_name (one scale a tensor is "
+            "the default), or set enable_fsdp_float8_all_gather = false"
+        )
+    if f.precompute_float8_dynamic_scale_for_fsdp and not f.enable_fsdp_float8_all_gather:
+        found.append(
+            f"{section}precompute_float8_dynamic_scale_for_fsdp = true does nothing without "
+            "enable_fsdp_float8_all_gather = true"
+        )
+    return found
+
+
+def _mx(config: Any) -> list[str]:
+    found = []
+    section = f"{MX}."
+    mx = config.quantize.linear.mx
+    if not _device_has((10, 0), rocm=(9, 5)):
+        found.append(
+            f"model.converters = [{MX!r}] needs a Blackwell GPU (compute capability 10.0 or "
+            f"later), and {_device()}; remove it, or use {FLOAT8!r} from compute capability 8.9 on"
+        )
+    if mx.recipe_name not in MX_RECIPES:
+        found.append(
+            f"{section}recipe_name = {mx.recipe_name!r} is not one of {', '.join(MX_RECIPES)}"
+        )
+    if mx.mxfp8_dim1_cast_kernel_choice == "cuda":
+        found.append(
+            f'{section}mxfp8_dim1_cast_kernel_choice = "cuda" is a library of torchao 0.16 for '
+            'torch 2.10 alone; set "triton"'
+        )
+    if config.compiles("model") and config.parallelism.tensor_parallel_degree > 1:
+        found.append(
+            f"model.converters = [{MX!r}] cannot be compiled with tensor parallelism; set "
+            "compile.enable = false or parallelism.tensor_parallel_degree = 1"
+        )
+    return found
+
+
+def low_precision_fit(config: Any, args: FluxModelArgs, size: ImageSize) -> list[str]:
+    """Widths and numbers of tokens that 8-bit products cannot take.
+
+    Args:
+        config: one that `low_precision_problems` has nothing against.
+        args: the model as resolved.
+        size: image size in pixels.
+    """
+    if not config.model.converters:
+        return []
+    mx = MX in config.model.converters
+    multiple = 32 if mx else 16
+    f = config.quantize.linear.float8
+    p, t = config.parallelism, config.training
+    key = f"model.converters = {config.model.converters}"
+    found = []
+    tp, cp = p.tensor_parallel_degree, p.context_parallel_degree
+    for name, width in (("hidden", args.hidden_size), ("MLP", args.mlp_hidden)):
+        # every side of a converted weight is a sum of multiples of these two
+        if width % (multiple * tp):
+            found.append(
+                f"{key}: the {name} width {width} of model.flavor = {config.model.flavor!r} over "
+                f"parallelism.tensor_parallel_degree = {tp} is not a multiple of {multiple}; "
+                "choose another degree, or remove the converter"
+            )
+    key_of_samples, samples = "training.local_batch_size", t.local_batch_size
+    if p.pipeline_parallel_degree > 1:
+        key_of_samples = "parallelism.pipeline_parallel_microbatch_size"
+        samples = p.pipeline_parallel_microbatch_size
+    # the gradient of a weight is a product over the tokens of a microbatch
+    if mx or not (f.emulate or f.recipe_name == "rowwise_with_gw_hp"):
+        for key_of_tokens, tokens in (
+            ("training.img_size", args.geometry.grid(size).tokens),
+            ("encoder.max_t5_encoding_len", config.encoder.max_t5_encoding_len),
+        ):
+            if samples * tokens % (multiple * cp):
+                found.append(
+                    f"{key}: {key_of_samples} = {samples} times {tokens} "
+                    f"tokens ({key_of_tokens}) over parallelism.context_parallel_degree = {cp} "
+                    f"is not a multiple of {multiple}; change one of them"
+                )
+    return found
+
+
+def _device_has(cuda: tuple[int, int], rocm: tuple[int, int] | None = None) -> bool:
+    """Whether this process's GPU has a compute capability (on ROCm: a gfx version) or a later."""
+    wanted = rocm if rocm is not None and torch.version.hip is not None else cuda
+    here = card()
+    return here is not None and here.capability >= wanted
+
+
+def _device() -> str:
+    """What there is instead, as part of a sentence."""
+    return str(card() or "this machine has no GPU")

@@ -1,0 +1,239 @@
+"""Pipeline parallelism: its schedules, how many stages they make, and what does not fit."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan_flux.model import FluxModelArgs
+
+SECTION = "parallelism."
+PREFIX = SECTION + "pipeline_parallel_"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule of torch.distributed.pipelining.
+
+    Attributes:
+        name: how torch calls it.
+        several: whether a rank has several stages.
+        v_shaped: whether its two stages lie as a V: the first rank has the first and the last.
+        splits_backward: whether gradients of weights wait until a rank has nothing else to do.
+        fills: whether torch wants as many microbatches as there are stages.
+        evaluation: the schedule that runs the same stages forward only.
+    """
+
+    name: str
+    several: bool = False
+    v_shaped: bool = False
+    splits_backward: bool = False
+    fills: bool = False
+    evaluation: str = "GPipe"
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether microbatches beyond the number of ranks must be a multiple of it."""
+        return self.several and not self.v_shaped
+
+    def stages_of(self, rank: int, ranks: int, stages: int) -> list[int]:
+        """Which of the stages a rank has, in ascending order."""
+        if self.v_shaped:
+            return [rank, stages - 1 - rank]
+        return list(range(rank, stages, ranks))
+
+
+SCHEDULES = {
+    schedule.name.lower(): schedule  # torch does not look at the case either
+    for schedule in (
+        Schedule("GPipe"),
+        Schedule("1F1B", fills=True),
+        Schedule("Interleaved1F1B", several=True, evaluation="Interleaved1F1B"),
+        Schedule(
+            "InterleavedZeroBubble",
+            several=True,
+            splits_backward=True,
+            evaluation="Interleaved1F1B",
+        ),
+        Schedule(
+            "ZBVZeroBubble",
+            several=True,
+            v_shaped=True,
+            splits_backward=True,
+            evaluation="ZBVZeroBubble",
+        ),
+    )
+}
+
+
+def pipeline_schedule(parallelism: Any) -> Schedule:
+    """The configured schedule."""
+    return SCHEDULES[parallelism.pipeline_parallel_schedule.lower()]
+
+
+def stage_count(parallelism: Any, args: FluxModelArgs) -> int:
+    """Stages over all ranks: of the named parts, of so many blocks each, or the fewest there are.
+
+    Raises:
+        ValueError: naming the key that gives the ranks a number of stages which the schedule
+            does not take.
+    """
+    ranks = parallelism.pipeline_parallel_degree
+    schedule = pipeline_schedule(parallelism)
+    blocks = args.depth + args.depth_single_blocks
+    parts = parallelism.module_fqns_per_model_part
+    per_stage = parallelism.pipeline_parallel_layers_per_stage
+    stages = ranks * (2 if schedule.several else 1)
+    key = f"{PREFIX}degree = {ranks}"
+    if parts:
+        stages = len(parts)
+        key = f"{SECTION}module_fqns_per_model_part has {stages} parts"
+    elif per_stage is not None:
+        if per_stage < 1:
+            raise ValueError(f"{PREFIX}layers_per_stage = {per_stage} must be at least 1")
+        stages = math.ceil(blocks / per_stage)
+        key = f"{PREFIX}layers_per_stage = {per_stage} makes {stages} stages of {blocks} blocks"
+    per_rank = stages // ranks
+    wanted = "two" if schedule.v_shaped else "two or more" if schedule.several else "one"
+    fits = per_rank == 2 if schedule.v_shaped else (per_rank > 1) == schedule.several
+    if stages % ranks or not per_rank or not fits:
+        raise ValueError(
+            f"{key}: {PREFIX}schedule = {schedule.name!r} needs {wanted} for each of the "
+            f"{ranks} ranks of {PREFIX}degree"
+        )
+    if stages > blocks:
+        raise ValueError(
+            f"{key} with {PREFIX}schedule = {schedule.name!r} makes {stages} stages, more than the "
+            f"{blocks} blocks of the model; choose a smaller degree"
+        )
+    return stages
+
+
+def module_names(args: FluxModelArgs) -> list[str]:
+    """The model's modules that a stage can hold, in the order in which they run."""
+    return [
+        "img_in",
+        "txt_in",
+        "time_in",
+        "vector_in",
+        *(["guidance_in"] if args.guidance_embed else []),
+        *(f"double_blocks.{i}" for i in range(args.depth)),
+        *(f"single_blocks.{i}" for i in range(args.depth_single_blocks)),
+        "final_layer",
+    ]
+
+
+def check_parts(parts: list[list[str]], args: FluxModelArgs) -> None:
+    """Whether named parts are the whole model, in order, each with a block.
+
+    Raises:
+        ValueError: naming the module that is unknown, missing or out of place.
+    """
+    key = f"{SECTION}module_fqns_per_model_part"
+    known = module_names(args)
+    named = [name for part in parts for name in part]
+    for what, names in (
+        ("does not know", [name for name in named if name not in known]),
+        ("misses", [name for name in known if name not in named]),
+        ("names twice", sorted({name for name in named if named.count(name) > 1})),
+    ):
+        if names:
+            raise ValueError(f"{key} {what} {', '.join(names)}; the modules are {', '.join(known)}")
+    # embedders may be named in any order: they run side by side
+    embedders = [name for name in known if name.endswith("_in")]
+    if outside := [name for name in embedders if name not in parts[0]]:
+        raise ValueError(f"{key}: {', '.join(outside)} must be in the first part")
+    blocks = [name for name in named if name not in embedders]
+    for name, expected in zip(blocks, (n for n in known if n not in embedders), strict=True):
+        if name != expected:
+            raise ValueError(f"{key} is out of order: {name} stands where {expected} runs")
+    for number, part in enumerate(parts):
+        if not any("_blocks." in name for name in part):
+            raise ValueError(f"{key}: part {number} has no block")
+
+
+def pipeline_problems(config: Any) -> list[str]:
+    """What is wrong with the keys of pipeline parallelism, whatever the model."""
+    p, t = config.parallelism, config.training
+    if p.pipeline_parallel_degree < 2:
+        return []
+    found = []
+    if p.pipeline_parallel_schedule_csv:
+        found.append(
+            f"{PREFIX}schedule_csv = {p.pipeline_parallel_schedule_csv!r}: schedules are not read "
+            f"from files; remove it and choose {PREFIX}schedule"
+        )
+    for end, part in (("first", "embedders"), ("last", "final layer")):
+        key = f"pipeline_parallel_{end}_stage_less_layers"
+        if getattr(p, key) != 1:
+            found.append(
+                f"{SECTION}{key} = {getattr(p, key)}: the {part} is counted by its operations; "
+                f"remove the key, or name the parts by {SECTION}module_fqns_per_model_part"
+            )
+    name = p.pipeline_parallel_schedule
+    if name.lower() not in SCHEDULES:
+        known = ", ".join(schedule.name for schedule in SCHEDULES.values())
+        return [*found, f"{PREFIX}schedule = {name!r} is not available; use one of {known}"]
+    schedule = pipeline_schedule(p)
+    found += _microbatches(schedule, p, t)
+    if schedule.splits_backward:
+        found += _split_backward(schedule, config)
+    return found
+
+
+def _microbatches(schedule: Schedule, p: Any, t: Any) -> list[str]:
+    ranks, size = p.pipeline_parallel_degree, p.pipeline_parallel_microbatch_size
+    key = f"{PREFIX}microbatch_size = {size}"
+    if size < 1 or t.local_batch_size % size:
+        return [f"{key} does not divide training.local_batch_size = {t.local_batch_size}"]
+    count = t.local_batch_size // size
+    makes = f"{key} makes {count} microbatches of training.local_batch_size = {t.local_batch_size}"
+    if schedule.fills and count < ranks:
+        return [
+            f"{makes}; {PREFIX}schedule = {schedule.name!r} needs {ranks} or more, one for each "
+            "rank: raise the batch, lower the microbatch, or use 'GPipe'"
+        ]
+    rounds = max(1, count // ranks)
+    if schedule.in_rounds and count % rounds:
+        return [
+            f"{makes}; {PREFIX}schedule = {schedule.name!r} needs a multiple of {rounds}: make it "
+            f"a multiple of {PREFIX}degree = {ranks}"
+        ]
+    return []
+
+
+def _split_backward(schedule: Schedule, config: Any) -> list[str]:
+    """The backward pass of a stage is done in two parts, on a graph that is kept in between."""
+    found = []
+    key = f"{PREFIX}schedule = {schedule.name!r}"
+    if config.compiles("model"):
+        found.append(
+            f"{key} takes the backward pass of blocks apart, which compiled blocks do not allow; "
+            "set compile.enable = false, or use 'Interleaved1F1B'"
+        )
+    ac = config.activation_checkpoint
+    if ac.mode == "selective" and ac.selective_ac_option == "op":
+        found.append(
+            f"{key} comes back to a block's graph for the weights, and what "
+            'activation_checkpoint.selective_ac_option = "op" kept is gone by then; set it to a '
+            "number in quotes, activation_checkpoint.mode = \"full\", or use 'Interleaved1F1B'"
+        )
+    if config.parallelism.fsdp_reshard_after_forward == "always":
+        found.append(
+            f"{key} needs a stage's weights from its forward to the end of its backward pass; set "
+            'parallelism.fsdp_reshard_after_forward = "default"'
+        )
+    return found
+
+
+def pipeline_fit(config: Any, args: FluxModelArgs) -> list[str]:
+    """Stages that this model cannot be cut into."""
+    p = config.parallelism
+    if p.pipeline_parallel_degree < 2 or p.pipeline_parallel_schedule.lower() not in SCHEDULES:
+        return []
+    try:
+        stage_count(p, args)
+        if p.module_fqns_per_model_part:
+            check_parts(p.module_fqns_per_model_part, args)
+    except ValueError as error:
+        return [str(error)]
+    return []

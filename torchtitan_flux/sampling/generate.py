@@ -1,0 +1,211 @@
+"""Prompts -> images with a model, text encoders and a codec. Grids, infer and scores call this."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from torchtitan_flux.encoders.codec import Codec
+from torchtitan_flux.flow_matching import standard_normal
+from torchtitan_flux.latents import Geometry, ImageSize, image_ids, pack, text_ids, unpack
+from torchtitan_flux.randomness import Stream, generator
+from torchtitan_flux.sampling.euler import Velocity, all_finite, euler, guided
+from torchtitan_flux.sampling.schedules import SCHNELL, Schedule
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """Encoded captions: `txt` [b, tokens, context] and pooled `vec` [b, width]."""
+
+    txt: Float[Tensor, "b tokens context"]
+    vec: Float[Tensor, "b width"]
+
+    def repeat(self, count: int) -> "TextConditioning":
+        """The conditioning of one caption, for `count` samples."""
+        return TextConditioning(self.txt.expand(count, -1, -1), self.vec.expand(count, -1))
+
+
+TextEncoding = Callable[[Sequence[str]], TextConditioning]
+"""Captions -> conditioning; the empty caption is what classifier-free guidance leaves out."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are drawn; written into each.
+
+    Attributes:
+        size: pixels.
+        steps: Euler steps.
+        cfg: scale of classifier-free guidance; 1 switches it off.
+        guidance: guidance input of a model with guidance embedding, else None.
+        schedule: which times the steps are at.
+        seed: noise of picture i is a function of (seed, i).
+    """
+
+    size: ImageSize
+    steps: int
+    cfg: float = 1.0
+    guidance: float | None = None
+    schedule: Schedule = SCHNELL
+    seed: int = 0
+
+    def times(self, geometry: Geometry) -> np.ndarray:
+        """Of the steps, from 1 to 0. Raises ValueError where the schedule has none for them."""
+        return self.schedule.times(self.steps, geometry.grid(self.size).tokens)
+
+    def facts(self) -> dict[str, str]:
+        """All of them by name, as a picture's file holds them."""
+        return {name: str(value) for name, value in {**asdict(self), "size": self.size}.items()}
+
+
+def initial_noise(geometry: Geometry, size: ImageSize, seed: int, index: int) -> Tensor:
+    """Starting noise [c, h, w] of picture `index`, float32, the same on every machine."""
+    return standard_normal(generator(seed, Stream.SAMPLE, index), geometry.latent_shape(size))
+
+
+def packed_arguments(
+    x: Tensor,
+    t: Tensor,
+    text: TextConditioning,
+    geometry: Geometry,
+    size: ImageSize,
+    guidance: float | None,
+) -> tuple[Tensor | None, ...]:
+    """FluxModel's arguments for packed tokens x [b, tokens, features] at times t [b]."""
+    b = x.shape[0]
+    return (
+        x,
+        image_ids(geometry.grid(size), b, x.device),
+        text.txt,
+        text_ids(text.txt.shape[1], b, x.device),
+        t,
+        text.vec,
+        None if guidance is None else torch.full_like(t, guidance),
+    )
+
+
+def packed_velocity(
+    model: nn.Module,
+    text: TextConditioning,
+    geometry: Geometry,
+    size: ImageSize,
+    guidance: float | None,
+) -> Velocity:
+    """A velocity callable over packed tokens [b, tokens, features], conditioned on `text`."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return model(*packed_arguments(x, t, text, geometry, size, guidance))
+
+    return velocity
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    codec: Codec,
+    encode_text: TextEncoding,
+    geometry: Geometry,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    settings: SampleSettings,
+    negative_prompt: str = "",
+    device: torch.device | str = "cpu",
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Float[Tensor, "b c H W"]:
+    """Draw one image for each prompt.
+
+    Args:
+        model: FluxModel, sharded or not; every rank that shares it must call with as many prompts.
+        codec: decodes latents to images.
+        encode_text: captions -> conditioning.
+        geometry: of the model's flavor.
+        prompts: one batch of captions.
+        indices: number of each picture; it starts from noise (settings.seed, index).
+        settings: size, steps, guidance, seed.
+        negative_prompt: what classifier-free guidance moves away from.
+        device: where the model is.
+        on_step: called with the packed tokens after each Euler step.
+
+    Returns:
+        `displayable` images.
+    """
+    noise = torch.stack(
+        [initial_noise(geometry, settings.size, settings.seed, index) for index in indices]
+    )
+    negative = encode_text([negative_prompt]) if settings.cfg != 1.0 else None
+    latents = denoise(
+        model, geometry, noise.to(device), encode_text(prompts), negative, settings, on_step
+    )
+    return displayable(codec.decode(latents))
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    geometry: Geometry,
+    noise: Float[Tensor, "b c h w"],
+    text: TextConditioning,
+    negative: TextConditioning | None,
+    settings: SampleSettings,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """From noise to latents, float32, where the noise is.
+
+    Args:
+        model: FluxModel, sharded or not.
+        geometry: of the model's flavor.
+        noise: of each picture, float32.
+        text: conditioning of each picture.
+        negative: of one caption, which classifier-free guidance moves away from; looked at where
+            settings.cfg is not 1.
+        settings: size, steps, guidance.
+        on_step: called with the packed tokens after each Euler step.
+    """
+    velocity = packed_velocity(model, text, geometry, settings.size, settings.guidance)
+    if settings.cfg != 1.0:
+        assert negative is not None, "guidance needs something to move away from"
+        velocity = guided(
+            velocity,
+            packed_velocity(
+                model,
+                negative.repeat(len(noise)),
+                geometry,
+                settings.size,
+                settings.guidance,
+            ),
+            settings.cfg,
+        )
+    tokens = euler(velocity, pack(noise, geometry.patch), settings.times(geometry), on_step)
+    return unpack(tokens, geometry.grid(settings.size), geometry.patch)
+
+
+def displayable(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+    """What a codec decodes, in [-1, 1], float32; nan all over where a picture is not finite."""
+    bad = ~all_finite(images)
+    return images.float().clamp(-1, 1).masked_fill(bad.view(-1, 1, 1, 1), torch.nan)
+
+
+def to_pil(image: Float[Tensor, "c H W"]) -> Image.Image:
+    """An image in [-1, 1] with 1 or 3 channels as an 8-bit PIL image."""
+    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    return Image.fromarray(pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1))
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, enlarge_to: int = 48) -> Image.Image:
+    """Images of one size side by side with a thin gap, small ones enlarged without smoothing."""
+    width, height = images[0].size
+    factor = max(1, -(-enlarge_to // min(width, height)))
+    width, height = width * factor, height * factor
+    rows = -(-len(images) // columns)
+    gap = 2
+    sheet = Image.new(
+        images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
+    )
+    for i, image in enumerate(images):
+        place = ((i % columns) * (width + gap), (i // columns) * (height + gap))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet

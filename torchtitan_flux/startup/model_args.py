@@ -1,0 +1,194 @@
+"""From the configuration to plain values: model arguments, sizes, settings."""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
+from torchtitan_flux.encoders.pretrained import text_widths
+from torchtitan_flux.flow_matching import TimeDensity
+from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
+from torchtitan_flux.paths import locate, resolved_path
+from torchtitan_flux.sampling.generate import SampleSettings
+from torchtitan_flux.sampling.schedules import Schedule
+from torchtitan_flux.weights.pruned import with_blocks_of, with_blocks_of_run
+from torchtitan_flux.weights.scheduler import StatedScheduler, of_run, stated_scheduler
+
+AUTO = "auto"
+"""The value of `sampling.schedule` that leaves it to the weights."""
+
+
+def resolve_model_args(
+    config: Any, weights: str | None = None, training: bool = True
+) -> FluxModelArgs:
+    """The flavor with the widths of the configured encoders and codec, and its weights' blocks.
+
+    flux-dev and flux-schnell have fixed widths, which the encoders must have; other flavors
+    follow the encoders. The number of blocks is that of the run's checkpoints or of the weights
+    that it begins with (`with_configured_blocks`).
+
+    Args:
+        config: the configuration.
+        weights: file or folder to draw with, instead of the run's own checkpoint.
+        training: whether the model will be trained; drawing takes the run's checkpoints also where
+            `checkpoint.enable` is false.
+
+    Raises:
+        ValueError: naming the encoder key whose width does not fit a fixed flavor.
+    """
+    return with_configured_blocks(config, _with_widths(config), weights, training)
+
+
+def with_configured_blocks(
+    config: Any, args: FluxModelArgs, weights: str | None = None, training: bool = True
+) -> FluxModelArgs:
+    """`args` with as many blocks as the weights have that the model will get.
+
+    Those of the run's own checkpoints; without any, of what `checkpoint.initial_load_path` names;
+    else the flavor's. They are read from headers, and kept in every checkpoint, so that a run
+    continues also when the weights that it began with are gone.
+    """
+    c = config.checkpoint
+    if weights is None and (c.enable or not training):
+        own = with_blocks_of_run(Path(config.job.dump_folder) / c.folder, args)
+        if own is not None:
+            return own
+        weights = c.initial_load_path
+    path = locate(weights) if weights else None
+    return args if path is None else with_blocks_of(path, args)
+
+
+def _with_widths(config: Any) -> FluxModelArgs:
+    args = FLAVORS[config.model.flavor]
+    t5_path, clip_path = map(
+        resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)
+    )
+    t5_width, clip_width = _text_widths(t5_path, clip_path, _changed(t5_path), _changed(clip_path))
+    if args.pixel_space:
+        channels, downscale = config.encoder.pixel_channels, 1
+    else:
+        path = resolved_path(config.encoder.autoencoder_path)
+        channels, downscale = _autoencoder_geometry(path, _changed(path))
+    features = channels * args.patch_size**2
+    if config.model.flavor not in FIXED_WIDTH_FLAVORS:
+        return replace(
+            args,
+            in_channels=features,
+            out_channels=features,
+            downscale=downscale,
+            context_in_dim=t5_width,
+            vec_in_dim=clip_width,
+        )
+    wrong = [
+        f"encoder.{key}: width {have} does not fit model.flavor = {config.model.flavor!r}, which "
+        f"needs {want}"
+        for key, have, want in (
+            ("t5_encoder", t5_width, args.context_in_dim),
+            ("clip_encoder", clip_width, args.vec_in_dim),
+            ("autoencoder_path", features, args.in_channels),
+        )
+        if have != want
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return args
+
+
+def _changed(path: str) -> int:
+    """When what describes an encoder was last written; 0 for a name on the hub."""
+    described = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        return described.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache
+def _text_widths(t5_path: str, clip_path: str, *changed: int) -> tuple[int, int]:
+    # a start asks six times, and names on the hub are asked for over the network
+    return text_widths(t5_path, clip_path)
+
+
+@lru_cache
+def _autoencoder_geometry(path: str, changed: int) -> tuple[int, int]:
+    return autoencoder_geometry(path)
+
+
+def time_density(config: Any) -> TimeDensity:
+    """Density of training times."""
+    flow = config.flow
+    return TimeDensity(flow.time_density, flow.logit_mean, flow.logit_std, flow.resolution_shift)
+
+
+def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
+    """Guidance input when sampling: what training used, unless the configuration says otherwise."""
+    if not args.guidance_embed:
+        return None
+    given = config.sampling.guidance
+    return config.flow.guidance if given is None else given
+
+
+def configured_schedule(config: Any) -> Schedule | None:
+    """What `sampling.schedule` names; None where it leaves it to the weights.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    given = config.sampling.schedule
+    try:
+        return None if given == AUTO else Schedule.parse(given)
+    except ValueError as error:
+        raise ValueError(f"sampling.schedule = {given!r}: {error}") from None
+
+
+def own_scheduler(config: Any) -> StatedScheduler | None:
+    """What is said of the schedule by a run's own weights; None where nothing is.
+
+    That is what the run wrote down, once it has checkpoints; before, what the weights say that it
+    begins with.
+
+    Raises:
+        UnreadableWeights: what says it is spoilt.
+    """
+    c = config.checkpoint
+    if stated := of_run(Path(config.job.dump_folder) / c.folder):
+        return stated
+    path = locate(c.initial_load_path) if c.enable and c.initial_load_path else None
+    return None if path is None else stated_scheduler(path)
+
+
+def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = None) -> Schedule:
+    """When pictures take their steps: as configured, else as the weights say, else as the flavor.
+
+    Args:
+        config: job configuration.
+        args: of the model.
+        weights: that are drawn with; None for the run's own.
+
+    Raises:
+        ValueError: `sampling.schedule` is none, or the weights' is not computed here.
+    """
+    if told := configured_schedule(config):
+        return told
+    stated = own_scheduler(config) if weights is None else stated_scheduler(weights)
+    return Schedule.of_flavor(args.guidance_embed) if stated is None else stated.schedule()
+
+
+def sample_settings(
+    config: Any, args: FluxModelArgs, weights: Path | None = None
+) -> SampleSettings:
+    """How pictures are drawn during training, or with weights that are given.
+
+    Raises:
+        ValueError: see `sampling_schedule`.
+    """
+    s = config.sampling
+    return SampleSettings(
+        size=config.training.image_size,
+        steps=s.denoising_steps,
+        cfg=s.classifier_free_guidance_scale,
+        guidance=sample_guidance(config, args),
+        schedule=sampling_schedule(config, args, weights),
+        seed=s.seed,
+    )

@@ -1,0 +1,108 @@
+"""Weights of any format as a model-only checkpoint of ours, one tensor in memory at a time."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from torchtitan_flux.checkpoint.manifest import file_facts
+from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.storage import ManifestWriter, Written, causes_of
+from torchtitan_flux.tensor_files.safetensors_writer import Specs
+
+_FILE_BYTES = 2 * 2**30
+"""A file that has this much is complete: ranks that verify the checkpoint share its files."""
+
+
+def write_checkpoint(
+    folder: Path,
+    specs: Specs,
+    read: Callable[[str], Tensor],
+    step: int,
+    facts: RunFacts,
+    beside: Mapping[str, bytes],
+) -> None:
+    """A checkpoint that `checkpoint.initial_load_path` takes, written by this process alone.
+
+    Args:
+        folder: what the checkpoint will be called; does not exist.
+        specs: element type and shape of each parameter, by our name.
+        read: a parameter as it is to be stored; called once for each.
+        step, facts: for the manifest.
+        beside: further files, covered by the manifest as the weights are.
+
+    Raises:
+        whatever `read` raises; OSError.
+    """
+    empty = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (dtype, shape) in specs.items()
+    }
+    writer = _LazyWriter(folder, step, facts, beside)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(empty, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
+    except CheckpointException as error:  # no Exception; what went wrong in here is inside
+        causes = [cause for cause, _ in error.failures.values()]
+        raise (causes[0] if len(causes) == 1 else OSError(causes_of(error))) from None
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Asks for a value when it is written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._read(write_item.index.fqn)
+
+
+class _LazyWriter(ManifestWriter):
+    """Holds one tensor at a time, and adds files to the checkpoint before its manifest is written.
+
+    DCP's own `write_data` keeps every tensor that it was given until the last one is written.
+    """
+
+    def __init__(self, folder: Path, step: int, facts: RunFacts, beside: Mapping[str, bytes]):
+        super().__init__(folder, step, "model", facts, {}, replaces_damaged=False)
+        self._beside = beside
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        written, files, waiting = Written(), {}, list(reversed(plan.items))
+        while waiting:
+            name = f"__0_{len(files)}.distcp"
+            path = Path(self.path) / name
+            with path.open("wb") as file:
+                while waiting and (begin := file.tell()) < _FILE_BYTES:
+                    item = waiting.pop()
+                    torch.save(planner.resolve_data(item), file)
+                    place = _StorageInfo(name, begin, file.tell() - begin)
+                    written.append(WriteResult(item.index, place.length, place))
+                file.flush()
+                os.fsync(file.fileno())
+            files[name] = file_facts(path)
+        written.files = files
+        future: Future = Future()
+        future.set_result(written)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        folder = Path(self.path)
+        for name, content in self._beside.items():
+            (folder / name).write_bytes(content)
+            results[0].files[name] = file_facts(folder / name)  # type: ignore[attr-defined]
+        super().finish(metadata, results)

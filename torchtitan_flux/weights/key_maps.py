@@ -1,0 +1,290 @@
+"""Key maps of the transformer: ours <-> BFL <-> diffusers <-> torchtitan 0.2.
+
+Our names are BFL's, but for QK-norm (`.weight` for `.scale`) and the head-major fused weights
+(`qkv_by_head`, `linear1_by_head`, `linear2_by_head`), which are permuted here and nowhere else.
+Every missing, unknown or mis-shaped key is named and refused.
+
+A map is a list of `Entry`: one of our parameters, the names it has elsewhere, and how values move
+between the layouts. The same list is read in both directions, dict to dict here and part by part
+in weights.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys
+
+StateDict = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our parameters and where its values are in a foreign layout.
+
+    Attributes:
+        ours: our name.
+        theirs: foreign names; more than one where they keep apart what we fuse.
+        join: foreign tensors, in the order of `theirs`, -> ours.
+        split: our tensor -> foreign tensors.
+        axis: the only dimension along which values change their places. `join` and `split` treat
+            all places along the other one alike, so that they work as well on a part of it.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[[list[Tensor]], Tensor]
+    split: Callable[[Tensor], list[Tensor]]
+    axis: int = 0
+
+
+def from_bfl(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
+    """Black Forest Labs' layout -> ours. Raises KeyMismatch."""
+    return _to_ours(state_dict, args, _bfl_entries(args), "BFL transformer state dict")
+
+
+def to_bfl(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
+    """Our layout -> Black Forest Labs'. Raises KeyMismatch."""
+    return _from_ours(state_dict, args, _bfl_entries(args))
+
+
+def from_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
+    """FluxTransformer2DModel's layout -> ours. Raises KeyMismatch."""
+    return _to_ours(state_dict, args, _diffusers_entries(args), "diffusers transformer state dict")
+
+
+def to_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
+    """Our layout -> FluxTransformer2DModel's. Raises KeyMismatch."""
+    return _from_ours(state_dict, args, _diffusers_entries(args))
+
+
+def _to_ours(
+    state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry], what: str
+) -> StateDict:
+    check_keys(state_dict, foreign_shapes(args, entries), what)
+    return {
+        entry.ours: entry.join([state_dict[name] for name in entry.theirs]).contiguous()
+        for entry in entries
+    }
+
+
+def _from_ours(
+    state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry]
+) -> StateDict:
+    check_keys(state_dict, our_shapes(args), "transformer state dict")
+    return {
+        name: tensor.contiguous()
+        for entry in entries
+        for name, tensor in zip(entry.theirs, entry.split(state_dict[entry.ours]), strict=True)
+    }
+
+
+@lru_cache(maxsize=8)
+def our_shapes(args: FluxModelArgs) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in FluxModel(args).state_dict().items()}
+
+
+def foreign_shapes(args: FluxModelArgs, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the other layout, found by moving empty tensors through the map."""
+    return {
+        name: tuple(tensor.shape)
+        for entry in entries
+        for name, tensor in zip(
+            entry.theirs,
+            entry.split(torch.empty(our_shapes(args)[entry.ours], device="meta")),
+            strict=True,
+        )
+    }
+
+
+# ---- how values move -----------------------------------------------------------------------
+
+
+def _same(ours: str, theirs: str) -> Entry:
+    return Entry(ours, (theirs,), lambda tensors: tensors[0], lambda tensor: [tensor])
+
+
+def _layer(ours: str, theirs: str) -> list[Entry]:
+    return [_same(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
+
+
+def _rows_by_head(parts: list[Tensor], heads: int) -> Tensor:
+    """Row blocks (part, head, row) -> rows (head, part, row); weights and biases."""
+    cut = [part.unflatten(0, (heads, -1)) for part in parts]
+    return torch.cat(cut, dim=1).flatten(0, 1)
+
+
+def _rows_by_part(fused: Tensor, heads: int, sizes: list[int]) -> list[Tensor]:
+    """The inverse of `_rows_by_head`; `sizes` are rows per head of each part."""
+    return [part.flatten(0, 1) for part in fused.unflatten(0, (heads, -1)).split(sizes, dim=1)]
+
+
+def _fused_rows(
+    ours: str, theirs: tuple[str, ...], heads: int, sizes: list[int], fused_there: bool
+) -> Entry:
+    """Rows that we keep by head, and they keep by part, in one tensor or in several."""
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        parts = list(tensors[0].split([heads * size for size in sizes])) if fused_there else tensors
+        return _rows_by_head(parts, heads)
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        parts = _rows_by_part(tensor, heads, sizes)
+        return [torch.cat(parts)] if fused_there else parts
+
+    return Entry(ours, theirs, join, split)
+
+
+def _fused_columns(ours: str, theirs: str, heads: int, sizes: list[int]) -> Entry:
+    """Columns that we keep by head, and they keep by part, in one tensor."""
+
+    def join(tensors: list[Tensor]) -> Tensor:
+        parts = list(tensors[0].T.split([heads * size for size in sizes]))
+        return _rows_by_head(parts, heads).T
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        return [torch.cat(_rows_by_part(tensor.T, heads, sizes)).T]
+
+    return Entry(ours, (theirs,), join, split, axis=1)
+
+
+def _swap_halves(ours: str, theirs: str) -> Entry:
+    """(shift, scale) here, (scale, shift) there."""
+
+    def swap(tensor: Tensor) -> Tensor:
+        return rearrange(tensor, "(two h) ... -> two h ...", two=2).flip(0).flatten(0, 1)
+
+    return Entry(ours, (theirs,), lambda tensors: swap(tensors[0]), lambda t: [swap(t)])
+
+
+# ---- the maps ------------------------------------------------------------------------------
+
+Layout = Literal["ours", "bfl", "diffusers", "torchtitan"]
+
+
+def layout_entries(layout: Layout, args: FluxModelArgs) -> list[Entry]:
+    """The map between our parameters and those of a layout, in the order of ours or theirs."""
+    if layout == "ours":
+        return [_same(name, name) for name in our_shapes(args)]
+    return {
+        "bfl": _bfl_entries,
+        "diffusers": _diffusers_entries,
+        "torchtitan": _torchtitan_entries,
+    }[layout](args)
+
+
+def _kinds(bias: bool) -> tuple[str, ...]:
+    return ("weight", "bias") if bias else ("weight",)
+
+
+def _bfl_entries(args: FluxModelArgs) -> list[Entry]:
+    return [_bfl_entry(name, args) for name in our_shapes(args)]
+
+
+def _bfl_entry(name: str, args: FluxModelArgs) -> Entry:
+    heads, d = args.num_heads, args.head_dim
+    m = args.mlp_hidden // heads
+    if "qkv_by_head" in name:
+        theirs = name.replace("qkv_by_head", "qkv")
+        return _fused_rows(name, (theirs,), heads, [d, d, d], fused_there=True)
+    if "linear1_by_head" in name:
+        theirs = name.replace("linear1_by_head", "linear1")
+        return _fused_rows(name, (theirs,), heads, [d, d, d, m], fused_there=True)
+    if name.endswith("linear2_by_head.weight"):
+        return _fused_columns(name, name.replace("linear2_by_head", "linear2"), heads, [d, m])
+    if name.endswith("linear2_by_head.bias"):
+        return _same(name, name.replace("linear2_by_head", "linear2"))
+    if name.endswith(("query_norm.weight", "key_norm.weight")):
+        return _same(name, name.removesuffix("weight") + "scale")
+    return _same(name, name)
+
+
+def _torchtitan_entries(args: FluxModelArgs) -> list[Entry]:
+    """torchtitan 0.2's own FLUX: BFL's layout with torch's name for the weight of a norm."""
+
+    def rename(entry: Entry) -> Entry:
+        if len(entry.theirs) == 1 and entry.theirs[0].endswith("_norm.scale"):
+            return replace(entry, theirs=(entry.theirs[0].removesuffix("scale") + "weight",))
+        return entry
+
+    return [rename(entry) for entry in _bfl_entries(args)]
+
+
+def _diffusers_entries(args: FluxModelArgs) -> list[Entry]:
+    return [
+        *_layer("img_in", "x_embedder"),
+        *_layer("txt_in", "context_embedder"),
+        *_layer("final_layer.linear", "proj_out"),
+        *(
+            _swap_halves(f"final_layer.adaLN_modulation.1.{kind}", f"norm_out.linear.{kind}")
+            for kind in ("weight", "bias")
+        ),
+        *_diffusers_embedders(args),
+        *(e for i in range(args.depth) for e in _diffusers_double(i, args)),
+        *(e for i in range(args.depth_single_blocks) for e in _diffusers_single(i, args)),
+    ]
+
+
+def _diffusers_embedders(args: FluxModelArgs) -> Iterable[Entry]:
+    pairs = [("time_in", "timestep_embedder"), ("vector_in", "text_embedder")]
+    if args.guidance_embed:
+        pairs.append(("guidance_in", "guidance_embedder"))
+    for ours, theirs in pairs:
+        yield from _layer(f"{ours}.in_layer", f"time_text_embed.{theirs}.linear_1")
+        yield from _layer(f"{ours}.out_layer", f"time_text_embed.{theirs}.linear_2")
+
+
+def _diffusers_double(i: int, args: FluxModelArgs) -> Iterable[Entry]:
+    ours, theirs = f"double_blocks.{i}", f"transformer_blocks.{i}"
+    d = args.head_dim
+    for stream, norm, qkv, out, mlp, added in (
+        ("img", "norm1", "to_{}", "to_out.0", "ff", ""),
+        ("txt", "norm1_context", "add_{}_proj", "to_add_out", "ff_context", "added_"),
+    ):
+        yield from _layer(f"{ours}.{stream}_mod.lin", f"{theirs}.{norm}.linear")
+        for kind in _kinds(args.qkv_bias):
+            names = tuple(f"{theirs}.attn.{qkv.format(part)}.{kind}" for part in "qkv")
+            yield _fused_rows(
+                f"{ours}.{stream}_attn.qkv_by_head.{kind}",
+                names,
+                args.num_heads,
+                [d, d, d],
+                fused_there=False,
+            )
+        yield from _layer(f"{ours}.{stream}_attn.proj", f"{theirs}.attn.{out}")
+        for norm_ours, letter in (("query_norm", "q"), ("key_norm", "k")):
+            yield _same(
+                f"{ours}.{stream}_attn.norm.{norm_ours}.weight",
+                f"{theirs}.attn.norm_{added}{letter}.weight",
+            )
+        yield from _layer(f"{ours}.{stream}_mlp.0", f"{theirs}.{mlp}.net.0.proj")
+        yield from _layer(f"{ours}.{stream}_mlp.2", f"{theirs}.{mlp}.net.2")
+
+
+def _diffusers_single(i: int, args: FluxModelArgs) -> Iterable[Entry]:
+    ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+    heads, d = args.num_heads, args.head_dim
+    m = args.mlp_hidden // heads
+    yield from _layer(f"{ours}.modulation.lin", f"{theirs}.norm.linear")
+    for kind in ("weight", "bias"):
+        names = (
+            *(f"{theirs}.attn.to_{part}.{kind}" for part in "qkv"),
+            f"{theirs}.proj_mlp.{kind}",
+        )
+        yield _fused_rows(
+            f"{ours}.linear1_by_head.{kind}", names, heads, [d, d, d, m], fused_there=False
+        )
+    yield _fused_columns(
+        f"{ours}.linear2_by_head.weight", f"{theirs}.proj_out.weight", heads, [d, m]
+    )
+    yield _same(f"{ours}.linear2_by_head.bias", f"{theirs}.proj_out.bias")
+    for norm_ours, letter in (("query_norm", "q"), ("key_norm", "k")):
+        yield _same(f"{ours}.norm.{norm_ours}.weight", f"{theirs}.attn.norm_{letter}.weight")

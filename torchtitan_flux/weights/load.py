@@ -1,0 +1,92 @@
+"""Weights of any readable format into a sharded model: each rank reads its own shards alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.tensor_files.element_types import narrows
+from torchtitan_flux.weights.open import Guidance, Unknown, Weights, open_weights
+
+
+def open_for(
+    path: Path,
+    flavor: str,
+    args: FluxModelArgs,
+    guidance: Guidance,
+    unknown: Unknown,
+    contents: bool = True,
+) -> Weights:
+    """Open weights for a configured model; collective where `path` is a checkpoint of ours.
+
+    Args:
+        path: file or folder of any readable format.
+        flavor: `model.flavor`, for the message.
+        args: what the configuration makes of it.
+        guidance: `checkpoint.guidance_weights`.
+        unknown: `checkpoint.unknown_weights`.
+        contents: whether a checkpoint of ours is verified, which is what ranks do together.
+
+    Raises:
+        ValueError, OSError: why they cannot be used, and of which flavor they are.
+    """
+    try:
+        return open_weights(path, args, guidance, unknown=unknown, contents=contents)
+    except ValueError as error:
+        others = [name for name in _flavors_of(path) if name != flavor]
+        if not others:
+            raise
+        raise ValueError(
+            f"{error}; model.flavor = {flavor!r}, and these are weights of {' or '.join(others)}"
+        ) from None
+
+
+def _flavors_of(path: Path) -> list[str]:
+    """Flavors that weights can be of, whatever the widths of their encoders."""
+    try:
+        found = open_weights(path, alone=True, contents=False).args
+    except (ValueError, OSError):
+        return []
+    told = ("hidden_size", "num_heads", "depth", "depth_single_blocks", "guidance_embed")
+    return [
+        flavor
+        for flavor, args in FLAVORS.items()
+        if all(getattr(args, name) == getattr(found, name) for name in told)
+    ]
+
+
+@torch.no_grad()
+def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
+    """Give parameters the values of a file or folder, in place and in their own dtype.
+
+    No communication: every rank maps the files and reads the part that it holds, one parameter at a
+    time.
+
+    Args:
+        parameters: by canonical name, sharded in any dimensions; a pipeline rank has its own.
+        weights: opened for this model's arguments.
+    """
+    for name, parameter in parameters.items():
+        local, box = _own_part(parameter)
+        if local.numel() == 0:
+            continue
+        # where nothing can be lost, the cast is the device's
+        narrow = narrows(weights.dtypes[name], local.dtype)
+        values = weights.read(name, box, local.dtype if narrow else None)
+        assert values.shape == local.shape, name  # copy_ would broadcast
+        local.copy_(values)
+
+
+def _own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank holds of a parameter, and where that lies in the whole.
+
+    One box on every mesh: tensor parallelism cuts first and FSDP cuts the pieces.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    (chunk,) = parameter.__create_chunk_list__()  # what DCP saves and loads by
+    box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    return parameter.to_local(), box

@@ -1,0 +1,256 @@
+"""What lies at a path: which files hold the weights, in whose names, and what they say of
+themselves."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torchtitan_flux.checkpoint.folder import verify
+from torchtitan_flux.checkpoint.manifest import MANIFEST, Damaged, Manifest
+from torchtitan_flux.checkpoint.storage import METADATA
+from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.tensor_files.file_sets import (
+    WeightFiles,
+    all_files,
+    is_index,
+    shard_count,
+    weight_files,
+)
+from torchtitan_flux.tensor_files.hub_cache import (
+    download_command,
+    repository_of,
+    snapshot_of,
+    why_absent,
+)
+from torchtitan_flux.tensor_files.safetensors_file import (
+    PICKLES,
+    TensorsFile,
+    UnreadableWeights,
+    listed,
+    refuse_pickle,
+)
+from torchtitan_flux.tensor_files.weight_kinds import kind_of
+from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.names import Naming, naming
+from torchtitan_flux.weights.tensor_sources import DcpSource, FilesSource, RenamedSource, Source
+from torchtitan_flux.weights.weight_files import by_stem, open_files
+
+Format = Literal["diffusers", "bfl", "comfyui", "dcp", "torchtitan"]
+FORMATS: tuple[Format, ...] = ("diffusers", "bfl", "comfyui", "dcp", "torchtitan")
+Trust = Literal["verify", "verify alone", "sizes"]
+"""How a checkpoint of ours is checked: every byte, by all ranks together or by this one; or only
+that all its files are there in full size."""
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+COMFYUI_PREFIX = "model.diffusion_model."
+_CONFIG, _PIPELINE = "config.json", "model_index.json"
+_FIRST = (WEIGHTS_NAME, "flux1", "model", "pytorch_model", "pytorch_lora_weights")
+"""Which files of a folder count, where it holds several sets."""
+_NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|random_states|rng_state|training_args)\b.*")
+_BELOW = ("transformer", "pytorch_model_fsdp_0", "model", "pytorch_model", "weights")
+"""Where the checkpoints of other trainers keep the model."""
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at a path.
+
+    Attributes:
+        path: the file or folder that holds it; below the one that was named, where that was a
+            cache of the hub or a trainer's folder.
+        format: what it is.
+        source: its tensors, by the names of their layout.
+        declared: the architecture that it states.
+        alike: a flavor with the same rotary axes and geometry, where only that is known.
+        left_out: beginnings of the names of other parts beside the transformer.
+    """
+
+    path: Path
+    format: Format
+    source: Source
+    declared: FluxModelArgs | None = None
+    alike: FluxModelArgs | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def find(path: Path, trust: Trust = "verify") -> Found:
+    """Find out what a path holds; its tensors are looked at by name only.
+
+    Raises:
+        UnreadableWeights: it is nothing that can be read; the message says what it is instead, and
+            what to do.
+        FileNotFoundError: there is nothing; the message says why where that is known.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} {why_absent(path)}")
+    return _folder(snapshot_of(path), trust) if path.is_dir() else _file(path)
+
+
+# ---- folders -------------------------------------------------------------------------------
+
+
+def _folder(path: Path, trust: Trust) -> Found:
+    if (path / METADATA).is_file() or (path / MANIFEST).is_file():
+        return _checkpoint(path, trust)
+    transformer = path / "transformer"
+    if (path / _PIPELINE).is_file() and transformer.is_dir():
+        return replace(_folder(transformer, trust), path=path)
+    sets = by_stem(weight_files(path), _FIRST)
+    if len(sets) == 1:
+        return _files(sets[0])
+    if sets:
+        raise UnreadableWeights(
+            f"{path} holds several models: {listed(one.shown for one in sets)}; give one of the "
+            "files"
+        )
+    for name in _BELOW:
+        if (path / name).is_dir():
+            return _folder(path / name, trust)
+    raise _nothing(path)
+
+
+def _files(files: WeightFiles) -> Found:
+    """A set of files, with what a `config.json` beside it says."""
+    config, declared = files.folder / _CONFIG, None
+    if config.is_file() and files.stem == WEIGHTS_NAME:
+        declared = architecture.from_diffusers_config(config)
+    return _transformer(files.folder, open_files(files), declared)
+
+
+def _transformer(path: Path, files: list[TensorsFile], declared: FluxModelArgs | None) -> Found:
+    stated = architecture.from_metadata(files[0].path, files[0].metadata) if files else None
+    if declared is not None and stated is not None:  # what config.json has no entry for
+        declared = replace(declared, downscale=stated.downscale, patch_size=stated.patch_size)
+    source = FilesSource(files)
+    names = _named(files[0].path if len(files) == 1 else path, source)
+    format: Format = "diffusers" if names.layout == "diffusers" else "bfl"
+    return Found(
+        path,
+        "comfyui" if names.prefix == COMFYUI_PREFIX else format,
+        RenamedSource(source, names.names),
+        declared or stated,
+        left_out=names.left_out,
+    )
+
+
+def _named(path: Path, source: Source) -> Naming:
+    """The transformer among the names.
+
+    Raises:
+        UnreadableWeights: there is none, or it is another model's.
+    """
+    try:
+        names = naming(source.shapes)
+    except ValueError as error:
+        raise UnreadableWeights(f"{path} {error}") from None
+    if kind := kind_of(source.shapes, names.transformer):
+        raise UnreadableWeights(f"{path} {kind.what}; {kind.remedy}")
+    if not names.transformer and not names.blocks:
+        named = f": its {len(source.shapes)} tensors are named {listed(source.shapes, _SHOWN)}"
+        raise UnreadableWeights(
+            f"{path} holds no FLUX transformer{named if source.shapes else ', nor any tensor'}"
+        )
+    return names
+
+
+def _checkpoint(folder: Path, trust: Trust) -> Found:
+    if not (folder / MANIFEST).is_file():
+        return _foreign_checkpoint(folder)
+    problem = _damage(folder, trust)
+    if problem:
+        raise UnreadableWeights(f"{folder} is damaged: {problem}; give another checkpoint")
+    source, stated = DcpSource(folder), folder / architecture.ARGS_FILE
+    if stated.is_file():
+        return Found(folder, "dcp", source, declared=architecture.from_args_file(stated))
+    return Found(folder, "dcp", source, alike=architecture.flavor_of_run(folder))
+
+
+def _foreign_checkpoint(folder: Path) -> Found:
+    """A DCP checkpoint of another program: its names tell whether it is FLUX."""
+    source = DcpSource(folder)
+    try:
+        names = _named(folder, source)
+    except UnreadableWeights as error:
+        raise UnreadableWeights(f"{error} (a DCP checkpoint of another program)") from None
+    if names.layout == "ours":
+        raise UnreadableWeights(
+            f"{folder} has no {MANIFEST}: it was not saved completely; give another checkpoint"
+        )
+    format: Format = "diffusers" if names.layout == "diffusers" else "bfl"
+    return Found(
+        folder,
+        "torchtitan" if names.layout == "torchtitan" else format,
+        RenamedSource(source, names.names),
+        left_out=names.left_out,
+    )
+
+
+def _damage(checkpoint: Path, trust: Trust) -> str:
+    """What is wrong with a checkpoint of ours; empty when nothing."""
+    if trust == "verify":
+        return verify(checkpoint)[1]
+    try:
+        manifest = Manifest.read(checkpoint)
+        manifest.check_sizes(checkpoint)
+        if trust == "verify alone":
+            manifest.check_contents(checkpoint, list(manifest.files))
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
+def _nothing(path: Path) -> UnreadableWeights:
+    """What to say of a folder without weights: what it holds instead."""
+    for one in sorted(path.iterdir()):
+        if one.suffix.lower() in PICKLES and not _NOT_WEIGHTS.match(one.name):
+            refuse_pickle(one)
+        if one.suffix.lower() == ".gguf":
+            TensorsFile.open(one)  # which says what that is
+        if one.is_dir() and repository_of(one) and not repository_of(path):
+            return UnreadableWeights(f"{path} is a cache of the hub; give one folder of it: {one}")
+    if any(path.glob("*.distcp")):
+        return UnreadableWeights(
+            f"{path} has no {METADATA}: it is a DCP checkpoint that was not saved completely; give "
+            "another one"
+        )
+    if (path / "zero_to_fp32.py").is_file():
+        return UnreadableWeights(
+            f"{path} is a checkpoint of DeepSpeed: run its zero_to_fp32.py with "
+            "--safe_serialization, and give what that writes"
+        )
+    for pattern in ("step-*", "checkpoint/step-*", "checkpoint-*"):
+        steps = [one for one in path.glob(pattern) if re.fullmatch(r"\w+-\d+", one.name)]
+        if steps:
+            last = max(steps, key=lambda one: int(one.name.split("-")[1]))
+            return UnreadableWeights(f"{path} holds checkpoints of a run; give one, as {last}")
+    said = (
+        f"{path} holds no FLUX weights: expected is a diffusers folder ({_PIPELINE} and "
+        f"transformer/, or {_CONFIG} and {WEIGHTS_NAME}*.safetensors), one flux1-*.safetensors, "
+        "or a DCP checkpoint (step-N)"
+    )
+    if (path / _PIPELINE).is_file():
+        said = f"{path} is a pipeline without its folder transformer; get that as well"
+    if repository := repository_of(path):
+        said += f"; {repository} was downloaded without them: {download_command(repository)}"
+    return UnreadableWeights(said)
+
+
+# ---- single files --------------------------------------------------------------------------
+
+
+def _file(path: Path) -> Found:
+    if is_index(path):
+        return _files(next(one for one in all_files(path.parent) if one.index == path.name))
+    if path.suffix in (".json", ".distcp") or path.name == METADATA:
+        raise UnreadableWeights(f"{path} is no file of weights; give its folder, {path.parent}")
+    if (count := shard_count(path)) > 1:
+        raise UnreadableWeights(
+            f"{path} is one of {count} files of a model; give their folder, {path.parent}"
+        )
+    file = TensorsFile.open(path)
+    config, declared = path.with_name(_CONFIG), None
+    if config.is_file() and path.name.startswith(f"{WEIGHTS_NAME}."):
+        declared = architecture.from_diffusers_config(config)
+    return _transformer(path, [file], declared)

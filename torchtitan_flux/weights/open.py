@@ -1,0 +1,274 @@
+"""Weights in any format, read part by part under our names.
+
+| format | what is opened |
+|---|---|
+| diffusers | names of FluxTransformer2DModel: a folder, a pipeline's folder, or a file |
+| bfl | Black Forest Labs' names, as in `flux1-*.safetensors` |
+| comfyui | the same behind `model.diffusion_model.` |
+| dcp | a checkpoint of ours, verified against its manifest |
+| torchtitan | a checkpoint of torchtitan 0.2's own FLUX, read only |
+
+Any other prefix of all names is cut off as well (names.py); what else a path can be, and what is
+refused, is found out in locations.py and kinds.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
+import torch
+from torch import Tensor
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.model.initial_values import initial_rows
+from torchtitan_flux.tensor_files.element_types import BeyondRange
+from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_integers
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, listed
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, check_keys
+from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
+from torchtitan_flux.weights.locations import (
+    COMFYUI_PREFIX,
+    FORMATS,
+    WEIGHTS_NAME,
+    Format,
+    Found,
+    Trust,
+    find,
+)
+from torchtitan_flux.weights.names import layout_of
+from torchtitan_flux.weights.scaled import without_scales
+from torchtitan_flux.weights.slices import joined_dtype, read_joined
+from torchtitan_flux.weights.tensor_sources import Box, RenamedSource, Source
+
+__all__ = [
+    "COMFYUI_PREFIX",
+    "FORMATS",
+    "WEIGHTS_NAME",
+    "Guidance",
+    "Unknown",
+    "UnreadableWeights",
+    "Weights",
+    "open_weights",
+]
+
+Guidance = Literal["match", "drop", "initialize"]
+Unknown = Literal["refuse", "drop"]
+
+_GUIDANCE = "guidance_in."
+_GUIDANCE_DIFFUSERS = "time_text_embed.guidance_embedder."
+_TWIN = "time_in.in_layer.weight"
+"""Whose element type new guidance weights get."""
+
+
+class Weights:
+    """A FLUX transformer's parameters under our names, wherever and however they are stored.
+
+    Attributes:
+        path: what was opened.
+        format: what it is.
+        args: the architecture that its parameters make up.
+        stored: that of the file, before guidance was dropped or initialised.
+        shapes, dtypes: of every parameter, by our name; dtypes as they are stored.
+        left_out: unknown tensors that are not read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: Format,
+        args: FluxModelArgs,
+        source: Source,
+        guidance: Guidance = "match",
+        unknown: Unknown = "refuse",
+    ) -> None:
+        """Every key of `source` is accounted for here.
+
+        Raises:
+            KeyMismatch: names all that is missing, of another shape or, unless `unknown` is "drop",
+                unknown.
+            UnreadableWeights: guidance weights on one side only, or element types that are not
+                floating-point numbers.
+        """
+        self.path, self.format, self.args = path, format, args
+        self.stored = stored = replace(args, guidance_embed=_has_guidance(source))
+        entries = layout_entries(layout_of(source.shapes), stored)
+        expected = foreign_shapes(stored, entries)
+        self.left_out = [one for one in source.shapes if one not in expected and unknown == "drop"]
+        if self.left_out:
+            source = RenamedSource(source, {one: one for one in source.shapes if one in expected})
+        _check_keys(path, source, expected)
+        self._source = source
+        _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
+        try:
+            check_integers(source.dtypes)
+        except QuantizedWeights as error:
+            raise UnreadableWeights(f"{path} {error}") from None
+        self._entries = {entry.ours: entry for entry in entries}
+        self.shapes = our_shapes(args)
+        self.dtypes = {
+            name: joined_dtype(self._entries[name if name in self._entries else _TWIN], source)
+            for name in self.shapes
+        }
+
+    def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """A part of one of our parameters, in memory of its own.
+
+        Reads the pages that hold the part; from a DCP checkpoint, the stored pieces that it
+        touches, one at a time.
+
+        Args:
+            name: our name.
+            box: a slice (step 1) for each dimension; None for all of it.
+            dtype: of the result; None for the stored one.
+
+        Raises:
+            KeyError: no such parameter.
+            UnreadableWeights: the file could not be read, or a value is beyond what `dtype` holds.
+        """
+        shape = self.shapes[name]
+        dtype = dtype or self.dtypes[name]
+        bounds = [
+            one.indices(size)[:2]
+            for one, size in zip(box or [slice(None)] * len(shape), shape, strict=True)
+        ]
+        if name not in self._entries:
+            return _initialized(name, shape, bounds).to(dtype)
+        try:
+            return read_joined(self._entries[name], self._source, bounds, dtype)
+        except BeyondRange as error:
+            raise UnreadableWeights(f"{self.path}: {error}") from None
+
+
+def open_weights(
+    path: str | Path,
+    args: FluxModelArgs | None = None,
+    guidance: Guidance = "match",
+    alone: bool = False,
+    alike: FluxModelArgs | None = None,
+    unknown: Unknown = "refuse",
+    contents: bool = True,
+) -> Weights:
+    """Find out what a path holds, and check every key of it.
+
+    Args:
+        path: a file or folder in any of the formats above.
+        args: the architecture to load into; None takes what the weights say of themselves.
+        guidance: what to do where the weights and `args` differ in guidance (FLUX.1-dev has it,
+            FLUX.1-schnell not). "match" refuses. "drop" leaves the file's guidance weights out.
+            "initialize" makes new ones: the input layer as in a new model (seed 0), the output
+            layer zero, so that the model computes what it computed without guidance, whatever
+            guidance it is given, until it is trained.
+        alone: this process asks no other one. Otherwise, where ranks are joined, all of them have
+            to call this: each verifies a share of a checkpoint's files.
+        alike: without `args`, a flavor that the weights are of, for what they do not say; widths
+            that follow encoders, the number of blocks, and guidance, may differ from it.
+        unknown: what to do with tensors that no FLUX.1 transformer has. "refuse" names them; "drop"
+            leaves them out, with a line in the log.
+        contents: whether the files of a checkpoint of ours are read and compared with its manifest;
+            else only their sizes are.
+
+    Raises:
+        UnreadableWeights: the path is none of these formats, or contradicts itself, or its
+            architecture cannot be told; the message says what to do.
+        KeyMismatch: names every key that is missing, unknown or of another shape.
+        FileNotFoundError: there is nothing.
+    """
+    trust: Trust = "verify alone" if alone else "verify"
+    found = find(Path(path), trust if contents else "sizes")
+    path = found.path
+    found = replace(found, source=without_scales(path, found.source))
+    if args is None:
+        args = found.declared
+        if args is None:
+            args = architecture.from_shapes(path, found.source.shapes, alike or found.alike)
+        elif alike is not None:
+            architecture.check_alike(path, asdict(args), alike)
+        wanted = {"match": args.guidance_embed, "drop": False, "initialize": True}[guidance]
+        args = replace(args, guidance_embed=wanted)
+    else:
+        architecture.refuse_conditioned(path, found.source.shapes, args)
+        if found.declared is not None:
+            _check_declared(path, found.declared, args)
+    weights = Weights(path, found.format, args, found.source, guidance, unknown)
+    if contents:  # a mere check is no reading
+        _tell(weights, found)
+    return weights
+
+
+def _tell(weights: Weights, found: Found) -> None:
+    """Say in the log what is left out, and what the weights are."""
+    path = weights.path
+    if found.left_out:
+        logger.info(f"{path}: {', '.join(found.left_out)} are not read, only the transformer")
+    if weights.left_out:
+        logger.warning(
+            f"{path}: {len(weights.left_out)} unknown tensors are left out: "
+            f"{listed(weights.left_out, 20)}"
+        )
+    if found.format == "torchtitan":
+        logger.warning(
+            f"{path} was trained by torchtitan 0.2's own FLUX, with causal attention in every "
+            "block; here attention is bidirectional, so these weights are a beginning and not a "
+            "finished model"
+        )
+
+
+# ---- checks --------------------------------------------------------------------------------
+
+
+def _check_keys(path: Path, source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise KeyMismatch, with what to do where nothing but unknown tensors is wrong."""
+    found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
+    try:
+        check_keys(found, expected, str(path))
+    except KeyMismatch as error:
+        if error.missing or error.mis_shaped:
+            raise
+        remedy = (
+            'leave them out with checkpoint.unknown_weights = "drop" (when converting: '
+            "--unknown_weights drop), or give a file without them"
+        )
+        raise KeyMismatch(str(path), [], error.unknown, [], remedy) from None
+
+
+def _has_guidance(source: Source) -> bool:
+    return any(name.startswith((_GUIDANCE, _GUIDANCE_DIFFUSERS)) for name in source.shapes)
+
+
+def _check_guidance(path: Path, stored: bool, wanted: bool, guidance: Guidance) -> None:
+    if stored and not wanted and guidance != "drop":
+        raise UnreadableWeights(
+            f"{path} has guidance weights (as FLUX.1-dev), the model has no place for them; take a "
+            'flavor with guidance, or leave them out with checkpoint.guidance_weights = "drop" '
+            "(when converting: --guidance_weights drop)"
+        )
+    if wanted and not stored and guidance != "initialize":
+        raise UnreadableWeights(
+            f"{path} has no guidance weights (as FLUX.1-schnell), the model needs them; take a "
+            "flavor without guidance, or begin with new ones by checkpoint.guidance_weights = "
+            '"initialize" (when converting: --guidance_weights initialize)'
+        )
+
+
+def _check_declared(path: Path, declared: FluxModelArgs, args: FluxModelArgs) -> None:
+    """What shapes do not show must agree as well."""
+    for name in ("axes_dim", "theta"):
+        if getattr(declared, name) != getattr(args, name):
+            raise UnreadableWeights(
+                f"{path} was made with {name} {getattr(declared, name)}, the model has "
+                f"{getattr(args, name)}; take the flavor that it was made with"
+            )
+
+
+def _initialized(name: str, shape: tuple[int, ...], bounds: Iterable[tuple[int, int]]) -> Tensor:
+    """New guidance weights, whose contribution is zero until they are trained."""
+    if name.startswith(f"{_GUIDANCE}out_layer."):
+        whole = torch.zeros(shape)
+    else:
+        whole = initial_rows(0, name, shape, 0, shape[0])
+    return whole[tuple(slice(low, high) for low, high in bounds)].clone()
