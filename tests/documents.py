@@ -73,7 +73,7 @@ CI = ".ci/run"
 
 _HERE = "tests/integration/test_documented_commands.py::"
 _TOOLS = "tests/integration/test_documented_tools.py::"
-_JOURNEYS = "tests/unit/checkpoint/test_convert_journeys.py::test_every_command_of_the_document"
+_JOURNEYS = "tests/unit/weights/test_convert_journeys.py::test_every_command_of_the_document"
 _DOWNLOADS = "tests/integration/test_downloads.py::test_documented_commands_fetch_what_they_name"
 _STRANGER = "tests/integration/test_strangers_path.py::test_a_wheel_from_install_to_report"
 
