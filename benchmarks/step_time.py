@@ -50,12 +50,12 @@ from torchtitan.models.flux.utils import create_position_encoding_for_latents, p
 from torchtitan.models import flux as theirs
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
-from torchtitan_flux.sampling.generate import TextConditioning
 from torchtitan_flux.startup.load_config import load_config
-from torchtitan_flux.training.losses import EncodedBatch, sample_losses
+from torchtitan_flux.training.losses import EncodedBatch, flow_inputs, sample_losses
 from torchtitan_flux.training.process import start_process_group
 
 FLAVOR = "flux-debug"
@@ -180,7 +180,10 @@ def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
         optimizers.zero_grad()
         latents, noise = (pack(x, patch) for x in (inputs.latents, inputs.noise))
         encoded = EncodedBatch(latents, noise, text, ImageSize(height, width))
-        loss = sample_losses(model, args, encoded, inputs.t, None).sum() / latents.numel()
+        loss = (
+            sample_losses(model, *flow_inputs(args, encoded, inputs.t, None)).sum()
+            / latents.numel()
+        )
         loss.backward()
         clip_gradients(model.parameters(), MAX_NORM)
         optimizers.step()

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchtitan_flux.flow_matching import flow_step
+from torchtitan_flux.flow_matching import Velocity, flow_step
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.sampling.euler import Velocity, euler
+from torchtitan_flux.sampling.euler import euler
 from torchtitan_flux.sampling.schedules import SCHNELL
 
 POINTS, SKETCH = 128, 20

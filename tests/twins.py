@@ -17,12 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.initial_values import canonical_name
+from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
-from torchtitan_flux.parallel.parallelize import parallelize_flux, sync_gradients
+from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
 from torchtitan_flux.startup.load_config import load_config
+from torchtitan_flux.training import losses
 
 STEPS = 5
 CLIP = 0.5
@@ -165,14 +167,9 @@ def run_twin(case: Case, change: Callable[[nn.Module], Any] | None = None) -> Tw
     elements = target[..., 0].numel()
 
     def forward_backward(at: slice, last: bool) -> Tensor:
-        here = {name: x[at] for name, x in inputs.items()}
-        if pipeline is not None:
-            return pipeline.step(tuple(here.values()), target[at], elements, last).sum()
-        (model,) = models
-        sync_gradients(model, last)
-        loss = (model(**here).float() - target[at]).square().sum() / elements
-        loss.backward()
-        return loss.detach()
+        here = FluxInputs(**{name: x[at] for name, x in inputs.items()})
+        model = models[0] if pipeline is None else pipeline
+        return losses.forward_backward(model, here, target[at], elements, last).sum()
 
     def backward() -> Tensor:
         loss = torch.zeros(())

@@ -16,6 +16,11 @@ from jaxtyping import Float
 from scipy.special import ndtri
 from torch import Tensor
 
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""velocity(x, t) with t of shape [b] -> what x moves by per unit of time, shaped like x."""
+Errors = Callable[[Tensor, Tensor], Tensor]
+"""errors(predicted, target) -> summed squared error of each sample [b]."""
+
 SHIFT_BASE = (256, 0.5)
 SHIFT_MAX = (4096, 1.15)
 
@@ -119,11 +124,11 @@ def squared_errors(
 
 
 def flow_step(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Velocity,
     data: Float[Tensor, "b *rest"],
     noise: Float[Tensor, "b *rest"],
     t: Float[Tensor, " b"],
-    errors: Callable[[Tensor, Tensor], Tensor] = squared_errors,
+    errors: Errors = squared_errors,
 ) -> Float[Tensor, " b"]:
     """The one flow-matching step: summed squared velocity error of each sample.
 

@@ -18,11 +18,13 @@ from twins import TWIN, Case, assert_as_on_one_device, difference, fill, mutant,
 
 from torchtitan_flux.inference.open_run import open_session
 from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel import pipeline_stage
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import _Loss, pipeline_flux
 from torchtitan_flux.startup.load_config import load_config
+from torchtitan_flux.training.losses import forward_backward
 from torchtitan_flux.training.trainer import FluxTrainer
 
 UNEVEN = {"cols": 5, "text": 7}
@@ -128,7 +130,8 @@ def velocities(case: Case) -> tuple[list[Tensor], list[float]]:
     drawn, losses = [], []
     for call in CALLS:
         drawn.append(pipeline(*model_inputs(case.args, *call, seed=3).values()))
-        losses.append(float(pipeline.step(tuple(inputs.values()), target, target.numel()).sum()))
+        loss = forward_backward(pipeline, FluxInputs(**inputs), target, target.numel(), last=True)
+        losses.append(float(loss.sum()))
     return drawn, losses
 
 

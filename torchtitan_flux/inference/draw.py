@@ -18,10 +18,10 @@ from torch.distributed import ProcessGroup
 from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.inference.stages import Stages
 from torchtitan_flux.latents import Geometry
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.sampling.euler import all_finite
 from torchtitan_flux.sampling.generate import (
     SampleSettings,
-    TextConditioning,
     TextEncoding,
     denoise,
     displayable,

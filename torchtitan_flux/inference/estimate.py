@@ -22,11 +22,12 @@ from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs
 from torchtitan_flux.inference.memory import text_of
 from torchtitan_flux.inference.streaming import block_sizes
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.planning.dry_run import shown_of
 from torchtitan_flux.planning.frozen import clip_parameters, configured_parts, t5_work
 from torchtitan_flux.planning.timeline import blocks_of
 from torchtitan_flux.planning.tracker import MemoryTracker
-from torchtitan_flux.sampling.generate import SampleSettings, TextConditioning, denoise
+from torchtitan_flux.sampling.generate import SampleSettings, denoise
 
 TOLERANCE = 0.15
 """How far the estimate may be from what is measured, as a share, besides `SLACK`."""

@@ -25,8 +25,9 @@ from torchtitan_flux.inference.memory import free_memory
 from torchtitan_flux.inference.streaming import Streamed, block_sizes, can_be_kept, load_outside
 from torchtitan_flux.inference.t5_files import Pages
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.paths import resolved_path
-from torchtitan_flux.sampling.generate import TextConditioning, TextEncoding
+from torchtitan_flux.sampling.generate import TextEncoding
 from torchtitan_flux.training.conditioning import FrozenParts, build_codec
 from torchtitan_flux.weights.open import Weights
 

@@ -12,6 +12,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
@@ -20,15 +21,14 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.flow_matching import squared_errors
+from torchtitan_flux.flow_matching import Errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.context import tokens_per_rank
 from torchtitan_flux.parallel.parallelize import reshard
 from torchtitan_flux.parallel.pipeline_plan import Schedule, pipeline_schedule
 from torchtitan_flux.parallel.pipeline_split import split_model
 from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, LaterStage
-
-Errors = Callable[[Tensor, Tensor], Tensor]
 
 
 def pipeline_flux(
@@ -130,7 +130,7 @@ class Layout:
 class Pipeline(nn.Module):
     """The model of all pipeline ranks. Every one of them calls, with the same whole batch.
 
-    Called like FluxModel it gives the velocity, without gradients; `step` trains.
+    Called like FluxModel it gives the velocity, without gradients; `forward_backward` trains.
 
     Args:
         stages: of this rank, by number, after `parallelize_flux`.
@@ -163,34 +163,31 @@ class Pipeline(nn.Module):
         # NCCL makes a group's connections in its first collective, where all must take part
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
-    def step(
+    def forward_backward(
         self,
-        arguments: tuple[Any, ...],
-        target: Tensor,
-        elements: int,
+        inputs: FluxInputs,
+        target: Float[Tensor, "b img out_channels"],
+        losses: Errors,
         reduce: bool = True,
-        errors: Errors = squared_errors,
-    ) -> Tensor:
+    ) -> Float[Tensor, " b"]:
         """Forward and backward of one local batch.
 
         Args:
-            arguments: of FluxModel, for the whole batch; a multiple of the microbatch.
-            target: velocities [b, img, out_channels].
-            elements: what the sum of squared errors is divided by: of all ranks and steps.
-            reduce: whether gradients are shared among data ranks now, or stay to be added to.
-            errors: squared error of each sample.
+            inputs: the whole batch; a multiple of the microbatch.
+            target: velocities.
+            losses: loss of each sample of a microbatch.
+            reduce: whether data ranks reduce the gradients now, or more are added first.
 
         Returns:
-            loss of each sample over `elements`, [b], on every rank, without gradient.
+            loss of each sample, on every rank, without gradient.
         """
-        batch = _Batch(*arguments)
-        run = self._run(batch, training=True)
+        run = self._run(inputs, training=True)
         for stage in run.stages:
             stage.reduces = reduce
-        self._loss.begin(errors, elements)
+        self._loss.begin(losses)
         run.schedule.step(
-            *(batch.first() if run.has_first else ()),
-            **batch.everywhere(),
+            *(_of_first_stage(inputs) if run.has_first else ()),
+            **_of_every_stage(inputs),
             target=target if run.has_last else None,
             return_outputs=False,
         )
@@ -201,22 +198,22 @@ class Pipeline(nn.Module):
     @torch.no_grad()
     def forward(self, *arguments: Any) -> Tensor:
         """Velocity [b, img, out_channels] on every rank; arguments are those of FluxModel."""
-        batch = _Batch(*arguments)
-        b = batch.img.shape[0]
+        inputs = FluxInputs(*arguments)
+        b = inputs.img.shape[0]
         ranks, microbatch = self.group.size(), self.layout.microbatch
         count = -(-b // microbatch)
         if self.schedule.in_rounds and count > ranks:
             count = -(-count // ranks) * ranks
-        batch = batch.filled_up(count * microbatch)
-        run = self._run(batch, training=False)
+        inputs = inputs.padded_to(count * microbatch)
+        run = self._run(inputs, training=False)
         velocity = run.schedule.eval(
-            *(batch.first() if run.has_first else ()), **batch.everywhere()
+            *(_of_first_stage(inputs) if run.has_first else ()), **_of_every_stage(inputs)
         )
         reshard(self.stages)
         if velocity is None:
             velocity = torch.empty(
                 count * microbatch,
-                *self.layout.velocity(batch.img.shape[1]).shape[1:],
+                *self.layout.velocity(inputs.img.shape[1]).shape[1:],
                 dtype=self.layout.dtype,
                 device=self.device,
             )
@@ -228,15 +225,15 @@ class Pipeline(nn.Module):
         dist.broadcast(x, group=self.group, group_src=self.last_rank)
         return x
 
-    def _run(self, batch: "_Batch", training: bool) -> "_Run":
+    def _run(self, inputs: FluxInputs, training: bool) -> "_Run":
         """The schedule for a batch of this size, made when it is first met."""
-        size = (batch.img.shape[:2], batch.txt.shape[1], len(batch.first()), training)
+        size = (inputs.img.shape[:2], inputs.txt.shape[1], inputs.guidance is None, training)
         if size not in self._runs:
-            self._runs[size] = self._new_run(batch, training)
+            self._runs[size] = self._new_run(inputs, training)
         return self._runs[size]
 
-    def _new_run(self, batch: "_Batch", training: bool) -> "_Run":
-        layout, (b, img), txt = self.layout, batch.img.shape[:2], batch.txt.shape[1]
+    def _new_run(self, inputs: FluxInputs, training: bool) -> "_Run":
+        layout, (b, img), txt = self.layout, inputs.img.shape[:2], inputs.txt.shape[1]
         last = layout.stages - 1
         assert b % layout.microbatch == 0, f"{b} samples in microbatches of {layout.microbatch}"
         stages = [
@@ -248,7 +245,7 @@ class Pipeline(nn.Module):
                 # given here, they need not be found out by a forward and a backward pass
                 input_args=layout.taken_by(int(index), img, txt)
                 if int(index)
-                else tuple(x[: layout.microbatch].to("meta") for x in batch.first()),
+                else tuple(x[: layout.microbatch].to("meta") for x in _of_first_stage(inputs)),
                 output_args=layout.velocity(img)
                 if int(index) == last
                 else layout.taken_by(int(index) + 1, img, txt),
@@ -288,13 +285,13 @@ class _Stage(PipelineStage):
 class _Loss:
     """What the last stage calls on each microbatch, in order; keeps the loss of each sample."""
 
-    def begin(self, errors: Errors, elements: int) -> None:
+    def begin(self, losses: Errors) -> None:
         """A new batch begins."""
-        self.errors, self.elements = errors, elements
+        self.losses = losses
         self.of_samples: list[Tensor] = []
 
     def __call__(self, velocity: Tensor, target: Tensor) -> Tensor:
-        losses = self.errors(velocity, target) / self.elements
+        losses = self.losses(velocity, target)
         self.of_samples.append(losses.detach())
         return losses.sum()
 
@@ -315,31 +312,12 @@ class _Run:
         return any(stage.is_last for stage in self.stages)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Arguments of FluxModel, in its order."""
+def _of_first_stage(inputs: FluxInputs) -> tuple[Tensor, ...]:
+    """What the first stage takes alone, by position: torch cuts it into microbatches."""
+    given = (inputs.img, inputs.txt, inputs.timesteps, inputs.y)
+    return given if inputs.guidance is None else (*given, inputs.guidance)
 
-    img: Tensor
-    img_ids: Tensor
-    txt: Tensor
-    txt_ids: Tensor
-    timesteps: Tensor
-    y: Tensor
-    guidance: Tensor | None = None
 
-    def first(self) -> tuple[Tensor, ...]:
-        """What the first stage takes alone."""
-        given = (self.img, self.txt, self.timesteps, self.y)
-        return given if self.guidance is None else (*given, self.guidance)
-
-    def everywhere(self) -> dict[str, Tensor]:
-        """What every stage takes."""
-        return {"img_ids": self.img_ids, "txt_ids": self.txt_ids}
-
-    def filled_up(self, b: int) -> "_Batch":
-        """The same with repeats of its last sample at the end, b samples in all."""
-        which = torch.arange(b, device=self.img.device).clamp(max=self.img.shape[0] - 1)
-        filled: dict[str, Any] = {
-            name: None if x is None else x[which] for name, x in vars(self).items()
-        }
-        return _Batch(**filled)
+def _of_every_stage(inputs: FluxInputs) -> dict[str, Tensor]:
+    """What every stage takes, by keyword."""
+    return {"img_ids": inputs.img_ids, "txt_ids": inputs.txt_ids}

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+from torchtitan_flux.flow_matching import Velocity
 
 
 def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:

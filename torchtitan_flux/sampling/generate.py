@@ -11,23 +11,11 @@ from torch import Tensor, nn
 
 from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.flow_matching import standard_normal
-from torchtitan_flux.latents import Geometry, ImageSize, image_ids, pack, text_ids, unpack
+from torchtitan_flux.latents import Geometry, ImageSize, pack, unpack
+from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
 from torchtitan_flux.randomness import Stream, generator
-from torchtitan_flux.sampling.euler import Velocity, all_finite, euler, guided
+from torchtitan_flux.sampling.euler import all_finite, euler, guided
 from torchtitan_flux.sampling.schedules import SCHNELL, Schedule
-
-
-@dataclass(frozen=True)
-class TextConditioning:
-    """Encoded captions: `txt` [b, tokens, context] and pooled `vec` [b, width]."""
-
-    txt: Float[Tensor, "b tokens context"]
-    vec: Float[Tensor, "b width"]
-
-    def repeat(self, count: int) -> "TextConditioning":
-        """The conditioning of one caption, for `count` samples."""
-        return TextConditioning(self.txt.expand(count, -1, -1), self.vec.expand(count, -1))
-
 
 TextEncoding = Callable[[Sequence[str]], TextConditioning]
 """Captions -> conditioning; the empty caption is what classifier-free guidance leaves out."""
@@ -65,42 +53,6 @@ class SampleSettings:
 def initial_noise(geometry: Geometry, size: ImageSize, seed: int, index: int) -> Tensor:
     """Starting noise [c, h, w] of picture `index`, float32, the same on every machine."""
     return standard_normal(generator(seed, Stream.SAMPLE, index), geometry.latent_shape(size))
-
-
-def packed_arguments(
-    x: Tensor,
-    t: Tensor,
-    text: TextConditioning,
-    geometry: Geometry,
-    size: ImageSize,
-    guidance: float | None,
-) -> tuple[Tensor | None, ...]:
-    """FluxModel's arguments for packed tokens x [b, tokens, features] at times t [b]."""
-    b = x.shape[0]
-    return (
-        x,
-        image_ids(geometry.grid(size), b, x.device),
-        text.txt,
-        text_ids(text.txt.shape[1], b, x.device),
-        t,
-        text.vec,
-        None if guidance is None else torch.full_like(t, guidance),
-    )
-
-
-def packed_velocity(
-    model: nn.Module,
-    text: TextConditioning,
-    geometry: Geometry,
-    size: ImageSize,
-    guidance: float | None,
-) -> Velocity:
-    """A velocity callable over packed tokens [b, tokens, features], conditioned on `text`."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return model(*packed_arguments(x, t, text, geometry, size, guidance))
-
-    return velocity
 
 
 @torch.no_grad()
@@ -165,12 +117,12 @@ def denoise(
         settings: size, steps, guidance.
         on_step: called with the packed tokens after each Euler step.
     """
-    velocity = packed_velocity(model, text, geometry, settings.size, settings.guidance)
+    velocity = conditioned_velocity(model, text, geometry, settings.size, settings.guidance)
     if settings.cfg != 1.0:
         assert negative is not None, "guidance needs something to move away from"
         velocity = guided(
             velocity,
-            packed_velocity(
+            conditioned_velocity(
                 model,
                 negative.repeat(len(noise)),
                 geometry,

@@ -12,10 +12,10 @@ from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.codec import Codec, PixelCodec
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import OTHER_TRAINER, shard_text_encoder
 from torchtitan_flux.paths import resolved_path
-from torchtitan_flux.sampling.generate import TextConditioning
 from torchtitan_flux.training.transfer import sent
 
 

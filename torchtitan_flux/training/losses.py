@@ -1,18 +1,18 @@
 """From a collated batch to each sample's loss: encode, then the one flow step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from torchtitan_flux.data.loader import Batch
-from torchtitan_flux.flow_matching import flow_step, interpolate, squared_errors
+from torchtitan_flux.flow_matching import Errors, interpolate, squared_errors
 from torchtitan_flux.latents import ImageSize, pack
-from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import FluxInputs, TextConditioning, flux_inputs
+from torchtitan_flux.parallel.parallelize import sync_gradients
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.parallel.replicated_rows import ALONE, Peers
-from torchtitan_flux.sampling.generate import TextConditioning, packed_arguments, packed_velocity
 from torchtitan_flux.training.conditioning import FrozenParts
 from torchtitan_flux.training.transfer import sent
 
@@ -60,52 +60,59 @@ def encode_batch(
     )
 
 
-def sample_losses(
-    model: nn.Module,
-    args: FluxModelArgs,
-    encoded: EncodedBatch,
-    t: Tensor,
-    guidance: float | None,
-    errors: Callable[[Tensor, Tensor], Tensor] = squared_errors,
-) -> Tensor:
-    """Summed squared velocity error of each sample [b]; training and validation share it.
+def flow_inputs(
+    args: FluxModelArgs, encoded: EncodedBatch, t: Tensor, guidance: float | None
+) -> tuple[FluxInputs, Float[Tensor, "b tokens features"]]:
+    """The flow step before the model: its inputs at time t, and the velocity it is to give.
 
     Args:
-        model: FluxModel, sharded or not.
         args: resolved model arguments.
         encoded: from `encode_batch`.
         t: time of each sample [b].
         guidance: constant guidance input, for models that take one.
-        errors: `squared_errors`, or the same compiled (parallel/compile.py).
-    """
-    return flow_step(
-        packed_velocity(model, encoded.text, args.geometry, encoded.size, guidance),
-        encoded.latents,
-        encoded.noise,
-        sent(t, encoded.latents.device),
-        errors,
-    )
-
-
-def pipelined_losses(
-    pipeline: Pipeline,
-    args: FluxModelArgs,
-    encoded: EncodedBatch,
-    t: Tensor,
-    guidance: float | None,
-    elements: int,
-    last: bool,
-    errors: Callable[[Tensor, Tensor], Tensor] = squared_errors,
-) -> Tensor:
-    """The flow step forward and backward through a pipeline: losses over `elements`, [b].
-
-    Args:
-        pipeline: what it goes through; gradients are in its stages afterwards.
-        args, encoded, t, guidance, errors: as of `sample_losses`.
-        elements: of the global batch.
-        last: whether no other batch adds to these gradients, and data ranks are to share them.
     """
     t = sent(t, encoded.latents.device)
     x_t, target = interpolate(encoded.latents, encoded.noise, t)
-    arguments = packed_arguments(x_t, t, encoded.text, args.geometry, encoded.size, guidance)
-    return pipeline.step(arguments, target, elements, reduce=last, errors=errors)
+    return flux_inputs(x_t, t, encoded.text, args.geometry, encoded.size, guidance), target
+
+
+def sample_losses(
+    model: nn.Module, inputs: FluxInputs, target: Tensor, errors: Errors = squared_errors
+) -> Float[Tensor, " b"]:
+    """The flow step from the model on: summed squared velocity error of each sample.
+
+    Args:
+        model: FluxModel, sharded or not, or `Pipeline` (then without gradient).
+        inputs, target: from `flow_inputs`.
+        errors: `squared_errors`, or the same compiled (parallel/compile.py).
+    """
+    return errors(model(*inputs), target)
+
+
+def forward_backward(
+    model: FluxModel | Pipeline,
+    inputs: FluxInputs,
+    target: Tensor,
+    elements: int,
+    last: bool,
+    errors: Errors = squared_errors,
+) -> Float[Tensor, " b"]:
+    """The flow step and its gradients: loss of each sample over `elements`, detached.
+
+    Args:
+        model: what is trained; gradients are added to its parameters.
+        inputs, target: from `flow_inputs`.
+        elements: of the global batch.
+        last: whether no other microbatch adds to these gradients, and data ranks reduce them.
+        errors: as of `sample_losses`.
+    """
+
+    def losses(velocity: Tensor, target: Tensor) -> Tensor:
+        return errors(velocity, target) / elements
+
+    if isinstance(model, Pipeline):
+        return model.forward_backward(inputs, target, losses, reduce=last)
+    sync_gradients(model, last)
+    found = sample_losses(model, inputs, target, losses)
+    found.sum().backward()
+    return found.detach()

@@ -32,10 +32,10 @@ from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score
 from torchtitan_flux.files import disk_full
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.parallelize import sync_gradients
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.parallel.replicated_rows import Peers
 from torchtitan_flux.planning.fits import fits
@@ -61,7 +61,8 @@ from torchtitan_flux.training.heartbeat import Heartbeat
 from torchtitan_flux.training.losses import (
     EncodedBatch,
     encode_batch,
-    pipelined_losses,
+    flow_inputs,
+    forward_backward,
     sample_losses,
 )
 from torchtitan_flux.training.metrics import FluxMetrics
@@ -307,25 +308,14 @@ class FluxTrainer(Trainer):
 
     def _forward_backward(self, batch: Batch, elements: int, last: bool) -> Tensor:
         """Loss of each sample over `elements`; gradients are added up, and shared with the last."""
-        encoded, t = self._encode(batch), batch["t"]
-        if isinstance(self.model, Pipeline):
-            return pipelined_losses(
-                self.model,
-                self.model_args,
-                encoded,
-                t,
-                self._guidance,
-                elements,
-                last,
-                self._errors,
-            )
-        sync_gradients(self.model, last)
-        losses = self._losses(encoded, t) / elements
-        losses.sum().backward()
-        return losses.detach()
+        inputs, target = self._flow_inputs(self._encode(batch), batch["t"])
+        return forward_backward(self.model, inputs, target, elements, last, self._errors)
+
+    def _flow_inputs(self, encoded: EncodedBatch, t: Tensor) -> tuple[FluxInputs, Tensor]:
+        return flow_inputs(self.model_args, encoded, t, self._guidance)
 
     def _losses(self, encoded: EncodedBatch, t: Tensor) -> Tensor:
-        return sample_losses(self.model, self.model_args, encoded, t, self._guidance, self._errors)
+        return sample_losses(self.model, *self._flow_inputs(encoded, t), self._errors)
 
     @property
     def _guidance(self) -> float | None:

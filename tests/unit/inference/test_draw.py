@@ -22,7 +22,8 @@ from torchtitan_flux.inference.draw import (
 )
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.sampling.generate import SampleSettings, TextConditioning
+from torchtitan_flux.model.inputs import TextConditioning
+from torchtitan_flux.sampling.generate import SampleSettings
 
 GEOMETRY = FLAVORS["flux-tiny"].geometry
 SETTINGS = SampleSettings(ImageSize(16, 16), steps=2, seed=5)

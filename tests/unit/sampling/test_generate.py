@@ -21,15 +21,14 @@ from torchtitan_flux.encoders.autoencoder import Autoencoder, load_autoencoder
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
 from torchtitan_flux.sampling.euler import euler
 from torchtitan_flux.sampling.generate import (
     SampleSettings,
-    TextConditioning,
     displayable,
     generate,
     image_grid,
     initial_noise,
-    packed_velocity,
     to_pil,
 )
 from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
@@ -130,7 +129,7 @@ def test_latents_equal_those_of_the_pipeline(args, schedule, guidance, encode_te
         output_type="latent",
     ).images
 
-    velocity = packed_velocity(model, encode_text(PROMPTS), args.geometry, SIZE, guidance)
+    velocity = conditioned_velocity(model, encode_text(PROMPTS), args.geometry, SIZE, guidance)
     times = schedule.times(STEPS, args.geometry.grid(SIZE).tokens)
     found = euler(velocity, noise, times)
     assert relative_l2(found, noise) > 0.1, "the model does not move the noise"

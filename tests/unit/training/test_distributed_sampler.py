@@ -12,8 +12,9 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.encoders.codec import PixelCodec
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.sampling.generate import SampleSettings, TextConditioning
+from torchtitan_flux.sampling.generate import SampleSettings
 from torchtitan_flux.training.conditioning import FrozenParts
 from torchtitan_flux.training.distributed_sampler import Painter
 

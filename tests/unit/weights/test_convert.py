@@ -30,8 +30,9 @@ from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
 from torchtitan_flux.sampling.euler import euler
-from torchtitan_flux.sampling.generate import TextConditioning, initial_noise, packed_velocity
+from torchtitan_flux.sampling.generate import initial_noise
 from torchtitan_flux.sampling.schedules import Schedule
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.tensor_files.safetensors_writer import parse_size
@@ -197,7 +198,7 @@ def test_the_pipeline_draws_what_our_sampler_draws(sources, models, variant):
     t5, clip = CaptionTokenizer(TINY / "t5", TINY / "clip", 24)(prompts[0])
     encoders = T5Encoder(TINY / "t5"), ClipEncoder(TINY / "clip")
     text = TextConditioning(encoders[0](t5[None]), encoders[1](clip[None]))
-    velocity = packed_velocity(model, text, args.geometry, size, guidance)
+    velocity = conditioned_velocity(model, text, args.geometry, size, guidance)
     schedule = Schedule.of_flavor(args.guidance_embed)
     times = schedule.times(steps, args.geometry.grid(size).tokens)
     found = euler(velocity, noise, times)
