@@ -25,10 +25,9 @@ from programs import Said, attempt
 from ranks import run_ranks
 from unit.data.test_mnist import write_idx
 
-from torchtitan_flux import infer, launch
+from torchtitan_flux import infer, launch, train
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.training import trainer
 from torchtitan_flux.weights.convert import convert
 
 TINY = FLAVORS["flux-tiny"]
@@ -109,7 +108,7 @@ def here(command: Command, folder: Path, *more: str) -> str:
         arguments, ranks = words[1:], settings.ranks
         if "--job.config_file" not in arguments:
             arguments = ["--job.config_file", settings.config_file, *arguments]
-        main = {"train": trainer.main, "infer": infer.main}[kind]
+        main = {"train": train.main, "infer": infer.main}[kind]
         if "--check" in words:
             main, ranks = (lambda: sys.exit(launch.launch("train", arguments))), 1
         else:

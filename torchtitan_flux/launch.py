@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MODULES = {"train": "torchtitan_flux.training.trainer", "infer": "torchtitan_flux.infer"}
+MODULES = {"train": "torchtitan_flux.train", "infer": "torchtitan_flux.infer"}
 
 ONLY = ("--check", "--print-config")
 """Options after which nothing is started."""

@@ -127,7 +127,7 @@ def present_device() -> None:
     if "torchtitan.tools.utils" in sys.modules:
         raise RuntimeError(
             "torchtitan was imported before torchtitan_flux on a machine without a GPU; "
-            "start with `python -m torchtitan_flux.training.trainer` (run_train.sh does)"
+            "start with `python -m torchtitan_flux.train` (run_train.sh does)"
         )
     found_type = torch._utils._get_available_device_type
     found_module = torch._utils._get_device_module

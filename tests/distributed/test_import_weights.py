@@ -27,6 +27,7 @@ from weight_files import (
     torchtitan_checkpoint,
 )
 
+from torchtitan_flux import train
 from torchtitan_flux.inference import open_run as session
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
@@ -35,7 +36,6 @@ from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
 from torchtitan_flux.startup.load_config import load_config
-from torchtitan_flux.training import trainer as trainer_module
 from torchtitan_flux.training.trainer import FluxTrainer
 from torchtitan_flux.weights import from_bfl, to_bfl
 from torchtitan_flux.weights.load import import_weights
@@ -291,7 +291,7 @@ def test_a_wrong_path_ends_the_run_with_status_2(files, tmp_path):
     def status(argv):
         sys.argv[1:] = argv
         try:
-            trainer_module.main()
+            train.main()
         except SystemExit as leaving:
             return leaving.code
 

@@ -24,7 +24,7 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny_run import arguments
 
-from torchtitan_flux import infer
+from torchtitan_flux import infer, train
 from torchtitan_flux.image_file import read_facts
 from torchtitan_flux.inference import draw, memory, render
 from torchtitan_flux.inference.estimate import SLACK, TOLERANCE, estimate
@@ -32,7 +32,6 @@ from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.sampling.generate import SampleSettings
 from torchtitan_flux.startup.load_config import load_config
-from torchtitan_flux.training import trainer
 from torchtitan_flux.training.trainer import FluxTrainer
 from torchtitan_flux.weights import to_bfl
 from torchtitan_flux.weights.key_maps import our_shapes
@@ -325,7 +324,7 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
         "training": Command(
             arguments(folder / "trained", 8, "--validation.no-enable", "--checkpoint.no-enable"),
             train_too_much,
-            trainer.main,
+            train.main,
         ),
     }
     (said,) = run_ranks(1, run, list(commands.values()))

@@ -162,7 +162,7 @@ def test_a_configuration_that_cannot_run_is_one_report(tmp_path):
     """Status 2, no traceback, nothing written."""
     status, output = run(
         Path(sys.executable),
-        *("-m", "torchtitan_flux.training.trainer"),
+        *("-m", "torchtitan_flux.train"),
         *("--job.config_file", "train_configs/flux_digits.toml"),
         *("--parallelism.expert_parallel_degree", "2"),
         *("--activation_checkpoint.mode", "memory_budget"),

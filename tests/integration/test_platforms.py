@@ -26,7 +26,7 @@ class WithoutTriton(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTriton
 sys.argv[0] = "trainer"
-runpy.run_module("torchtitan_flux.training.trainer", run_name="__main__", alter_sys=True)
+runpy.run_module("torchtitan_flux.train", run_name="__main__", alter_sys=True)
 assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
 """
 """As on macOS, for which there is no triton."""

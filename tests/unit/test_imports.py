@@ -40,6 +40,7 @@ LEVELS = {
     "launching": 11,
     "inspection": 12,
     "infer": 13,
+    "train": 13,
     "launch": 14,
 }
 """Module or sub-package -> level; a module imports from lower levels or its own sub-package."""
@@ -56,6 +57,7 @@ WITH_TORCHTITAN = {
     "inference",
     "evaluation",
     "infer",
+    "train",
     "launch",
 }
 

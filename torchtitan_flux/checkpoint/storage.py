@@ -36,7 +36,9 @@ from torchtitan_flux.files import DiskFull, disk_full, sync_folder
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
 METADATA = ".metadata"
-NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+EMA_PREFIX = "ema."
+"""Before the decay of an average: ema.0.999.img_in.weight."""
+NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", EMA_PREFIX)
 """Prefixes of the entries of a checkpoint that are not weights."""
 
 

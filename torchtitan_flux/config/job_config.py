@@ -156,6 +156,18 @@ class Validation(torchtitan_config.Validation):
 
 
 @dataclass
+class EMA:
+    decay: list[float] = field(default_factory=list)
+    """Decays of exponential moving averages of the weights, one average each; empty: none"""
+    every: int = 1
+    """Optimizer steps between updates of the averages"""
+    start: int = 0
+    """Step up to which the averages are the weights themselves"""
+    use_for: Literal["model", "ema", "both"] = "both"
+    """Weights that validation and grids use: the trained ones, the averages, or both"""
+
+
+@dataclass
 class Sampling:
     enable: bool = False
     """Draw a grid of pictures during training"""
@@ -272,6 +284,7 @@ class FluxJobConfig(torchtitan_config.JobConfig):
     flow: Flow = field(default_factory=Flow)
     encoder: Encoder = field(default_factory=Encoder)
     validation: Validation = field(default_factory=Validation)
+    ema: EMA = field(default_factory=EMA)
     sampling: Sampling = field(default_factory=Sampling)
     score: Score = field(default_factory=Score)
     inference: Inference = field(default_factory=Inference)

@@ -1,6 +1,6 @@
 """What the launcher starts as every rank: an entry module, tied to the launcher's life.
 
-    python -m torchtitan_flux.launching.rank torchtitan_flux.training.trainer --section.key value …
+    python -m torchtitan_flux.launching.rank torchtitan_flux.train --section.key value …
 
 Light until the entry module is imported, so that a rank is bound to its launcher from its first
 moment on.

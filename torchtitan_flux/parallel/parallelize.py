@@ -25,7 +25,7 @@ from torchtitan_flux.parallel.tensor import apply_tensor_parallel
 
 OTHER_TRAINER = (
     "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
-    "`torchrun … -m torchtitan_flux.training.trainer`, not torchtitan.train"
+    "`torchrun … -m torchtitan_flux.train`, not torchtitan.train"
 )
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +45,13 @@ from torchtitan_flux.checkpoint.optimizer_states import (
     ScheduleState,
 )
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
-from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of, load_states, partial_of
+from torchtitan_flux.checkpoint.storage import (
+    ManifestWriter,
+    SafeReader,
+    causes_of,
+    load_states,
+    partial_of,
+)
 from torchtitan_flux.files import DiskFull
 from torchtitan_flux.tensor_files.element_types import overflows
 from torchtitan_flux.tensor_files.safetensors_file import listed
@@ -94,12 +100,19 @@ class FluxCheckpointManager(CheckpointManager):
         self.initial = initial
         self.on_save_error = on_save_error
         self.damaged = set(choice.damaged)
+        self._of_hooks: dict[str, Stateful] = {}
         self._saved_step: int | None = None  # known complete, in this process
         self._saving: tuple[int, ManifestWriter, float] | None = None
         self._background = ThreadPoolExecutor(1, "save")  # a thread only once it is needed
         if self.enable:
             self.states[OPTIMIZER] = OptimizerStates(self.states[OPTIMIZER])
             self.states[LR_SCHEDULER] = ScheduleState(self.states[LR_SCHEDULER])
+
+    def add_states(self, states: Mapping[str, Stateful]) -> None:
+        """What hooks keep in checkpoints, model-only ones too, each under its name."""
+        if self.enable:
+            self.states.update(states)
+            self._of_hooks.update(states)
 
     # ---- saving -----------------------------------------------------------------------------
 
@@ -182,7 +195,7 @@ class FluxCheckpointManager(CheckpointManager):
         states = self.states[MODEL].state_dict()
         folder = step_folder(Path(self.folder), step)
         if model_only:
-            states = self._in_export_dtype(states, folder)
+            states = {**self._in_export_dtype(states, folder), **self._of_hooks}
         else:
             states = self._flattened_model_states_sd()
         kind = "model" if model_only else "full"
@@ -361,7 +374,12 @@ class FluxCheckpointManager(CheckpointManager):
             logger.warning(f"checkpoint.exclude_from_loading: {part}: {PART_LEFT_OUT[part]}")
         if model_only and left_out:
             return  # there is nothing else in it
-        states = self._states_to_load(model_only)
+        states = {**self._states_to_load(model_only), **self._of_hooks}
+        stored = SafeReader(folder).read_metadata().state_dict_metadata
+        for name in self._of_hooks:
+            if not any(entry.startswith(f"{name}.") for entry in stored):
+                logger.warning(f"{folder} has no {name}: it begins with the weights there")
+                del states[name]
         model_keys = set(self.states[MODEL].state_dict()) & set(states)
         load_states(states, model_keys, folder)
         if model_keys:

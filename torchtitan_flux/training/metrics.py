@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,13 +156,16 @@ class FluxMetrics(MetricsProcessor):
         self._begin_interval(step)
 
     def log_validation(
-        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
+        self, loss: float, step: int, by_time: Mapping[str, float], weights: str = ""
     ) -> None:
-        """Validation loss, overall and (in extra_metrics) by time."""
-        metrics = {"validation_metrics/loss": loss, **(extra_metrics or {})}
-        self.write(metrics, step)
-        c = self.color
-        logger.info(f"{c.yellow}validate step: {step:5d}  {c.green}loss: {loss:8.5f}{c.reset}")
+        """Validation loss, overall and by time, of the trained weights or of an average's name."""
+        section = f"validation_metrics/{weights}/" if weights else "validation_metrics/"
+        values = {"loss": loss, **by_time}
+        self.write({section + name: value for name, value in values.items()}, step)
+        c, average = self.color, f"  {weights}" if weights else ""
+        logger.info(
+            f"{c.yellow}validate step: {step:5d}{average}  {c.green}loss: {loss:8.5f}{c.reset}"
+        )
 
     def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """A picture [H, W] or [H, W, 3], uint8, into TensorBoard where that is on."""

@@ -4,12 +4,10 @@
         --job.config_file train_configs/flux_digits.toml
 """
 
-import json
-import os
-import signal
-import sys
+import runpy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,15 @@ import torchtitan_flux.torchtitan_shim
 import torch
 import torchtitan.train
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.checkpoint import DATALOADER
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.tools import utils
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-import torchtitan_flux.training.train_spec  # registers "flux"
+import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.loader import Batch, FluxDataLoader
 from torchtitan_flux.data.sources.source import items_digest
-from torchtitan_flux.evaluation.digits import score_digits, score_prompts, score_settings
-from torchtitan_flux.files import disk_full
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
@@ -38,26 +33,20 @@ from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.parallel.replicated_rows import Peers
-from torchtitan_flux.planning.fits import fits
 from torchtitan_flux.startup.dump_config import log_resolved
-from torchtitan_flux.startup.load_config import (
-    ConfigError,
-    exit_on_config_error,
-    load_config_or_exit,
-)
 from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
 from torchtitan_flux.training.agreement import Agreed, Agreement, Step, step_unless
 from torchtitan_flux.training.checkpoint_manager import (
-    CheckpointNotSaved,
     FluxCheckpointManager,
     checkpoint_manager_bound,
 )
 from torchtitan_flux.training.conditioning import build_frozen_parts
-from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import build_validation_loader, log_surveys
-from torchtitan_flux.training.distributed_sampler import Painter, save_grid
+from torchtitan_flux.training.distributed_sampler import Painter
+from torchtitan_flux.training.ema import EMA
 from torchtitan_flux.training.environment import append_environment, environment
 from torchtitan_flux.training.heartbeat import Heartbeat
+from torchtitan_flux.training.hooks import Hook
 from torchtitan_flux.training.losses import (
     EncodedBatch,
     encode_batch,
@@ -66,16 +55,16 @@ from torchtitan_flux.training.losses import (
     sample_losses,
 )
 from torchtitan_flux.training.metrics import FluxMetrics
-from torchtitan_flux.training.nonfinite import NonFinite, report_nonfinite
+from torchtitan_flux.training.nonfinite import report_nonfinite
 from torchtitan_flux.training.out_of_memory import (
-    exit_when_out_of_memory,
     note_second_step,
     training_remedies,
 )
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.quarantine import Quarantine, TooManyUnreadable, take_replaced
 from torchtitan_flux.training.resume import settle
-from torchtitan_flux.training.stopping import SIGNALS, StopSignals, noted
+from torchtitan_flux.training.sample_grids import SampleGrids
+from torchtitan_flux.training.stopping import StopSignals
 from torchtitan_flux.training.validator import FluxValidator
 
 # it warns that only the last pipeline rank knows the loss; here all do
@@ -87,6 +76,7 @@ class FluxTrainer(Trainer):
 
     Args:
         job_config: from `load_config`.
+        hooks: built once everything else is, in this order.
 
     Raises:
         ConfigError: when the newest checkpoint belongs to another run than is configured.
@@ -98,12 +88,14 @@ class FluxTrainer(Trainer):
     parallel_dims: FluxParallelDims
     model_args: FluxModelArgs  # type: ignore[assignment]
 
-    def __init__(self, job_config: Any):
+    def __init__(
+        self, job_config: FluxJobConfig, hooks: Sequence[Callable[["FluxTrainer"], Hook]] = ()
+    ):
         self.results: list[str] = []
         """Lines that a run ends with."""
         self.stopped = False
         """Whether the run was stopped on request before its last step, and saved."""
-        self._grid_is_due = False
+        self._step_is_new = False
         self._skipped_in_a_row = 0
         self._signals = StopSignals()
         self._heartbeat = Heartbeat()
@@ -148,10 +140,19 @@ class FluxTrainer(Trainer):
             self.parallel_dims,
             config.sampling.local_batch_size,
         )
-        # once, for what says the schedule need not stay where it is
-        self._drawn_with = (
-            sample_settings(config, self.model_args) if config.sampling.enable else None
-        )
+        ema = EMA(self.model_parts, config.ema.decay, config.ema.every, config.ema.start)
+        weights = ema.weights(config.ema.use_for)
+        self.hooks: list[Hook] = [ema, *(build(self) for build in hooks)]
+        if config.sampling.enable:
+            # the settings once: what says the schedule need not stay where it is
+            settings = sample_settings(config, self.model_args)
+            beat = partial(self._heartbeat.beat, phase="drawing")
+            grids = SampleGrids(
+                config, self.painter, settings, self.metrics_processor, weights, beat
+            )
+            self.hooks.append(grids)
+        for hook in self.hooks:
+            self.checkpointer.add_states(hook.states())
         if config.validation.enable:
             self.validator = FluxValidator(  # type: ignore[assignment]
                 build_validation_loader(self.parallel_dims, self.parts.tokenizer, config),
@@ -162,6 +163,7 @@ class FluxTrainer(Trainer):
                 self.device,
                 self.metrics_processor,
                 self.quarantine.record,
+                weights,
             )
         if torch.distributed.get_rank() == 0:
             sources = [self.dataloader.samples.source]
@@ -241,6 +243,8 @@ class FluxTrainer(Trainer):
         self._heartbeat.beat(self.step, "optimizer")
         self.checkpointer.maybe_wait_for_staging()
         step_unless(skip, self.optimizers)
+        for hook in self.hooks:
+            hook.after_optimizer_step(self.step)
         self._heartbeat.beat(self.step, "agreeing")
         heard = self._hear()
         self.lr_schedulers.step()
@@ -251,7 +255,7 @@ class FluxTrainer(Trainer):
             note_second_step(self.optimizers, self.device, lambda: training_remedies(self.config))
         if self.metrics_processor.should_log(self.step):
             self._log(loss, grad_norm, lr)
-        self._grid_is_due = self._should_draw()
+        self._step_is_new = True
         self._heartbeat.beat(self.step, "saving")
         if any(one.unreadable for one in heard):
             self.quarantine.record(take_replaced(self.dataloader), "training")
@@ -280,7 +284,7 @@ class FluxTrainer(Trainer):
             self.metrics_processor.should_log(step)
             or self.checkpointer.saves_at(step, step == config.training.steps)
             or (config.validation.enable and self.validator.should_validate(step))
-            or self._should_draw()
+            or any(hook.acts_after(step) for hook in self.hooks)
         )
 
     # ---- stopping, and what cannot be read --------------------------------------------------
@@ -334,56 +338,18 @@ class FluxTrainer(Trainer):
             extra_metrics={"n_tokens_seen": self.ntokens_seen, "lr": lr},
         )
 
-    # ---- pictures, validation, score ------------------------------------------------------
+    # ---- around the steps -------------------------------------------------------------------
 
     def should_continue_training(self) -> bool:
-        """torchtitan asks after a step's checkpoint and validation: then it is safe to draw."""
-        if self._grid_is_due:
-            self._grid_is_due = False
-            self._heartbeat.beat(self.step, "drawing")
-            with self.metrics_processor.pause():
-                self._draw_grid()
+        """torchtitan asks after a step's checkpoint and validation: then hooks may act."""
+        if self._step_is_new:
+            self._step_is_new = False
+            for hook in self.hooks:
+                hook.after_step(self.step)
         return not self.stopped and super().should_continue_training()
 
-    def _should_draw(self) -> bool:
-        config = self.config
-        s = config.sampling
-        return s.enable and (self.step % s.freq == 0 or self.step == config.training.steps)
-
-    def _draw_grid(self) -> None:
-        """A row of pictures for each prompt, the same seeds every time."""
-        config = self.config
-        s = config.sampling
-        settings = self._drawn_with
-        assert settings is not None, "grids are drawn with sampling.enable alone"
-        prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
-        images = self.painter.draw(prompts, settings)
-        if torch.distributed.get_rank() != 0:
-            return
-        path = self.grid_path()
-        try:
-            pixels = save_grid(
-                images,
-                path,
-                s.images_per_prompt,
-                settings,
-                prompts=json.dumps(s.prompts, ensure_ascii=False),
-                step=self.step,
-                flavor=config.model.flavor,
-            )
-        except OSError as error:  # a full disk must not end the run here
-            why = disk_full(error, path.parent) or error
-            logger.error(f"{path} could not be written ({why}); training goes on without it")
-            return
-        self.metrics_processor.log_image("samples", pixels.numpy(), self.step)
-
-    def grid_path(self) -> Path:
-        """Where the grid of this step lies."""
-        config = self.config
-        return Path(config.job.dump_folder) / config.sampling.folder / f"step-{self.step}.png"
-
     def train(self) -> None:
-        """Train to the last step, then score where that is configured.
+        """Train to the last step, then collect what hooks have to say.
 
         A run that was finished before goes straight to its results.
         """
@@ -395,15 +361,7 @@ class FluxTrainer(Trainer):
         self._heartbeat.beat(self.step, "done")
         if self.stopped:
             return
-        config = self.config
-        if config.score.enable:
-            prompts, labels = score_prompts(config.score.count)
-            images = self.painter.draw(prompts, score_settings(config, self.model_args))
-            score = score_digits(images, labels)
-            self.metrics_processor.write({"score/read_as_prompted(%)": 100 * score.read}, self.step)
-            self.results.append(score.line)
-        if config.sampling.enable and self.grid_path().exists():
-            self.results.append(f"grid: {self.grid_path()}")
+        self.results += [line for hook in self.hooks for line in hook.results(self.step)]
 
     def _note_environment(self) -> None:
         """What this start runs on, for scripts/report.py."""
@@ -429,11 +387,8 @@ class FluxTrainer(Trainer):
             "another job.dump_folder"
         )
         self.quarantine.check(self.dataloader.position)
-        # it may have been killed after its last checkpoint and before its last grid
-        box = [self.config.sampling.enable and not self.grid_path().exists()]
-        torch.distributed.broadcast_object_list(box, src=0)
-        if box[0]:
-            self._draw_grid()
+        for hook in self.hooks:
+            hook.resumed_when_finished(self.step)
 
     def close(self) -> None:
         """End loader workers, checkpoint threads and loggers."""
@@ -475,44 +430,5 @@ class FluxTrainer(Trainer):
         return len(source), items_digest(source)
 
 
-@record
-def main() -> None:
-    """Entry point of every rank."""
-    init_logger()
-    quieten_libraries()
-    config = load_config_or_exit(sys.argv[1:])
-    if utils.device_type == "cpu" and torchtitan_flux.torchtitan_shim.local_ranks() == 1:
-        torchtitan_flux.torchtitan_shim.keep_freed_memory()
-    # What holds after StopSignals: a saved run ends well. SIG_IGN would also drop a signal that the
-    # launcher's rank holds back until StopSignals listens.
-    for number in SIGNALS:
-        signal.signal(number, noted)
-    with exit_on_config_error():
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        device = int(os.environ.get("LOCAL_RANK", "0"))
-        if reason := fits(config, ranks, torchtitan_flux.torchtitan_shim.local_ranks(), device):
-            raise ConfigError([reason])
-        with exit_when_out_of_memory(lambda: training_remedies(config)):
-            trainer = FluxTrainer(config)
-    try:
-        with exit_when_out_of_memory(lambda: training_remedies(config)):
-            _train(trainer)
-    except (NonFinite, TooManyUnreadable, CheckpointNotSaved) as error:
-        logger.error(str(error))  # it says all there is to say, and on every rank the same
-        sys.exit(1)
-    finally:
-        trainer.close()
-    if torch.distributed.get_rank() == 0:
-        print("\n".join(trainer.results), flush=True)
-    torch.distributed.destroy_process_group()
-
-
-def _train(trainer: FluxTrainer) -> None:
-    if trainer.job_config.checkpoint.create_seed_checkpoint:
-        trainer.save_seed_checkpoint()
-    else:
-        trainer.train()
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # as before there was an entry point of its own
+    runpy.run_module("torchtitan_flux.train", run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """Loss on a fixed held-out set, at fixed times with fixed noise, overall and by time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.data.loader import Batch, ValidationLoader
 from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
+from torchtitan_flux.training.ema import MODEL_ALONE, Weights
 from torchtitan_flux.training.losses import EncodedBatch
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.quarantine import take_replaced
@@ -84,6 +85,7 @@ class FluxValidator:
         group, device: the data ranks and where they communicate.
         metrics: reports, and takes the time out of the throughput.
         report: told the items that could not be read, and what they were wanted for; collective.
+        weights: which the loss is measured with, one after another.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class FluxValidator:
         device: torch.device,
         metrics: FluxMetrics,
         report: Callable[[list[Replacement], str], None],
+        weights: Sequence[Weights] = MODEL_ALONE,
     ):
         self.loader = loader
         self.encode = encode
@@ -105,6 +108,7 @@ class FluxValidator:
         self.device = device
         self.metrics = metrics
         self.report = report
+        self.weights = weights
 
     def should_validate(self, step: int) -> bool:
         """Every `validation.freq` steps and at the last."""
@@ -115,27 +119,32 @@ class FluxValidator:
 
         `model_parts` is torchtitan's; `losses` knows the model, whose parts may be elsewhere.
         """
+        with self.metrics.pause():
+            for name, applied in self.weights:
+                with applied():
+                    self._validate_with(name, step)
+            self.report(take_replaced(self.loader), "validation")
+
+    def _validate_with(self, weights: str, step: int) -> None:
         validation = self.config.validation
         times = TIME_GRIDS[validation.time_grid]()
-        with self.metrics.pause():
-            try:
-                loss, by_time = mean_loss(
-                    self.loader,
-                    self.encode,
-                    self.losses,
-                    times,
-                    validation.all_timesteps,
-                    validation.steps,
-                    self.group,
-                    self.device,
-                )
-            except NoItems as error:
-                logger.error(f"validate step: {step:5d}  no loss: {error}")
-            else:
-                by_name = {
-                    f"validation_metrics/loss_t={t:.4f}": float(value)
-                    for t, value in zip(times, by_time, strict=True)
-                    if not np.isnan(value)  # a short set in turn may miss a time
-                }
-                self.metrics.log_validation(loss, step, by_name)
-            self.report(take_replaced(self.loader), "validation")
+        try:
+            loss, by_time = mean_loss(
+                self.loader,
+                self.encode,
+                self.losses,
+                times,
+                validation.all_timesteps,
+                validation.steps,
+                self.group,
+                self.device,
+            )
+        except NoItems as error:
+            logger.error(f"validate step: {step:5d}  no loss: {error}")
+        else:
+            by_name = {
+                f"loss_t={t:.4f}": float(value)
+                for t, value in zip(times, by_time, strict=True)
+                if not np.isnan(value)  # a short set in turn may miss a time
+            }
+            self.metrics.log_validation(loss, step, by_name, weights)
