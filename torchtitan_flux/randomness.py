@@ -28,6 +28,7 @@ class Stream(enum.Enum):
     DROPOUT = enum.auto()  # caption dropout
     WEIGHTS = enum.auto()  # initial values
     SAMPLE = enum.auto()  # the noise that sampling starts from
+    ROUNDING = enum.auto()  # stochastic rounding of bfloat16 weights
     SHAPES = enum.auto()  # contents of the procedural data set
 
 

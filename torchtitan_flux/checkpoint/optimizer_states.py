@@ -8,6 +8,7 @@ from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
@@ -58,14 +59,21 @@ class ScheduleState(Stateful):
         self._schedulers = schedulers
 
     def state_dict(self) -> dict[str, Any]:
-        return self._schedulers.state_dict()
+        rates = ("base_lrs", "_last_lr")  # tensors where an optimizer compiles its step
+        return {
+            name: [float(rate) for rate in value] if name in rates else value
+            for name, value in self._schedulers.state_dict().items()
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         steps = state_dict["last_epoch"]
         for scheduler in self._schedulers:
             assert isinstance(scheduler, LambdaLR)
-            base = scheduler.base_lrs
+            base = [float(rate) for rate in scheduler.base_lrs]
             rates = [lr * f(steps) for lr, f in zip(base, scheduler.lr_lambdas, strict=True)]
             scheduler.load_state_dict({**state_dict, "base_lrs": base, "_last_lr": rates})
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+                if isinstance(group["lr"], Tensor):  # that compiled steps read
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate

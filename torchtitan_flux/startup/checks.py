@@ -19,6 +19,7 @@ from torchtitan_flux.data.sources.registry import (
 )
 from torchtitan_flux.encoders.file_checks import encoder_problems
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.optimizers import OPTIMIZERS, WITH_BF16
 from torchtitan_flux.parallel.card import card
 from torchtitan_flux.parallel.low_precision_checks import low_precision_fit, low_precision_problems
 from torchtitan_flux.parallel.mesh_checks import mesh_problems, model_problems
@@ -47,7 +48,6 @@ ON_GPUS = (
     "profiling.enable_memory_snapshot",
 )
 """Switches of what there is on GPUs alone."""
-OPTIMIZERS = ("AdamW", "Adam")
 
 
 def problems(config: Any, training: bool = True) -> list[str]:
@@ -102,10 +102,20 @@ def _unsupported(config: Any) -> list[str]:
             f"activation_checkpoint.mode = {config.activation_checkpoint.mode!r} does not exist; "
             f"use one of {', '.join(AC_MODES)}"
         )
-    if config.training.dtype != "float32":
+    if config.training.dtype not in ("float32", "bfloat16") or (
+        config.training.dtype == "bfloat16" and config.optimizer.name not in WITH_BF16
+    ):
         found.append(
-            f"training.dtype = {config.training.dtype!r}: parameters are kept in float32; choose "
-            "the compute type by training.mixed_precision_param"
+            f"training.dtype = {config.training.dtype!r}: weights are kept in float32, or in "
+            f"bfloat16 with optimizer.name = {' or '.join(WITH_BF16)}, which then round "
+            "stochastically; the compute type is training.mixed_precision_param"
+        )
+    kind = OPTIMIZERS.get(config.optimizer.name)
+    torchao = kind is not None and (kind.torchao or config.training.dtype == "bfloat16")
+    if torchao and find_spec("torchao") is None:
+        found.append(
+            f"optimizer.name = {config.optimizer.name!r} with training.dtype = "
+            f'{config.training.dtype!r} needs torchao: pip install "torchtitan-flux[float8]"'
         )
     if config.optimizer.early_step_in_backward:
         found.append(

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torchtitan.components.optimizer import OptimizersContainer
 
+from torchtitan_flux.optimizers import FluxOptimizers
 from torchtitan_flux.training.transfer import Returning, sent
 
 
@@ -90,16 +90,21 @@ class Agreement:
         return heard
 
 
-def step_unless(skip: Float[Tensor, ""], optimizers: OptimizersContainer) -> None:
+def step_unless(skip: Float[Tensor, ""], optimizers: FluxOptimizers, seed: int) -> None:
     """One step of the optimizers, or where `skip` is 1 no change: weights, moments, step counts.
 
     Fused kernels look at `skip` on the device; before the others the host waits to look.
+
+    Args:
+        skip: 1 or 0, on the device.
+        optimizers: of this rank.
+        seed: of stochastic rounding in this step.
     """
-    if all(group["fused"] for optimizer in optimizers for group in optimizer.param_groups):
+    if all(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
         for optimizer in optimizers:
             # what GradScaler tells these kernels by; offloaded parameters are on the CPU
             device = optimizer.param_groups[0]["params"][0].device
             optimizer.found_inf = skip.to(device)  # type: ignore[attr-defined]
     elif skip:
         return
-    optimizers.step()
+    optimizers.step_with(seed)

@@ -9,10 +9,10 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 from torch import nn
 from torchtitan.components.loss import build_mse_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
+from torchtitan_flux.optimizers import build_optimizers
 from torchtitan_flux.parallel import low_precision  # noqa: F401  (our converters, for torchtitan's)
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux

@@ -28,11 +28,13 @@ from torchtitan_flux.data.sources.source import items_digest
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
+from torchtitan_flux.optimizers import FluxOptimizers
 from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.parallel.replicated_rows import Peers
+from torchtitan_flux.randomness import Stream, digest
 from torchtitan_flux.startup.dump_config import log_resolved
 from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
 from torchtitan_flux.training.agreement import Agreed, Agreement, Step, step_unless
@@ -242,7 +244,9 @@ class FluxTrainer(Trainer):
         )
         self._heartbeat.beat(self.step, "optimizer")
         self.checkpointer.maybe_wait_for_staging()
-        step_unless(skip, self.optimizers)
+        assert isinstance(self.optimizers, FluxOptimizers)
+        rounding = digest(self.facts.seed, Stream.ROUNDING, self.step) % 2**63
+        step_unless(skip, self.optimizers, rounding)
         for hook in self.hooks:
             hook.after_optimizer_step(self.step)
         self._heartbeat.beat(self.step, "agreeing")
