@@ -55,7 +55,7 @@ from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.startup.load_config import load_config
-from torchtitan_flux.training.losses import EncodedBatch, flow_inputs, sample_losses
+from torchtitan_flux.training.losses import EncodedBatch, flow_inputs, forward_backward
 from torchtitan_flux.training.process import start_process_group
 
 FLAVOR = "flux-debug"
@@ -180,14 +180,11 @@ def our_step(args: FluxModelArgs, inputs: Inputs, setting: Setting) -> Step:
         optimizers.zero_grad()
         latents, noise = (pack(x, patch) for x in (inputs.latents, inputs.noise))
         encoded = EncodedBatch(latents, noise, text, ImageSize(height, width))
-        loss = (
-            sample_losses(model, *flow_inputs(args, encoded, inputs.t, None)).sum()
-            / latents.numel()
-        )
-        loss.backward()
+        flow = flow_inputs(args, encoded, inputs.t, None)
+        losses = forward_backward(model, *flow, latents.numel(), last=True)
         clip_gradients(model.parameters(), MAX_NORM)
         optimizers.step()
-        return loss.detach()
+        return losses.sum()
 
     return step
 

@@ -160,7 +160,7 @@ def build_optimizers(
 
 
 def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:
-    """What the optimizer of that name keeps beside parameters, on this rank."""
+    """What the optimizer of that name keeps beside trained parameters, on this rank."""
     kind = OPTIMIZERS[name]
     return sum(
         kind.state_bytes(tuple(p.shape), tuple(local(p).shape), p.element_size())

@@ -62,6 +62,9 @@ class Training(torchtitan_config.Training):
     """When the loss or a gradient is not finite: skip that step, or stop the run"""
     max_nonfinite_steps: int = 10
     """The run stops when so many steps in a row had to be skipped"""
+    train_only: list[str] = field(default_factory=list)
+    """Parameters whose name contains one of these are trained, the others stay as they were
+    begun with; empty trains all"""
     dataloader: DataLoader = field(default_factory=DataLoader)
     test_mode: bool = False
     """torchtitan's test mode: here the tiny encoders of assets/tiny, loaded as any others"""

@@ -16,6 +16,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel
+from torchtitan_flux.model.initial_values import canonical_name
+from torchtitan_flux.model.trainable import trainable
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_flux.parallel.compile import compile_blocks
 from torchtitan_flux.parallel.context import apply_context_parallel
@@ -70,6 +72,11 @@ def parallelize_flux(
     # Compile each block: two graphs serve 57 layers.
     if job_config.compiles("model"):
         compile_blocks(model, job_config.compile.backend)
+
+    # What is not trained has no gradient: nothing is reduced or kept for it.
+    for name, parameter in model.named_parameters():
+        only = job_config.training.train_only
+        parameter.requires_grad_(trainable(canonical_name(name), only))
 
     # Data parallel last: it owns the parameters.
     reshards = _reshards(job_config, parallel_dims)

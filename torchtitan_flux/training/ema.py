@@ -29,7 +29,7 @@ class Average(Stateful):
     """One average, in float32, sharded like the weights.
 
     Args:
-        parameters: by canonical name, of this rank's part of the model.
+        parameters: trained ones by canonical name, of this rank's part of the model.
         decay: in [0, 1).
     """
 
@@ -93,6 +93,7 @@ class EMA(Hook):
             canonical_name(name): parameter
             for part in model_parts
             for name, parameter in part.named_parameters()
+            if parameter.requires_grad
         }
         self.averages = {repr(decay): Average(parameters, decay) for decay in decays}
 
