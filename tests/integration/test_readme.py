@@ -1,4 +1,4 @@
-"""The commands of README.md, as they stand, one after another; what is appended makes them short."""
+"""The commands of README.md, as they stand, one after another, made short."""
 
 import os
 import shlex
