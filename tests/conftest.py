@@ -6,6 +6,8 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # ranks are forked gloo processes; a GPU, where there is one, is not for them
+# tests/cuda start programs that see the cards as given
+os.environ.setdefault("CARDS_AS_GIVEN", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest

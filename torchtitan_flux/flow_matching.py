@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.special import ndtri
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -89,7 +88,8 @@ class TimeDensity:
         """
         t = np.asarray(u, dtype=np.float64)
         if self.name == "logit_normal":
-            t = 1 / (1 + np.exp(-(self.mean + self.std * ndtri(t))))
+            normal = torch.special.ndtri(torch.from_numpy(t)).numpy()
+            t = 1 / (1 + np.exp(-(self.mean + self.std * normal)))
         return shift_times(t, resolution_mu(tokens)) if self.resolution_shift else t
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,19 +87,15 @@ def poison(positions: set[int]):
     """Samples at these positions get a loss that is not a number."""
 
     def change(trainer: FluxTrainer) -> None:
-        losses, encode = trainer._losses, trainer._encode
-        factor = torch.ones(0)
+        encode = trainer._encode
 
-        def remembered(batch):
-            nonlocal factor
-            bad = [int(p) in positions for p in batch["position"]]
-            factor = torch.where(torch.tensor(bad), torch.nan, 1.0)
-            return encode(batch)
+        def poisoned(batch):
+            encoded = encode(batch)
+            bad = torch.tensor([int(p) in positions for p in batch["position"]])
+            factor = torch.where(bad, torch.nan, 1.0)[:, None, None]
+            return replace(encoded, noise=encoded.noise * factor)
 
-        trainer._encode = remembered  # type: ignore[method-assign]
-        trainer._losses = (  # type: ignore[method-assign]
-            lambda encoded, t: losses(encoded, t) * factor
-        )
+        trainer._encode = poisoned  # type: ignore[method-assign]
 
     return change
 
@@ -177,7 +174,7 @@ def late(*changes):
     """As on a GPU: what is agreed on is read one step later."""
 
     def change(trainer: FluxTrainer) -> None:
-        trainer._agreement.late = True
+        trainer._flags.late = True
         for one in changes:
             one(trainer)
 

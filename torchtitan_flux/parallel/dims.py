@@ -1,13 +1,13 @@
 """Meshes: torchtitan's, with the data-parallel dimensions kept also where their size is one."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torchtitan.config import Parallelism
 from torchtitan.distributed import ParallelDims
 
 
@@ -26,7 +26,7 @@ class FluxParallelDims(ParallelDims):
         return name in ("dp_replicate", "fsdp") or super()._mesh_exist(name, degree)
 
     @classmethod
-    def of(cls, parallelism: Any, world_size: int) -> "FluxParallelDims":
+    def of(cls, parallelism: Parallelism, world_size: int) -> "FluxParallelDims":
         """The dimensions that section [parallelism] asks for."""
         return cls(
             dp_replicate=parallelism.data_parallel_replicate_degree,

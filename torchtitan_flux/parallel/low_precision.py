@@ -16,8 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchtitan.components.quantization.float8 import Float8LinearConverter
 from torchtitan.components.quantization.mx import MXLinearConverter
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import model_converter
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model.args import EMBEDDERS
 from torchtitan_flux.parallel.low_precision_checks import FLOAT8, MX
 
@@ -25,7 +27,7 @@ from torchtitan_flux.parallel.low_precision_checks import FLOAT8, MX
 class FluxFloat8Converter(Float8LinearConverter):
     """torchtitan's, which drops `emulate` where a recipe is named."""
 
-    def __init__(self, job_config: Any, parallel_dims: Any):
+    def __init__(self, job_config: FluxJobConfig, parallel_dims: ParallelDims):
         super().__init__(_embedders_kept(job_config), parallel_dims)
         self.config = replace(self.config, emulate=job_config.quantize.linear.float8.emulate)
 
@@ -40,11 +42,11 @@ class FluxFloat8Converter(Float8LinearConverter):
 class FluxMXConverter(MXLinearConverter):
     """torchtitan's, which knows no embedders."""
 
-    def __init__(self, job_config: Any, parallel_dims: Any):
+    def __init__(self, job_config: FluxJobConfig, parallel_dims: ParallelDims):
         super().__init__(_embedders_kept(job_config), parallel_dims)
 
 
-def _embedders_kept(job_config: Any) -> Any:
+def _embedders_kept(job_config: FluxJobConfig) -> FluxJobConfig:
     """The configuration with the embedders in both lists of what is not converted.
 
     A copy: torchtitan also takes its "auto_filter_small_kn" out of the list it is given.

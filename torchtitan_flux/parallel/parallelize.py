@@ -93,7 +93,7 @@ def parallelize_flux(
     return model
 
 
-def _reshards(config: Any, dims: FluxParallelDims) -> bool:
+def _reshards(config: FluxJobConfig, dims: FluxParallelDims) -> bool:
     """Whether weights are given back after the forward pass.
 
     By default not in a pipeline, where they would be gathered again for each of its microbatches,

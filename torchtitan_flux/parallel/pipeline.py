@@ -21,6 +21,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.flow_matching import Errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
@@ -34,11 +35,11 @@ from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, Later
 def pipeline_flux(
     model: FluxModel,
     parallel_dims: ParallelDims,
-    job_config: Any,
+    job_config: FluxJobConfig,
     device: torch.device,
     model_args: FluxModelArgs,
-    parallelize: Callable[[Any, ParallelDims, Any], Any],
-    loss_fn: Any = None,
+    parallelize: Callable[[FluxStage, ParallelDims, FluxJobConfig], FluxStage],
+    loss_fn: object = None,
 ) -> tuple["Pipeline", list[nn.Module], bool, bool]:
     """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`.
 
@@ -159,7 +160,7 @@ class Pipeline(nn.Module):
             r for r in range(ranks) if last in schedule.stages_of(r, ranks, layout.stages)
         )
         self._loss = _Loss()
-        self._runs: dict[tuple[Any, ...], _Run] = {}
+        self._runs: dict[tuple[object, ...], _Run] = {}
         # NCCL makes a group's connections in its first collective, where all must take part
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
@@ -196,7 +197,7 @@ class Pipeline(nn.Module):
         return self._from_last(torch.cat(self._loss.of_samples))
 
     @torch.no_grad()
-    def forward(self, *arguments: Any) -> Tensor:
+    def forward(self, *arguments: Tensor) -> Tensor:
         """Velocity [b, img, out_channels] on every rank; arguments are those of FluxModel."""
         inputs = FluxInputs(*arguments)
         b = inputs.img.shape[0]

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
+from torchtitan.config import Parallelism
 
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
@@ -14,7 +17,7 @@ Number = int | float  # exact while finite
 
 
 def split_model(
-    parallelism: Any, args: FluxModelArgs, size: ImageSize, text_tokens: int
+    parallelism: Parallelism, args: FluxModelArgs, size: ImageSize, text_tokens: int
 ) -> list[list[str]]:
     """Names of the modules of each stage: as the user named them, or balanced by operations.
 

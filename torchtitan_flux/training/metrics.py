@@ -28,6 +28,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.files import disk_full
 from torchtitan_flux.model import FluxModelArgs, flops_per_image
 
@@ -42,7 +43,9 @@ class FluxMetrics(MetricsProcessor):
     sampling is taken out of them.
     """
 
-    def __init__(self, job_config: Any, parallel_dims: ParallelDims, model_args: FluxModelArgs):
+    def __init__(
+        self, job_config: FluxJobConfig, parallel_dims: ParallelDims, model_args: FluxModelArgs
+    ):
         # not super().__init__: ours counts in images, and colours a terminal only
         self.logger = _build_metric_logger(job_config, _RANK_0)  # type: ignore[arg-type]
         self.parallel_dims = parallel_dims
@@ -239,7 +242,10 @@ def _log_through_bar() -> None:
 
 
 def build_metrics_processor(
-    job_config: Any, parallel_dims: ParallelDims, model_args: Any, tag: str | None = None
+    job_config: FluxJobConfig,
+    parallel_dims: ParallelDims,
+    model_args: FluxModelArgs,
+    tag: str | None = None,
 ) -> FluxMetrics:
     """torchtitan's MetricsProcessorBuilder."""
     return FluxMetrics(job_config, parallel_dims, model_args)

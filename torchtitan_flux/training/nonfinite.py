@@ -1,14 +1,13 @@
 """A loss or gradient that is not finite: where it came from, and what becomes of the run."""
 
-from typing import Any
-
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from torchtitan_flux.training.agreement import Step
+from torchtitan_flux.config.job_config import Training
+from torchtitan_flux.training.step_flags import Step
 
 _SHOWN = 20
 
@@ -17,7 +16,7 @@ class NonFinite(RuntimeError):
     """The loss or a gradient is not finite, and the run is not to go on."""
 
 
-def report_nonfinite(step: Step, training: Any, skipped_in_a_row: int) -> None:
+def report_nonfinite(step: Step, training: Training, skipped_in_a_row: int) -> None:
     """Say which samples of the step it came from; collective, the same on every rank.
 
     The optimizer did not move in it.

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -23,6 +23,7 @@ from torchtitan_flux.checkpoint.folder import (
 )
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
+from torchtitan_flux.config.job_config import Checkpoint, FluxJobConfig
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text
 from torchtitan_flux.model import FluxModelArgs
@@ -45,20 +46,20 @@ MAY_CHANGE = ("training", "optimizer", "lr_scheduler", "flow")
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResumePlan:
     """What is known before anything is built.
 
     Attributes:
-        config: the configuration with its seed settled.
+        config: the configuration with its seed.
         facts: what the run is tied to.
-        settings: what may be another when it goes on.
+        settings: what may change when it is resumed.
         choice: the run's own checkpoint that it continues from; empty when it begins.
         initial: the weights that it begins with, or the folder of another run's checkpoint that it
-            goes on from, or None.
+            resumes from, or None.
         lock: keeps other runs out of the dump folder; rank 0 holds it.
     """
 
-    config: Any
+    config: FluxJobConfig
     facts: RunFacts
     settings: Settings
     choice: Choice
@@ -72,7 +73,7 @@ class Settled:
         return manifest is not None and manifest.step >= self.config.training.steps
 
 
-def settle(job_config: Any) -> Settled:
+def plan_resume(job_config: FluxJobConfig) -> ResumePlan:
     """Find the checkpoint to continue from, and what the run is tied to; collective.
 
     A checkpoint decides: its seed is kept. Without one, an unset seed is drawn on rank 0 and told
@@ -95,14 +96,14 @@ def settle(job_config: Any) -> Settled:
             logger.info(
                 f"checkpoint.initial_load_path is not read: the run continues from {choice.folder}"
             )
-    _check_can_go_on(choice, job_config)
+    _check_can_resume(choice, job_config)
 
     continued = initial if isinstance(initial, Path) else folder
     begins = choice.folder or (initial.path if isinstance(initial, Weights) else initial)
-    told = begins and blocks_told(begins, job_config.model.flavor, args)
-    if told:
-        logger.warning(told)
-    seed = _settle_seed(job_config.debug.seed, manifest, continued)
+    note = begins and blocks_told(begins, job_config.model.flavor, args)
+    if note:
+        logger.warning(note)
+    seed = _resolve_seed(job_config.debug.seed, manifest, continued)
     config = copy.deepcopy(job_config)
     config.debug.seed = seed
     facts = RunFacts(
@@ -120,10 +121,10 @@ def settle(job_config: Any) -> Settled:
         changed = differences(manifest.settings, settings)
         if changed and manifest.kind == "full" and manifest.step < config.training.steps:
             logger.info(f"From step {manifest.step + 1} on: {', '.join(changed)}")
-    return Settled(config, facts, settings, choice, initial, lock)
+    return ResumePlan(config, facts, settings, choice, initial, lock)
 
 
-def settings_of(config: Any) -> Settings:
+def settings_of(config: FluxJobConfig) -> Settings:
     """What is stored with a checkpoint of how the run trains."""
     keys = (key.name for key in keys_of(type(config)) if key.section in MAY_CHANGE)
     return {name: toml_text(get(config, name)) for name in keys}
@@ -138,7 +139,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
     ]
 
 
-def checkpoint_folder(config: Any) -> Path:
+def checkpoint_folder(config: FluxJobConfig) -> Path:
     """Where the checkpoints of a run lie."""
     return Path(config.job.dump_folder) / config.checkpoint.folder
 
@@ -160,7 +161,7 @@ def _lock(folder: str) -> RunFolderLock | None:
     return lock
 
 
-def _choose(folder: Path, checkpoint: Any) -> Choice:
+def _choose(folder: Path, checkpoint: Checkpoint) -> Choice:
     """The checkpoint to continue from; what is damaged is named, and decides nothing silently."""
     for line in agree(lambda: clear_leftovers(folder)):
         logger.info(line)
@@ -190,14 +191,16 @@ def _choose(folder: Path, checkpoint: Any) -> Choice:
     return Choice()
 
 
-def _initial(config: Any, args: FluxModelArgs) -> tuple[Weights | Path | None, Manifest | None]:
-    """What `checkpoint.initial_load_path` names, and its manifest where the run goes on with it."""
+def _initial(
+    config: FluxJobConfig, args: FluxModelArgs
+) -> tuple[Weights | Path | None, Manifest | None]:
+    """What `checkpoint.initial_load_path` names, and its manifest where the run resumes from it."""
     checkpoint = config.checkpoint
     if not checkpoint.initial_load_path:
         return None, None
     key = f"checkpoint.initial_load_path = {checkpoint.initial_load_path!r}"
     path = Path(resolved_path(checkpoint.initial_load_path))
-    if missing := [rank for rank, there in enumerate(_every(path.exists())) if not there]:
+    if missing := [rank for rank, there in enumerate(_all_gather(path.exists())) if not there]:
         raise ConfigError([f"{key} does not exist on rank {', '.join(map(str, missing))}"])
     if checkpoint.initial_load_model_only:
         return _weights(path, config, args, key), None
@@ -207,28 +210,28 @@ def _initial(config: Any, args: FluxModelArgs) -> tuple[Weights | Path | None, M
     return path, manifest
 
 
-def _weights(path: Path, config: Any, args: FluxModelArgs, key: str) -> Weights:
+def _weights(path: Path, config: FluxJobConfig, args: FluxModelArgs, key: str) -> Weights:
     """The weights at `path`, checked on every rank against the model that will be built."""
     weights, problem, c = None, "", config.checkpoint
     try:
         weights = open_for(path, config.model.flavor, args, c.guidance_weights, c.unknown_weights)
     except (ValueError, OSError) as error:
         problem = str(error)
-    if found := sorted(set(filter(None, _every(problem)))):
+    if found := sorted(set(filter(None, _all_gather(problem)))):
         raise ConfigError([f"{key}: {problem}" for problem in found])
     assert weights is not None
     logger.info(f"Beginning with the weights of {weights.path} ({weights.format})")
     return weights
 
 
-def _every(said: T) -> list[T]:
-    """What each rank said."""
-    heard = [said] * dist.get_world_size()
-    dist.all_gather_object(heard, said)
-    return heard
+def _all_gather(value: T) -> list[T]:
+    """The value of every rank."""
+    gathered = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
-def _check_can_go_on(choice: Choice, config: Any) -> None:
+def _check_can_resume(choice: Choice, config: FluxJobConfig) -> None:
     """A model without its optimizer is the end of a run, or (step 0) its beginning."""
     manifest = choice.manifest
     if manifest is None or manifest.kind == "full" or manifest.step == 0:
@@ -237,14 +240,14 @@ def _check_can_go_on(choice: Choice, config: Any) -> None:
         raise ConfigError(
             [
                 f"{choice.folder} holds only a model (checkpoint.last_save_model_only = true), so "
-                f"training.steps = {config.training.steps} cannot go on from it; set "
+                f"training.steps = {config.training.steps} cannot be resumed from it; set "
                 "checkpoint.load_step to an earlier step, or another job.dump_folder and start "
                 "from these weights by checkpoint.initial_load_path"
             ]
         )
 
 
-def _settle_seed(given: int | None, manifest: Manifest | None, folder: Path) -> int:
+def _resolve_seed(given: int | None, manifest: Manifest | None, folder: Path) -> int:
     if manifest is not None:
         stored = manifest.facts.seed
         if given is not None and given != stored:
@@ -263,12 +266,12 @@ def _settle_seed(given: int | None, manifest: Manifest | None, folder: Path) -> 
     return box[0]
 
 
-def _data_degree(config: Any) -> int:
+def _data_degree(config: FluxJobConfig) -> int:
     """Ranks that read different samples, before there is a mesh to ask."""
     return dist.get_world_size() // peer_degree(config.parallelism)
 
 
-def _check_same_run(now: RunFacts, manifest: Manifest, folder: Path, config: Any) -> None:
+def _check_same_run(now: RunFacts, manifest: Manifest, folder: Path, config: FluxJobConfig) -> None:
     stored = manifest.facts
     remedies = {
         "context_in_dim": "encoder.t5_encoder",

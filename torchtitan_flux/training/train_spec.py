@@ -11,6 +11,7 @@ from torchtitan.components.loss import build_mse_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
 from torchtitan_flux.optimizers import build_optimizers
 from torchtitan_flux.parallel import low_precision  # noqa: F401  (our converters, for torchtitan's)
@@ -27,7 +28,7 @@ from torchtitan_flux.weights.adapter import FluxStateDictAdapter
 class FluxTrainArgs(FluxModelArgs):
     """FluxModelArgs with the two methods that torchtitan's trainer calls."""
 
-    def update_from_config(self, job_config: Any) -> None:
+    def update_from_config(self, job_config: FluxJobConfig) -> None:
         """Take the widths of the configured encoders and codec, in place (a fresh copy)."""
         resolved = resolve_model_args(job_config)
         for field in fields(resolved):

@@ -37,7 +37,6 @@ from torchtitan_flux.parallel.replicated_rows import Peers
 from torchtitan_flux.randomness import Stream, digest
 from torchtitan_flux.startup.dump_config import log_resolved
 from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
-from torchtitan_flux.training.agreement import Agreed, Agreement, Step, step_unless
 from torchtitan_flux.training.checkpoint_manager import (
     FluxCheckpointManager,
     checkpoint_manager_bound,
@@ -64,8 +63,9 @@ from torchtitan_flux.training.out_of_memory import (
 )
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.quarantine import Quarantine, TooManyUnreadable, take_replaced
-from torchtitan_flux.training.resume import settle
+from torchtitan_flux.training.resume import plan_resume
 from torchtitan_flux.training.sample_grids import SampleGrids
+from torchtitan_flux.training.step_flags import FlagExchange, Step, StepFlags, step_unless
 from torchtitan_flux.training.stopping import StopSignals
 from torchtitan_flux.training.validator import FluxValidator
 
@@ -102,21 +102,21 @@ class FluxTrainer(Trainer):
         self._signals = StopSignals()
         self._heartbeat = Heartbeat()
         device = start_process_group(job_config)
-        self.settled = settle(job_config)
-        self.facts = self.settled.facts
+        self.resume_plan = plan_resume(job_config)
+        self.facts = self.resume_plan.facts
         self.quarantine = Quarantine(
             Path(job_config.job.dump_folder) / "quarantine.jsonl",
             job_config.data.max_unreadable_share,
         )
-        log_resolved(self.settled.config)
+        log_resolved(self.resume_plan.config)
         with checkpoint_manager_bound(
             facts=self.facts,
-            settings=self.settled.settings,
-            choice=self.settled.choice,
-            initial=self.settled.initial,
+            settings=self.resume_plan.settings,
+            choice=self.resume_plan.choice,
+            initial=self.resume_plan.initial,
             on_save_error=job_config.checkpoint.on_save_error,
         ):
-            super().__init__(self.settled.config)
+            super().__init__(self.resume_plan.config)
         config = self.config
         self.device = device  # torchtitan numbers even the CPU by the local rank
         self.model_args = resolve_model_args(config)
@@ -129,7 +129,7 @@ class FluxTrainer(Trainer):
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         )
         self.peers = Peers(self.parallel_dims.peer_group)
-        self._agreement = Agreement(device, late=device.type == "cuda")
+        self._flags = FlagExchange(device, late=device.type == "cuda")
         self._errors = (
             compiled_squared_errors(config.compile.backend)
             if config.compiles("loss")
@@ -180,8 +180,9 @@ class FluxTrainer(Trainer):
         return self.pp_schedule if self.parallel_dims.pp_enabled else self.model_parts[0]  # type: ignore[return-value]
 
     @property
-    def config(self) -> Any:
-        """torchtitan's JobConfig with FLUX's sections merged in."""
+    def config(self) -> FluxJobConfig:
+        """The complete configuration."""
+        assert isinstance(self.job_config, FluxJobConfig)
         return self.job_config
 
     def init_distributed(self) -> FluxParallelDims:
@@ -230,8 +231,8 @@ class FluxTrainer(Trainer):
             self.config.training.max_norm,
             self.parallel_dims.get_optional_mesh("pp"),
         )
-        self._heartbeat.beat(self.step, "agreeing")
-        skip = self._agreement.say(
+        self._heartbeat.beat(self.step, "reducing flags")
+        skip = self._flags.send(
             Step(
                 self.step,
                 torch.cat([batch["position"] for batch in microbatches]),
@@ -249,8 +250,8 @@ class FluxTrainer(Trainer):
         step_unless(skip, self.optimizers, rounding)
         for hook in self.hooks:
             hook.after_optimizer_step(self.step)
-        self._heartbeat.beat(self.step, "agreeing")
-        heard = self._hear()
+        self._heartbeat.beat(self.step, "reducing flags")
+        received = self._receive_flags()
         self.lr_schedulers.step()
 
         self.ntokens_seen += images * self.metrics_processor.tokens_per_image
@@ -261,25 +262,25 @@ class FluxTrainer(Trainer):
             self._log(loss, grad_norm, lr)
         self._step_is_new = True
         self._heartbeat.beat(self.step, "saving")
-        if any(one.unreadable for one in heard):
+        if any(one.unreadable for one in received):
             self.quarantine.record(take_replaced(self.dataloader), "training")
             self._check_unreadable()
-        if any(one.stop for one in heard) and self.step < self.config.training.steps:
+        if any(one.stop for one in received) and self.step < self.config.training.steps:
             self._stop()
 
-    def _hear(self) -> list[Agreed]:
-        """What ranks said in steps up to this one; those that were not finite are reported.
+    def _receive_flags(self) -> list[StepFlags]:
+        """Flags of steps up to this one; those that were not finite are reported.
 
         Nothing is left open before something is saved, logged, validated or drawn.
         """
-        heard = self._agreement.hear(everything=self._is_watched())
-        if any(one.stop or one.unreadable for one in heard):  # either may save
-            heard += self._agreement.hear(everything=True)
-        for one in heard:
+        received = self._flags.receive(everything=self._is_watched())
+        if any(one.stop or one.unreadable for one in received):  # either may save
+            received += self._flags.receive(everything=True)
+        for one in received:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if one.nonfinite else 0
             if one.nonfinite:
                 report_nonfinite(one.step, self.config.training, self._skipped_in_a_row)
-        return heard
+        return received
 
     def _is_watched(self) -> bool:
         """Whether anything but training belongs to this step."""
@@ -357,7 +358,7 @@ class FluxTrainer(Trainer):
 
         A run that was finished before goes straight to its results.
         """
-        if self.settled.finished:
+        if self.resume_plan.finished:
             self._load_finished()
         else:
             self._note_environment()
@@ -381,13 +382,13 @@ class FluxTrainer(Trainer):
         self.results.append(f"seed checkpoint: {self.checkpointer.folder}/step-0")
 
     def _load_finished(self) -> None:
-        manifest = self.settled.choice.manifest
+        manifest = self.resume_plan.choice.manifest
         assert manifest is not None
         self.checkpointer.load()
         self.step = manifest.step
         logger.info(
-            f"This run is finished: {self.settled.choice.folder} is its last step. To train on, "
-            f"raise training.steps = {self.config.training.steps}; for a new run set "
+            f"This run is finished: {self.resume_plan.choice.folder} is its last step. "
+            f"To train on, raise training.steps = {self.config.training.steps}; for a new run set "
             "another job.dump_folder"
         )
         self.quarantine.check(self.dataloader.position)
@@ -399,8 +400,8 @@ class FluxTrainer(Trainer):
         if getattr(self, "dataloader", None) is not None:
             self.dataloader.close()
         super().close()
-        if self.settled.lock is not None:
-            self.settled.lock.release()
+        if self.resume_plan.lock is not None:
+            self.resume_plan.lock.release()
         self._signals.uninstall()
 
     # ---- what is stored with checkpoints ----------------------------------------------------

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.loader import Batch, ValidationLoader
 from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
@@ -93,7 +93,7 @@ class FluxValidator:
         loader: ValidationLoader,
         encode: Callable[[Batch], EncodedBatch],
         losses: Callable[[EncodedBatch, Tensor], Tensor],
-        config: Any,
+        config: FluxJobConfig,
         group: ProcessGroup | None,
         device: torch.device,
         metrics: FluxMetrics,

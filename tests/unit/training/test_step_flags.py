@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.components.optimizer import OptimizersContainer
 
-from torchtitan_flux.training.agreement import Agreement, Step, step_unless
+from torchtitan_flux.training.step_flags import FlagExchange, Step, step_unless
 
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1}
 
@@ -98,15 +98,15 @@ def step(number: int, norm: float = 1.0) -> Step:
 
 def said_and_heard(late: bool) -> list:
     """Of five steps: rank 1's loss in step 2, rank 0's norm in 3, a stop in 4, a picture in 5."""
-    agreement = Agreement(torch.device("cpu"), late)
+    flags = FlagExchange(torch.device("cpu"), late)
     rank, heard = torch.distributed.get_rank(), []
     for number in range(1, 6):
         loss = torch.tensor(torch.inf if (number, rank) == (2, 1) else 0.5)
         norm = torch.nan if (number, rank) == (3, 0) else 1.0
-        skip = agreement.say(
+        skip = flags.send(
             step(number, norm), loss, stop=(number, rank) == (4, 1), unreadable=number == 5
         )
-        now = agreement.hear(everything=number == 5)
+        now = flags.receive(everything=number == 5)
         heard.append((float(skip), [(a.step.number, a.nonfinite, a.stop) for a in now]))
         unreadable = [a.step.number for a in now if a.unreadable]
     return [*heard, unreadable]

@@ -1,4 +1,4 @@
-"""What the ranks tell each other in every step: stop, not finite, unreadable."""
+"""Flags that the ranks reduce in every step: stop, not finite, unreadable."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What at least one rank said of a step."""
+class StepFlags:
+    """Flags of a step: each is set where any rank set it."""
 
     step: Step
     nonfinite: bool
@@ -40,7 +40,7 @@ class Agreed:
     unreadable: bool
 
 
-class Agreement:
+class FlagExchange:
     """One small sum over all ranks in each step.
 
     A GPU is a step behind the host. To read the sum at once would be to let it run dry in every
@@ -48,7 +48,7 @@ class Agreement:
 
     Args:
         device: where the ranks communicate.
-        late: whether the newest step is left unread until the next one is said, or all is asked
+        late: whether the newest step is left unread until the next one is flags, or all is asked
             for. Every rank asks in the same step, and so hears the same.
     """
 
@@ -57,8 +57,8 @@ class Agreement:
         self.late = late
         self._unread: deque[tuple[Step, Returning]] = deque()
 
-    def say(self, step: Step, loss: Tensor, stop: bool, unreadable: bool) -> Float[Tensor, ""]:
-        """Say what this rank knows after the backward pass; collective, before the optimizer.
+    def send(self, step: Step, loss: Tensor, stop: bool, unreadable: bool) -> Float[Tensor, ""]:
+        """Send what this rank knows after the backward pass; collective, before the optimizer.
 
         Args:
             step: the step, whose gradient norm is looked at.
@@ -69,25 +69,25 @@ class Agreement:
         Returns:
             1 where the loss or the gradient of any rank is not finite, else 0; on the device.
         """
-        said = sent(torch.tensor([0.0, float(stop), float(unreadable)]), self.device)
-        said[0] = ~(torch.isfinite(loss) & torch.isfinite(step.grad_norm))
+        flags = sent(torch.tensor([0.0, float(stop), float(unreadable)]), self.device)
+        flags[0] = ~(torch.isfinite(loss) & torch.isfinite(step.grad_norm))
         if dist.get_world_size() > 1:
-            dist.all_reduce(said)
-        self._unread.append((step, Returning(said)))
-        return (said[0] > 0).float()
+            dist.all_reduce(flags)
+        self._unread.append((step, Returning(flags)))
+        return (flags[0] > 0).float()
 
-    def hear(self, everything: bool) -> list[Agreed]:
-        """What is known of steps not heard of before, in their order.
+    def receive(self, everything: bool) -> list[StepFlags]:
+        """Flags of steps not received before, in their order.
 
         Args:
             everything: the newest step too, where that is otherwise left for later.
         """
         left = 1 if self.late and not everything else 0
-        heard = []
+        received = []
         while len(self._unread) > left:
-            step, said = self._unread.popleft()
-            heard.append(Agreed(step, *(value > 0 for value in said.read())))
-        return heard
+            step, flags = self._unread.popleft()
+            received.append(StepFlags(step, *(value > 0 for value in flags.read())))
+        return received
 
 
 def step_unless(skip: Float[Tensor, ""], optimizers: FluxOptimizers, seed: int) -> None:
