@@ -40,18 +40,20 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def try_lock(descriptor: int, wait: bool = False) -> bool | None:
+def try_lock(descriptor: int, wait: bool = False, shared: bool = False) -> bool | None:
     """Make a file or folder this process's until the descriptor is closed.
 
     Args:
         descriptor: of the open file or folder.
         wait: for as long as another process has it.
+        shared: only look whether another process has it alone.
 
     Returns:
         True; False where another one has it; None where the file system knows no locks.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:

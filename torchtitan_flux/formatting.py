@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 
-def format_bytes(size: float) -> str:
+def format_bytes(size: int | float) -> str:
     """A size in the largest unit of which it is at least one: "12 B", "1.8 MiB", "22.2 GiB"."""
     if abs(size) < 1024:
         return f"{size:.0f} B"

@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from torchtitan_flux.report.page import page
-from torchtitan_flux.report.read import NotARun, read_run
+from torchtitan_flux.files import replacing
+from torchtitan_flux.report.run import NotARun, read_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,22 +21,23 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     out = options.out or options.dump_folder / "report.html"
     try:
+        from torchtitan_flux.report.page import page
+
         run = read_run(options.dump_folder)
-        write(page(run, time.time()), out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as beside:
+            beside.write_text(page(run, time.time()), encoding="utf-8")
+    except ImportError as error:
+        sys.exit(_refused(f'{error}: pip install "torchtitan-flux[report]"'))
     except NotARun as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refused(str(error)))
     except OSError as error:
-        print(f"{error.filename or out}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refused(f"{error.filename or out}: {error.strerror or error}"))
     for reason in run.missing:
         print(f"note: {reason}")
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
-def write(text: str, path: Path) -> None:
-    """Put a file in place whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def _refused(reason: str) -> int:
+    print(reason, file=sys.stderr)
+    return 2
