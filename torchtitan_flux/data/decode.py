@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from torchtitan_flux.data.formats import formats, unread_format
-from torchtitan_flux.data.sources.foreign import HEAD, foreign_content
+from torchtitan_flux.data.sources.listing import HEAD, foreign_content
 from torchtitan_flux.data.sources.source import UnreadableItem
 
 _REASON_LENGTH = 200

@@ -10,6 +10,22 @@ from torchtitan_flux.latents import ImageSize
 
 Split = Literal["train", "held_out"]
 
+# The TOML keys that messages name, all of them: `SettingError` and `build_source` put them there.
+PATH_KEY: dict[Split, str] = {
+    "train": "training.dataset_path",
+    "held_out": "validation.dataset_path",
+}
+IMAGE_COLUMN, CAPTION_COLUMN = "data.image_column", "data.caption_column"
+INDEX_FOLDER, HELD_OUT_SHARE = "data.index_folder", "data.held_out_share"
+MAX_PIXELS, CAPTIONS = "data.max_image_pixels", "data.captions"
+
+
+class SettingError(ValueError):
+    """A key other than the path of the data has to be changed."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}: {message}")
+
 
 @dataclass(frozen=True)
 class Item:
@@ -43,9 +59,8 @@ class SourceOptions:
     """What a source may be told; each takes what it has a use for.
 
     Attributes:
-        path: folder or file of the data, or a hub name; built-in sources have no use for it.
-        image_size: size in pixels at which a procedural source draws; stored pictures are resized
-            by the transform.
+        path: folder or file of the data, a pattern, or a hub name.
+        image_size: size in pixels at which a procedural source draws.
         index_folder: where indexes are kept; None for beside the data.
         image_column, caption_column: names in tables, of suffixes and json keys in shards; "" finds
             them.
@@ -88,8 +103,5 @@ class Source(Protocol):
 
 
 def items_digest(source: Source) -> str:
-    """Differs where the ids of a source's items, or their order, do.
-
-    A source without a `digest` of its own has items that only the program changes.
-    """
+    """Differs where the ids of a source's items, or their order, do."""
     return getattr(source, "digest", f"{source.name}/{len(source)}")
