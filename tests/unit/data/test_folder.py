@@ -132,18 +132,22 @@ def test_the_caption_column_is_the_one_named_or_the_first_known(tmp_path):
     [
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{"file', "line 2: Unterm"),
         ("metadata.jsonl", b"\n[1]", "line 2: is no JSON object"),
-        ("metadata.jsonl", b'{"text": "x"}', "line 1: has no 'file_name'"),
+        ("metadata.jsonl", b'{"text": "x"}', "line 1: no name stands in 'file_name'"),
         ("metadata.jsonl", b'{"file_name": "a.png", "label": 3}', "no line has 'text' or 'cap"),
         ("metadata.jsonl", b'{"file_name": "../a.png", "text": "x"}', "line 1: .* outside"),
         ("metadata.jsonl", b'{"file_name": "/a.png", "text": "x"}', "line 1: .* not relative"),
         ("metadata.jsonl", b'{"file_name": "\\ud800", "text": "x"}', "line 1: .* cannot be"),
         ("metadata.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "line 1: Exceeds"),
-        ("metadata.csv", b"file,text\na.png,x\n", "line 2: has no 'file_name'"),
+        ("metadata.csv", b"file,text\na.png,x\n", "line 2: no name stands in 'file_name'"),
         ("metadata.csv", b"file_name,label\na.png,x\n", "no line has 'text'"),
         ("metadata.csv", b'file_name,text\na.png,x\nb.png,"x\n', "line 3: unexpected end"),
-        ("metadata.csv", b'file_name,text\na.png,"x\nb.png,y\n', "line 2: unexpected end"),
-        ("metadata.csv", b"file_name,text\n,x\n", "line 2: .* it is '', not the name"),
-        ("metadata.jsonl", b'{"file_name": 3}', "line 1: .* it is 3, not the name"),
+        (
+            "metadata.csv",
+            b'file_name,text\na.png,"x\nb.png,y\n',
+            "unexpected end .* begins in line 2",
+        ),
+        ("metadata.csv", b"file_name,text\n,x\n", "line 2: no name stands"),
+        ("metadata.jsonl", b'{"file_name": 3}', "line 1: no name stands"),
         ("metadata.csv", b"file_name,text\na.png,\xff\n", "line 2: is not UTF-8"),
         ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16"), "line 1: is not UTF-8"),
         ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16-le"), "line 1: is not UTF-8"),
@@ -170,7 +174,7 @@ def test_utf_16_without_a_mark_is_no_caption(tmp_path):
 def test_a_folder_for_another_source_is_told(tmp_path, file, kind):
     (tmp_path / file).touch()
     with pytest.raises(
-        ValueError, match=rf'holds no pictures .*read by training.dataset = "{kind}"'
+        ValueError, match=rf'holds no pictures.*read by training.dataset = "{kind}"'
     ):
         source(tmp_path)
 
@@ -232,7 +236,7 @@ def test_errors_name_the_key(tmp_path, split, key):
     fails(f"{tmp_path}/nowhere", "nowhere does not exist")
     (tmp_path / "file.tar").write_text("")
     fails(f"{tmp_path}/file.tar", 'is not a folder; training.dataset = "webdataset"')
-    fails(str(tmp_path), r"holds no pictures \(jpg, ")
+    fails(str(tmp_path), r"holds no pictures")
 
 
 def test_metadata_without_any_picture_make_items_that_are_missing(tmp_path):

@@ -42,6 +42,7 @@ class Numbers:
 
     name = "numbers"
     title = "some numbers"
+    left_out: dict[str, list[str]] = {}  # noqa: RUF012
     identity = ""
 
     def __init__(self, place: Path, rows: int = 5, seconds: float = 0.0):

@@ -103,7 +103,7 @@ def test_parts_that_lie_deeper_are_told(tmp_path):
     source = indexed("folder", tmp_path)
     assert len(source) == 3
     notes = [note for note in source.index.notes if "named after parts" in note.text]
-    assert [note.examples for note in notes] == [("images/train", "images/val")]
+    assert [note.examples for note in notes] == [("cars/val", "images/train", "images/val")]
 
 
 def test_metadata_at_the_root_caption_each_part(tmp_path):

@@ -160,7 +160,7 @@ def test_a_kept_index_is_used_until_a_file_changes(tmp_path, monkeypatch):
     again = source(tmp_path)
     assert again.index.identity != first.index.identity
     assert again.digest == first.digest  # the same ids
-    monkeypatch.setattr("torchtitan_flux.data.sources.parquet.formats", lambda: ("HEIF",))
+    monkeypatch.setattr("torchtitan_flux.data.sources.index_cache.formats", lambda: ("HEIF",))
     assert source(tmp_path).index.identity != again.index.identity
     write_parquet(file, columns(4))
     assert source(tmp_path).digest != first.digest

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.data.sources.listing import LFS_POINTER, is_lfs_pointer
+from torchtitan_flux.data.sources.listing import LFS_POINTER, is_lfs_pointer, is_unicode
 from torchtitan_flux.data.sources.source import CAPTION_COLUMN
 from torchtitan_flux.formatting import listed
 
@@ -22,7 +22,7 @@ NO_CAPTION = "has no caption"
 """Why an item without any caption is not read, unless `data.default_caption` stands in for it."""
 
 _LINE_END = re.compile("\r\n|\n|\r")
-_MISSING = object()
+_BOM = b"\xef\xbb\xbf"
 
 Captions = tuple[tuple[str, ...], str]
 """Captions and "", or none and why."""
@@ -47,19 +47,12 @@ def lines_of(text: str) -> list[str]:
 
 
 def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Captions:
-    """Captions of a text file, or of a .json that holds one record.
-
-    Args:
-        data: of the file.
-        suffix: of its name, with the dot.
-        column: of a record, as in `caption_value`.
-        by_line: as in `captions_of`.
-    """
+    """Captions of a text file, or of a .json that holds one record with the field `column`."""
     if is_lfs_pointer(data):
         return (), f"its {suffix} {LFS_POINTER}"
     if suffix != ".json":
         try:
-            return captions_of(_decoded(data.removeprefix(b"\xef\xbb\xbf")), by_line)
+            return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
         except ValueError as error:
             return (), f"its {suffix} {error}"
     try:
@@ -68,7 +61,7 @@ def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Ca
         return (), "its .json is no JSON"
     if not isinstance(record, dict):
         return (), "its .json holds no object"
-    if column and not has_field(record, column):
+    if column and _field(record, column) is None:
         return (), f"its .json has no {column!r}"
     return captions_of(caption_value(record, column), by_line)
 
@@ -86,32 +79,23 @@ def _decoded(data: bytes) -> str:
 def caption_value(record: Mapping[str, Any], column: str) -> Any:
     """What a record says in a field: the one named, else the first of CAPTION_NAMES that says any.
 
-    Args:
-        record: names of fields are found in any case where the exact one is not there.
-        column: name of the field; "json.caption" is the field caption of the field json; "" for
-            none.
+    Names of fields are found in any case where the exact one is not there; "json.caption" is the
+    field caption of the field json.
     """
-    names = (column,) if column else CAPTION_NAMES
-    values = (_field(record, name) for name in names)
-    return next((value for value in values if value and value is not _MISSING), None)
-
-
-def has_field(record: Mapping[str, Any], name: str) -> bool:
-    """Whether a record has a field, which `caption_value` would find."""
-    return _field(record, name) is not _MISSING
+    values = (_field(record, name) for name in ((column,) if column else CAPTION_NAMES))
+    return next(filter(None, values), None)
 
 
 def _field(record: Any, name: str) -> Any:
-    """The value of a field; _MISSING where there is none."""
+    """The value of a field; None where there is none."""
     if not isinstance(record, Mapping):
-        return _MISSING
-    if name in record:
-        return record[name]
-    found = [key for key in record if isinstance(key, str) and key.lower() == name.lower()]
-    if found:
-        return record[found[0]]
+        return None
+    alike = (key for key in record if isinstance(key, str) and key.lower() == name.lower())
+    key = name if name in record else next(alike, None)
+    if key is not None:
+        return record[key]
     outer, dot, inner = name.partition(".")
-    return _field(_field(record, outer), inner) if dot else _MISSING
+    return _field(_field(record, outer), inner) if dot else None
 
 
 class Uncaptioned(ValueError):
@@ -131,107 +115,66 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
         ValueError: it, or a line of it, says something else.
         Uncaptioned: after all rows, where none of them has a field that captions may stand in.
     """
-    folder, path = name.rpartition("/")[0], root / name
+    folder, path, number = name.rpartition("/")[0], root / name, 0
     wanted = (column,) if column else CAPTION_NAMES
-    captioned, line = False, 0
+    captioned = False
     fields: dict[str, None] = {}
-    records = _csv_records if name.endswith(".csv") else _json_records
-    with path.open("rb") as file:
-        try:
-            for line, record in records(_lines(file)):
-                file_name = _field(record, "file_name")
-                if not isinstance(file_name, str) or not file_name:
-                    there = f"only {_quoted(record)}"
-                    if file_name is not _MISSING:
-                        there = f"it is {file_name!r}, not the name of a file"
-                    raise _Line(line, f"has no 'file_name', {there}")
-                captioned = captioned or any(has_field(record, known) for known in wanted)
-                if not captioned:
-                    fields |= dict.fromkeys(record)
-                if "\\" in file_name and not os.path.lexists(root / folder / file_name):
-                    file_name = file_name.replace("\\", "/")  # written on Windows
-                try:
-                    inside = path_inside(folder, file_name)
-                except ValueError as error:
-                    raise _Line(line, str(error)) from error
-                yield inside, caption_value(record, column)
-        except _Line as error:
-            raise ValueError(f"{path}, line {error}") from error
-    if line and not captioned:
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1 and is_lfs_pointer(line):
+                    raise ValueError(LFS_POINTER)
+                yield _decoded(line.removeprefix(_BOM) if number == 1 else line)
+
+    try:
+        for record in (_csv_rows if name.endswith(".csv") else _json_lines)(lines()):
+            file_name = _field(record, "file_name")
+            if not isinstance(file_name, str) or not file_name:
+                raise ValueError(f"no name stands in 'file_name': {record!r:.200}")
+            captioned = captioned or any(_field(record, one) is not None for one in wanted)
+            fields |= {} if captioned else dict.fromkeys(record)
+            if "\\" in file_name and not os.path.lexists(root / folder / file_name):
+                file_name = file_name.replace("\\", "/")  # written on Windows
+            yield path_inside(folder, file_name), caption_value(record, column)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
+    if fields and not captioned:
         raise Uncaptioned(
-            f"{path}: no line has {' or '.join(map(repr, wanted))}, only {_quoted(fields)}; name "
-            f"the one that holds captions in {CAPTION_COLUMN}"
+            f"{path}: no line has {' or '.join(map(repr, wanted))}, only "
+            f"{listed(map(repr, fields), 20)}; name what holds captions in {CAPTION_COLUMN}"
         )
 
 
-class _Line(Exception):
-    """What is wrong with a line, by its number."""
-
-    def __init__(self, number: int, what: object):
-        super().__init__(f"{number}: {what}")
-
-
-def _quoted(fields: Mapping[str, Any]) -> str:
-    return listed(map(repr, fields), 20) or "nothing"
+def _json_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for record in (json.loads(line) for line in lines if line.strip()):
+        if not isinstance(record, dict):
+            raise ValueError("is no JSON object")
+        yield record
 
 
-def _lines(file: Iterator[bytes]) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(file, 1):
-        if number == 1 and is_lfs_pointer(line):
-            raise _Line(1, LFS_POINTER)
-        try:
-            yield number, _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        except ValueError as error:
-            raise _Line(number, error) from error
-
-
-def _json_records(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, text in lines:
-        if text.strip():
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise _Line(number, error) from error
-            if not isinstance(record, dict):
-                raise _Line(number, "is no JSON object")
-            yield number, record
-
-
-def _csv_records(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a table whose first line names its columns, between commas, semicolons or tabs.
-
-    Where a name has a space before or behind it, spaces around values do not count either.
-    """
-    _, first = next(lines, (1, ""))
-    separator = next((mark for mark in ",;\t" if "file_name" in _columns(first, mark)), ",")
-    spaced = any(name != name.strip(" ") for name in first.rstrip("\r\n").split(separator))
-    names = _columns(first, separator)
+def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a table whose first line names its columns, between commas, semicolons or tabs."""
+    header = next(lines, "")
+    separator = next((mark for mark in ",;\t" if "file_name" in _columns(header, mark)), ",")
+    names = _columns(header, separator)
     if twice := next((name for name in names if name and names.count(name) > 1), ""):
-        raise _Line(1, f"has two columns called {twice!r}")
-    table = csv.DictReader(
-        (text for _, text in lines),
-        names,
-        strict=True,
-        delimiter=separator,
-        skipinitialspace=spaced,
-    )
-    while True:
-        line = table.line_num + 2  # where the row begins
-        try:
-            record: dict[str | Any, Any] = next(table)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise _Line(line, error) from error
-        if None in record:
-            raise _Line(
-                table.line_num + 1,
-                f"has more fields than line 1 has columns ({listed(map(repr, names))}); a text "
-                f'with {separator!r} in it has to stand in "quotes"',
-            )
-        if spaced:
-            record = {name: value and value.strip() for name, value in record.items()}
-        yield table.line_num + 1, record
+        raise ValueError(f"has two columns called {twice!r}")
+    style = {"strict": True, "delimiter": separator, "skipinitialspace": True}
+    table = csv.DictReader(lines, names, **style)
+    begin = 2
+    try:
+        for row in table:
+            if None in row:
+                raise ValueError(
+                    f"has more fields than line 1 has columns ({listed(map(repr, names))}); a "
+                    f'text with {separator!r} in it has to stand in "quotes"'
+                )
+            yield {name: value and value.strip() for name, value in row.items()}
+            begin = table.line_num + 2
+    except csv.Error as error:
+        raise ValueError(f"{error}; its row begins in line {begin}") from error
 
 
 def _columns(line: str, separator: str) -> list[str]:
@@ -246,6 +189,6 @@ def path_inside(folder: str, file_name: str) -> str:
         raise ValueError(f"{file_name!r} is not relative to the file it stands in")
     if path.split("/")[0] == "..":
         raise ValueError(f"{file_name!r} is outside of the folder")
-    if "\0" in path or path != path.encode("utf-8", "replace").decode():
+    if "\0" in path or not is_unicode(path):
         raise ValueError(f"{file_name!r} cannot be the name of a file")
     return path

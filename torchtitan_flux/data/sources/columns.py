@@ -38,55 +38,41 @@ def plain_type(of: pa.DataType) -> pa.DataType:
 
 
 def image_column(schema: pa.Schema, named: str) -> Column:
-    """The column that holds pictures: the one named, else "image", else the only one.
-
-    Args:
-        schema: columns and their types.
-        named: a column, or column.field for a field within one; "" finds it.
-
-    Raises:
-        SettingError: there is none, or more than one.
-    """
+    """The column that holds pictures: the one named, or column.field, else "image", else the only
+    one. SettingError where there is none, or more than one."""
     fields = _fields(schema)
     if named:
         column = _named(fields, named, IMAGE_COLUMN)
         if not _holds_pictures(fields.get(column, pa.string())):
             raise SettingError(IMAGE_COLUMN, f"column {named!r} holds no encoded images")
         return column
-    declared = [
-        name for name, feature in _features(schema).items() if feature.get("_type") == "Image"
-    ]
+    declared = {name for name, f in _features(schema).items() if f.get("_type") == "Image"}
     holding = [name for name in schema.names if _holds_pictures(fields[name,])]
     single = [name for name in holding if not pa.types.is_list(fields[name,])]
     found = [name for name in schema.names if name in declared] or single or holding
-    if name := _match("image", found):
-        return (name,)
-    if len(found) != 1:
+    name = _match("image", found) or (found[0] if len(found) == 1 else None)
+    if name is None:
         which = f"one of {', '.join(found)} has to be named" if found else "no column holds images"
         raise SettingError(IMAGE_COLUMN, f"{which}; {_columns(fields)}")
-    return (found[0],)
+    return (name,)
 
 
 def caption_column(schema: pa.Schema, named: str) -> Column:
     """The column that holds captions: the one named, else the first of CAPTION_NAMES.
 
-    Args:
-        schema: columns and their types.
-        named: a column, or column.field for a field of a struct or of JSON text; "" finds it.
-
-    Raises:
-        SettingError: there is none, or it holds neither text nor numbers of classes.
+    What is named may be a field of a struct or of JSON text, column.field, or hold the numbers of
+    classes. SettingError where there is none, or it holds something else.
     """
     fields = _fields(schema)
     if named:
         column = _named(fields, named, CAPTION_COLUMN)
     else:
-        name = next((name for name in CAPTION_NAMES if name in schema.names), None)
-        name = name or next(filter(None, (_match(n, schema.names) for n in CAPTION_NAMES)), None)
-        if name is None:
+        exact = [name for name in CAPTION_NAMES if name in schema.names]
+        alike = [name for wanted in CAPTION_NAMES if (name := _match(wanted, schema.names))]
+        if not alike:
             names = ", ".join(CAPTION_NAMES)
             raise SettingError(CAPTION_COLUMN, f"no column is called {names}; {_columns(fields)}")
-        column = (name,)
+        column = ((exact or alike)[0],)
     of = fields.get(column, pa.string())
     if not (_is_text(of) or (named and pa.types.is_integer(of))):
         raise SettingError(CAPTION_COLUMN, f"column {'.'.join(column)!r} holds no text")
@@ -99,11 +85,7 @@ def class_names(schema: pa.Schema, column: Column) -> list[str]:
 
 
 def text_in(value: Any, below: Column, classes: list[str], item_id: str) -> Any:
-    """What stands below a value of the caption column: a text, a list of texts, or None.
-
-    Raises:
-        UnreadableItem: a text that fields were to be found in is no JSON.
-    """
+    """What stands below a value of the caption column: a text, a list of texts, or None."""
     if isinstance(value, list):
         found = (text_in(element, below, classes, item_id) for element in value)
         return [text for text in found if isinstance(text, str)]
@@ -122,11 +104,7 @@ def text_in(value: Any, below: Column, classes: list[str], item_id: str) -> Any:
 
 
 def picture_in(scalar: Any, below: Column, item_id: str) -> tuple[pa.Buffer | None, str]:
-    """What stands in the image column: (the file of a picture, its path where that is None).
-
-    Raises:
-        UnreadableItem: nothing, or several pictures.
-    """
+    """What stands in the image column: (the file of a picture, its path where that is None)."""
     for name in below:
         scalar = _only(scalar, item_id)[name]
     scalar, path = _only(scalar, item_id), None

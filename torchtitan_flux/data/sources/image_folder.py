@@ -10,7 +10,6 @@ from typing import Any
 from tqdm import tqdm
 
 from torchtitan_flux.data.decode import header_size
-from torchtitan_flux.data.formats import formats, named
 from torchtitan_flux.data.sources.captions import (
     METADATA_FILES,
     NO_CAPTION,
@@ -36,7 +35,6 @@ from torchtitan_flux.data.sources.pairing import Pairs, composed, is_picture
 from torchtitan_flux.data.sources.parts import (
     NO_PART,
     are_parts,
-    deeper_parts,
     not_read,
     own_parts,
     part_of_folder,
@@ -61,9 +59,7 @@ NOT_REGULAR = "names of pictures and texts that are a pipe, a socket, a device o
 UNCLEAR = "several spellings of its name are there, and whose its text is is not known"
 
 _OTHER_SOURCES = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "parquet"}
-
-_COARSE = "more than 200,000 files"
-"""Stands among the facts where only directories are watched."""
+_COARSE = "more than 200,000 files"  # stands among the facts where only directories are watched
 
 
 class FolderSource(IndexedSource):
@@ -72,10 +68,6 @@ class FolderSource(IndexedSource):
     A picture's captions are what the metadata files say that name it, in order; without any, what
     the text file of its stem says. Where folders directly below the root are named after parts,
     only those of the split are read.
-
-    Args:
-        split: which part is read.
-        options: path, index_folder, what they say of captions and of pictures.
 
     Raises:
         OSError, ValueError: there is no folder, no picture in it, or a metadata file cannot be
@@ -90,9 +82,8 @@ class FolderSource(IndexedSource):
         self.options = options
         if not self.place.is_dir():
             what = "is not a folder" if self.place.exists() else missing(self.place)
-            if self.place.suffix == ".tar":
-                what += '; training.dataset = "webdataset" reads tar files'
-            raise ValueError(f"{options.path} {what}")
+            hint = '; training.dataset = "webdataset" reads tar files'
+            raise ValueError(f"{self.place} {what}{hint if self.place.suffix == '.tar' else ''}")
         folders = next(walk(self.place, options.index_folder)).folders
         parts = {name: part_of_folder(name) for name in folders}
         if are_parts(parts.values()):
@@ -100,10 +91,9 @@ class FolderSource(IndexedSource):
         own = own_parts(parts.values(), split, self.title) if are_parts(parts.values()) else None
         self._part, self.shared = own[0] if own else "", own is None
         self._only = {name for name in parts if parts[name] == self._part} if own else None
-        self._left_out = not_read(parts, own)
+        self.left_out = not_read(parts, own)
         self.identity = json.dumps([options.caption_column, options.captions_by_line, self._part])
-        index = open_index(self, options.index_folder)
-        super().__init__(self.name, self.title, index, options)
+        super().__init__(self.name, self.title, open_index(self, options.index_folder), options)
 
     def _holds_pictures(self, name: str) -> bool:
         _, *below = walk(self.place, self.options.index_folder, {name})
@@ -117,28 +107,19 @@ class FolderSource(IndexedSource):
         return self._only is None or path.partition("/")[0] in self._only
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
-        known = {"what formats can be read": " ".join(formats())}
         if _COARSE in stored:
             # Without new or lost entries in a known directory there are no other directories.
-            names = [name for name in stored if name not in (*known, _COARSE)]
-            return {name: self._coarse_mark(name) for name in names} | known | {_COARSE: ""}
+            names = [name for name in stored if name.startswith(".")]
+            return {name: self._coarse_mark(name) for name in names} | {_COARSE: ""}
         fine, coarse, count = {}, {}, 0
         for directory in self._walk():
-            name = directory.name or "."
+            name = os.path.join(".", directory.name)
             coarse[name] = self._coarse_mark(name)
             count += len(directory.files)
             if count <= WATCHED_FILES or stored:
-                fine[name] = self._fine_mark(directory)
-        if count <= WATCHED_FILES or stored:
-            return fine | known
-        return coarse | known | {_COARSE: ""}
-
-    def _fine_mark(self, directory: Directory) -> str:
-        """Names, sizes and times of all files of a directory, digested."""
-        digest = hashlib.blake2b(digest_size=8)
-        for path in directory.paths():
-            digest.update(f"{path}\0{stamp(self.place / path)}\n".encode())
-        return digest.hexdigest()
+                marks = (f"{path}\0{stamp(self.place / path)}" for path in directory.paths())
+                fine[name] = hashlib.blake2b("\n".join(marks).encode(), digest_size=8).hexdigest()
+        return fine if count <= WATCHED_FILES or stored else coarse | {_COARSE: ""}
 
     def _coarse_mark(self, name: str) -> str:
         """Time of the last change to a directory's list of files; stamps of its metadata."""
@@ -147,24 +128,20 @@ class FolderSource(IndexedSource):
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
         metadata = _Metadata(self.place, self.options.caption_column)
-        pictures = 0
+        bar.total = 0
         for directory in self._walk():
             metadata.read(directory, writer)
-            pictures += sum(map(is_picture, directory.files))
+            bar.total += sum(map(is_picture, directory.files))
         metadata.join_spellings(self._walk())
-        bar.total = pictures
-        for text, names in self._left_out.items():
-            writer.note(text, *names)
-        pictured, files = [], set()
+        suffixes = set()
         for directory in self._walk():
             if directory.error:
                 writer.refused(self.place / directory.name, directory.error)
             writer.note(NOT_UTF8, *[directory.name or "."] * directory.unnameable)
+            if "/" in directory.name and part_of_folder(os.path.basename(directory.name)):
+                writer.note(DEEPER_PARTS, directory.name)
             self._add(directory, metadata, writer, bar)
-            if any(map(is_picture, directory.files)):
-                pictured.append(directory.name)
-            files |= {os.path.splitext(file)[1].lower() for file in directory.files}
-        writer.note(DEEPER_PARTS, *deeper_parts(pictured))
+            suffixes |= {os.path.splitext(file)[1].lower() for file in directory.files}
         for path in sorted(metadata.captions):  # missing, hidden, or of a suffix of their own
             if self._is_read(path):
                 self._add_row(path, self._captions(path, metadata, None, writer), writer)
@@ -172,13 +149,13 @@ class FolderSource(IndexedSource):
                 writer.note(NO_PART, path)
         if not writer.rows:
             part = f" of the {self._part} part" if self._part else ""
-            others = "".join(
-                f'; its {suffix} files are read by training.dataset = "{kind}"'
+            why = [
+                f'its {suffix} files are read by training.dataset = "{kind}"'
                 for suffix, kind in _OTHER_SOURCES.items()
-                if suffix in files
-            )
-            noted = "".join(f"; {n.text}: {listed(n.examples, 3)}" for n in writer.notes.values())
-            raise ValueError(f"{self.place}{part} holds no pictures ({named()}){others}{noted}")
+                if suffix in suffixes
+            ]
+            why += [f"{note.text}: {listed(note.examples, 3)}" for note in writer.notes.values()]
+            raise ValueError("; ".join([f"{self.place}{part} holds no pictures", *why]))
 
     def _add(
         self, directory: Directory, metadata: "_Metadata", writer: IndexWriter, bar: tqdm
@@ -272,10 +249,6 @@ class FolderSource(IndexedSource):
 
 class _Metadata:
     """What metadata files say.
-
-    Args:
-        root: folder of the data.
-        column: where captions stand; "" finds it.
 
     Attributes:
         captions: path of a picture -> what stands for its captions.

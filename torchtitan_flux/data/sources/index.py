@@ -20,15 +20,12 @@ BATCH_ROWS = 65_536
 """Rows that the writer keeps in memory; also what a reader may have to look through."""
 BATCH_CHARACTERS = 2**27
 """Of captions: a batch of long ones is written earlier."""
-
-FORMAT = "4"
-"""Indexes of other formats are built anew."""
-_KEY = b"torchtitan_flux.index"
-
 EXAMPLES = 5
 """Names that a note keeps."""
-REFUSED = 1000
-"""Paths that an index remembers to try again."""
+
+_REFUSED = 1000  # paths that are remembered to be tried again
+_FORMAT = "4"  # indexes of other formats are built anew
+_KEY = b"torchtitan_flux.index"
 
 
 class Row(NamedTuple):
@@ -55,10 +52,9 @@ class Row(NamedTuple):
     reason: str
 
 
-_TYPES = (pa.string(), pa.int32(), pa.int64(), pa.int64(), pa.int32(), pa.int32())
-SCHEMA = pa.schema(
-    list(zip(Row._fields, (*_TYPES, pa.list_(pa.string()), pa.string()), strict=True))
-)
+_PLACE = (pa.int32(), pa.int64(), pa.int64(), pa.int32(), pa.int32())
+_TYPES = (pa.string(), *_PLACE, pa.list_(pa.string()), pa.string())
+SCHEMA = pa.schema(list(zip(Row._fields, _TYPES, strict=True)))
 
 
 class Note(NamedTuple):
@@ -82,7 +78,7 @@ class DamagedIndex(Exception):
 
 
 class IndexWriter:
-    """Writes an index from its first row to its last, a batch at a time.
+    """Writes an index from its first row to its last, a batch at a time, within `with`.
 
     Args:
         path: file to write, over what is there.
@@ -101,7 +97,7 @@ class IndexWriter:
         self._rows: list[Row] = []
         self._characters = 0
         # The identity tells a worker process that it reads the very index its parent opened.
-        stored = {"format": FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
+        stored = {"format": _FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
         self._file = path.open("wb")
         schema = SCHEMA.with_metadata({_KEY: json.dumps(stored)})
         self._writer = pa.ipc.new_file(self._file, schema)
@@ -112,23 +108,18 @@ class IndexWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self._flush()
-            last = {
-                "notes": list(self.notes.values()),
-                "refused": self._refused,
-                "digest": self._digest.hexdigest(),
-            }
+            notes, digest = list(self.notes.values()), self._digest.hexdigest()
+            last = json.dumps({"notes": notes, "refused": self._refused, "digest": digest})
             nothing = pa.RecordBatch.from_pylist([], SCHEMA)
-            self._writer.write_batch(nothing, custom_metadata={_KEY: json.dumps(last)})
+            self._writer.write_batch(nothing, custom_metadata={_KEY: last})
             self._writer.close()
         self._file.close()
 
     def add(self, row: Row) -> None:
         """Append one row. Captions may hold what UTF-8 cannot encode; it becomes "?"."""
-        row = row._replace(
-            captions=tuple(text.encode("utf-8", "replace").decode() for text in row.captions)
-        )
-        self._rows.append(row)
-        self._characters += sum(map(len, row.captions))
+        captions = tuple(text.encode("utf-8", "replace").decode() for text in row.captions)
+        self._rows.append(row._replace(captions=captions))
+        self._characters += sum(map(len, captions))
         self.rows += 1
         if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
             self._flush()
@@ -136,9 +127,8 @@ class IndexWriter:
     def note(self, text: str, *examples: str, lost: int = 0) -> None:
         """Count names of something that the rows do not show; notes of one text are one `Note`."""
         for example in examples:
-            so_far = self.notes.get(text, Note(text, 0, 0, ()))
-            names = (*so_far.examples, example)[:EXAMPLES]
-            self.notes[text] = Note(text, so_far.count + 1, so_far.lost + lost, names)
+            _, count, before, names = self.notes.get(text, Note(text, 0, 0, ()))
+            self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
 
     def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
         """Note a file or folder that the operating system refused.
@@ -155,13 +145,13 @@ class IndexWriter:
         cannot = "opened" if at is None else "read"
         text = f"files or folders that cannot be {cannot}: {error.strerror}"
         self.note(text, str(path), lost=lost)
-        if len(self._refused) < REFUSED:
+        if len(self._refused) < _REFUSED:
             self._refused.append((str(path), at))
 
     def _flush(self) -> None:
         if self._rows:
-            columns = zip(*self._rows, strict=True)
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+            columns = zip(zip(*self._rows, strict=True), _TYPES, strict=True)
+            arrays = [pa.array(values, of) for values, of in columns]
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
             self._digest.update("".join(f"{row.item_id}\0" for row in self._rows).encode())
             self._rows, self._characters = [], 0
@@ -169,9 +159,6 @@ class IndexWriter:
 
 class Index:
     """An index opened for reading; works after fork and can be pickled (it opens itself anew).
-
-    Args:
-        path: file that an `IndexWriter` has written.
 
     Attributes:
         facts: what the rows were made from.
@@ -193,16 +180,16 @@ class Index:
             options = pa.ipc.IpcReadOptions(use_threads=False)
             reader = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
             stored = json.loads((reader.schema.metadata or {})[_KEY])
-            if stored["format"] != FORMAT or not reader.schema.equals(SCHEMA):
-                raise DamagedIndex(f"{path}: an index of another format")
-            *batches, (_, last) = (
-                reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)
+            if stored["format"] != _FORMAT or not reader.schema.equals(SCHEMA):
+                raise ValueError("an index of another format")
+            *batches, (_, last) = map(
+                reader.get_batch_with_custom_metadata, range(reader.num_record_batches)
             )
-            self._batches = [batch for batch, _ in batches]
+            self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
             self.facts: dict[str, str] = stored["facts"]
             self.identity: str = stored["identity"]
             found = json.loads(last[_KEY])
-            self.notes = [Note(t, c, lost, tuple(names)) for t, c, lost, names in found["notes"]]
+            self.notes = [Note(t, n, lost, tuple(names)) for t, n, lost, names in found["notes"]]
             self.refused: list[tuple[str, int | None]] = [(p, at) for p, at in found["refused"]]
             self.digest: str = found["digest"]
         except FileNotFoundError:
@@ -219,9 +206,8 @@ class Index:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of an index of {len(self)}")
         number = bisect_right(self._ends, index)
-        batch = self._batches[number]
-        at = index - self._ends[number] + batch.num_rows
-        row = Row._make(column[at].as_py() for column in batch.columns)
+        at = index - self._ends[number]  # from the end of its batch
+        row = Row._make(column[at].as_py() for column in self._batches[number].columns)
         return row._replace(captions=tuple(row.captions))
 
     def batches(self) -> Iterator[pa.RecordBatch]:

@@ -5,6 +5,7 @@ where the data cannot be written to, in the user's cache folder.
 """
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+from torchtitan_flux.data.formats import formats
 from torchtitan_flux.data.sources.index import DamagedIndex, Index, IndexWriter
 from torchtitan_flux.data.sources.source import INDEX_FOLDER, SettingError
 from torchtitan_flux.files import replacing, try_lock
@@ -38,12 +40,14 @@ class Recipe(Protocol):
         title: the data set, for people.
         place: folder of the data, beside which the index is kept.
         identity: tells the indexes that share `place` apart.
+        left_out: names of what is there and not read, by why; noted in the index.
     """
 
     name: str
     title: str
     place: Path
     identity: str
+    left_out: dict[str, list[str]]
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
         """What the rows depend on, name -> mark; `stored`: those of an index, {} without any."""
@@ -54,26 +58,10 @@ class Recipe(Protocol):
         ...
 
 
-def places(folder: Path | None, data: Path) -> list[Path]:
-    """Folders that may keep what is made of the data, the first choice first.
-
-    Args:
-        folder: that the configuration names; None for beside the data, else the user's cache.
-        data: folder of the data.
-    """
-    if folder and folder.resolve() != data.resolve():  # one more file of theirs, else
-        return [folder]
-    return [data / HIDDEN, Path.home() / ".cache" / "torchtitan_flux" / "index"]
-
-
 def open_index(recipe: Recipe, folder: Path | None = None) -> Index:
     """The index of a data set, built first where there is none that holds.
 
     Processes that open the same index at once agree: one builds it, the others wait.
-
-    Args:
-        recipe: how it is made.
-        folder: where to keep it; None as in `places`.
 
     Raises:
         ValueError: it cannot be written, or nobody can train on the data.
@@ -92,12 +80,15 @@ def open_index(recipe: Recipe, folder: Path | None = None) -> Index:
     return in_first_writable(folders, f"the index of {recipe.title}", build)
 
 
-def in_first_writable(folders: list[Path], what: str, make: Callable[[Path], T]) -> T:
-    """What `make` makes in the first of the folders that can be written to.
+def places(folder: Path | None, data: Path) -> list[Path]:
+    """Folders that may keep what is made of the data: the one that is named, else the usual."""
+    if folder and folder.resolve() != data.resolve():  # one more file of theirs, else
+        return [folder]
+    return [data / HIDDEN, Path.home() / ".cache" / "torchtitan_flux" / "index"]
 
-    Raises:
-        SettingError: there is none.
-    """
+
+def in_first_writable(folders: list[Path], what: str, make: Callable[[Path], T]) -> T:
+    """What `make` makes in the first of the folders that can be written to."""
     refusal = None
     for folder in folders:
         try:
@@ -106,9 +97,8 @@ def in_first_writable(folders: list[Path], what: str, make: Callable[[Path], T])
             if error.filename and not str(error.filename).startswith(str(folder)):
                 raise  # of the data
             refusal = error.strerror or error
-    raise SettingError(
-        INDEX_FOLDER, f"{what} cannot be written to {folders[-1]} ({refusal}); name another folder"
-    )
+    message = f"{what} cannot be written to {folders[-1]} ({refusal}); name another folder"
+    raise SettingError(INDEX_FOLDER, message)
 
 
 def index_file(recipe: Recipe, folder: Path) -> Path:
@@ -128,17 +118,25 @@ def _open_if_it_holds(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
         return None, ""
     except DamagedIndex as error:
         return None, f"it is damaged ({error})"
-    change = difference(index.facts, recipe.facts(index.facts))
+    change = difference(index.facts, _facts(recipe, index.facts))
     if not change:
         change = next((f"{p} can be read now" for p, at in index.refused if can_open(p, at)), "")
     return (None, change) if change else (index, "")
+
+
+def _facts(recipe: Recipe, stored: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "what formats can be read": " ".join(formats()),
+        "what is left out": json.dumps(recipe.left_out),
+        **recipe.facts(stored),
+    }
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The first of the facts that differs, in words; "" when none does."""
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            how = "is gone" if name not in now else "has changed"
+            how = "has changed" if name in now else "is gone"
             return f"{name} {how if name in before else 'is new'}"
     return "" if list(before) == list(now) else "its files come in another order"
 
@@ -167,13 +165,16 @@ def _build(file: Path, recipe: Recipe) -> Index:
     start = time.monotonic()
     # A bar for those who watch, a line now and then for those who keep the log.
     pause, delay = (0.1, 2.0) if sys.stderr.isatty() else (60.0, 60.0)
+    title = f"indexing {recipe.title}"
     # Facts come before rows: of what changes in between, the next one to open the index hears.
-    facts = recipe.facts({})
+    facts = _facts(recipe, {})
     with (
         replacing(file) as unfinished,
         IndexWriter(unfinished, facts) as writer,
-        tqdm(desc=f"indexing {recipe.title}", unit=" items", mininterval=pause, delay=delay) as bar,
+        tqdm(desc=title, unit=" items", mininterval=pause, delay=delay) as bar,
     ):
+        for text, names in recipe.left_out.items():
+            writer.note(text, *names)
         recipe.build(writer, bar)
     seconds = time.monotonic() - start
     logger.info(

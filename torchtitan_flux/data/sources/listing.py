@@ -56,12 +56,9 @@ def walk(
     that is being walked already; a broken link counts as a file, and so does a pipe or a device.
 
     Args:
-        root: an existing directory.
+        root: an existing directory; OSError where it cannot be listed.
         without: a directory that is left out, with all below it.
         only: names of the directories directly below the root that are walked; None for all.
-
-    Raises:
-        OSError: the root cannot be listed.
     """
     skipped = _identity(without) if without and without.is_dir() else None
     stack = [("", frozenset[tuple[int, int]]())]
@@ -74,11 +71,9 @@ def walk(
                 continue
             with os.scandir(root / name) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if not _is_text(entry.name):
+                    if not is_unicode(entry.name):
                         unnameable += 1
-                    else:
+                    elif not entry.name.startswith("."):
                         (folders if _is_folder(entry) else files).append(entry.name)
         except OSError as error:
             if not name:
@@ -86,10 +81,11 @@ def walk(
             yield Directory(name, [], [], error=error)
             continue
         yield Directory(name, sorted(files), sorted(folders), unnameable)
-        for folder in sorted(folders, reverse=True):
-            if name or only is None or folder in only:
-                below = f"{name}/{folder}" if name else folder
-                stack.append((below, ancestors | {identity}))
+        stack += [
+            (os.path.join(name, folder), ancestors | {identity})
+            for folder in sorted(folders, reverse=True)
+            if name or only is None or folder in only
+        ]
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -104,7 +100,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _is_text(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a name can be encoded as UTF-8: names of files may be any bytes."""
     return name == name.encode("utf-8", "replace").decode()
 
 
@@ -157,11 +154,7 @@ def missing(path: Path) -> str:
 
 
 def not_regular(path: Path) -> str:
-    """What a path is that opening might wait for or never end; "" for a regular file.
-
-    Raises:
-        OSError: the operating system refuses to say, or there is none.
-    """
+    """What a path is that opening might wait for or never end; "" for a regular file."""
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return ""
@@ -175,12 +168,7 @@ def is_lfs_pointer(head: bytes) -> bool:
 
 
 def foreign_content(head: bytes, name: str = "") -> str:
-    """What a file is instead, and what to do about it, to be read after its name; "" if unknown.
-
-    Args:
-        head: the first `HEAD` bytes of the file, or all of a shorter one.
-        name: of the file.
-    """
+    """What a file of a name is instead by its first `HEAD` bytes, to be read after it, or ""."""
     if not head:
         return "is empty"
     if is_lfs_pointer(head):

@@ -30,14 +30,11 @@ def composed(name: str) -> str:
 
 
 class Pairs:
-    """Texts of the pictures of one directory.
+    """Texts of the pictures of one directory, all of whose files are given.
 
     A text belongs to the pictures of its stem. One whose stem no picture has belongs to the
     picture whose stem is the same in another Unicode spelling, if there is one such text and one
     such picture.
-
-    Args:
-        files: names of all files of the directory.
     """
 
     def __init__(self, files: Iterable[str]):

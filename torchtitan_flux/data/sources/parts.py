@@ -51,18 +51,6 @@ def _held_out(parts: Iterable[str]) -> str | None:
     return next((part for part in ("validation", "test") if part in there), None)
 
 
-def deeper_parts(folders: Iterable[str]) -> list[str]:
-    """Of folders that hold pictures, those that are parts of one that is not the root."""
-    beside: dict[str, dict[str, str]] = {}
-    for folder in folders:
-        names = folder.split("/")
-        for depth in range(1, len(names)):
-            if part := part_of_folder(names[depth]):
-                parts = beside.setdefault("/".join(names[:depth]), {})
-                parts["/".join(names[: depth + 1])] = part
-    return [name for parts in beside.values() if are_parts(parts.values()) for name in parts]
-
-
 def own_parts(parts: Iterable[str], split: Split, path: str) -> tuple[str, bool] | None:
     """(part of a split, whether both splits share it); None where no part is named at all.
 

@@ -1,9 +1,12 @@
 """The data sets that a configuration can name."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from torchtitan_flux.data.sources.digits import DigitsSource
+from torchtitan_flux.data.sources.image_folder import FolderSource
+from torchtitan_flux.data.sources.shapes import ShapesSource
 from torchtitan_flux.data.sources.source import (
     PATH_KEY,
     SettingError,
@@ -11,6 +14,8 @@ from torchtitan_flux.data.sources.source import (
     SourceOptions,
     Split,
 )
+from torchtitan_flux.data.sources.split import part_or_share
+from torchtitan_flux.data.sources.webdataset import TarSource
 from torchtitan_flux.paths import resolved_path
 
 
@@ -19,14 +24,16 @@ class Dataset:
     """One value of `training.dataset`.
 
     Attributes:
-        kind: what reads it.
+        open: makes the source of a split.
+        built_in: made by the program, captions included; there are no files.
         path: read where the configuration names none.
         download: command that fetches it.
         has_held_out: may have a held-out part of its own, which is known when it is opened.
         caption_column, caption_prefix: of the data set, where the configuration says nothing.
     """
 
-    kind: Literal["digits", "shapes", "folder", "webdataset", "parquet"]
+    open: Callable[[Split, SourceOptions], Source]
+    built_in: bool = False
     path: str = ""
     download: str = ""
     has_held_out: bool = True
@@ -34,48 +41,44 @@ class Dataset:
     caption_prefix: str = ""
 
     @property
-    def built_in(self) -> bool:
-        """Made by the program, captions included: there are no files."""
-        return self.kind in ("digits", "shapes")
-
-    @property
     def needs_path(self) -> bool:
         return not (self.built_in or self.path)
 
 
+def _tables(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.sources.parquet import ParquetSource  # takes two seconds
+
+    return ParquetSource(split, options)
+
+
 DATASETS = {
-    "digits": Dataset("digits"),
-    "shapes": Dataset("shapes"),
-    "folder": Dataset("folder"),
-    "webdataset": Dataset("webdataset"),
-    "parquet": Dataset("parquet"),
+    "digits": Dataset(lambda split, _: DigitsSource(split), built_in=True),
+    "shapes": Dataset(lambda split, o: ShapesSource(split, o.image_size), built_in=True),
+    "folder": Dataset(FolderSource),
+    "webdataset": Dataset(TarSource),
+    "parquet": Dataset(_tables),
     "mnist": Dataset(
-        "parquet",
+        _tables,
         path="ylecun/mnist",
         caption_column="label",
         caption_prefix="a handwritten digit ",
     ),
     # Names of torchtitan's own FLUX files:
     "cc12m-wds": Dataset(
-        "webdataset",
+        TarSource,
         download="hf download pixparse/cc12m-wds --repo-type dataset --include '*.tar' "
         "--local-dir cc12m-wds",
     ),
-    "cc12m-test": Dataset("webdataset", path="tests/assets/cc12m_test", has_held_out=False),
+    "cc12m-test": Dataset(TarSource, path="tests/assets/cc12m_test", has_held_out=False),
     "coco-validation": Dataset(
-        "parquet",
+        _tables,
         download="hf download howard-hou/COCO-Text --repo-type dataset --local-dir COCO-Text",
     ),
 }
 
 
 def build_source(name: str, split: Split, options: SourceOptions | None = None) -> Source:
-    """Build the source that the configuration names.
-
-    Args:
-        name: a key of `DATASETS`.
-        split: "train" or "held_out"; the two never share an item.
-        options: where the data lie and how they are read.
+    """The source that the configuration names; what two splits read never shares an item.
 
     Raises:
         ValueError: unknown name, or data that are not there or cannot be read; names the key.
@@ -97,7 +100,7 @@ def build_source(name: str, split: Split, options: SourceOptions | None = None) 
         caption_prefix=options.caption_prefix or dataset.caption_prefix,
     )
     try:
-        source = _open(dataset.kind, split, options)
+        return part_or_share(dataset.open(split, options), split, options)
     except SettingError:
         raise
     except OSError as error:
@@ -105,31 +108,3 @@ def build_source(name: str, split: Split, options: SourceOptions | None = None) 
         raise ValueError(f"{key}: {what} cannot be opened: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    from torchtitan_flux.data.sources.split import part_or_share
-
-    return part_or_share(source, split, options)
-
-
-def _open(kind: str, split: Split, options: SourceOptions) -> Source:
-    """Imports what it needs only: scikit-learn takes a second, `datasets` two."""
-    match kind:
-        case "digits":
-            from torchtitan_flux.data.sources.digits import DigitsSource
-
-            return DigitsSource(split)
-        case "shapes":
-            from torchtitan_flux.data.sources.shapes import ShapesSource
-
-            return ShapesSource(split, options.image_size)
-        case "folder":
-            from torchtitan_flux.data.sources.image_folder import FolderSource
-
-            return FolderSource(split, options)
-        case "webdataset":
-            from torchtitan_flux.data.sources.webdataset import TarSource
-
-            return TarSource(split, options)
-        case _:
-            from torchtitan_flux.data.sources.parquet import ParquetSource
-
-            return ParquetSource(split, options)

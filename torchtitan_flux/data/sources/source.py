@@ -10,7 +10,7 @@ from torchtitan_flux.latents import ImageSize
 
 Split = Literal["train", "held_out"]
 
-# The TOML keys that messages name, all of them: `SettingError` and `build_source` put them there.
+# The TOML keys that messages of data name, all of them.
 PATH_KEY: dict[Split, str] = {
     "train": "training.dataset_path",
     "held_out": "validation.dataset_path",
@@ -56,23 +56,15 @@ class UnreadableItem(Exception):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source may be told; each takes what it has a use for.
+    """What a source may be told; each takes what it has a use for ([data] has the others).
 
     Attributes:
         path: folder or file of the data, a pattern, or a hub name.
         image_size: size in pixels at which a procedural source draws.
-        index_folder: where indexes are kept; None for beside the data.
-        image_column, caption_column: names in tables, of suffixes and json keys in shards; "" finds
-            them.
-        captions_by_line: every line of a text is a caption of its own; else a text is one caption.
-        default_caption: caption of items that have none; None for leaving them out.
-        caption_prefix: stands before every caption, the default one included.
         validates_training_data: a "held_out" part is wanted of the data that are trained on; a
             source that has none to give refuses.
-        held_out_share: share of the items that a source without a held-out part of its own keeps
-            back from training, in [0, 1).
         min_size: pixels that the shorter side of a picture must have.
-        max_pixels: pictures of more pixels are not decoded: decompression bombs.
+        max_pixels: pictures of more pixels are not decoded.
     """
 
     path: str | None = None
