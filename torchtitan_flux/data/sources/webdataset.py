@@ -78,9 +78,8 @@ class TarSource(IndexedSource):
             else:
                 self._shards.append(name)
         if not self._shards:
-            raise ValueError(
-                f"{given} holds no shard: {'; '.join(t for t, names in self.left_out.items() if names)}"
-            )
+            why = "; ".join(text for text, names in self.left_out.items() if names)
+            raise ValueError(f"{given} holds no shard: {why}")
         if compressed := [str(self.place / n) for n in self._shards if _COMPRESSED.search(n)]:
             raise ValueError(
                 f"{listed(compressed, 3)}: compressed tar files cannot be read at random: unpack "
