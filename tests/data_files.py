@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +24,16 @@ def png(shade: int = 0, size: tuple[int, int] = (5, 3), format: str = "PNG") -> 
     file = io.BytesIO()
     Image.new("L", size, shade).save(file, format)
     return file.getvalue()
+
+
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], depth=8, kind=0) -> bytes:
+    """A PNG of a header and some chunks; gray unless `kind` says 2 (RGB) or 6 (RGBA)."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, body in (header, *chunks, (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(name + body))
+        parts.append(struct.pack(">I", len(body)) + name + body + crc)
+    return b"".join(parts)
 
 
 def write_tar(
