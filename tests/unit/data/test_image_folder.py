@@ -28,7 +28,7 @@ from torchtitan_flux.data.formats import IMAGE_SUFFIXES
 from torchtitan_flux.data.sources import image_folder, index_cache, pairing
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import SPELLED_TWICE, TABLES, UNCLEAR, UNUSED, Pairs
-from torchtitan_flux.data.sources.parts import not_read, own_parts, part_of, part_of_folder
+from torchtitan_flux.data.sources.parts import own_part, part_of, part_of_folder
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
 from torchtitan_flux.data.sources.split import SourcePart
@@ -244,10 +244,14 @@ def test_a_row_without_a_caption_hides_no_text(tmp_path, row, others):
     assert captions(source(tmp_path))["a.png"] == ("from .txt",)
 
 
-def test_metadata_of_other_things_are_refused_unless_captions_are_elsewhere(tmp_path):
+def test_metadata_of_other_things_are_noted(tmp_path):
     picture(tmp_path / "a.png")
     metadata(tmp_path, {"file_name": "a.png", "width": 9})
-    refuses("folder", tmp_path, r"no line has 'text' or .*, only 'file_name', 'width'")
+    items = source(tmp_path)
+    assert captions(items) == {"a.png": "has no caption"}
+    (said,) = notes(items)["metadata files without captions"]
+    assert "no line has 'text' or 'caption' or" in said
+    assert "only 'file_name', 'width'" in said
     assert source(tmp_path, default_caption="")[0].captions == ("",)
     (tmp_path / "a.txt").write_text("a")
     assert captions(source(tmp_path)) == {"a.png": ("a",)}
@@ -291,7 +295,6 @@ CSV = "file_name,text\na.png,x\n"
         ("csv", b"file,text\na.png,x\n", "line 2: no name stands in 'file_name': .'file'"),
         ("csv", b"file_name|text\na.png|x\n", "line 2: no name stands in .*file_name.text"),
         ("csv", b"file_name,text\n,x\n", "line 2: no name stands in"),
-        ("csv", b"file_name,note\na.png,x\n", "no line has 'text' or .*, only 'file_name', 'note'"),
         ("csv", b'file_name,text\na.png,"x\nb.png,y\n', "unexpected end .* begins in line 2"),
         ("csv", CSV.encode() + b"b.png,red, green\n", "line 3: has more fields than line 1"),
         ("csv", b"file_name;text\na.png;red; green\n", "line 2: has more fields.*with ';' in it"),
@@ -378,8 +381,13 @@ def test_pipes_sockets_and_links_to_themselves_never_block(tmp_path):
     found = captions(items)
     assert found.pop("f.png") in ("is a broken link", "has no caption")
     assert found == {"a.png": ("a",), "b.png": "has no caption"}
-    assert set(notes(items)[image_folder.NOT_REGULAR]) == {"b.txt", "c.png", "d.png", "e.png"}
-    assert ("sub/metadata.jsonl",) in notes(items).values()
+    assert set(notes(items)[image_folder.NOT_REGULAR]) == {
+        "b.txt",
+        "c.png",
+        "d.png",
+        "e.png",
+        "sub/metadata.jsonl",
+    }
     (tmp_path / "a.png").unlink()
     os.mkfifo(tmp_path / "a.png")
     assert unreadable(items, 0) == "is a pipe, not a file"
@@ -540,18 +548,25 @@ def test_names_of_files_of_parts(name, part):
     assert part_of(name) == part
 
 
-def test_which_part_is_whose():
-    everything = ["train", "validation", "test", ""]
-    assert own_parts(everything, "train", "x") == ("train", False)
-    assert own_parts(everything, "held_out", "x") == ("validation", False)
-    assert own_parts(["train", "test"], "held_out", "x") == ("test", False)
-    assert own_parts(["train"], "held_out", "x") == ("train", True)
-    assert own_parts([""], "train", "x") is None
+@pytest.mark.parametrize(
+    ("parts", "split", "both", "part", "shared", "left_out"),
+    [
+        ("train validation test -", "train", False, "train", False, [["test"], ["-"]]),
+        ("train validation test -", "held_out", True, "validation", False, [["test"], ["-"]]),
+        ("train test", "held_out", False, "test", False, []),
+        ("train -", "held_out", False, "train", True, [["-"]]),
+        ("train -", "held_out", True, "", True, []),
+        ("-", "train", False, "", True, []),
+    ],
+)
+def test_which_part_is_whose(parts, split, both, part, shared, left_out):
+    names = {name: name.removeprefix("-") for name in parts.split()}
+    own = own_part(names, split, "x", both)
+    assert (own.part, own.shared) == (part, shared)
+    assert own.names == ([part] if part else list(names))
+    assert list(own.left_out.values()) == left_out
     with pytest.raises(ValueError, match="x has no train part, only test"):
-        own_parts(["test"], "train", "x")
-    parts = {"a": "train", "b": "validation", "c": "test", "d": ""}
-    assert list(not_read(parts, ("train", False)).values()) == [["c"], ["d"]]
-    assert not_read(parts, None) == {}
+        own_part({"test": "test"}, "train", "x")
 
 
 def test_a_folder_of_parts(tmp_path):
