@@ -51,6 +51,7 @@ WITH_TORCHTITAN = {
     "torchtitan_shim",
     "config",
     "startup",
+    "report",
     "optimizers",
     "parallel",
     "checkpoint",
