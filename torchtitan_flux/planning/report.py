@@ -73,7 +73,7 @@ def proposals_text(
 ) -> str:
     """The meshes that fit, one a line."""
     lines = [
-        f"{ranks} ranks, {format_bytes(memory)} each, {USABLE:.0%} to plan with; least memory first",
+        f"{ranks} ranks, {format_bytes(memory)} each, {USABLE:.0%} to plan with",
         f"{'mesh':34}{'checkpointing':14}{'images':>7}{'reserved':>12}{'sent a step':>14}",
     ]
     lines += [
