@@ -7,9 +7,11 @@ The same as scripts/download_hf_assets.py, where only a wheel is installed.
 
 import argparse
 import hashlib
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -26,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
+from torchtitan_flux.files import try_lock
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.paths import PACKAGE, locate
 
@@ -98,7 +101,7 @@ def download(options: argparse.Namespace) -> None:
         DownloadError: of status 2 before anything was fetched, of status 1 afterwards.
     """
     repo, token = options.repo_id, options.hf_token
-    fetched = False
+    status = 2
     try:
         info = HfApi(token=token).model_info(repo, revision=options.revision, files_metadata=True)
         chosen = choose(
@@ -106,37 +109,60 @@ def download(options: argparse.Namespace) -> None:
         )
         parent = default_folder() if options.local_dir is None else options.local_dir.expanduser()
         folder = (parent / repo.split("/")[-1]).absolute()
-        missing = [file for file in chosen if not is_right(folder / file.rfilename, file)]
         print(f"{repo} at {info.sha}, to {folder}")
+        missing = []
         for file in chosen:
-            state = "" if file in missing else "  is here"
-            print(f"{format_bytes(file.size or 0):>10}  {file.rfilename}{state}")
+            there = is_right(folder / file.rfilename, file)
+            missing += [] if there else [file]
+            state = "  is here" if there else ""
+            print(f"{format_bytes(file.size or 0):>10}  {file.rfilename}{state}", flush=True)
         if missing:  # anyone may list a gated repository, not read it
             url = hf_hub_url(repo, missing[0].rfilename, revision=info.sha)
             get_hf_file_metadata(url, token=token)
-        _check_space(folder, sum(file.size or 0 for file in missing))
-        for file in [] if options.dry_run else missing:
-            fetched = True
-            path = folder / file.rfilename
-            hf_hub_download(
-                repo,
-                file.rfilename,
-                revision=info.sha,
-                local_dir=folder,
-                token=token,
-                force_download=path.exists(),  # it takes one of the right size for the right one
-            )
-            if not is_right(path, file):
-                path.unlink()
-                raise DownloadError(
-                    f"{file.rfilename}: what was sent is not the file that the hub lists; it was "
-                    "deleted. Run the same command again; if it happens twice, a proxy or the disk "
-                    "changes bytes",
-                    status=1,
+        check_space(folder, sum(file.size or 0 for file in missing))
+        if options.dry_run:
+            return
+        with _alone(folder):
+            for file in missing:
+                status, path = 1, folder / file.rfilename
+                hf_hub_download(
+                    repo,
+                    file.rfilename,
+                    revision=info.sha,
+                    local_dir=folder,
+                    token=token,
+                    force_download=path.exists(),  # it would trust one of the right size
                 )
-    except (HFValidationError, OfflineModeIsEnabled, HTTPError, OSError, ValueError) as error:
-        raise DownloadError(_explained(error, repo), status=1 if fetched else 2) from error
+                if not is_right(path, file):
+                    path.unlink()
+                    raise DownloadError(
+                        f"{file.rfilename}: what was sent is not the file that the hub lists; it "
+                        "was deleted. Run the same command again; if it happens twice, a proxy or "
+                        "the disk changes bytes",
+                        status,
+                    )
+    except (HFValidationError, HTTPError, OSError, ValueError, TypeError) as error:
+        raise DownloadError(_explained(error, repo), status) from error
     print(f"{len(chosen)} files, {format_bytes(sum(f.size or 0 for f in chosen))}: {folder}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second download out of the folder, and clear what a killed one left.
+
+    Raises:
+        DownloadError: another one is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if try_lock(descriptor) is False:
+            raise DownloadError(f"another download is writing to {folder}: wait for it")
+        for leftover in folder.glob(".cache/huggingface/download/**/*.incomplete"):
+            leftover.unlink()  # never resumed by huggingface_hub, and up to 24 GB
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def choose(
@@ -193,7 +219,12 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name if "/" in pattern else PurePosixPath(name).name, pattern)
 
 
-def _check_space(folder: Path, need: int) -> None:
+def check_space(folder: Path, need: int) -> None:
+    """Say what is needed and free, in bytes.
+
+    Raises:
+        DownloadError: it does not fit, or `folder` cannot be one.
+    """
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir():
         raise DownloadError(f"{there} is no folder: change --local_dir")
@@ -206,37 +237,30 @@ def _check_space(folder: Path, need: int) -> None:
         )
 
 
+_EXPLAINED = {
+    HFValidationError: "--repo_id {repo}: a repository is named owner/name",
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so nothing is downloaded: unset HF_HUB_OFFLINE",
+    GatedRepoError: "{repo} is gated: accept its licence on {hub}/{repo}, and give a token that "
+    "may read it as --hf_token, as HF_TOKEN, or by `hf auth login`",
+    RevisionNotFoundError: "--revision: {repo} has no such branch, tag or commit",
+    RepositoryNotFoundError: "{repo}: no such repository, or it needs a token (--hf_token, "
+    "HF_TOKEN, `hf auth login`); the hub does not tell strangers which",
+    HfHubHTTPError: "the hub answered with status {status}: {error}; later, the same command",
+    HTTPError: "no connection to {hub} ({error}): check the network, HTTPS_PROXY and HF_ENDPOINT",
+    OSError: "{error}; the same command fetches what is missing",
+    Exception: "{hub} does not answer like a hub ({error}): check HF_ENDPOINT",
+}
+"""What an error of the hub's client means and what to do about it; the first that fits."""
+
+
 def _explained(error: Exception, repo: str) -> str:
-    """What an error of the hub's client means and what to do about it."""
-    page = f"{constants.ENDPOINT}/{repo}"
-    if isinstance(error, HFValidationError):
-        return f"--repo_id {repo}: a repository is named owner/name"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so nothing is downloaded: unset HF_HUB_OFFLINE"
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repo} is gated: accept its licence on {page}, and give a token that may read it as "
-            "--hf_token, as HF_TOKEN, or by `hf auth login`"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"--revision: {repo} has no such branch, tag or commit"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{repo}: no such repository, or it needs a token (--hf_token, HF_TOKEN, `hf auth "
-            "login`); the hub does not tell strangers which"
-        )
+    hub, status = constants.ENDPOINT, 0
     if isinstance(error, HfHubHTTPError):
-        code = error.response.status_code
-        if code == 401:
-            return (
-                f"the hub refuses the token: make a new one at {constants.ENDPOINT}/settings/tokens"
-            )
-        return f"the hub answered with status {code}: {error}; later, the same command"
-    if isinstance(error, HTTPError):
-        return f"no connection to {constants.ENDPOINT} ({error}): check the network and HF_ENDPOINT"
-    if isinstance(error, ValueError):
-        return f"{constants.ENDPOINT} does not answer like a hub ({error}): check HF_ENDPOINT"
-    return f"{error}; the same command fetches what is missing"
+        status = error.response.status_code
+        if status == 401 and not isinstance(error, RepositoryNotFoundError):
+            return f"the hub refuses the token: make a new one at {hub}/settings/tokens"
+    text = next(text for kind, text in _EXPLAINED.items() if isinstance(error, kind))
+    return text.format(repo=repo, hub=hub, status=status, error=error)
 
 
 if __name__ == "__main__":

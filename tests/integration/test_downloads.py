@@ -13,7 +13,13 @@ from documents import DOCUMENTS, commands
 from hub_server import COMMIT, HubServer, serving
 from huggingface_hub.hf_api import RepoSibling
 
-from torchtitan_flux.downloads import DownloadError, build_parser, choose, default_folder
+from torchtitan_flux.downloads import (
+    DownloadError,
+    build_parser,
+    check_space,
+    choose,
+    default_folder,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "scripts" / "download_hf_assets.py"
@@ -49,25 +55,31 @@ def hub() -> Iterator[HubServer]:
         yield hub
 
 
-def run(
+def start(
     hub: HubServer, tmp_path: Path, *arguments: str, token: str | None = "hf_good", **env: str
-) -> subprocess.CompletedProcess[str]:
+) -> subprocess.Popen[str]:
     """The script as a user who is not logged in calls it, from a folder that has assets/hf."""
     (tmp_path / "assets" / "hf").mkdir(parents=True, exist_ok=True)
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k}
     kept |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), **env}
     given = ["--hf_token", token] if token else []
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(SCRIPT), "--repo_id", hub.repo_id, *arguments, *given],
         cwd=tmp_path,
         env=kept | {"HF_HUB_DISABLE_XET": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
-    assert "Traceback" not in done.stderr
-    assert "hf_good" not in done.stdout + done.stderr
-    return done
+
+
+def run(hub: HubServer, tmp_path: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    process = start(hub, tmp_path, *arguments, **more)
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert "hf_good" not in out + err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def here(tmp_path: Path) -> dict[str, bytes]:
@@ -115,6 +127,24 @@ def test_cut_once_the_same_run_goes_on(hub, tmp_path):
     assert here(tmp_path) == {AE: FILES[AE]}
 
 
+def test_a_killed_run_leaves_nothing_behind_and_keeps_a_second_one_out(hub, tmp_path):
+    hub.stall_at[AE] = LARGE // 2
+    folder = tmp_path / "assets/hf/FLUX.1-dev"
+    first = start(hub, tmp_path, "--additional_patterns", AE)
+    try:
+        assert hub.stalled.wait(60)
+        busy = run(hub, tmp_path, "--additional_patterns", AE)
+    finally:
+        first.kill()
+        first.wait()
+    assert (busy.returncode, "another download" in busy.stderr) == (2, True)
+    hub.stall_at.clear()
+    assert list(folder.rglob("*.incomplete"))
+    assert run(hub, tmp_path, "--additional_patterns", AE).returncode == 0
+    assert not list(folder.rglob("*.incomplete"))
+    assert here(tmp_path) == {AE: FILES[AE]}
+
+
 def test_a_wrong_checksum_leaves_no_file_and_a_damaged_one_is_replaced(hub, tmp_path):
     hub.corrupt.add(AE)
     done = run(hub, tmp_path, "--additional_patterns", AE)
@@ -130,11 +160,9 @@ def test_a_wrong_checksum_leaves_no_file_and_a_damaged_one_is_replaced(hub, tmp_
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
-    from torchtitan_flux import downloads
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2_000_000}))
     with pytest.raises(DownloadError, match="not enough space"):
-        downloads._check_space(tmp_path / "new", 3_000_000)
+        check_space(tmp_path / "new", 3_000_000)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +189,10 @@ def test_what_cannot_be_is_one_message_with_status_2(hub, tmp_path, arguments, t
 def test_offline_and_no_hub(hub, tmp_path):
     done = run(hub, tmp_path, "--all", HF_HUB_OFFLINE="1")
     assert (done.returncode, "HF_HUB_OFFLINE is set" in done.stderr) == (2, True)
-    hub.api_says = (200, b"<html>Log in to the network</html>")
-    done = run(hub, tmp_path, "--all")
-    assert (done.returncode, "does not answer like a hub" in done.stderr) == (2, True)
+    for answer in (b"<html>Log in to the network</html>", b"[]"):
+        hub.api_says = (200, answer)
+        done = run(hub, tmp_path, "--all")
+        assert (done.returncode, "does not answer like a hub" in done.stderr) == (2, True)
 
 
 def sibling(name: str) -> RepoSibling:
