@@ -200,7 +200,7 @@ def test_training_imports_what_it_uses():
     """Torch, torchtitan, and of our own dependencies only what a step needs."""
     unwanted = (
         "sklearn scipy matplotlib plotly diffusers accelerate torchao transformers.modeling_utils "
-        "torch.testing._internal.distributed.fake_pg torchtitan_flux.planning.fits "
+        "torchtitan_flux.planning.fits "
         "torchtitan_flux.evaluation.digits torchtitan_flux.report.page"
     )
     found = run_python(
