@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchtitan_flux.config.job_config import FluxJobConfig
 
 MODULES = {"train": "torchtitan_flux.train", "infer": "torchtitan_flux.infer"}
 
@@ -78,7 +81,9 @@ def launch(command: str, arguments: list[str]) -> int:
     ).run()
 
 
-def check(command: str, arguments: list[str], ranks: int, open_data: bool = False) -> Any:
+def check(
+    command: str, arguments: list[str], ranks: int, open_data: bool = False
+) -> "FluxJobConfig":
     """The configuration, loaded as the ranks will.
 
     Args:
@@ -123,7 +128,7 @@ def check_cards(ranks: int) -> None:
         raise ConfigError([f"NGPU = {ranks}: {cards} of this machine's GPUs can be seen"])
 
 
-def _would(config: Any, ranks: int, ranks_per_machine: int) -> str:
+def _would(config: "FluxJobConfig", ranks: int, ranks_per_machine: int) -> str:
     """What a checked run would do, in one line.
 
     Raises:

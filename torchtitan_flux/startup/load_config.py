@@ -61,7 +61,7 @@ class Reading:
         complete: whether all keys were read; a file that is no TOML says nothing about any.
     """
 
-    config: Any
+    config: FluxJobConfig
     found: list[str]
     doubtful: frozenset[str]
     given: dict[str, str]
