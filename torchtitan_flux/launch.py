@@ -95,15 +95,13 @@ def check(
     Raises:
         ConfigError: with everything that is wrong.
     """
-    from torchtitan_flux.startup.load_config import load_config, read_config
+    from torchtitan_flux.startup.load_config import load_config
     from torchtitan_flux.training.data import data_problems
 
     if command == "infer":
         from torchtitan_flux.infer import parse
 
-        options, arguments = parse(arguments)
-        if options.memory is not None:  # an estimate for another machine, whose files are not here
-            return read_config(arguments)
+        _, arguments = parse(arguments)
     os.environ["WORLD_SIZE"] = str(ranks)
     logging.disable(logging.WARNING)  # the ranks say it
     try:
