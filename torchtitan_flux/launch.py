@@ -102,11 +102,11 @@ def check(
         from torchtitan_flux.infer import parse
 
         _, arguments = parse(arguments)
-    os.environ["WORLD_SIZE"] = str(ranks)
     logging.disable(logging.WARNING)  # the ranks say it
     try:
         training = command == "train"
-        return load_config(arguments, training, data_problems if training and open_data else None)
+        more = data_problems if training and open_data else None
+        return load_config(arguments, training, more, ranks)
     finally:
         logging.disable(logging.NOTSET)
 

@@ -1,7 +1,5 @@
 """Whether the degrees of [parallelism] make the ranks, and the model can be cut that way."""
 
-import os
-
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.config import Parallelism
@@ -25,9 +23,8 @@ def peer_degree(parallelism: Parallelism) -> int:
     return degree
 
 
-def mesh_problems(config: FluxJobConfig) -> list[str]:
-    """Degrees and batch sizes that do not make the ranks that were started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def mesh_problems(config: FluxJobConfig, world: int) -> list[str]:
+    """Degrees and batch sizes that do not make the `world` ranks that were started."""
     p, t = config.parallelism, config.training
     found = [
         f"parallelism.{key} = {getattr(p, key)} must be at least 1"

@@ -52,13 +52,14 @@ ON_GPUS = (
 """Switches of what there is on GPUs alone."""
 
 
-def problems(config: FluxJobConfig, training: bool = True) -> list[str]:
+def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> list[str]:
     """Every reason why this run cannot work; empty when there is none.
 
     Args:
         config: the merged JobConfig. Only paths that this run will read are looked at.
         training: whether it will train; drawing and scoring need no data, no folder to write, and
             no mesh or batch that fits, and run where the training could not.
+        ranks: of the run.
     """
     flavor = FLAVORS.get(config.model.flavor)
     found = _at_least(config)
@@ -76,7 +77,7 @@ def problems(config: FluxJobConfig, training: bool = True) -> list[str]:
     elif not encoders:
         found += _fit(config, training, not low_precision)
     if training and config.training.local_batch_size > 0:
-        found += [*mesh_problems(config), *pipeline_problems(config)]
+        found += [*mesh_problems(config, ranks), *pipeline_problems(config)]
     if training:
         found += [
             *_checkpoints(config),
