@@ -9,6 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from torchtitan_flux.data.sources.indexed import IndexedSource
+from torchtitan_flux.data.sources.registry import build_source
+from torchtitan_flux.data.sources.source import SourceOptions, Split
+
 
 def png(shade: int = 0) -> bytes:
     """A gray picture of 5 x 3 pixels."""
@@ -36,3 +40,10 @@ def write_parquet(path: Path, columns: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
+
+
+def indexed(name: str, path: Path | str, split: Split = "train", **options) -> IndexedSource:
+    """A source of files, whole: nothing is held out."""
+    source = build_source(name, split, SourceOptions(path=str(path), **options))
+    assert isinstance(source, IndexedSource)
+    return source

@@ -10,14 +10,7 @@ import torch
 from torchtitan_flux.checkpoint.folder import complete_steps
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import get
-from torchtitan_flux.data.sources.registry import (
-    BUILT_IN,
-    DOWNLOADS,
-    NEED_PATH,
-    OWN_CAPTIONS,
-    SOURCES,
-    WITHOUT_HELD_OUT,
-)
+from torchtitan_flux.data.sources.registry import DATASETS
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.trainable import trainable
 from torchtitan_flux.optimizers import OPTIMIZERS, WITH_BF16
@@ -469,16 +462,17 @@ def data_key_problems(config: FluxJobConfig) -> list[str]:
     if v.enable and own:
         sections["validation"] = (v.dataset or t.dataset, v.dataset_path)
     for section, (name, path) in sections.items():
-        if name not in SOURCES:
+        if name not in DATASETS:
             found.append(
-                f"{section}.dataset = {name!r} is not available; use one of {', '.join(SOURCES)}"
+                f"{section}.dataset = {name!r} is not available; use one of {', '.join(DATASETS)}"
             )
-        elif name in BUILT_IN and path is not None:
+        elif DATASETS[name].built_in and path is not None:
             found.append(f"{section}.dataset_path: {name!r} reads no files; remove the key")
-        elif name in NEED_PATH and not path:
+        elif DATASETS[name].needs_path and not path:
+            download = DATASETS[name].download
             found.append(
                 f"{section}.dataset_path is not set: {name!r} needs the folder of its files"
-                + (f"; download them with `{DOWNLOADS[name]}`" if name in DOWNLOADS else "")
+                + (f"; download them with `{download}`" if download else "")
             )
         elif path and locate(path) is None and looks_local(path) and not set(path) & set("*?[{"):
             found.append(f"{section}.dataset_path = {path!r} does not exist")
@@ -487,9 +481,10 @@ def data_key_problems(config: FluxJobConfig) -> list[str]:
         f"data.caption_prefix = {prefix!r}: {section}.dataset = {name!r} makes its own captions; "
         "remove the key"
         for section, (name, _) in sections.items()
-        if prefix and name in OWN_CAPTIONS
+        if prefix and name in DATASETS and DATASETS[name].built_in
     ]
-    if v.enable and not own and t.dataset in WITHOUT_HELD_OUT and not config.data.held_out_share:
+    named = DATASETS.get(t.dataset)
+    if v.enable and not (own or config.data.held_out_share or not named or named.has_held_out):
         found.append(
             "validation.enable = true, and nothing is held out: set validation.dataset_path to "
             "other data, or data.held_out_share to the share of the training data to keep back"

@@ -17,9 +17,14 @@ from torchtitan_flux.data.samples import (
     TrainingSamples,
     ValidationSamples,
 )
-from torchtitan_flux.data.sources.listing import PATH_KEY
 from torchtitan_flux.data.sources.registry import build_source
-from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, items_digest
+from torchtitan_flux.data.sources.source import (
+    PATH_KEY,
+    Source,
+    SourceOptions,
+    Split,
+    items_digest,
+)
 from torchtitan_flux.data.sources.split import whole_of
 from torchtitan_flux.data.survey import refuse_unusable, survey
 from torchtitan_flux.data.transforms import PictureRules

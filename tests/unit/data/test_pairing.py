@@ -8,21 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import indexed
 from PIL import Image
 
 from torchtitan_flux.data.formats import IMAGE_SUFFIXES
+from torchtitan_flux.data.sources import image_folder as folder_module
 from torchtitan_flux.data.sources import index_cache
 from torchtitan_flux.data.sources import pairing as pairing_module
-from torchtitan_flux.data.sources.image_folder import FolderSource
+from torchtitan_flux.data.sources.image_folder import SHARED
+from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import (
-    SHARED,
     SPELLED_TWICE,
     TABLES,
     UNCLEAR,
     UNUSED,
     Pairs,
 )
-from torchtitan_flux.data.sources.source import SourceOptions, UnreadableItem
+from torchtitan_flux.data.sources.source import UnreadableItem
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
@@ -34,17 +36,17 @@ def png(path: Path, text: str | None = None, beside: str = ".txt") -> None:
         path.with_suffix(beside).write_text(text, encoding="utf-8")
 
 
-def source(root: Path, **options) -> FolderSource:
-    return FolderSource("train", SourceOptions(path=str(root), **options))
+def source(root: Path, **options) -> IndexedSource:
+    return indexed("folder", root, **options)
 
 
-def captions(items: FolderSource) -> dict[str, tuple[str, ...] | str]:
+def captions(items: IndexedSource) -> dict[str, tuple[str, ...] | str]:
     """id -> captions, or why there are none."""
     rows = (items.index[i] for i in range(len(items)))
     return {row.item_id: row.captions or row.reason for row in rows}
 
 
-def notes(items: FolderSource) -> dict[str, tuple[str, ...]]:
+def notes(items: IndexedSource) -> dict[str, tuple[str, ...]]:
     return {note.text: note.examples for note in items.index.notes}
 
 
@@ -95,7 +97,7 @@ def test_of_three_spellings_none_is_guessed(tmp_path):
     png(tmp_path / f"{whole}.png")
     png(tmp_path / f"{half}.png")
     (tmp_path / f"{apart}.txt").write_text("whose?")
-    assert set(captions(source(tmp_path)).values()) == {pairing_module.UNCLEAR_REASON}
+    assert set(captions(source(tmp_path)).values()) == {folder_module.UNCLEAR}
 
 
 def test_pictures_that_are_not_read_are_noted_by_suffix(tmp_path, monkeypatch):
@@ -231,8 +233,8 @@ def test_tables_of_spreadsheets(tmp_path, table):
     [
         ("file_name,text\na.png,x\nb.png,red, green\n", "line 3: has more fields than line 1"),
         ("file_name;text\na.png;red; green\n", "line 2: has more fields.*with ';' in it"),
-        ("file_name|text\na.png|x\n", "line 2: has no 'file_name', only 'file_name|text'"),
-        ("image,text\na.png,x\n", "line 2: has no 'file_name', only 'image', 'text'"),
+        ("file_name|text\na.png|x\n", "line 2: no name stands .*'file_name|text'"),
+        ("image,text\na.png,x\n", "line 2: no name stands .*'image'"),
         ("file_name,text,Text\na.png,x,y\n", "line 1: has two columns called 'text'"),
         ("file_name,note\na.png,x\n", "no line has 'text' or .*, only 'file_name', 'note'"),
         (
@@ -341,7 +343,10 @@ def test_what_the_system_refuses_today_is_read_tomorrow(tmp_path, refused):
         ("a.png", ("a",), 0, ""),
         ("b.png", (), 11, ""),
     ]
-    assert set(items.index.unopened) == {str(tmp_path / "b.txt"), str(tmp_path / "closed")}
+    assert set({path for path, _ in items.index.refused}) == {
+        str(tmp_path / "b.txt"),
+        str(tmp_path / "closed"),
+    }
     assert notes(items) == {
         "files or folders that cannot be opened: Permission denied": (
             str(tmp_path / "b.txt"),
@@ -361,7 +366,7 @@ def test_a_root_or_metadata_that_cannot_be_opened_is_refused(tmp_path, refused):
     png(tmp_path / "a.png", "a")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
     refused.add("metadata.jsonl")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl: cannot be opened: Permission denied"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl cannot be opened: Permission denied"):
         source(tmp_path)
     refused.add(tmp_path.name)
     with pytest.raises(ValueError, match=r"^training\.dataset_path: .* cannot be opened: Perm"):
@@ -379,5 +384,5 @@ def test_other_formats_make_another_index(tmp_path, monkeypatch):
     png(tmp_path / "a.png", "a")
     before = source(tmp_path).index.identity
     assert source(tmp_path).index.identity == before
-    monkeypatch.setattr("torchtitan_flux.data.sources.image_folder.formats", lambda: ("PNG", "NEW"))
+    monkeypatch.setattr("torchtitan_flux.data.sources.index_cache.formats", lambda: ("PNG", "NEW"))
     assert source(tmp_path).index.identity != before

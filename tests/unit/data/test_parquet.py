@@ -130,7 +130,7 @@ def test_only_a_held_out_part(tmp_path):
 def test_columns(tmp_path):
     files = {
         "photo": [png(i) for i in range(4)],  # plain bytes
-        "number": [1, 2, 3, 4],
+        "ratio": [0.1, 0.2, 0.3, 0.4],
         "captions": [["a", " ", "b\nc"], ["d"], [], None],
         "title": ["x"] * 4,
     }
@@ -144,12 +144,12 @@ def test_columns(tmp_path):
             source[row]
     assert source_of(file, caption_column="title")[3].captions == ("x",)
     assert source_of(file, image_column="photo")[1].item_id == "a.parquet/1"
-    listed = "the columns are photo, number, captions, title"
+    listed = "the columns are photo, ratio, captions, title"
     for options, message in (
         ({"image_column": "jpg"}, "data.image_column: there is no column 'jpg'; " + listed),
         ({"image_column": "title"}, "data.image_column: column 'title' holds no encoded images"),
         ({"caption_column": "text"}, "data.caption_column: there is no column 'text'; " + listed),
-        ({"caption_column": "number"}, "data.caption_column: column 'number' holds no text"),
+        ({"caption_column": "ratio"}, "data.caption_column: column 'ratio' holds no text"),
     ):
         with pytest.raises(ValueError, match=message):
             source_of(file, **options)
@@ -253,7 +253,7 @@ def test_the_hub_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = (
-        r"training\.dataset_path: someone/pictures is neither here nor to be had from the hub "
+        r"training\.dataset_path: someone/pictures is neither here nor available from the hub "
         r"\(Couldn't reach the Hub\); download it with `hf download someone/pictures "
         r"--repo-type dataset --local-dir pictures`"
     )

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import indexed
 from PIL import Image
 
-from torchtitan_flux.data.sources.image_folder import FolderSource
 from torchtitan_flux.data.sources.parts import not_read, own_parts, part_of, part_of_folder
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions, Split
@@ -59,7 +59,7 @@ def test_which_part_is_whose():
     assert own_parts(["train", "test"], "held_out", "x") == ("test", False)
     assert own_parts(["train"], "held_out", "x") == ("train", True)
     assert own_parts([""], "train", "x") is None
-    with pytest.raises(ValueError, match=r"^training\.dataset_path: x has no train part, only te"):
+    with pytest.raises(ValueError, match=r"^x has no train part, only te"):
         own_parts(["test"], "train", "x")
     parts = {"a": "train", "b": "validation", "c": "test", "d": ""}
     assert list(not_read(parts, ("train", False)).values()) == [["c"], ["d"]]
@@ -89,7 +89,7 @@ def test_a_folder_of_parts(tmp_path):
         assert ids(tmp_path, "held_out", held_out_share=share, validates_training_data=True) == [
             "val/2.png"
         ]
-    notes = FolderSource("train", SourceOptions(path=str(tmp_path))).index.notes
+    notes = indexed("folder", tmp_path).index.notes
     assert sorted((note.count, note.examples) for note in notes) == [
         (1, ("test",)),
         (2, ("other", "5.png")),
@@ -100,10 +100,10 @@ def test_a_folder_of_parts(tmp_path):
 
 def test_parts_that_lie_deeper_are_told(tmp_path):
     png(tmp_path, "images/train/0.png", "images/val/a/1.png", "cars/val/2.png")
-    source = FolderSource("train", SourceOptions(path=str(tmp_path)))
+    source = indexed("folder", tmp_path)
     assert len(source) == 3
     notes = [note for note in source.index.notes if "named after parts" in note.text]
-    assert [note.examples for note in notes] == [("images/train", "images/val")]
+    assert [note.examples for note in notes] == [("cars/val", "images/train", "images/val")]
 
 
 def test_metadata_at_the_root_caption_each_part(tmp_path):
@@ -135,5 +135,5 @@ def test_a_folder_without_both_parts_is_read_whole(tmp_path, names):
     assert sorted(parts[0] + parts[1]) == everything
     options = SourceOptions(path=str(tmp_path), held_out_share=0.3)
     assert isinstance(build_source("folder", "train", options), SourcePart)
-    with pytest.raises(ValueError, match=r"validation\.enable = true.*has no validation or test"):
+    with pytest.raises(ValueError, match=r"validation\.dataset_path: .*has no validation or test"):
         ids(tmp_path, "held_out", validates_training_data=True)
