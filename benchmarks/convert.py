@@ -19,8 +19,8 @@ from pathlib import Path
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
+from peak_memory import PeakMemory
 
-from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter, parse_size, total_bytes
 from torchtitan_flux.weights.architecture import to_metadata

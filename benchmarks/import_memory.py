@@ -22,8 +22,8 @@ from torchtitan_flux.torchtitan_shim import give_back_freed_memory
 
 import torch
 import torch.distributed as dist
+from peak_memory import PeakMemory
 
-from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices

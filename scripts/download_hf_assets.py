@@ -8,7 +8,7 @@
 docs/downloads.md has more, and what each error means.
 """
 
-from torchtitan_flux.downloads.command import main
+from torchtitan_flux.downloads import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """A hub of one repository on this machine, for tests of what downloads from it.
 
-Speaks what huggingface_hub speaks: the model's metadata with sizes and checksums, its refs, HEAD
-and GET of `resolve` addresses with ranges; files of LFS are redirected to another host name, as the
+Speaks what huggingface_hub speaks: the model's metadata with sizes and checksums, HEAD and GET of
+`resolve` addresses with ranges; files of LFS are redirected to another host name, as the
 hub redirects to its CDN. Its faults are switched on by attributes.
 """
 
@@ -27,14 +27,11 @@ class HubServer:
     valid_tokens: tuple[str, ...] = ("hf_good", "hf_no_licence")
     gated_for: tuple[str | None, ...] = (None, "hf_no_licence")
     """Tokens (None: without one) that may list the repository and not read it."""
-    cut_at: dict[str, int] = field(default_factory=dict)
-    """The connection is dropped at this byte of the file, whenever it is asked for."""
     cut_once: dict[str, int] = field(default_factory=dict)
-    """The same, the first time."""
+    """The connection is dropped at this byte of the file, the first time it is asked for."""
     stall_at: dict[str, int] = field(default_factory=dict)
     """Nothing more is sent from this byte on; the connection stays open."""
     corrupt: set[str] = field(default_factory=set)
-    no_ranges: bool = False
     api_says: tuple[int, bytes] | None = None
     """Status and body instead of metadata."""
     address: str = ""
@@ -115,16 +112,13 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, rest = path.partition("/revision/")
         if hub.api_says:
             self._answer(*hub.api_says)
-        elif name == f"{hub.repo_id}/refs":
-            branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}]
-            self._json({"branches": branches, "tags": [], "converts": []})
         elif name != hub.repo_id:
             # the hub does not tell strangers whether a repository exists
             self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         elif rest not in ("", "main", COMMIT):
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {rest}")
         else:
-            self._json(hub.metadata())
+            self._answer(200, json.dumps(hub.metadata()).encode())
 
     def _resolve(self, revision: str, name: str, token: str | None) -> None:
         hub = self.hub
@@ -154,10 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
         if name in hub.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
         start, asked = 0, self.headers.get("range")
-        if asked and not hub.no_ranges:
+        if asked:
             start = int(asked.removeprefix("bytes=").split("-")[0])
         stop = hub.cut_once.pop(name, None) if self.command == "GET" else None
-        stop = min(stop or len(content), hub.cut_at.get(name, len(content)))
+        stop = stop or len(content)
         if start >= stop and content:
             self.close_connection = True  # dropped without an answer
             return
@@ -180,9 +174,6 @@ class _Handler(BaseHTTPRequestHandler):
             hub.over.wait()
         if start + len(sent) < len(content):
             self.close_connection = True
-
-    def _json(self, answer: dict) -> None:
-        self._answer(200, json.dumps(answer).encode())
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)

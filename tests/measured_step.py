@@ -9,6 +9,7 @@ be served from it.
 import ctypes
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -18,7 +19,6 @@ from ranks import run_ranks
 from torch import nn
 
 from torchtitan_flux.flow_matching import squared_errors
-from torchtitan_flux.inference.memory import PeakMemory
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
@@ -26,6 +26,9 @@ from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.dry_run import model_inputs
 from torchtitan_flux.planning.estimate import tokens_of, with_mesh
 from torchtitan_flux.startup.load_config import load_config
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from peak_memory import PeakMemory
 
 # 17 M parameters, pixel space: states of 270 MB, and activations of as many again
 ARGS = replace(FLAVORS["flux-mnist"], depth=2, depth_single_blocks=2)

@@ -9,12 +9,10 @@ CONFIG_FILE=train_configs/flux_dev_model.toml ./run_infer.sh --weights assets/hf
 """
 
 import argparse
-import os
 import secrets
 import sys
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -23,18 +21,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.tools.logging import init_logger, logger
 
+from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.formatting import format_bytes
 from torchtitan_flux.inference.captions import cut_captions
 from torchtitan_flux.inference.command import FRESH_SEED, Task, changed, parse, task_of
 from torchtitan_flux.inference.draw import NotFinite
-from torchtitan_flux.inference.estimate import refusal, remedies
-from torchtitan_flux.inference.expectation import Expectation
-from torchtitan_flux.inference.memory import PeakMemory, free_memory
-from torchtitan_flux.inference.open_run import begin
-from torchtitan_flux.inference.recording import check_sources
+from torchtitan_flux.inference.open_run import InferenceContext, open_run
+from torchtitan_flux.inference.picture_settings import names_of
 from torchtitan_flux.inference.render import render
 from torchtitan_flux.inference.targets import check_free, check_room, check_writable
-from torchtitan_flux.planning.command import model_args
-from torchtitan_flux.startup.load_config import exit_on_config_error, load_config, read_config
+from torchtitan_flux.startup.load_config import exit_on_config_error, load_config
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.console import quieten_libraries
@@ -52,67 +48,37 @@ def main() -> None:
     quieten_libraries()
     with exit_on_config_error():
         options, rest = parse(sys.argv[1:])
-        if options.memory is None:
-            config = load_config(rest, training=False)
-            args = resolve_model_args(config, options.weights, training=False)
-        else:  # another machine's, whose files need not be here
-            config = read_config(rest)
-            args = model_args(config, options.weights, training=False)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        config = load_config(rest, training=False)
+        args = resolve_model_args(config, options.weights, training=False)
     try:
-        task = task_of(options, config, args, ranks)
-        if options.memory is None:
-            check_sources(options, config)
-        expected = Expectation.of(config, args, task, ranks, elsewhere=options.memory is not None)
-        if options.memory is not None:
-            _say(expected.told(int(options.memory * 2**30), "as given by --memory"))
-            return
-        if not options.estimate:
-            _check_targets(task)
+        task = task_of(options, config, args)
+        _check_targets(task)
         device = start_process_group(config)
-        if options.estimate:
-            _say(expected.told(free_memory(device), f"on {device}"))
-        else:
-            _draw(options, config, _seeded(task, options), expected, device)
+        task = _seeded(task, options)
+        context = open_run(config, options.weights, options.ema)
+        if torch.distributed.get_rank() == 0:
+            _say_before(options, config, task, context)
+        if torch.distributed.get_world_size() > 1:
+            set_pg_timeouts(_patience(config), context.dims)
+        with exit_when_out_of_memory(lambda: remedies(options, task)):
+            render(context, task, options.low_memory)
     except (ValueError, FileNotFoundError) as error:
         print(f"Cannot draw: {error}", file=sys.stderr)
         sys.exit(2)
     except NotFinite as error:
         print(f"Drawing failed: {error}. {_of_not_finite(task, config)}", file=sys.stderr)
         sys.exit(1)
+    if device.type == "cuda":
+        logger.info(f"Peak memory: {format_bytes(torch.cuda.max_memory_allocated(device))}")
     torch.distributed.destroy_process_group()
 
 
-def _draw(
-    options: argparse.Namespace,
-    config: Any,
-    task: Task,
-    expected: Expectation,
-    device: torch.device,
-) -> None:
-    """Draw if it fits, and say what it took.
-
-    Raises:
-        ValueError, FileNotFoundError: why it cannot be done.
-    """
-    low = options.low_memory
-    wanted, lower = (expected.low, None) if low else (expected.normal, expected.low)
-    if reason := refusal(wanted, lower, free_memory(device), expected.batch, task.settings):
-        raise ValueError(reason)
-    first = torch.distributed.get_rank() == 0
-    if first:
-        _say_before(options, config, task)
-    with (
-        exit_when_out_of_memory(lambda: remedies(lower, None, expected.batch, task.settings)),
-        PeakMemory(device) as memory,
-    ):
-        begun = begin(config, options.weights)
-        if torch.distributed.get_world_size() > 1:
-            set_pg_timeouts(_patience(config), begun.dims)
-        render(begun, task, low)
-        peak = memory.peak
-    if first:
-        logger.info(expected.took(peak, memory.before, low))
+def remedies(options: argparse.Namespace, task: Task) -> list[str]:
+    """Options that make a drawing smaller."""
+    found = [] if options.low_memory else ["--low_memory"]
+    if task.batch > 1:
+        found.append(f"a smaller --inference.local_batch_size (now {task.batch})")
+    return [*found, f"a smaller --size (now {task.settings.size})"]
 
 
 def _check_targets(task: Task) -> None:
@@ -135,11 +101,15 @@ def _seeded(task: Task, options: argparse.Namespace) -> Task:
     return replace(task, settings=replace(task.settings, seed=box[0]))
 
 
-def _say_before(options: argparse.Namespace, config: Any, task: Task) -> None:
+def _say_before(
+    options: argparse.Namespace, config: FluxJobConfig, task: Task, context: InferenceContext
+) -> None:
     """What will not be as it was asked for, in the log."""
-    for name in options.trusted:
-        logger.info(f"{options.from_png} names, and --trust opens: {name}")
-    for line in changed(options, task):
+    lines = changed(options, task)
+    if options.recorded is not None:
+        names = names_of(config, context.checkpoint, context.weights is None)
+        lines += options.recorded.differences(names)
+    for line in lines:
         logger.warning(f"Not the same picture: {line}")
     captions = [request.prompt for request in task.requests]
     if task.settings.cfg != 1.0:
@@ -148,7 +118,7 @@ def _say_before(options: argparse.Namespace, config: Any, task: Task) -> None:
         logger.warning(line)
 
 
-def _of_not_finite(task: Task, config: Any) -> str:
+def _of_not_finite(task: Task, config: FluxJobConfig) -> str:
     """What may help."""
     dtype, cfg = config.training.mixed_precision_param, task.settings.cfg
     found = ["other weights"]
@@ -159,18 +129,13 @@ def _of_not_finite(task: Task, config: Any) -> str:
     return f"What may help: {', '.join(found)}"
 
 
-def _patience(config: Any) -> timedelta:
-    """How long ranks wait for each other: they may be a whole portion of pictures apart.
+def _patience(config: FluxJobConfig) -> timedelta:
+    """How long ranks wait for each other: they may be a whole chunk of pictures apart.
 
     The launcher ends them all where one ends, so that waiting costs nothing.
     """
     comm = config.comm
     return timedelta(seconds=max(A_DAY, comm.init_timeout_seconds, comm.train_timeout_seconds))
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
 
 
 if __name__ == "__main__":

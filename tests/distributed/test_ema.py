@@ -164,3 +164,40 @@ def test_a_checkpoint_without_it_begins_with_its_weights(tmp_path):
     for now in weights[1:]:
         average = {n: 0.9 * average[n] + 0.1 * w for n, w in now.items()}
     assert worst(averages["0.9"], average) < 5e-7
+
+
+def test_the_average_is_exported_and_drawn(alone, tmp_path):
+    """diffusers opens what `convert_checkpoint.py --ema` writes; another decay is refused."""
+    from diffusers import FluxTransformer2DModel
+
+    from torchtitan_flux.weights import to_diffusers
+    from torchtitan_flux.weights.convert_command import main, open_as
+
+    (_, averages), dump = alone
+    checkpoint = dump / "checkpoint" / f"step-{STEPS}"
+    opened = open_as(checkpoint, "flux-tiny", average="0.9")
+    for name, value in averages["0.9"].items():
+        assert torch.equal(opened.read(name), value), name
+    main([str(checkpoint), str(tmp_path / "average"), "--to", "diffusers", "--ema", "0.5"])
+    theirs = FluxTransformer2DModel.from_pretrained(tmp_path / "average").state_dict()
+    for name, value in to_diffusers(averages["0.5"], opened.args).items():
+        assert torch.equal(theirs[name], value), name
+    with pytest.raises(ValueError, match=r"no average alone.*decay 0\.5, 0\.9"):
+        open_as(checkpoint, "flux-tiny", average="")
+    argv = ["infer", "--prompt", "a", "--steps", "1", "--size", "64", *arguments(dump, 8)]
+    drawn = [run_ranks(1, draw, argv[1:], tmp_path / name, more)[0]
+             for name, more in (("w.png", []), ("e.png", ["--ema", "0.9"]))]  # fmt: skip
+    assert drawn[0] != drawn[1]
+
+
+def draw(argv: list[str], path, more: list[str]) -> bytes:
+    import sys
+
+    from PIL import Image
+
+    from torchtitan_flux import infer
+
+    sys.argv = ["infer", *argv, "--out", str(path), *more]
+    torch.distributed.destroy_process_group = lambda *_: None
+    infer.main()
+    return Image.open(path).tobytes()

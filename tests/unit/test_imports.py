@@ -51,6 +51,7 @@ WITH_TORCHTITAN = {
     "torchtitan_shim",
     "config",
     "startup",
+    "report",
     "optimizers",
     "parallel",
     "checkpoint",
@@ -193,3 +194,17 @@ def test_the_folder_torchtitan_holds_no_python():
     if not folder.is_dir():
         pytest.skip("not started from a checkout")
     assert [str(p) for p in folder.rglob("*") if p.suffix in (".py", ".pyi", ".so")] == []
+
+
+def test_training_imports_what_it_uses():
+    """Torch, torchtitan, and of our own dependencies only what a step needs."""
+    unwanted = (
+        "sklearn scipy matplotlib plotly diffusers accelerate torchao transformers.modeling_utils "
+        "torchtitan_flux.planning.fits "
+        "torchtitan_flux.evaluation.digits torchtitan_flux.report.page"
+    )
+    found = run_python(
+        "import sys, torchtitan_flux.train\n"
+        f"print([name for name in {unwanted.split()!r} if name in sys.modules])"
+    )
+    assert found.splitlines()[-1] == "[]"

@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, CLIPTextConfig, PretrainedConfig, T5Config
-
 from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_config
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 
@@ -64,17 +62,21 @@ def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> Va
     return ValueError(said)
 
 
-def read_t5_config(path: str | Path) -> T5Config:
+def read_t5_config(path: str | Path) -> Any:
     """Configuration of the T5 at `path`; FileNotFoundError or ValueError naming the TOML key."""
+    from transformers import T5Config
+
     return T5Config.from_dict(_read_config(path, T5_KEY, ("t5",)))
 
 
-def read_clip_config(path: str | Path) -> CLIPTextConfig:
+def read_clip_config(path: str | Path) -> Any:
     """Configuration of CLIP's text model at `path`, also out of a whole CLIP's.
 
     Raises FileNotFoundError or ValueError naming the TOML key.
     """
     config = _read_config(path, CLIP_KEY, ("clip_text_model", "clip"))
+    from transformers import CLIPTextConfig
+
     return CLIPTextConfig.from_dict(config.get("text_config") or config)
 
 
@@ -91,6 +93,8 @@ def text_widths(t5_path: str | Path, clip_path: str | Path) -> tuple[int, int]:
 def _read_config(path: str | Path, key: str, model_types: tuple[str, ...]) -> dict[str, Any]:
     where = locate(path, key)
     try:
+        from transformers import PretrainedConfig
+
         config, _ = PretrainedConfig.get_config_dict(**where)
     except (OSError, ValueError) as error:
         raise refusal(key, path, "configuration", error) from None
@@ -119,6 +123,8 @@ def load_tokenizer(path: str | Path, key: str, diffusers_folder: str) -> Any:
     if Path(path).is_dir() and not has_tokenizer(Path(path)) and has_tokenizer(beside):
         where = locate(beside, key)
     try:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(**where, use_fast=True)
     # transformers, tokenizers (plain Exception) and missing sentencepiece each raise their own kind
     except Exception as error:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import CLIPTextModel, T5EncoderModel
 
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
 from torchtitan_flux.encoders.text_weights import TextWeights
@@ -36,6 +35,8 @@ class T5Encoder(nn.Module):
         Raises:
             FileNotFoundError, ValueError: what is there is not exactly a T5, naming the TOML key.
         """
+        from transformers import T5EncoderModel  # a second, which a run with encodings saves
+
         super().__init__()
         weights = TextWeights(T5_KEY, path)
         self.width: int = weights.config.d_model
@@ -72,6 +73,8 @@ class ClipEncoder(nn.Module):
             FileNotFoundError, ValueError: what is there is not exactly a CLIP text model reading
                 77 tokens, naming the TOML key.
         """
+        from transformers import CLIPTextModel
+
         super().__init__()
         weights = TextWeights(CLIP_KEY, path)
         config = weights.config
@@ -96,6 +99,9 @@ class ClipEncoder(nn.Module):
 
 def _load(kind: Any, weights: TextWeights, device: torch.device | str, dtype: torch.dtype) -> Any:
     """transformers' model with these weights, which have been found to be all of them."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # one bar for each encoder and rank
     with torch.device("meta"):
         names = list(kind._from_config(weights.config).state_dict())
     values = {name: weights.read(name, dtype) for name in weights.shapes}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextConfig, T5Config
 
 from torchtitan_flux.encoders.pretrained import (
     CLIP_KEY,
@@ -151,7 +150,7 @@ def _headers(
     return found, headers
 
 
-def _t5_shapes(config: T5Config) -> Shapes:
+def _t5_shapes(config: Any) -> Shapes:
     width, inner = config.d_model, config.num_heads * config.d_kv
     shapes: Shapes = {
         "shared.weight": (config.vocab_size, width),
@@ -170,7 +169,7 @@ def _t5_shapes(config: T5Config) -> Shapes:
     return shapes
 
 
-def _clip_config(path: str | Path) -> CLIPTextConfig:
+def _clip_config(path: str | Path) -> Any:
     config = read_clip_config(path)
     tokens, eos = config.max_position_embeddings, config.eos_token_id
     if tokens < CLIP_LENGTH:
@@ -181,7 +180,7 @@ def _clip_config(path: str | Path) -> CLIPTextConfig:
     return config
 
 
-def _clip_shapes(config: CLIPTextConfig) -> Shapes:
+def _clip_shapes(config: Any) -> Shapes:
     width, hidden = config.hidden_size, config.intermediate_size
     shapes: Shapes = {
         "embeddings.token_embedding.weight": (config.vocab_size, width),

@@ -14,6 +14,7 @@ from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.option_checks import (
     MOST_PIXELS,
@@ -21,14 +22,12 @@ from torchtitan_flux.inference.option_checks import (
     unknown_options,
     wrong_options,
 )
-from torchtitan_flux.inference.picture_file import NoPicture, Recorded
+from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
 from torchtitan_flux.inference.targets import SUFFIXES, targets
-from torchtitan_flux.inference.trust import foreign_files
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
 from torchtitan_flux.sampling.generate import SampleSettings
-from torchtitan_flux.startup.load_config import read_config
 from torchtitan_flux.startup.model_args import AUTO, sample_guidance, sample_settings
 from torchtitan_flux.tensor_files.hub_cache import snapshot_of
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
@@ -51,8 +50,7 @@ FRESH_SEED = -1
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest: `--section.key value` of the configuration.
 
-    A pipeline folder as `--weights` brings its encoders and autoencoder, a picture as `--from-png`
-    all that it was drawn with: the rest then names them.
+    A pipeline folder as `--weights` brings its encoders and autoencoder: the rest then names them.
 
     Raises:
         ConfigError: with all that is wrong: options that do not exist or cannot be, a picture that
@@ -71,12 +69,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add(
         "--from-png",
         metavar="FILE",
-        help="draw a picture of ours again, PNG, JPEG or WebP, from what it says",
-    )
-    add(
-        "--trust",
-        action="store_true",
-        help="with --from-png: open the files that it names, whoever it comes from",
+        help="draw with the prompt and the settings of a picture of ours, PNG, JPEG or WebP",
     )
     add("--count", type=int, default=1, help="pictures of each prompt; the seed goes up by one")
     add(
@@ -84,6 +77,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="PATH",
         help="draw with these instead of the run's checkpoint: a diffusers folder, BFL's or "
         "ComfyUI's safetensors file, or a checkpoint folder",
+    )
+    add(
+        "--ema",
+        metavar="DECAY",
+        nargs="?",
+        const="",
+        help="draw with the average of the run's weights; its decay, where there are several",
     )
     add("--out", metavar="PATH", help=f"file ({SUFFIXES}) or folder")
     add("--overwrite", action="store_true", help="replace pictures that are there")
@@ -97,24 +97,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--low_memory",
         "--low-memory",
         action="store_true",
-        help="one part after another, blocks streamed from CPU memory: the same pictures, slower",
-    )
-    add("--estimate", action="store_true", help="print what memory it takes, and draw nothing")
-    add(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="with --estimate: for a card with so much free, instead of this machine",
+        help="one part after another, blocks from CPU memory: the same pictures, slower",
     )
     options, rest = parser.parse_known_args(argv)
     known = [f"--{name.replace('_', '-')}" for name in vars(options)]
-    options.recorded, options.outranked, options.trusted = None, [], []
     options.own_weights = options.weights is not None
     options.given = {key for key, _ in given_keys(rest)}
-    if found := wrong_options(options) + unknown_options(sorted(options.given), known):
+    found = wrong_options(options) + unknown_options(sorted(options.given), known)
+    options.recorded = None
+    if options.from_png is not None and not found:
+        try:
+            options.recorded = PictureSettings.read(Path(options.from_png))
+        except NoPicture as error:
+            found.append(f"--from-png: {error}")
+        found += _beside_from_png(options)
+    if found:
         raise ConfigError(found)
-    if options.from_png is not None:
-        rest = _as_recorded(options, rest)
     return options, rest if options.weights is None else with_parts_of(options.weights, rest)
 
 
@@ -142,75 +140,18 @@ def with_parts_of(weights: str, rest: list[str]) -> list[str]:
     ]
 
 
-def _as_recorded(options: argparse.Namespace, rest: list[str]) -> list[str]:
-    """`rest` with the configuration that a picture was drawn with; what `rest` names outranks it.
-
-    Raises:
-        ConfigError: the file holds no settings, or options have no place beside it.
-    """
-    try:
-        recorded = options.recorded = Recorded.read(Path(options.from_png))
-    except NoPicture as error:
-        raise ConfigError([f"--from-png: {error}"]) from None
-    given = options.given
-    wrong = [f"--{key}" for key in sorted(given) if key.startswith("sampling.")]
+def _beside_from_png(options: argparse.Namespace) -> list[str]:
+    """Options that have no place beside --from-png, a line each."""
+    wrong = [f"--{key}" for key in sorted(options.given) if key.startswith("sampling.")]
     if options.prompts or len(options.prompt) > 1:
         wrong.append("--prompts" if options.prompts else "more than one --prompt")
     if options.count > 1:
         wrong.append(f"--count {options.count}")
-    if wrong:
-        raise ConfigError(
-            [
-                f"{one}: --from-png draws one picture with its own settings; of these --prompt, "
-                "--negative, --size, --steps, --cfg, --guidance and --seed can be changed"
-                for one in wrong
-            ]
-        )
-    _check_trust(options, rest)
-    if not options.own_weights:
-        options.weights = recorded.weights.path
-    size = recorded.settings.size
-    keys = {
-        "model.flavor": recorded.flavor,
-        "training.mixed_precision_param": recorded.dtype,
-        "training.img_height": size.height,
-        "training.img_width": size.width,
-        "encoder.t5_encoder": recorded.t5.path,
-        "encoder.clip_encoder": recorded.clip.path,
-        "encoder.max_t5_encoding_len": recorded.text_tokens,
-        "encoder.pixel_channels": recorded.pixel_channels,
-        "inference.local_batch_size": recorded.batch,
-    }
-    if recorded.autoencoder is not None:
-        keys["encoder.autoencoder_path"] = recorded.autoencoder.path
-    options.outranked += [f"--{key} (the picture: {keys[key]})" for key in keys if key in given]
-    return rest + [
-        word for key, value in keys.items() if key not in given for word in (f"--{key}", str(value))
+    return [
+        f"{one}: --from-png draws one picture with its own settings; of these --prompt, "
+        "--negative, --size, --steps, --cfg, --guidance and --seed can be changed"
+        for one in wrong
     ]
-
-
-def _check_trust(options: argparse.Namespace, rest: list[str]) -> None:
-    """Open no file because a picture says so, unless that was asked for.
-
-    Raises:
-        ConfigError: naming the files.
-    """
-    named = {f"--{key}" for key in options.given}
-    if options.own_weights:
-        named.add("--weights")
-        rest = with_parts_of(options.weights, rest)
-    foreign = foreign_files(options.recorded, read_config(rest), named)
-    if options.trust:
-        options.trusted = foreign
-    elif foreign:
-        raise ConfigError(
-            [
-                f"--from-png: {options.from_png} wants files that the configuration does not name, "
-                f"and a picture can come from anybody: {', '.join(foreign)}. Add --trust to open "
-                "them (names on the hub are downloaded), or name them or yours by these options, "
-                "or draw with the picture's CONFIG_FILE or --job.dump_folder"
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -223,8 +164,6 @@ class Task:
         negative: caption to move away from; empty without guidance.
         paths: where each goes.
         batch: pictures that a rank draws at once.
-        kept: which of them is kept where a picture is repeated in the batch it was drawn in; None
-            keeps all.
         overwrite: whether files may be there already.
     """
 
@@ -233,18 +172,17 @@ class Task:
     negative: str
     paths: list[Path]
     batch: int
-    kept: int | None = None
     overwrite: bool = False
 
 
-def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks: int) -> Task:
+def task_of(options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs) -> Task:
     """Everything that the command line asks for.
 
     Raises:
         FileNotFoundError: naming the file that does not exist.
         ValueError: naming the option that cannot be, and what can.
     """
-    recorded: Recorded | None = options.recorded
+    recorded: PictureSettings | None = options.recorded
     prompts = read_prompts(options, config)
     settings = settings_of(options, config, args)
     negative = options.negative
@@ -255,23 +193,18 @@ def task_of(options: argparse.Namespace, config: Any, args: FluxModelArgs, ranks
             "--negative needs classifier-free guidance, which is off: give --cfg a scale above 1 "
             "(FLUX.1-dev and schnell have no such guidance; their models do without)"
         )
+    requests = [
+        Request(prompt, recorded.index if recorded else index, again)
+        for index, prompt in enumerate(prompts)
+        for again in range(options.count)
+    ]
+    folder = Path(config.job.dump_folder) / config.inference.save_img_folder
+    paths = targets(options, folder, requests)
     batch = config.inference.local_batch_size
-    if recorded is None:
-        requests = [
-            Request(prompt, index, again)
-            for index, prompt in enumerate(prompts)
-            for again in range(options.count)
-        ]
-        paths = targets(options, config, requests)
-        return Task(requests, settings, negative, paths, batch, overwrite=options.overwrite)
-    paths = targets(options, config, [Request(prompts[0], recorded.index)])
-    row = min(recorded.row, batch - 1)
-    # kernels may compute a row of a batch otherwise than the row alone: so the batch is made again
-    requests = [Request(prompts[0], recorded.index)] * (batch * ranks)
-    return Task(requests, settings, negative, paths, batch, row, options.overwrite)
+    return Task(requests, settings, negative, paths, batch, options.overwrite)
 
 
-def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:
+def read_prompts(options: argparse.Namespace, config: FluxJobConfig) -> list[str]:
     """Captions from the command line, the picture to repeat, or the file that is named.
 
     Raises:
@@ -298,12 +231,14 @@ def read_prompts(options: argparse.Namespace, config: Any) -> list[str]:
     return [line for line in lines if line]
 
 
-def settings_of(options: argparse.Namespace, config: Any, args: FluxModelArgs) -> SampleSettings:
+def settings_of(
+    options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs
+) -> SampleSettings:
     """The run's own settings, or the picture's, changed where the command line says so.
 
     Published weights have settings of their own, for those of the run are of its training.
     """
-    recorded: Recorded | None = options.recorded
+    recorded: PictureSettings | None = options.recorded
     given = options.weights if options.own_weights else None
     weights = None if given is None else locate(given) or Path(given)
     base = sample_settings(config, args, weights) if recorded is None else recorded.settings
@@ -351,7 +286,7 @@ def _published(weights: str) -> bool:
 
 
 def _of_published(
-    options: argparse.Namespace, config: Any, args: FluxModelArgs
+    options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs
 ) -> dict[str, float]:
     """FLUX.1's scales, where nothing else is given: it is distilled, and takes no --cfg."""
     found: dict[str, float] = {}
@@ -367,10 +302,10 @@ def _of_published(
 
 def changed(options: argparse.Namespace, task: Task) -> list[str]:
     """What a repeated picture will not have of the one it is made from, an entry each."""
-    recorded: Recorded | None = options.recorded
+    recorded: PictureSettings | None = options.recorded
     if recorded is None:
         return []
-    found = list(options.outranked)
+    found = []
     for name in ("size", "steps", "cfg", "guidance", "seed"):
         now, then = getattr(task.settings, name), getattr(recorded.settings, name)
         if now != then:

@@ -28,7 +28,7 @@ from torchtitan_flux.sampling.generate import (
     initial_noise,
 )
 
-AT_ONCE = 32
+MAX_IMAGES_PER_CHUNK = 32
 """Pictures of a rank that go together from part to part, where parts take turns: so that memory
 does not grow with their number, and the first are there before the last are begun."""
 
@@ -62,7 +62,7 @@ class Place:
     batch: int
 
 
-def places(count: int, ranks: int, batch_size: int) -> list[Place]:
+def assign(count: int, ranks: int, batch_size: int) -> list[Place]:
     """Where each of so many pictures is drawn, in their order.
 
     In each round every rank draws equally many, for ranks that share a model work in step; what is
@@ -93,9 +93,9 @@ def batches_of(rank: int, where: Sequence[Place]) -> list[list[int]]:
     return rounds
 
 
-def portion(batch: int) -> int:
+def rounds_per_chunk(batch: int) -> int:
     """Rounds that go together from part to part, at least one."""
-    return max(1, AT_ONCE // batch)
+    return max(1, MAX_IMAGES_PER_CHUNK // batch)
 
 
 def draw(
@@ -105,7 +105,7 @@ def draw(
     rounds: Sequence[Sequence[int]],
     settings: SampleSettings,
     negative_prompt: str = "",
-    on_step: Callable[[int], None] = lambda round: None,
+    on_step: Callable[[int], object] = lambda round: None,
 ) -> Iterator[Float[Tensor, "b c H W"]]:
     """This rank's images of each round, in [-1, 1], float32, on the CPU.
 
@@ -121,7 +121,7 @@ def draw(
     Raises:
         NotFinite: at the step at which that is seen.
     """
-    if stages.apart and len(rounds) > (size := portion(len(rounds[0]))):
+    if stages.apart and len(rounds) > (size := rounds_per_chunk(len(rounds[0]))):
         for begin in range(0, len(rounds), size):
 
             def stepped(number: int, begin: int = begin) -> None:
@@ -173,7 +173,7 @@ def _texts(
 
 def _encoded(encode: TextEncoding, caption: str) -> TextConditioning:
     """Conditioning of one caption, on the CPU."""
-    text = _to(encode([caption]), "cpu")
+    text = encode([caption]).to("cpu")
     for name, part in (("T5", text.txt), ("CLIP", text.vec)):
         if not all_finite(part).all():
             raise NotFinite(
@@ -190,10 +190,10 @@ def _latents(
     negative: TextConditioning | None,
     settings: SampleSettings,
     device: torch.device,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], object],
 ) -> Iterator[Float[Tensor, "b c h w"]]:
     """Latents of each batch, on the CPU."""
-    negative = None if negative is None else _to(negative, device)
+    negative = None if negative is None else negative.to(device)
     for number, (requests, text) in enumerate(zip(batches, texts, strict=True)):
         noise = [
             initial_noise(geometry, settings.size, settings.seed + one.again, one.index)
@@ -212,7 +212,7 @@ def _latents(
             model,
             geometry,
             torch.stack(noise).to(device),
-            _to(text, device),
+            text.to(device),
             negative,
             settings,
             stepped,
@@ -228,10 +228,6 @@ def _decoded(
     if image.isnan().any():
         raise NotFinite(f"{prompt!r} is not finite once decoded, after the last step")
     return image
-
-
-def _to(text: TextConditioning, device: torch.device | str) -> TextConditioning:
-    return TextConditioning(text.txt.to(device), text.vec.to(device))
 
 
 def gathered(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -13,6 +12,7 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, step_folder
 from torchtitan_flux.checkpoint.storage import load_states
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
@@ -42,7 +42,7 @@ class Session:
         checkpoint: where the weights came from.
     """
 
-    config: Any
+    config: FluxJobConfig
     args: FluxModelArgs
     model: FluxModel
     parts: FrozenParts
@@ -51,7 +51,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InferenceContext:
     """What is known before anything is loaded.
 
     Attributes:
@@ -62,24 +62,28 @@ class Beginning:
         dims: all ranks share the weights, whatever mesh the run was trained on.
         weights: opened, where they are not the run's own.
         checkpoint: where the weights are.
+        average: decay of their average, where that is drawn with.
     """
 
-    config: Any
+    config: FluxJobConfig
     args: FluxModelArgs
     device: torch.device
     dtype: torch.dtype
     dims: FluxParallelDims
     weights: Weights | None
     checkpoint: Path
+    average: str | None = None
 
     def open_weights(self) -> Weights:
         """Of whichever kind, to be read part by part."""
         return self.weights or Weights(
-            self.checkpoint, "dcp", self.args, DcpSource(self.checkpoint)
+            self.checkpoint, "dcp", self.args, DcpSource(self.checkpoint, self.average)
         )
 
 
-def begin(config: Any, weights: str | None = None) -> Beginning:
+def open_run(
+    config: FluxJobConfig, weights: str | None = None, average: str | None = None
+) -> InferenceContext:
     """Find the checkpoint that `checkpoint.load_step` names (-1: the newest) of a run, or weights.
 
     Works under torchrun on any number of ranks, and in a plain process as one rank.
@@ -87,6 +91,7 @@ def begin(config: Any, weights: str | None = None) -> Beginning:
     Args:
         config: from `load_config`.
         weights: file or folder of any readable format, instead of the run's checkpoint.
+        average: decay of the average of its weights to draw with, "" where there is one.
 
     Raises:
         FileNotFoundError: naming the folder that holds no checkpoint, or the weights.
@@ -96,10 +101,10 @@ def begin(config: Any, weights: str | None = None) -> Beginning:
     args = resolve_model_args(config, weights, training=False)
     opened = None if weights is None else _open(weights, args, config)
     checkpoint = find_checkpoint(config) if opened is None else opened.path
-    if told := blocks_told(checkpoint, config.model.flavor, args):
-        logger.warning(told)
+    if note := blocks_told(checkpoint, config.model.flavor, args):
+        logger.warning(note)
     world_size = torch.distributed.get_world_size()
-    return Beginning(
+    return InferenceContext(
         config,
         args,
         device,
@@ -107,43 +112,46 @@ def begin(config: Any, weights: str | None = None) -> Beginning:
         FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size),
         opened,
         checkpoint,
+        average,
     )
 
 
-def load(begun: Beginning, batch_size: int = 64) -> Session:
+def load_model(context: InferenceContext, batch_size: int = 64) -> Session:
     """Load model, encoders and codec, all of them at once.
 
     Nothing is trained, so that weights are kept in the type that they compute in.
 
     Args:
-        begun: from `begin`.
+        context: from `open_run`.
         batch_size: pictures that one rank draws at once.
     """
-    args, device, dtype, dims = begun.args, begun.device, begun.dtype, begun.dims
+    args, device, dtype, dims = context.args, context.device, context.dtype, context.dims
     with torch.device("meta"):
         model = FluxModel(args).to(dtype)
     shard_model(model, dims.data_mesh, param_dtype=dtype)
     model.to_empty(device=device)
-    if begun.weights is not None:
-        import_weights(dict(model.named_parameters()), begun.weights)
+    if context.weights is not None or context.average is not None:
+        import_weights(dict(model.named_parameters()), context.open_weights())
     else:
         parameters = get_model_state_dict(model)
-        load_states(parameters, set(parameters), begun.checkpoint)
+        load_states(parameters, set(parameters), context.checkpoint)
         set_model_state_dict(model, parameters)
     model.eval().requires_grad_(False)
 
-    tokenizer = build_tokenizer(begun.config)
-    parts = build_frozen_parts(begun.config, args, tokenizer, dims, device, dtype)
+    tokenizer = build_tokenizer(context.config)
+    parts = build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
     painter = Painter(model, parts, args.geometry, dims, batch_size)
-    return Session(begun.config, args, model, parts, painter, begun.checkpoint)
+    return Session(context.config, args, model, parts, painter, context.checkpoint)
 
 
-def open_session(config: Any, batch_size: int = 64, weights: str | None = None) -> Session:
-    """`begin` and `load`."""
-    return load(begin(config, weights), batch_size)
+def open_session(
+    config: FluxJobConfig, batch_size: int = 64, weights: str | None = None
+) -> Session:
+    """`open_run` and `load_model`."""
+    return load_model(open_run(config, weights), batch_size)
 
 
-def _open(weights: str, args: FluxModelArgs, config: Any) -> Weights:
+def _open(weights: str, args: FluxModelArgs, config: FluxJobConfig) -> Weights:
     path = locate(weights)
     if path is None:
         raise FileNotFoundError(f"--weights {weights} {why_absent(weights)}")
@@ -154,7 +162,7 @@ def _open(weights: str, args: FluxModelArgs, config: Any) -> Weights:
         raise ValueError(f"--weights {weights}: {error}") from None
 
 
-def find_checkpoint(config: Any) -> Path:
+def find_checkpoint(config: FluxJobConfig) -> Path:
     """The checkpoint folder that `checkpoint.load_step` means, or the newest that is good.
 
     Raises:

@@ -29,7 +29,6 @@ RANGES = {
     "cfg": Range(0, math.inf, "a finite number, 0 or more; 1 is off"),
     "guidance": Range(0, math.inf, "a finite number, 0 or more"),
     "seed": Range(-1, math.inf, "0 or more, or -1 for a fresh one"),
-    "memory": Range(0, math.inf, "a finite number of GiB"),
 }
 
 NOT_EMPTY = ("out", "prompts", "weights", "from_png", "size")
@@ -78,13 +77,14 @@ def wrong_options(options: argparse.Namespace) -> list[str]:
         value = getattr(options, name)
         if value is not None and not allowed.holds(value):
             found.append(f"--{name} {value}: {allowed.words}")
+    if options.ema is not None and options.weights is not None:
+        found.append(
+            "--ema is of a run's own checkpoint; scripts/convert_checkpoint.py --ema makes weights "
+            "of an average"
+        )
     for caption in (*options.prompt, options.negative or ""):
         if any("\ud800" <= letter <= "\udfff" for letter in caption):  # as Python reads such bytes
             found.append(f"{caption!a} is not written in UTF-8")
-    if options.memory is not None and not options.estimate:
-        found.append("--memory is of no use without --estimate")
-    if options.trust and options.from_png is None:
-        found.append("--trust is of no use without --from-png")
     return found
 
 

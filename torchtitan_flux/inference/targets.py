@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import features
 
@@ -16,8 +15,8 @@ from torchtitan_flux.latents import ImageSize
 SUFFIXES = ", ".join(FORMATS)
 
 
-def targets(options: argparse.Namespace, config: Any, requests: Sequence[Request]) -> list[Path]:
-    """Where each picture goes.
+def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Request]) -> list[Path]:
+    """Where each picture goes; in `folder` unless --out names another place.
 
     A file holds one picture; of several, `x.png` becomes `x-1.png`, `x-2.png`, …
 
@@ -25,7 +24,6 @@ def targets(options: argparse.Namespace, config: Any, requests: Sequence[Request
         ValueError: a file of a format that is not written.
     """
     out, suffix = options.out, ".png"
-    folder = Path(config.job.dump_folder) / config.inference.save_img_folder
     if out is not None:
         folder = Path(out)
         # a dot may be in the name of a folder as well

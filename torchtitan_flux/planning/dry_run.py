@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 from torchtitan.config import TORCH_DTYPE_MAP
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel import context
@@ -52,7 +53,7 @@ class DryRun:
 
 
 def dry_run(
-    config: Any,
+    config: FluxJobConfig,
     args: FluxModelArgs,
     batch: int,
     img_tokens: int,

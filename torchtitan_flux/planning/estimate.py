@@ -2,16 +2,18 @@
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
-from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config import TORCH_DTYPE_MAP, Parallelism
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.optimizers import OPTIMIZERS
 from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule
 from torchtitan_flux.parallel.pipeline_split import split_model
 from torchtitan_flux.planning.communication import Mesh
@@ -20,9 +22,6 @@ from torchtitan_flux.planning.frozen import Frozen, frozen_parts
 from torchtitan_flux.planning.timeline import KINDS, Segment, Timeline, blocks_of
 
 GIB = 2**30
-STATES = {"Adam": 2, "AdamW": 2}
-"""Optimizer -> values kept beside a parameter."""
-PARAMETER_BYTES = 4
 FITTED_BATCHES = (1, 3)
 
 
@@ -31,7 +30,8 @@ class Estimate:
     """Bytes on the rank that needs most.
 
     Attributes:
-        parameters, gradients, optimizer: its shards, float32.
+        parameters, gradients, optimizer: its shards.
+        averages: its shards of them (`[ema]`), float32.
         activations: kept at the end of a forward pass.
         step: most that is alive at once between the beginning of the forward and the end of the
             backward pass: activations, gradients so far, gathered weights, what is worked with.
@@ -45,6 +45,7 @@ class Estimate:
     parameters: int
     gradients: int
     optimizer: int
+    averages: int
     activations: int
     step: int
     update: int
@@ -55,7 +56,7 @@ class Estimate:
     @property
     def standing(self) -> int:
         """Bytes that are there all the time."""
-        return self.parameters + self.optimizer + self.frozen.weights
+        return self.parameters + self.optimizer + self.averages + self.frozen.weights
 
     @property
     def phases(self) -> dict[str, int]:
@@ -82,7 +83,7 @@ class Estimate:
         return self.standing + max(computed, self.update - self.gradients) + self.beside
 
 
-def mesh_of(parallelism: Any, ranks: int) -> Mesh:
+def mesh_of(parallelism: Parallelism, ranks: int) -> Mesh:
     """Degrees of section [parallelism]; -1 for the shard degree takes what is left."""
     p = parallelism
     mesh = Mesh(
@@ -95,7 +96,7 @@ def mesh_of(parallelism: Any, ranks: int) -> Mesh:
     return mesh if mesh.shard > 0 else replace(mesh, shard=max(1, ranks // -mesh.ranks))
 
 
-def with_mesh(config: Any, mesh: Mesh) -> Any:
+def with_mesh(config: FluxJobConfig, mesh: Mesh) -> FluxJobConfig:
     """A copy of the configuration with these degrees."""
     config = copy.deepcopy(config)
     p = config.parallelism
@@ -107,7 +108,7 @@ def with_mesh(config: Any, mesh: Mesh) -> Any:
     return config
 
 
-def microbatches_of(config: Any, mesh: Mesh) -> int:
+def microbatches_of(config: FluxJobConfig, mesh: Mesh) -> int:
     """Microbatches whose gradients are summed before they are communicated."""
     t = config.training
     if t.global_batch_size < 1:
@@ -115,9 +116,26 @@ def microbatches_of(config: Any, mesh: Mesh) -> int:
     return max(1, t.global_batch_size // (t.local_batch_size * mesh.data))
 
 
-def tokens_of(config: Any, args: FluxModelArgs) -> tuple[int, int]:
+def tokens_of(config: FluxJobConfig, args: FluxModelArgs) -> tuple[int, int]:
     """(image, text) tokens of a sample."""
     return args.geometry.grid(config.training.image_size).tokens, config.encoder.max_t5_encoding_len
+
+
+def parameter_bytes(config: FluxJobConfig) -> int:
+    """Bytes of a parameter, `training.dtype`."""
+    return TORCH_DTYPE_MAP[config.training.dtype].itemsize
+
+
+def optimizer_bytes(config: FluxJobConfig, count: int) -> int:
+    """What the optimizer keeps beside so many parameters, nearly all of them in large matrices."""
+    shape = (4096, 4096)
+    kind, element = OPTIMIZERS[config.optimizer.name], parameter_bytes(config)
+    return int(count * kind.state_bytes(shape, shape, element) / math.prod(shape))
+
+
+def average_bytes(config: FluxJobConfig, count: int) -> int:
+    """What averages of so many parameters take."""
+    return 4 * len(config.ema.decay) * count
 
 
 @functools.lru_cache
@@ -127,8 +145,8 @@ def parameters_of(args: FluxModelArgs) -> int:
         return sum(p.numel() for p in FluxModel(args).parameters())
 
 
-def estimate(config: Any, args: FluxModelArgs, mesh: Mesh) -> tuple[Estimate, DryRun]:
-    """By a dry run on this mesh; with pipeline stages, of its dearest one.
+def estimate(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> tuple[Estimate, DryRun]:
+    """By a dry run on this mesh; with pipeline stages, of the one that needs most.
 
     Args:
         config: job configuration; its degrees are not looked at.
@@ -148,30 +166,36 @@ def estimate(config: Any, args: FluxModelArgs, mesh: Mesh) -> tuple[Estimate, Dr
 
 
 def estimate_of(
-    parameters: dict[str, int], step: Timeline, config: Any, args: FluxModelArgs, mesh: Mesh
+    parameters: dict[str, int],
+    step: Timeline,
+    config: FluxJobConfig,
+    args: FluxModelArgs,
+    mesh: Mesh,
 ) -> Estimate:
     """From what a whole model does on this mesh, its stages not yet told apart."""
     blocks, t = blocks_of(args), config.training
     shards = {kind: parameters[kind] // max(1, blocks[kind]) for kind in KINDS}
     if mesh.pp > 1:
-        parameters, step = _dearest_stage(parameters, step, config, args, mesh)
+        parameters, step = _bottleneck_stage(parameters, step, config, args, mesh)
     own = sum(parameters.values())
     dtypes = t.mixed_precision_param, t.mixed_precision_reduce
     sizes = sum(TORCH_DTYPE_MAP[dtype].itemsize for dtype in dtypes)
-    dearest = max(shards.values()) // PARAMETER_BYTES * mesh.fsdp
+    count = own // parameter_bytes(config)
+    largest = max(shards.values()) // parameter_bytes(config) * mesh.fsdp
     optimizer = config.optimizer
     # "foreach" computes the new values of all parameters before it stores them
     scratch = own if optimizer.implementation == "foreach" else 0
     return Estimate(
         parameters=own,
         gradients=own,
-        optimizer=STATES[optimizer.name] * own,
+        optimizer=optimizer_bytes(config, count),
+        averages=average_bytes(config, count),
         activations=step.activations,
         step=step.peak,
         update=own + scratch,
         frozen=_frozen(config, args, mesh.fsdp),
         computed=_without_shards(step, shards).peak,
-        beside=own + 2 * dearest * sizes,
+        beside=own + 2 * largest * sizes,
     )
 
 
@@ -188,13 +212,17 @@ def _without_shards(step: Timeline, shards: dict[str, int]) -> Timeline:
     return Timeline(segments)
 
 
-def _frozen(config: Any, args: FluxModelArgs, shard: int) -> Frozen:
+def _frozen(config: FluxJobConfig, args: FluxModelArgs, shard: int) -> Frozen:
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     return frozen_parts(config, args, shard, dtype)
 
 
-def _dearest_stage(
-    parameters: dict[str, int], step: Timeline, config: Any, args: FluxModelArgs, mesh: Mesh
+def _bottleneck_stage(
+    parameters: dict[str, int],
+    step: Timeline,
+    config: FluxJobConfig,
+    args: FluxModelArgs,
+    mesh: Mesh,
 ) -> tuple[dict[str, int], Timeline]:
     """The pipeline rank that needs most: its blocks, and as many microbatches as it holds.
 
@@ -218,7 +246,7 @@ def _dearest_stage(
         own[""] = parameters[""] if rank in (0, mesh.pp - 1) else 0
         forward, backward = (_of_stage(step.segments, w, blocks) for w in ("forward", "backward"))
         # weights and gradients stay whole until the last microbatch is through
-        whole = sum(own.values()) // PARAMETER_BYTES * mesh.fsdp
+        whole = sum(own.values()) // parameter_bytes(config) * mesh.fsdp
         dtypes = t.mixed_precision_param, t.mixed_precision_reduce
         sizes = sum(TORCH_DTYPE_MAP[dtype].itemsize for dtype in dtypes)
         stays = Segment("weights", kept=whole * sizes if count > 1 else 0)
@@ -252,7 +280,7 @@ class Fitted:
         mesh: whose tensor degree it is, and whether sequences are cut.
     """
 
-    def __init__(self, config: Any, args: FluxModelArgs, mesh: Mesh):
+    def __init__(self, config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh):
         self.config, self.args = config, args
         self._mesh = shown = Mesh(shard=4, cp=min(2, mesh.cp), tp=mesh.tp)
         img, text = tokens_of(config, args)

@@ -5,8 +5,6 @@ what blocks keep between forward and backward pass. What a plan adds (planning/e
 on the allocator's luck; a run is refused when not even this fits.
 """
 
-from typing import Any
-
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
@@ -15,15 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_flux.planning.dry_run import mark_blocks, model_inputs, shown_of
 from torchtitan_flux.planning.estimate import (
     GIB,
-    PARAMETER_BYTES,
-    STATES,
+    average_bytes,
     mesh_of,
     microbatches_of,
+    optimizer_bytes,
+    parameter_bytes,
     parameters_of,
     tokens_of,
 )
@@ -33,7 +33,7 @@ from torchtitan_flux.planning.tracker import MemoryTracker
 from torchtitan_flux.startup.model_args import resolve_model_args
 
 
-def fits(config: Any, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:
+def fits(config: FluxJobConfig, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:
     """Why the configured run cannot fit this machine, with the keys to change; None if it may.
 
     Args:
@@ -52,16 +52,17 @@ def fits(config: Any, ranks: int, ranks_per_machine: int, device: int = 0) -> st
     return (
         f"the run needs at least {sum(need.values()) / GIB:.1f} GiB on each rank ({parts}); there "
         f"are {memory / GIB:.1f}: {_remedy(need, config)}; `python scripts/plan.py` with the same "
-        "arguments and --gpus N --memory GB proposes meshes that fit"
+        "arguments and --gpus N --memory GB lists meshes that fit"
     )
 
 
-def least(config: Any, ranks: int) -> dict[str, int]:
+def least(config: FluxJobConfig, ranks: int) -> dict[str, int]:
     """Bytes that a rank holds at once at the very least, by what they are."""
     args = resolve_model_args(config)
     mesh = mesh_of(config.parallelism, ranks)
     elements = parameters_of(args) // mesh.tp // mesh.pp
-    own = elements // mesh.fsdp * PARAMETER_BYTES
+    count = elements // mesh.fsdp
+    own = count * parameter_bytes(config)
     kept = activations_of(config, args) // (mesh.cp * mesh.tp * mesh.pp)
     t = config.training
     whole = 0
@@ -69,11 +70,12 @@ def least(config: Any, ranks: int) -> dict[str, int]:
         # FSDP2 sums gradients that it does not communicate yet in whole tensors
         whole = elements * TORCH_DTYPE_MAP[t.mixed_precision_reduce].itemsize
     if t.enable_cpu_offload:
-        own = 0
+        own = count = 0
     dtype = TORCH_DTYPE_MAP[t.mixed_precision_param]
     return {
         "parameters": own,
-        "optimizer": STATES[config.optimizer.name] * own,
+        "optimizer": optimizer_bytes(config, count),
+        "averages": average_bytes(config, count),
         "gradients of microbatches": whole,
         # the one shrinks while the other grows
         "activations" if kept > own else "gradients": max(kept, own),
@@ -81,7 +83,7 @@ def least(config: Any, ranks: int) -> dict[str, int]:
     }
 
 
-def activations_of(config: Any, args: FluxModelArgs) -> int:
+def activations_of(config: FluxJobConfig, args: FluxModelArgs) -> int:
     """Bytes that all blocks keep for a microbatch of one rank, before they are shared out."""
     ac, t = config.activation_checkpoint, config.training
     mode, option = ac.mode, ac.selective_ac_option
@@ -114,14 +116,14 @@ def activations_of(config: Any, args: FluxModelArgs) -> int:
     return Timeline(tracker.segments[1:]).repeated(blocks_of(args)).activations
 
 
-def _remedy(need: dict[str, int], config: Any) -> str:
-    dearest = max(need, key=need.__getitem__)
-    if dearest == "activations":
+def _remedy(need: dict[str, int], config: FluxJobConfig) -> str:
+    largest = max(need, key=need.__getitem__)
+    if largest == "activations":
         lower = "a smaller training.local_batch_size, or parallelism.context_parallel_degree"
         if config.activation_checkpoint.mode in ("none", "selective"):
             return f'set activation_checkpoint.mode = "full", {lower}'
         return f"set {lower}"
-    if dearest == "gradients of microbatches":
+    if largest == "gradients of microbatches":
         return (
             "raise training.local_batch_size so that training.global_batch_size takes one "
             "microbatch, or shard by parallelism.tensor_parallel_degree"

@@ -15,7 +15,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -24,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchtitan.tools import utils
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, read_args
 from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
 from torchtitan_flux.encoders.pretrained import read_clip_config, read_t5_config
@@ -74,7 +74,9 @@ class Frozen:
         return self.t5 + self.clip + self.codec
 
 
-def frozen_parts(config: Any, args: FluxModelArgs, shard: int, dtype: torch.dtype) -> Frozen:
+def frozen_parts(
+    config: FluxJobConfig, args: FluxModelArgs, shard: int, dtype: torch.dtype
+) -> Frozen:
     """Sizes of the configured encoders and codec.
 
     Args:
@@ -104,7 +106,7 @@ def frozen_parts(config: Any, args: FluxModelArgs, shard: int, dtype: torch.dtyp
     )
 
 
-def frozen_weights(config: Any, args: FluxModelArgs, shard: int, size: int) -> int:
+def frozen_weights(config: FluxJobConfig, args: FluxModelArgs, shard: int, size: int) -> int:
     """Bytes of their weights alone; `size` of an element."""
     t5, clip, shape, _ = configured_parts(config, args)
     codec = 0 if shape is None else _autoencoder_parameters(shape)
@@ -113,7 +115,7 @@ def frozen_weights(config: Any, args: FluxModelArgs, shard: int, size: int) -> i
 
 
 def configured_parts(
-    config: Any, args: FluxModelArgs
+    config: FluxJobConfig, args: FluxModelArgs
 ) -> tuple[T5Config, CLIPTextConfig, AutoencoderArgs | None, list[str]]:
     """What is configured, or FLUX.1's own, and the names of the latter; no codec in pixel space."""
     encoder = config.encoder

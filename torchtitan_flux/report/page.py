@@ -1,6 +1,7 @@
 """A run as one HTML page that needs nothing else: no network, no other file."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -15,19 +16,25 @@ from torchtitan_flux import __version__
 from torchtitan_flux.formatting import format_bytes
 from torchtitan_flux.report.run import Run, spread
 
-LOSS, VALIDATION = "loss_metrics/global_avg_loss", "validation_metrics/"
-BY_TIME = "loss_t="
+LOSS, MAX_LOSS = "loss_metrics/global_avg_loss", "loss_metrics/global_max_loss"
+VALIDATION = "validation_metrics/loss"
+AVERAGE = re.compile(r"validation_metrics/(ema.*)/loss")
+BY_TIME = re.compile(r"validation_metrics/loss_t=(\d+(?:\.\d+)?)")
 OTHERS = {
     "grad_norm": "Gradient norm, before clipping",
     "lr": "Learning rate",
     "throughput/images_per_second": "Images/s, all devices",
+    "throughput/tokens_per_second": "Tokens/s, all devices",
     "throughput/tflops_per_device": "TFLOP/s of each device",
     "mfu(%)": "MFU, % of the device's peak",
     "time_metrics/seconds_per_step": "Step time, s",
     "time_metrics/data_wait(%)": "Waiting for data, % of the time",
     "memory/max_reserved(GiB)": "Memory, GiB, peak of rank 0",
 }
-FACTS = {"seed": "Seed", "global_batch_size": "Global batch", "randomness_version": "Randomness"}
+Points = Mapping[int, float] | Mapping[float, float]
+"""Values by step or by time."""
+POINTS = 2000
+"""A curve is drawn with so many points at most."""
 
 
 def page(run: Run, now: float) -> str:
@@ -37,15 +44,10 @@ def page(run: Run, now: float) -> str:
         run: what the run left.
         now: seconds since the epoch, for the footer.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["when"] = when
-    environment.filters["bytes"] = format_bytes
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters |= {"when": when, "bytes": format_bytes}
     source = resources.files("torchtitan_flux").joinpath("report/page.html.j2")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
-    facts = next(iter(run.checkpoints.values())).facts if run.checkpoints else None
-    return template.render(
+    return environment.from_string(source.read_text(encoding="utf-8")).render(
         run=run,
         version=__version__,
         now=now,
@@ -53,12 +55,6 @@ def page(run: Run, now: float) -> str:
         tiles=tiles(run),
         figures={name: figure.to_json() for name, figure in figures(run).items()},
         not_finite=not_finite(run),
-        differing=[
-            (key, value, run.defaults.get(key, "no such key"))
-            for key, value in run.config.items()
-            if value != _as_stored(run.defaults.get(key, ...))
-        ],
-        facts={label: getattr(facts, name) for name, label in FACTS.items()} if facts else {},
     )
 
 
@@ -71,50 +67,43 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     """Name, value and note of the figures at the top."""
     steps = run.config.get("training.steps")
     found = [("Step", f"{run.step:,}", f"of {steps:,}" if steps else "of how many is unknown")]
-    for tag, name in ((LOSS, "Training loss"), (f"{VALIDATION}loss", "Validation loss")):
-        if series := run.scalars.get(tag):
-            step = max(series)
-            found.append((name, f"{series[step]:.4g}", f"at step {step:,}"))
     for tag, series in run.scalars.items():
-        if tag.startswith("score/"):
+        last = max(series)
+        if tag in (LOSS, VALIDATION):
+            name = "Training loss" if tag == LOSS else "Validation loss"
+            found.append((name, f"{series[last]:.4g}", f"at step {last:,}"))
+        elif tag.startswith("score/"):
             name = tag.removeprefix("score/").replace("_", " ")
-            found.append(("Score", f"{series[max(series)]:.4g}", name))
-    if series := run.scalars.get("throughput/images_per_second"):
-        found.append(
-            ("Throughput", f"{statistics.median(series.values()):.4g}", "images/s, median")
-        )
+            found.append(("Score", f"{series[last]:.4g}", name))
+        elif tag == "throughput/images_per_second":
+            median = statistics.median(series.values())
+            found.append(("Throughput", f"{median:.4g}", "images/s, median"))
     if run.starts:
-        minutes = sum(end - begin for begin, end in run.starts) / 60
+        minutes = sum(start.end - start.begin for start in run.starts) / 60
         found.append(("Time", f"{minutes:.1f} min", f"in {len(run.starts)} start(s)"))
     return found
 
 
 def figures(run: Run) -> dict[str, go.Figure]:
     """Every curve, by the id of its element."""
-    averages = sorted(
-        tag.removeprefix(VALIDATION).removesuffix("/loss")
-        for tag in run.scalars
-        if tag.startswith(f"{VALIDATION}ema") and tag.endswith("/loss")
-    )
-    lines = {"training": LOSS, "validation": f"{VALIDATION}loss"}
-    lines |= {f"validation, {name}": f"{VALIDATION}{name}/loss" for name in averages}
+    lines = {"training": LOSS, "validation": VALIDATION}
+    if run.scalars.get(MAX_LOSS) != run.scalars.get(LOSS):
+        lines["training, highest of a rank"] = MAX_LOSS
+    lines |= {f"validation, {m[1]}": tag for tag in run.scalars if (m := AVERAGE.fullmatch(tag))}
+    loss = {name: run.scalars[tag] for name, tag in lines.items() if tag in run.scalars}
+    times = {float(m[1]): s for tag, s in run.scalars.items() if (m := BY_TIME.fullmatch(tag))}
+    times = dict(sorted(times.items()))
+    common = sorted(set.intersection(*map(set, times.values()))) if times else []
+    profile = {
+        f"step {step:,}": {time: series[step] for time, series in times.items()}
+        for step in spread(common, 4)
+    }
+    by_time = {f"t {time:.2f}": series for time, series in times.items()}
     found = {
-        "loss": _figure("Loss", {k: run.scalars[t] for k, t in lines.items() if t in run.scalars})
+        "loss": _figure("Loss", loss),
+        "by-time": _figure("Validation loss by time (0 data, 1 noise)", by_time),
+        "profile": _figure("Validation loss over t", profile, x="t"),
     }
-    by_time = {
-        float(tag.removeprefix(VALIDATION + BY_TIME)): series
-        for tag, series in run.scalars.items()
-        if tag.startswith(VALIDATION + BY_TIME)
-    }
-    if by_time:
-        named = {f"t {t:.2f}": series for t, series in sorted(by_time.items())}
-        found["by-time"] = _figure("Loss by time (0 data, 1 noise)", named)
-        steps = sorted(set.intersection(*map(set, by_time.values())))
-        profile = {
-            f"step {step:,}": {t: series[step] for t, series in sorted(by_time.items())}
-            for step in spread(steps, 4)
-        }
-        found["profile"] = _figure("Validation loss over t", profile, x="t")
     for tag, title in OTHERS.items():
         if tag in run.scalars:
             name = "".join(c if c.isalnum() else "-" for c in tag)
@@ -124,42 +113,26 @@ def figures(run: Run) -> dict[str, go.Figure]:
 
 def not_finite(run: Run) -> list[int]:
     """Logged steps whose loss or gradient norm was not finite."""
-    tags = (LOSS, "grad_norm")
-    series = [run.scalars.get(tag, {}) for tag in tags]
+    series = [run.scalars.get(tag, {}) for tag in (LOSS, "grad_norm")]
     return sorted({step for one in series for step, v in one.items() if not math.isfinite(v)})
 
 
-def _figure(title: str, lines: Mapping[str, Mapping[Any, float]], x: str = "step") -> go.Figure:
+def thinned(series: Points) -> list[tuple[int | float, float]]:
+    """Points by step: all, or of each stretch the lowest and the highest, so that spikes stay."""
+    points = sorted(series.items())
+    size = max(1, math.ceil(2 * len(points) / POINTS))
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    kept = {pick(s, key=lambda point: point[1]) for s in stretches for pick in (min, max)}
+    return sorted(kept, key=lambda point: point[0])
+
+
+def _figure(title: str, lines: Mapping[str, Points], x: str = "step") -> go.Figure:
     figure = go.Figure()
     for name, series in lines.items():
-        points = sorted(series.items())
+        points = thinned(series)
         mode = "lines+markers" if len(points) < 40 else "lines"
         figure.add_scatter(x=[p for p, _ in points], y=[v for _, v in points], name=name, mode=mode)
-    scale = [
-        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]}
-        for kind in ("linear", "log")
-    ]
-    figure.update_layout(
-        title=title,
-        xaxis_title=x,
-        height=340,
-        margin={"l": 50, "r": 10, "t": 60, "b": 40},
-        legend={"orientation": "h", "y": -0.25},
-        showlegend=len(lines) > 1,
-        updatemenus=[
-            {
-                "type": "buttons",
-                "buttons": scale,
-                "direction": "left",
-                "x": 1,
-                "y": 1.2,
-                "xanchor": "right",
-            }
-        ],
-    )
+    margin: dict[str, Any] = {"l": 50, "r": 10, "t": 50, "b": 40}
+    figure.update_layout(title=title, xaxis_title=x, height=340, margin=margin)
+    figure.update_layout(legend={"orientation": "h", "y": -0.25}, showlegend=len(lines) > 1)
     return figure
-
-
-def _as_stored(value: Any) -> Any:
-    """A default as the stored configuration would have it."""
-    return "None" if value is None else value

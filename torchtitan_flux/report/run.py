@@ -1,10 +1,10 @@
 """What a run left in its dump folder, as plain data."""
 
 import base64
+import contextlib
 import io
 import json
 import logging
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torchtitan_flux.training.environment import NAME as ENVIRONMENT
 from torchtitan_flux.training.environment import read_json_lines
 
 MAX_GRIDS, MAX_GRID_BYTES, MAX_GRID_SIDE = 40, 400_000, 1600
+OTHER_RANK = re.compile(r"rank_0*[1-9]\d*")
 Series = dict[int, float]
 """Step -> value."""
 
@@ -43,38 +44,36 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that the page shows.
+class Start:
+    """What one start logged, from `begin` to `end` (seconds since the epoch)."""
 
-    Attributes:
-        folder: the dump folder, absolute.
-        state: "running", "finished", "stopped" or "unknown".
-        step: the last one that was logged, drawn or saved.
-        scalars: series by TensorBoard's tag.
-        starts: begin and end of every start that logged, in seconds since the epoch.
-        config, defaults: values by "section.key"; `config` is empty where the run left none.
-        grids: at most MAX_GRIDS of the `grid_count` that the run drew.
-        checkpoints: complete ones, newest first.
-        incomplete: steps of those that are not.
-        quarantine: items that could not be read.
-        environments: what each start ran on.
-        missing: what the page cannot show, a sentence each.
-    """
-
-    folder: Path
-    state: str
-    step: int
+    begin: float
+    end: float
     scalars: dict[str, Series]
-    starts: list[tuple[float, float]]
-    config: dict[str, Any]
-    defaults: dict[str, Any]
-    grids: list[Grid]
+
+    @property
+    def first_step(self) -> int:
+        return min(min(series) for series in self.scalars.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the page shows."""
+
+    folder: Path  # absolute
+    state: str  # "running", "finished", "stopped" or "unknown"
+    step: int  # the last one that was logged, drawn or saved
+    scalars: dict[str, Series]  # by TensorBoard's tag
+    starts: list[Start]
+    config: dict[str, Any]  # by "section.key"; empty where the run left none
+    differing: list[tuple[str, Any, Any]]  # key, value, default
+    grids: list[Grid]  # at most MAX_GRIDS of `grid_count`
     grid_count: int
-    checkpoints: dict[int, Manifest]
+    checkpoints: dict[int, Manifest]  # complete ones, newest first
     incomplete: list[int]
     quarantine: list[dict[str, Any]]
     environments: list[dict[str, Any]]
-    missing: list[str]
+    missing: list[str]  # what the page cannot show, a sentence each
 
 
 def read_run(folder: Path) -> Run:
@@ -83,11 +82,14 @@ def read_run(folder: Path) -> Run:
     Raises:
         NotARun: there is nothing of a run in it.
     """
-    defaults = _flat(asdict(FluxJobConfig()))
+    # an unset key is stored as "None"
+    flat = _flat(asdict(FluxJobConfig())).items()
+    defaults = {key: "None" if value is None else value for key, value in flat}
     config = _read_config(folder)
-    known = {**defaults, **config}
-    scalars, starts = _read_scalars(folder / str(known["metrics.save_tb_folder"]))
-    files = _grid_files(folder / str(known["sampling.folder"]))
+    known = defaults | config
+    starts = _read_starts(folder / str(known["metrics.save_tb_folder"]))
+    scalars = joined(starts)
+    files = _grid_files(folder / str(known["sampling.folder"]), starts)
     checkpoints = folder / str(known["checkpoint.folder"])
     saved = list_steps(checkpoints)
     if not (config or scalars or files or saved):
@@ -96,18 +98,15 @@ def read_run(folder: Path) -> Run:
             f"{folder} {reason} (no config.toml, tb/, samples/step-N.png, checkpoint/step-N): "
             "give the job.dump_folder of a run"
         )
-    missing = []
-    if not config:
-        missing.append("No configuration (job.save_config_file).")
-    if not scalars:
-        missing.append("No TensorBoard values (metrics.enable_tensorboard): no curves.")
-    elif "validation_metrics/loss" not in scalars:
-        missing.append("No validation loss (validation.enable).")
-    if not files:
-        missing.append("No grids of pictures (sampling.enable).")
     environments = read_json_lines(folder / ENVIRONMENT)
-    if not environments:
-        missing.append(f"No {ENVIRONMENT}: versions, devices and number of ranks are unknown.")
+    sentences = {
+        "No configuration (job.save_config_file).": config,
+        "No TensorBoard values (metrics.enable_tensorboard): no curves.": scalars,
+        "No validation loss (validation.enable).": "validation_metrics/loss" in scalars,
+        "No grids of pictures (sampling.enable).": files,
+        f"No {ENVIRONMENT}: versions, devices and number of ranks are unknown.": environments,
+    }
+    missing = [sentence for sentence, found in sentences.items() if not found]
     grids = []
     for step, file in spread(files, MAX_GRIDS):
         try:
@@ -124,7 +123,11 @@ def read_run(folder: Path) -> Run:
         scalars=scalars,
         starts=starts,
         config=config,
-        defaults=defaults,
+        differing=[
+            (key, value, defaults.get(key, "no such key"))
+            for key, value in config.items()
+            if value != defaults.get(key, ...)
+        ],
         grids=grids,
         grid_count=len(files),
         checkpoints=complete,
@@ -162,18 +165,32 @@ def read_grid(step: int, path: Path) -> Grid:
         prompts = json.loads(facts.pop("prompts", ""))
     except ValueError:
         prompts = []
+    facts.pop("step", None)
     prompts = list(map(str, prompts)) if isinstance(prompts, list) else []
     data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return Grid(step, prompts, facts, data)
 
 
+def joined(starts: list[Start]) -> dict[str, Series]:
+    """Series of a run, by tag; a later start counts from its first step on.
+
+    At that step itself only for what it logs again: a finished run that is started again keeps
+    the loss of its last step.
+    """
+    scalars: dict[str, Series] = {}
+    for start in starts:
+        for tag, series in scalars.items():
+            scalars[tag] = {step: v for step, v in series.items() if step <= start.first_step}
+        for tag, series in start.scalars.items():
+            scalars[tag] = scalars.get(tag, {}) | series
+    return {tag: series for tag, series in scalars.items() if series}
+
+
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for name, value in table.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return found
 
 
@@ -192,49 +209,41 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_scalars(folder: Path) -> tuple[dict[str, Series], list[tuple[float, float]]]:
-    """Every tag, and the starts; where starts overlap, the later one counts from its first step."""
+def _read_starts(folder: Path) -> list[Start]:
+    """What the event files hold, by time; where all ranks log, rank 0's."""
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    sessions = []
-    for directory in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
-        events = EventAccumulator(str(directory), size_guidance={SCALARS: 0})
+    starts = []
+    for path in folder.rglob("events.out.tfevents.*"):
+        if any(OTHER_RANK.fullmatch(part) for part in path.relative_to(folder).parts):
+            continue
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0})
         try:
             events.Reload()
         except Exception:  # whatever a damaged file makes it raise: what was read before stays
-            logging.getLogger(__name__).warning("%s is damaged", directory)
+            logging.getLogger(__name__).warning("%s is damaged", path)
         tags = {tag: events.Scalars(tag) for tag in events.Tags()[SCALARS]}
         times = [event.wall_time for values in tags.values() for event in values]
         if times:
-            sessions.append((min(times), max(times), tags))
-    scalars: dict[str, Series] = {}
-    for _, _, tags in sorted(sessions, key=lambda session: session[0]):
-        first = min(values[0].step for values in tags.values())
-        scalars = {
-            tag: {step: value for step, value in series.items() if step < first}
-            for tag, series in scalars.items()
-        }
-        for tag, values in tags.items():
-            scalars.setdefault(tag, {}).update({event.step: event.value for event in values})
-    found = {tag: series for tag, series in scalars.items() if series}
-    return found, sorted((begin, end) for begin, end, _ in sessions)
+            series = {tag: {e.step: e.value for e in values} for tag, values in tags.items()}
+            starts.append(Start(min(times), max(times), series))
+    return sorted(starts, key=lambda start: start.begin)
 
 
-def _grid_files(folder: Path) -> list[tuple[int, Path]]:
-    names = ((re.fullmatch(r"step-(\d+)\.png", p.name), p) for p in folder.glob("step-*.png"))
-    return sorted((int(match[1]), path) for match, path in names if match)
+def _grid_files(folder: Path, starts: list[Start]) -> list[tuple[int, Path]]:
+    """(step, file) by step, without those of steps that a later start took back."""
+    found = []
+    for path in folder.glob("step-*.png"):
+        if match := re.fullmatch(r"step-(\d+)\.png", path.name):
+            step, drawn = int(match[1]), path.stat().st_mtime
+            if not any(drawn < start.begin and step > start.first_step for start in starts):
+                found.append((step, path))
+    return sorted(found)
 
 
 def _state(folder: Path, step: int, steps: int | None) -> str:
-    try:
-        lock = os.open(folder / "run.lock", os.O_RDONLY)
-    except OSError:
-        pass
-    else:
-        try:
-            if try_lock(lock, shared=True) is False:
-                return "running"
-        finally:
-            os.close(lock)
+    with contextlib.suppress(OSError), (folder / "run.lock").open() as lock:
+        if try_lock(lock.fileno(), shared=True) is False:
+            return "running"
     if steps is None:
         return "unknown"
     return "finished" if step >= steps else "stopped"

@@ -45,6 +45,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="refuse",
         help="what to do with tensors that no FLUX.1 transformer has",
     )
+    parser.add_argument(
+        "--ema",
+        metavar="DECAY",
+        nargs="?",
+        const="",
+        help="take the average of the weights; its decay, where the checkpoint has several",
+    )
     parser.add_argument("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
     parser.add_argument("--verify", action="store_true", help="read back, compare every tensor")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -74,7 +81,11 @@ def main(argv: list[str] | None = None) -> None:
             return
         convert(
             open_as(
-                options.source, options.flavor, options.guidance_weights, options.unknown_weights
+                options.source,
+                options.flavor,
+                options.guidance_weights,
+                options.unknown_weights,
+                options.ema,
             ),
             options.target,
             options.to,
@@ -87,22 +98,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_as(
-    path: Path, flavor: str | None, guidance: Guidance = "match", unknown: Unknown = "refuse"
+    path: Path,
+    flavor: str | None,
+    guidance: Guidance = "match",
+    unknown: Unknown = "refuse",
+    average: str | None = None,
 ) -> Weights:
     """Open weights; a flavor stands in for what they do not say of themselves.
 
     Widths that follow the encoders are taken from the weights, unless the flavor fixes them.
     """
     if flavor is None:
-        return open_weights(path, guidance=guidance, unknown=unknown)
+        return open_weights(path, guidance=guidance, unknown=unknown, average=average)
     args = FLAVORS[flavor]
     if flavor not in FIXED_WIDTH_FLAVORS:
-        return open_weights(path, guidance=guidance, alike=args, unknown=unknown)
+        return open_weights(path, guidance=guidance, alike=args, unknown=unknown, average=average)
     if guidance == ("drop" if args.guidance_embed else "initialize"):
         raise ValueError(
             f"--guidance_weights {guidance} contradicts --flavor {flavor}; leave one of them out"
         )
-    return open_weights(path, with_blocks_of(path, args), guidance, unknown=unknown)
+    return open_weights(
+        path, with_blocks_of(path, args), guidance, unknown=unknown, average=average
+    )
 
 
 @contextmanager

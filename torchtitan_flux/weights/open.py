@@ -43,7 +43,7 @@ from torchtitan_flux.weights.locations import (
 from torchtitan_flux.weights.names import layout_of
 from torchtitan_flux.weights.scaled import without_scales
 from torchtitan_flux.weights.slices import joined_dtype, read_joined
-from torchtitan_flux.weights.tensor_sources import Box, RenamedSource, Source
+from torchtitan_flux.weights.tensor_sources import Box, DcpSource, RenamedSource, Source
 
 __all__ = [
     "COMFYUI_PREFIX",
@@ -152,6 +152,7 @@ def open_weights(
     alike: FluxModelArgs | None = None,
     unknown: Unknown = "refuse",
     contents: bool = True,
+    average: str | None = None,
 ) -> Weights:
     """Find out what a path holds, and check every key of it.
 
@@ -171,6 +172,8 @@ def open_weights(
             leaves them out, with a line in the log.
         contents: whether the files of a checkpoint of ours are read and compared with its manifest;
             else only their sizes are.
+        average: decay of the average of the weights to read from a checkpoint of ours, "" where
+            there is only one; None reads the weights.
 
     Raises:
         UnreadableWeights: the path is none of these formats, or contradicts itself, or its
@@ -181,6 +184,8 @@ def open_weights(
     trust: Trust = "verify alone" if alone else "verify"
     found = find(Path(path), trust if contents else "sizes")
     path = found.path
+    if average is not None:
+        found = replace(found, source=DcpSource(path, average))
     found = replace(found, source=without_scales(path, found.source))
     if args is None:
         args = found.declared

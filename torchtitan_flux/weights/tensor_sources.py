@@ -1,7 +1,8 @@
 """Where foreign tensors lie: in safetensors files, or in a DCP checkpoint. Read part by part."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from torchtitan_flux.checkpoint.storage import NOT_MODEL, SafeReader
+from torchtitan_flux.checkpoint.storage import EMA_PREFIX, NOT_MODEL, SafeReader
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights
 
 Box = tuple[slice, ...]
@@ -88,22 +89,31 @@ class RenamedSource:
 class DcpSource:
     """The weights of a DCP checkpoint, whatever mesh they were saved from.
 
+    Args:
+        folder: the checkpoint.
+        average: decay of the average (`ema.decay`) that is read in the weights' place; "" where
+            there is only one.
+
     Raises:
-        UnreadableWeights: the metadata cannot be read, or name code.
+        UnreadableWeights: the metadata cannot be read, or name code; or there is no such average.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, average: str | None = None) -> None:
         self._reader = SafeReader(folder)
         try:
             metadata = self._reader.read_metadata()
-            self._tensors = {
+            entries = {
                 name: entry
                 for name, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata) and not name.startswith(NOT_MODEL)
+                if isinstance(entry, TensorStorageMetadata)
             }
             self._places = metadata.storage_data
         except Exception as error:  # a restricted unpickler meets anything
             raise UnreadableWeights(f"{folder} is no readable DCP checkpoint: {error}") from None
+        self._stored = {name: name for name in entries if not name.startswith(NOT_MODEL)}
+        if average is not None:
+            self._stored |= _average(folder, entries, average)
+        self._tensors = {name: entries[stored] for name, stored in self._stored.items()}
         self._folder = folder
         self.headers = []
         self.dtypes = {name: one.properties.dtype for name, one in self._tensors.items()}
@@ -121,7 +131,9 @@ class DcpSource:
             ]
             if any(low >= high for low, high in overlap) and shape:
                 continue
-            stored = self._chunk(MetadataIndex(name, chunk.offsets, number), tuple(chunk.sizes))
+            stored = self._chunk(
+                MetadataIndex(self._stored[name], chunk.offsets, number), tuple(chunk.sizes)
+            )
             wanted = stored[
                 tuple(
                     slice(low - at, high - at)
@@ -162,3 +174,17 @@ class DcpSource:
                 f"{path}: {index.fqn} has a part of shape {tuple(tensor.shape)}, expected {shape}"
             )
         return tensor
+
+
+def _average(folder: Path, entries: Iterable[str], decay: str) -> dict[str, str]:
+    """Parameters of an average -> their stored names; what was not trained has none."""
+    found: dict[str, dict[str, str]] = {}
+    for stored in entries:
+        if match := re.fullmatch(rf"{re.escape(EMA_PREFIX)}([\d.e-]+)\.([a-z].*)", stored):
+            found.setdefault(match[1], {})[match[2]] = stored
+    if decay == "" and len(found) == 1:
+        return next(iter(found.values()))
+    if decay not in found:
+        there = f"it has those of decay {', '.join(found)}" if found else "it has none"
+        raise UnreadableWeights(f"{folder}: no average {decay or 'alone'} of the weights; {there}")
+    return found[decay]

@@ -7,14 +7,14 @@ from pathlib import Path
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
-from documents import commands
 from PIL import Image
-from unit.inference.recorded import DRAWN
 
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.image_file import save_picture
-from torchtitan_flux.inference.command import parse, task_of
+from torchtitan_flux.inference.command import changed, parse, task_of
+from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
+from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.planning.command import model_args
 from torchtitan_flux.sampling.generate import SampleSettings
 from torchtitan_flux.startup.load_config import ConfigError, load_config, read_config
@@ -22,35 +22,17 @@ from torchtitan_flux.startup.model_args import resolve_model_args
 
 REPO = Path(__file__).resolve().parents[3]
 GUIDE = (REPO / "docs" / "inference.md").read_text(encoding="utf-8")
+NAMES = {"flavor": "flux-digits", "weights": "elsewhere", "t5": "/etc/passwd"}
+DRAWN = PictureSettings(
+    "a handwritten seven", "", SampleSettings(ImageSize(8, 8), 4, seed=9), 3, NAMES
+)
 DIGITS = ["--job.config_file", "train_configs/flux_digits.toml"]
 
 
 def task(*argv: str):
     options, rest = parse([*argv, *DIGITS])
     config = load_config(rest, training=False)
-    return task_of(options, config, resolve_model_args(config), 1)
-
-
-@pytest.mark.parametrize("command", commands("docs/inference.md"), ids=lambda c: c.text)
-def test_documented_commands_are_understood(command, tmp_path, monkeypatch):
-    """Every option is known, and every key of the configuration is."""
-    assert set(command.environment) <= {"CONFIG_FILE", "NGPU"}
-    config = command.environment.get("CONFIG_FILE")
-    program = 1 if command.words[0] == "./run_infer.sh" else 3
-    argv = command.words[program:]
-    assert command.words[:program] in (
-        ["./run_infer.sh"],
-        ["python", "-m", "torchtitan_flux.infer"],
-    )
-    if "--from-png" in argv:
-        with pytest.raises(ConfigError, match=r"seven\.png does not exist"):
-            parse(argv)
-        return
-    options, rest = parse(argv)
-    assert options.prompt or options.prompts
-    if config is not None:
-        rest = ["--job.config_file", config, *rest]
-    read_config(rest)  # refuses keys that do not exist
+    return task_of(options, config, resolve_model_args(config))
 
 
 def test_every_option_is_in_the_guide(capsys):
@@ -94,13 +76,6 @@ def test_what_cannot_be_asked_for_names_the_option(argv, said):
         task(*argv)
 
 
-def test_memory_is_of_an_estimate():
-    with pytest.raises(ConfigError, match="--estimate"):
-        parse(["--prompt", "a", "--memory", "8"])
-    with pytest.raises(ConfigError, match="--from-png"):
-        parse(["--prompt", "a", "--trust"])
-
-
 @pytest.mark.parametrize(
     ("option", "wrong"),
     [
@@ -109,12 +84,11 @@ def test_memory_is_of_an_estimate():
         ("cfg", ("nan", "inf", "-1")),
         ("guidance", ("nan", "inf", "-0.5")),
         ("seed", ("-2",)),
-        ("memory", ("nan", "inf", "-1")),
     ],
 )
 def test_numbers_that_can_never_be_are_refused_before_anything_starts(option, wrong):
     for value in wrong:
-        argv = ["--prompt", "a", "--estimate", f"--{option}", value]
+        argv = ["--prompt", "a", f"--{option}", value]
         with pytest.raises(ConfigError, match=f"--{option} {value}"):
             parse(argv)
 
@@ -200,7 +174,7 @@ def settings(*argv: str, config: str = "train_configs/flux_dev_model.toml") -> S
     """As on a machine that has none of the files."""
     options, rest = parse(["--prompt", "a", "--job.config_file", config, *argv])
     read = read_config(rest)
-    return task_of(options, read, model_args(read), 1).settings
+    return task_of(options, read, model_args(read)).settings
 
 
 WEIGHTS = ("--weights", "flux1-dev.safetensors")
@@ -234,3 +208,35 @@ def test_a_checkpoint_of_a_run_is_drawn_as_the_run_draws(tmp_path, name):
     assert (found.cfg, found.guidance) == (5.0, 1.0)
     (tmp_path / name).unlink()
     assert settings("--weights", str(tmp_path)).cfg == 1.0
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_says_how_it_was_drawn(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    save_picture(Image.new("L", (8, 8)), path, DRAWN.facts())
+    assert PictureSettings.read(path) == DRAWN
+    found = task("--from-png", str(path))
+    assert found.settings == DRAWN.settings
+    assert [(r.prompt, r.index) for r in found.requests] == [(DRAWN.prompt, 3)]
+    options, rest = parse(["--from-png", str(path), "--seed", "10", *DIGITS])
+    assert rest == DIGITS, "nothing that a picture names is opened"
+    config = load_config(rest, training=False)
+    lines = changed(options, task_of(options, config, resolve_model_args(config)))
+    assert lines == ["--seed 10 (the picture: 9)"]
+    assert list(DRAWN.differences({"weights": "mine", "flavor": "flux-digits"})) == [
+        "weights mine (the picture: elsewhere)"
+    ]
+
+
+def test_pictures_that_say_nothing(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png")
+    (tmp_path / "text.png").write_text("x")
+    cut = {k: v for k, v in DRAWN.facts().items() if k != "steps"}
+    save_picture(Image.new("L", (8, 8)), tmp_path / "cut.png", cut)
+    for name, said in {
+        "foreign": "holds no settings", "text": "can be read", "cut": "steps", "no": "not exist",
+    }.items():  # fmt: skip
+        with pytest.raises(NoPicture, match=said):
+            PictureSettings.read(tmp_path / f"{name}.png")
+        with pytest.raises(ConfigError, match=f"--from-png: .*{name}.png"):
+            parse(["--from-png", str(tmp_path / f"{name}.png")])

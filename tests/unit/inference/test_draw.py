@@ -12,13 +12,13 @@ from torch import nn
 
 from torchtitan_flux.encoders.codec import PixelCodec
 from torchtitan_flux.inference.draw import (
-    AT_ONCE,
+    MAX_IMAGES_PER_CHUNK,
     NotFinite,
     Request,
+    assign,
     batches_of,
     draw,
-    places,
-    portion,
+    rounds_per_chunk,
 )
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
@@ -33,7 +33,7 @@ SETTINGS = SampleSettings(ImageSize(16, 16), steps=2, seed=5)
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 11, 30])
 def test_every_picture_is_drawn_where_its_place_says(count, ranks, batch):
-    where = places(count, ranks, batch)
+    where = assign(count, ranks, batch)
     assert len(where) == len(set(where)) == count
     of_rank = [batches_of(rank, where) for rank in range(ranks)]
     for number, place in enumerate(where):
@@ -145,11 +145,11 @@ def test_the_next_picture_of_a_caption_is_the_first_of_the_next_seed():
     assert not torch.equal(together[0], together[1])
 
 
-def test_many_pictures_go_from_part_to_part_in_portions():
+def test_many_pictures_go_from_part_to_part_in_rounds_per_chunks():
     """Memory and the wait for the first picture do not grow with their number."""
-    count, batch = 2 * AT_ONCE + 3, 2
+    count, batch = 2 * MAX_IMAGES_PER_CHUNK + 3, 2
     requests = [Request("x" * (1 + i), i) for i in range(count)]
-    rounds = batches_of(0, places(count, 1, batch))
+    rounds = batches_of(0, assign(count, 1, batch))
     found, steps = {}, {}
     stages = {apart: Noted(apart, torch.device("cpu")) for apart in (False, True)}
     for apart, one in stages.items():
@@ -157,7 +157,7 @@ def test_many_pictures_go_from_part_to_part_in_portions():
         images = draw(one, GEOMETRY, requests, rounds, SETTINGS, "", steps[apart].append)
         first = next(images)
         if apart:
-            assert one.done == ["text", *["caption"] * AT_ONCE, "transformer", "codec"]
+            assert one.done == ["text", *["caption"] * MAX_IMAGES_PER_CHUNK, "transformer", "codec"]
         found[apart] = torch.cat([first, *images])
     assert torch.equal(found[True], found[False])
     assert len(found[True]) == count
@@ -166,6 +166,10 @@ def test_many_pictures_go_from_part_to_part_in_portions():
     assert [stages[True].done.count(part) for part in ("text", "transformer", "codec")] == [3] * 3
 
 
-def test_a_portion_is_one_round_at_least():
-    assert [portion(batch) for batch in (1, 2, AT_ONCE)] == [AT_ONCE, AT_ONCE // 2, 1]
-    assert portion(3 * AT_ONCE) == 1
+def test_a_rounds_per_chunk_is_one_round_at_least():
+    assert [rounds_per_chunk(batch) for batch in (1, 2, MAX_IMAGES_PER_CHUNK)] == [
+        MAX_IMAGES_PER_CHUNK,
+        MAX_IMAGES_PER_CHUNK // 2,
+        1,
+    ]
+    assert rounds_per_chunk(3 * MAX_IMAGES_PER_CHUNK) == 1

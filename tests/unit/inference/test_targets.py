@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -14,9 +13,7 @@ from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.targets import check_free, check_room, check_writable, targets
 from torchtitan_flux.latents import ImageSize
 
-CONFIG = SimpleNamespace(
-    job=SimpleNamespace(dump_folder="run"), inference=SimpleNamespace(save_img_folder="img.v1")
-)
+CONFIG = Path("run/img.v1")
 ONE = [Request("a", 0)]
 TWO = [Request("a", 0), Request("ein Füchslein", 1)]
 AGAIN = [Request("a", 0), Request("a", 0, 1), Request("b", 1), Request("b", 1, 1)]

@@ -13,13 +13,7 @@ from torchtitan_flux.planning.command import model_args, parse_mesh
 from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.estimate import GIB, estimate, with_mesh
 from torchtitan_flux.planning.fits import fits, least
-from torchtitan_flux.planning.propose import (
-    Machine,
-    meshes,
-    propose,
-    why_nothing_fits,
-    with_checkpointing,
-)
+from torchtitan_flux.planning.propose import USABLE, meshes, propose, with_checkpointing
 from torchtitan_flux.planning.report import plan_text, proposals_text
 from torchtitan_flux.planning.timeline import Segment, Timeline
 from torchtitan_flux.planning.tracker import MemoryTracker, ring_bytes
@@ -88,7 +82,7 @@ def test_bytes_on_a_ring_of_four(kind, sent):
 
 
 def test_meshes_are_all_that_the_model_can_be_cut_by():
-    found = list(meshes(FLAVORS["flux-dev"], 24, 8))
+    found = list(meshes(FLAVORS["flux-dev"], 24))
     assert all(mesh.ranks == 24 and 24 // mesh.tp % mesh.cp == 0 for mesh in found)
     assert len(found) == len(set(found))
     assert Mesh(cp=24) in found
@@ -102,34 +96,43 @@ def test_what_is_proposed_fits_and_what_needs_more_does_not():
     config = tiny()
     args = model_args(config)
     whole, _ = estimate(with_mesh(config, Mesh(shard=4)), args, Mesh(shard=4))
-    memory = whole.reserved / Machine().free
-    found = propose(config, args, 4, memory, keep=2)
-    assert len({p.mesh for p in found}) == 2
+    memory = whole.reserved / USABLE
+    found = propose(config, args, 4, memory, keep=3)
+    assert len({p.mesh for p in found}) == 3
+    needs = [p.estimate.reserved for p in found]
+    assert needs == sorted(needs)
     for p in found:
         plan = with_checkpointing(with_mesh(config, p.mesh), p.checkpointing)
-        plan.training.local_batch_size = p.batch
         assert estimate(plan, args, p.mesh)[0].reserved <= 1.05 * whole.reserved
-    text = proposals_text(found, 4, memory)
-    assert str(found[0].mesh) in text
-    assert "useful operations" in text
+    assert str(found[0].mesh) in proposals_text(found, 4, memory, 2)
     assert propose(config, args, 4, memory / 1000) == []
-    assert "nothing fits" in why_nothing_fits(config, args, 4, memory / 1000)
 
 
 def test_a_plan_says_what_does_not_fit():
-    config = with_mesh(tiny(), Mesh(replicate=2, shard=2, tp=2))
+    mesh = Mesh(replicate=2, shard=2, tp=2)
+    config = with_mesh(tiny(), mesh)
     args = model_args(config)
-    found, _ = estimate(config, args, Mesh(replicate=2, shard=2, tp=2))
-    text = plan_text(
-        config, args, Mesh(replicate=2, shard=2, tp=2), found, 2.0 * found.reserved, None
-    )
+    found, _ = estimate(config, args, mesh)
+    text = plan_text(config, args, mesh, found, 2.0 * found.reserved)
     assert "fits:" in text
     assert "gradients of replicas (all-reduce)" in text
     assert found.peak < found.reserved
-    text = plan_text(
-        config, args, Mesh(replicate=2, shard=2, tp=2), found, 1.0 * found.reserved, None
-    )
+    text = plan_text(config, args, mesh, found, 1.0 * found.reserved)
     assert "DOES NOT FIT" in text, "a part of the memory is not planned with"
+
+
+@pytest.mark.parametrize(
+    ("more", "optimizer", "averages"),
+    [((), 2, 0), (("--optimizer.name", "AdamW8bit"), 0.51, 0),
+     (("--optimizer.name", "Adafactor"), 0.0005, 0), (("--ema.decay", "0.9,0.99"), 2, 2)],
+)  # fmt: skip
+def test_optimizers_and_averages_are_counted(more, optimizer, averages):
+    """In multiples of the parameters, four bytes each."""
+    mesh = Mesh(shard=2)
+    found, _ = estimate(config := with_mesh(dev(*more), mesh), FLAVORS["flux-dev"], mesh)
+    assert config.ema.decay == ([0.9, 0.99] if averages else [])
+    assert found.optimizer / found.parameters == pytest.approx(optimizer, rel=0.05)
+    assert found.averages == averages * found.parameters
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +15,17 @@ from PIL import Image
 
 from torchtitan_flux.files import try_lock
 from torchtitan_flux.report.command import main
-from torchtitan_flux.report.page import OTHERS, figures, page, tiles
-from torchtitan_flux.report.run import MAX_GRID_SIDE, NotARun, Run, read_grid, read_run, spread
+from torchtitan_flux.report.page import OTHERS, POINTS, figures, page, thinned, tiles
+from torchtitan_flux.report.run import (
+    MAX_GRID_SIDE,
+    NotARun,
+    Run,
+    Start,
+    joined,
+    read_grid,
+    read_run,
+    spread,
+)
 
 NOW = 1_770_010_000.0
 HOSTILE = "</script><script>alert(1)</script> \" onerror='x' <b>&amp;"
@@ -67,12 +77,50 @@ def test_every_scalar_is_read_and_a_later_start_counts_from_its_first_step(writt
     assert len(run.starts) == 2
 
 
+def test_starts_that_overlap():
+    first = Start(0.0, 9.0, {"loss": {10: 1.0, 20: 2.0, 40: 4.0}, "score/x": {40: 99.0}})
+    back = Start(20.0, 29.0, {"loss": {20: 2.5, 30: 3.5}})
+    assert joined([first, back]) == {"loss": {10: 1.0, 20: 2.5, 30: 3.5}}
+    again = Start(30.0, 31.0, {"score/x": {30: 97.0}})  # a finished run: scored anew
+    assert joined([first, back, again])["loss"][30] == 3.5
+
+
+def test_files_of_one_folder_and_of_rank_0(event_writer, tmp_path):
+    tag = "loss_metrics/global_avg_loss"
+    for rank, value in (("rank_0", 1.0), ("rank_1", 5.0), ("rank_10", 6.0)):
+        event_writer(tmp_path / "tb" / "now" / rank, 0.0, [(tag, 1, value), (tag, 2, value)])
+    event_writer(tmp_path / "tb" / "now" / "rank_0", 50.0, [(tag, 2, 3.0)])
+    run = read_run(tmp_path)
+    assert run.scalars == {tag: {1: 1.0, 2: 3.0}}
+    assert len(run.starts) == 2
+
+
+def test_pictures_that_a_later_start_took_back_are_left_out(copy):
+    import os
+
+    for step in (9, 18):  # drawn between the first start and the second one, from 15 on
+        os.utime(copy / "samples" / f"step-{step}.png", (1_770_001_000,) * 2)
+    assert [grid.step for grid in read_run(copy).grids] == [9]
+
+
+def test_long_curves_keep_their_spikes():
+    series = {step: step / 1e5 for step in range(30_000)} | {777: 50.0, 12_345: -50.0}
+    points = thinned(series)
+    assert len(points) <= POINTS
+    assert {(777, 50.0), (12_345, -50.0)} <= set(points)
+    assert thinned({2: 1.0, 1: 0.0}) == [(1, 0.0), (2, 1.0)]
+
+
 def test_curves_hold_every_value_logged(written, run):
     found = figures(run)
     assert {"loss", "by-time", "profile"} <= set(found)
     assert len(found) == 3 + len([tag for tag in OTHERS if tag in written.scalars])
-    for tag, name in (("loss_metrics/global_avg_loss", 0), ("validation_metrics/loss", 1)):
-        curve = found["loss"].data[name]
+    for tag, name in (
+        ("loss_metrics/global_avg_loss", "training"),
+        ("loss_metrics/global_max_loss", "training, highest of a rank"),
+        ("validation_metrics/loss", "validation"),
+    ):
+        curve = next(line for line in found["loss"].data if line.name == name)
         assert dict(zip(curve.x, curve.y, strict=True)) == pytest.approx(written.scalars[tag])
     times = [0.0625, 0.4375, 0.9375]
     last = found["profile"].data[-1]
@@ -83,7 +131,7 @@ def test_curves_hold_every_value_logged(written, run):
 
 
 def test_averages_are_drawn_beside_the_loss(run):
-    more = {"validation_metrics/ema_0.99/loss": {6: 0.5}}
+    more = {"validation_metrics/ema_0.99/loss": {6: 0.5}, "validation_metrics/loss_t=x": {6: 1.0}}
     names = [line.name for line in figures(replace(run, scalars=run.scalars | more))["loss"].data]
     assert names[-1] == "validation, ema_0.99"
 
@@ -120,7 +168,7 @@ def test_configuration_environment_checkpoints_and_quarantine(read, said):
     assert said in re.sub(r"\n", "", read.text)
 
 
-def test_nothing_is_fetched_and_what_others_wrote_stays_text(read):
+def test_nothing_is_fetched_and_what_others_wrote_stays_text(run, read):
     for tag, values in read.tags:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
             assert (values.get(name) or "data:").startswith("data:"), (tag, values)
@@ -128,6 +176,8 @@ def test_nothing_is_fetched_and_what_others_wrote_stays_text(read):
     assert len(read.scripts) == 2
     assert "alert(1)" not in "".join(read.scripts)
     assert read.text.count(HOSTILE) == 2  # below the picture, and in the quarantine
+    hostile = replace(run, scalars={f"validation_metrics/ema{HOSTILE}/loss": {1: 1.0}})
+    assert len(Page(page(hostile, NOW)).scripts) == 2
     assert any("default-src 'none'" in (v.get("content") or "") for _, v in read.tags)
 
 
@@ -193,7 +243,9 @@ def test_damaged_parts_are_said_or_passed_over(copy):
 def test_states_and_a_configuration_as_json(copy):
     (copy / "config.toml").unlink()
     (copy / "run.json").write_text('{"job": {}, "training": {"steps": 24, "seed": null}}')
+    (copy / "quarantine.jsonl").write_text('{"item": "x"}')
     assert read_run(copy).state == "finished"
+    assert "of 24" in Page(page(read_run(copy), NOW)).text
     with (copy / "run.lock").open("w") as file:
         assert read_run(copy).state == "finished"
         try_lock(file.fileno())
@@ -217,6 +269,14 @@ def test_a_folder_that_is_no_run(tmp_path, capsys, name):
         main([str(tmp_path / name)])
     assert "give the job.dump_folder of a run" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.html*"))
+
+
+def test_without_plotly_the_command_says_what_to_install(written, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    monkeypatch.delitem(sys.modules, "torchtitan_flux.report.page")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(written.folder)])
+    assert 'pip install "torchtitan-flux[report]"' in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_written(written, tmp_path, capsys):

@@ -13,7 +13,7 @@ import made_weights as made
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from documents import claimed
+from documents import commands
 
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.weights import compare_command, convert_command
@@ -55,7 +55,7 @@ def test_every_command_of_the_document(folder, monkeypatch, capsys):
     for flavor in ("flux-schnell", "flux-tiny"):
         monkeypatch.setitem(FLAVORS, flavor, PLAIN)
     ran = []
-    for command in claimed(__file__, "test_every_command_of_the_document"):
+    for command in commands("docs/checkpoints.md"):
         python, script, *arguments = command.words
         assert python == "python"
         assert (ROOT / script).is_file()

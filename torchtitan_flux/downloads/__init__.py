@@ -1,1 +1,0 @@
-"""Files of a hub repository, fetched so that each is either whole and right or not there."""
