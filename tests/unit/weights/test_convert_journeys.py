@@ -13,10 +13,10 @@ import made_weights as made
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from documents import claimed
+from documents import commands
 
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.weights import compare_command, convert_command
+from torchtitan_flux.weights import compare, convert_command
 from torchtitan_flux.weights.convert import convert
 from torchtitan_flux.weights.convert_autoencoder import open_autoencoder
 from torchtitan_flux.weights.open import open_weights
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=1)
 GUIDED = replace(PLAIN, guidance_embed=True)
-SCRIPTS = {"convert_checkpoint": convert_command.main, "compare_checkpoints": compare_command.main}
+SCRIPTS = {"convert_checkpoint": convert_command.main, "compare_checkpoints": compare.main}
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_every_command_of_the_document(folder, monkeypatch, capsys):
     for flavor in ("flux-schnell", "flux-tiny"):
         monkeypatch.setitem(FLAVORS, flavor, PLAIN)
     ran = []
-    for command in claimed(__file__, "test_every_command_of_the_document"):
+    for command in commands("docs/checkpoints.md"):
         python, script, *arguments = command.words
         assert python == "python"
         assert (ROOT / script).is_file()
         main = SCRIPTS[Path(script).stem]
-        if main is compare_command.main:
+        if main is compare.main:
             with pytest.raises(SystemExit) as left:
                 main(arguments)
             assert left.value.code == 0, capsys.readouterr()
