@@ -16,7 +16,8 @@ from torch import Tensor
 from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.weights import architecture, to_bfl, to_diffusers
+from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
 
 ARGS = FluxModelArgs(
     in_channels=12,

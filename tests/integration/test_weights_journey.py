@@ -25,7 +25,8 @@ from torchtitan_flux import infer
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.sampling.schedules import Schedule
-from torchtitan_flux.weights import export, to_diffusers
+from torchtitan_flux.weights import export
+from torchtitan_flux.weights.key_maps import to_diffusers
 
 ARGS = FLAVORS["flux-tiny"]
 EXPORT = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")

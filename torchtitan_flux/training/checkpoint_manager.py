@@ -53,8 +53,8 @@ from torchtitan_flux.checkpoint.storage import (
     partial_of,
 )
 from torchtitan_flux.files import DiskFull
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files.element_types import overflows
-from torchtitan_flux.tensor_files.safetensors_file import listed
 from torchtitan_flux.weights.adapter import FluxStateDictAdapter
 from torchtitan_flux.weights.export import export_beside, exported
 from torchtitan_flux.weights.load import import_weights

@@ -18,7 +18,6 @@ from torchtitan_flux.weights.convert_autoencoder import convert_autoencoder, is_
 from torchtitan_flux.weights.open import Guidance, Unknown, Weights, open_weights
 from torchtitan_flux.weights.pipeline_folder import PipelineParts
 from torchtitan_flux.weights.pruned import with_blocks_of
-from torchtitan_flux.weights.staging import TargetRefused
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,23 +69,19 @@ def main(argv: list[str] | None = None) -> None:
     dtype = _DTYPES.get(options.dtype)
     with exit_on_sigterm(), one_message("Cannot convert"):
         if is_autoencoder(options.source):
-            if options.to not in ("bfl", "diffusers"):
-                raise TargetRefused(
-                    f"{options.source} is an autoencoder; --to bfl or --to diffusers, not "
-                    f"{options.to}"
-                )
             convert_autoencoder(
                 options.source, options.target, options.to, dtype, options.overwrite, options.verify
             )
             return
+        weights = open_as(
+            options.source,
+            options.flavor,
+            options.guidance_weights,
+            options.unknown_weights,
+            options.ema,
+        )
         convert(
-            open_as(
-                options.source,
-                options.flavor,
-                options.guidance_weights,
-                options.unknown_weights,
-                options.ema,
-            ),
+            weights,
             options.target,
             options.to,
             dtype=dtype,
@@ -108,18 +103,15 @@ def open_as(
 
     Widths that follow the encoders are taken from the weights, unless the flavor fixes them.
     """
-    if flavor is None:
-        return open_weights(path, guidance=guidance, unknown=unknown, average=average)
-    args = FLAVORS[flavor]
-    if flavor not in FIXED_WIDTH_FLAVORS:
+    args = None if flavor is None else FLAVORS[flavor]
+    if args is None or flavor not in FIXED_WIDTH_FLAVORS:
         return open_weights(path, guidance=guidance, alike=args, unknown=unknown, average=average)
     if guidance == ("drop" if args.guidance_embed else "initialize"):
         raise ValueError(
             f"--guidance_weights {guidance} contradicts --flavor {flavor}; leave one of them out"
         )
-    return open_weights(
-        path, with_blocks_of(path, args), guidance, unknown=unknown, average=average
-    )
+    args = with_blocks_of(path, args)
+    return open_weights(path, args, guidance, unknown=unknown, average=average)
 
 
 @contextmanager
