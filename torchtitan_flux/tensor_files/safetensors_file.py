@@ -7,6 +7,7 @@ which has to fit into memory and swap, and whose pages stay until the whole file
 import json
 import mmap
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,7 @@ class UnreadableWeights(ValueError):
 
 
 class TensorsFile:
-    """One safetensors file, opened and found consistent.
-
-    Attributes:
-        path: where it is.
-        dtypes, shapes: of its tensors, by name, in the order of the header.
-        metadata: the strings that its header holds beside them.
-    """
+    """One safetensors file: its tensors' `dtypes` and `shapes` by name, and its `metadata`."""
 
     def __init__(self, path: Path, header: dict[str, Any], data_begin: int) -> None:
         self.path = path
@@ -52,10 +47,7 @@ class TensorsFile:
     def open(cls, path: str | Path) -> "TensorsFile":
         """Read the header and check it; the data stay on the disk.
 
-        Raises:
-            UnreadableWeights: it is not there, a pickle or another format, or its header and its
-                length contradict each other.
-            OSError: it cannot be opened.
+        Raises UnreadableWeights where it is not there, of another format, cut off or damaged.
         """
         path = Path(path)
         refuse_pickle(path)
@@ -78,8 +70,7 @@ class TensorsFile:
     def tensor(self, name: str) -> Tensor:
         """A tensor that lies on the file's pages: whatever is not touched is not read.
 
-        Not to be written to: that ends the process. Copy what is kept, then `release` what was
-        read.
+        Writing to it ends the process. Copy what is kept, then `release` what was read.
         """
         dtype, shape, (begin, end) = self.dtypes[name], self.shapes[name], self._places[name]
         if begin == end:
@@ -142,12 +133,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file beside the index that holds it.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """The inverse of `read_json`, indented as diffusers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    Raises:
-        UnreadableWeights: it is no such table, or names files elsewhere.
-    """
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that holds it; UnreadableWeights."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in table.values()

@@ -39,6 +39,7 @@ from torchtitan_flux.checkpoint.folder import (
     stale_steps,
     step_folder,
 )
+from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.optimizer_states import (
     PART_LEFT_OUT,
     OptimizerStates,
@@ -199,7 +200,8 @@ class FluxCheckpointManager(CheckpointManager):
         else:
             states = self._flattened_model_states_sd()
         kind = "model" if model_only else "full"
-        writer = ManifestWriter(folder, step, kind, self.facts, self.settings, step in self.damaged)
+        manifest = Manifest(step, kind, self.facts, settings=self.settings)
+        writer = ManifestWriter(folder, manifest, step in self.damaged)
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(folder), ignore_errors=True)
         self._saving = step, writer, time.monotonic()

@@ -6,9 +6,8 @@ The peak of memory is three tensors in the written element type, whatever the si
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +23,7 @@ from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, write_json
 from torchtitan_flux.tensor_files.safetensors_writer import Specs, TensorsWriter, total_bytes
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.export_dcp import write_checkpoint
@@ -32,7 +31,12 @@ from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entr
 from torchtitan_flux.weights.model_card import companion_files, license_and_card
 from torchtitan_flux.weights.open import COMFYUI_PREFIX, WEIGHTS_NAME, Weights, open_weights
 from torchtitan_flux.weights.pipeline_folder import PipelineParts, PipelinePlan, pipeline_plan
-from torchtitan_flux.weights.scheduler import SCHEDULER_FILE, SCHEDULER_KEY, stated_scheduler
+from torchtitan_flux.weights.scheduler import (
+    SCHEDULER_FILE,
+    SCHEDULER_KEY,
+    StatedScheduler,
+    stated_scheduler,
+)
 from torchtitan_flux.weights.staging import check_suffix, staged
 
 TargetFormat = Literal["dcp", "bfl", "comfyui", "diffusers", "pipeline"]
@@ -59,39 +63,41 @@ def convert(
     Args:
         source: what is converted; a path is opened with `args`.
         target: a folder for "dcp", "diffusers" and "pipeline", a `.safetensors` file for "bfl" and
-            "comfyui". Checksums, licence and model card go into the folder, or beside the file
-            under its name.
-        format: what is written.
-        dtype: element type; None keeps what each parameter has.
+            "comfyui". Checksums, licence and model card go into it, or beside the file.
+        dtype: None keeps what each parameter has.
         max_shard_size: of the files of a diffusers folder.
         overwrite: replace an earlier export of this name.
-        verify: read the result back and compare every parameter, of a pipeline every file, bit for
-            bit.
-        parts: encoders and autoencoder of a pipeline; None takes those that the source names.
+        verify: read the result back and compare all of it, bit for bit.
+        parts: of a pipeline; None takes those that the source names.
 
     Raises:
         UnreadableWeights, KeyMismatch, FileNotFoundError: see `open_weights`.
         TargetRefused: the target exists, is of another kind, or does not fit on the disk.
         ValueError: the format cannot hold this model, or the element type one of its values.
-        OSError: reading or writing failed.
     """
     target = Path(target)
     check_suffix(target, format)
     if not isinstance(source, Weights):
         source = open_weights(source, args, alone=True)
     plan = pipeline_plan(source, parts) if format == "pipeline" else None
-    library = "diffusers" if format in ("diffusers", "pipeline") else "torchtitan-flux"
-    job = _Job(source, dtype, max_shard_size, plan, companion_files(source, target.stem, library))
-    reads = [source.path, *(plan.reads if plan else ())]
+    companions = companion_files(source, target.stem, format in ("diffusers", "pipeline"))
+    scheduler = stated_scheduler(source.path)
+    if scheduler is not None and format in ("dcp", "diffusers"):
+        companions[SCHEDULER_FILE] = scheduler.text.encode()
+    job = _Job(source, dtype, max_shard_size, plan, scheduler, companions)
     outdated = []
     if format in ("bfl", "comfyui"):  # companions of an earlier file of this name
-        names = [*license_and_card(target), *job.companions, CHECKSUMS]
+        names = [*license_and_card(target), *companions, CHECKSUMS]
         outdated = [target.with_name(f"{target.stem}.{name}") for name in names]
     needed = job.bytes + (plan.bytes if plan else 0)
-    with staged(target, needed, overwrite, reads, outdated) as stage:
-        logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")
-        with job.progress():
-            _WRITERS[format](job, stage / target.name)
+    reads = [source.path, *(plan.reads if plan else ())]
+    logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")
+    bar = partial(tqdm, unit="B", unit_scale=True, disable=None)
+    with (
+        staged(target, needed, overwrite, reads, outdated) as stage,
+        bar(total=job.bytes * (1 + verify)) as job.bar,
+    ):
+        _WRITERS[format](job, stage / target.name)
         if verify:
             _verify(job, stage / target.name)
     logger.info(f"Wrote {target}" + (", verified: every tensor is bit-equal" if verify else ""))
@@ -109,42 +115,34 @@ class _Job:
     dtype: torch.dtype | None
     max_shard_size: str
     pipeline: PipelinePlan | None
+    scheduler: StatedScheduler | None
     companions: dict[str, bytes]
-    _bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
+    bar: tqdm | None = None
 
-    @property
+    @cached_property
     def specs(self) -> Specs:
         """Of every parameter, by our names."""
-        weights = self.weights
-        return {
-            name: (self.dtype or weights.dtypes[name], shape)
-            for name, shape in weights.shapes.items()
-        }
+        dtypes, shapes = self.weights.dtypes, self.weights.shapes
+        return {name: (self.dtype or dtypes[name], shape) for name, shape in shapes.items()}
 
     @property
     def bytes(self) -> int:
         """Of all weights, in any layout."""
         return total_bytes(self.specs)
 
-    @contextmanager
-    def progress(self) -> Iterator[None]:
-        """A bar of all that `read` returns meanwhile."""
-        with tqdm(total=self.bytes, unit="B", unit_scale=True, disable=None) as self._bar:
-            yield
-
     def read(self, name: str) -> Tensor:
         """A parameter as it is written; UnreadableWeights where its type cannot hold a value."""
-        value = self.weights.read(name, dtype=self.dtype or self.weights.dtypes[name])
-        self._bar.update(value.nbytes)
+        value = self.weights.read(name, dtype=self.specs[name][0])
+        if self.bar is not None:
+            self.bar.update(value.nbytes)
         return value
 
     def foreign_specs(self, layout: Layout, prefix: str = "") -> Specs:
         """By the names of a layout, in its order."""
-        args, ours = self.weights.args, self.specs
-        entries = layout_entries(layout, args)
-        shapes = foreign_shapes(args, entries)
+        entries = layout_entries(layout, self.weights.args)
+        shapes = foreign_shapes(self.weights.args, entries)
         return {
-            f"{prefix}{name}": (ours[entry.ours][0], shapes[name])
+            f"{prefix}{name}": (self.specs[entry.ours][0], shapes[name])
             for entry in entries
             for name in entry.theirs
         }
@@ -159,59 +157,42 @@ class _Job:
 
 
 def _write_dcp(job: _Job, folder: Path) -> None:
-    args, step = job.weights.args, 0
-    facts = RunFacts(
-        seed=0,
-        global_batch_size=1,
-        context_in_dim=args.context_in_dim,
-        vec_in_dim=args.vec_in_dim,
-        in_channels=args.in_channels,
-        depth=args.depth,
-        depth_single_blocks=args.depth_single_blocks,
-    )
+    args = job.weights.args
+    shared = ("context_in_dim", "vec_in_dim", "in_channels", "depth", "depth_single_blocks")
+    facts = RunFacts(0, 1, **{name: getattr(args, name) for name in shared})
+    manifest = Manifest(0, "model", facts)
     if job.weights.format == "dcp":
-        manifest = Manifest.read(job.weights.path)
-        step, facts = manifest.step, manifest.facts
-    stated = {architecture.ARGS_FILE: json.dumps(asdict(args), indent=1).encode()}
-    companions = {**job.companions, **_scheduler_file(job), **stated}
-    write_checkpoint(folder, job.specs, job.read, step, facts, companions)
+        manifest = replace(Manifest.read(job.weights.path), kind="model", settings={})
+    stated = json.dumps(asdict(args), indent=1).encode()
+    companions = {**job.companions, architecture.ARGS_FILE: stated}
+    write_checkpoint(folder, job.specs, job.read, manifest, companions)
 
 
 def _write_file(job: _Job, path: Path, prefix: str = "") -> None:
-    scheduler = stated_scheduler(job.weights.path)
     metadata = architecture.to_metadata(job.weights.args)
-    metadata |= {} if scheduler is None else {SCHEDULER_KEY: scheduler.text}
+    if job.scheduler is not None:
+        metadata[SCHEDULER_KEY] = job.scheduler.text
     specs = job.foreign_specs("bfl", prefix)
     with TensorsWriter(path.parent, {path.name: specs}, metadata) as writer:
         for name, tensor in job.tensors("bfl"):
             writer.write(f"{prefix}{name}", tensor)
-    for name, content in job.companions.items():
-        (path.parent / f"{path.stem}.{name}").write_bytes(content)
-    _write_checksums(path.parent, f"{path.stem}.{CHECKSUMS}")
+    _write_companions(job, path.parent, f"{path.stem}.")
 
 
-def _write_diffusers(job: _Job, folder: Path) -> None:
-    _write_transformer(job, folder)
-    for name, content in (job.companions | _scheduler_file(job)).items():
-        (folder / name).write_bytes(content)
-    _write_checksums(folder, CHECKSUMS)
-
-
-def _write_pipeline(job: _Job, folder: Path) -> None:
-    assert job.pipeline is not None
-    _write_transformer(job, folder / "transformer")
-    job.pipeline.write(folder)
-    for name, content in job.companions.items():
-        (folder / name).write_bytes(content)
-    _write_checksums(folder, CHECKSUMS)
+def _write_folder(job: _Job, folder: Path) -> None:
+    folder.mkdir()
+    if job.pipeline is not None:
+        job.pipeline.write(folder)
+    _write_transformer(job, folder if job.pipeline is None else folder / "transformer")
+    _write_companions(job, folder)
 
 
 _WRITERS: dict[TargetFormat, Callable[[_Job, Path], None]] = {
     "dcp": _write_dcp,
     "bfl": _write_file,
     "comfyui": partial(_write_file, prefix=COMFYUI_PREFIX),
-    "diffusers": _write_diffusers,
-    "pipeline": _write_pipeline,
+    "diffusers": _write_folder,
+    "pipeline": _write_folder,
 }
 
 
@@ -220,11 +201,10 @@ def _write_transformer(job: _Job, folder: Path) -> None:
     config = architecture.to_diffusers_config(job.weights.args)
     specs = job.foreign_specs("diffusers")
     empty = {name: torch.empty(s, dtype=t, device="meta") for name, (t, s) in specs.items()}
+    pattern = f"{WEIGHTS_NAME}{{suffix}}.safetensors"
     try:
         shards = split_torch_state_dict_into_shards(
-            empty,
-            filename_pattern=f"{WEIGHTS_NAME}{{suffix}}.safetensors",
-            max_shard_size=job.max_shard_size,
+            empty, filename_pattern=pattern, max_shard_size=job.max_shard_size
         )
     except ValueError as error:
         raise ValueError(f"--max_shard_size: {error}") from None
@@ -232,27 +212,23 @@ def _write_transformer(job: _Job, folder: Path) -> None:
         file: {name: specs[name] for name in names}
         for file, names in shards.filename_to_tensors.items()
     }
-    folder.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
     with TensorsWriter(folder, files, architecture.to_metadata(job.weights.args)) as writer:
         for name, tensor in job.tensors("diffusers"):
             writer.write(name, tensor)
+    write_json(folder / "config.json", config)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        name = f"{WEIGHTS_NAME}.safetensors.index.json"
-        (folder / name).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / f"{WEIGHTS_NAME}.safetensors.index.json", index)
 
 
-def _scheduler_file(job: _Job) -> dict[str, bytes]:
-    scheduler = stated_scheduler(job.weights.path)
-    return {} if scheduler is None else {SCHEDULER_FILE: scheduler.text.encode()}
-
-
-def _write_checksums(folder: Path, name: str) -> None:
-    """A file that `sha256sum -c` reads, of everything in `folder`."""
+def _write_companions(job: _Job, folder: Path, prefix: str = "") -> None:
+    """Licences and cards; and what `sha256sum -c` reads, of everything in `folder`."""
+    for name, content in job.companions.items():
+        (folder / f"{prefix}{name}").write_bytes(content)
     files = sorted(one for one in folder.rglob("*") if one.is_file())
     lines = [f"{_sha256(one)}  {one.relative_to(folder)}\n" for one in files]
-    (folder / name).write_text("".join(lines))
+    (folder / f"{prefix}{CHECKSUMS}").write_text("".join(lines))
 
 
 def _sha256(path: Path) -> str:
@@ -271,8 +247,7 @@ def _verify(job: _Job, written: Path) -> None:
     if job.pipeline is not None:
         job.pipeline.verify(written)
     found = open_weights(written, job.weights.args, alone=True)
-    with job.progress():
-        wrong = [name for name in job.specs if not same_bits(found.read(name), job.read(name))]
+    wrong = [name for name in job.specs if not same_bits(found.read(name), job.read(name))]
     if wrong:
         raise UnreadableWeights(
             f"what was written differs from {job.weights.path} in {len(wrong)} parameters: "

@@ -1,9 +1,8 @@
 """The autoencoder alone: BFL's `ae.safetensors` to diffusers' `vae` folder, and back."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +19,7 @@ from torchtitan_flux.tensor_files.safetensors_file import (
     UnreadableWeights,
     read_json,
     refuse_pickle,
+    write_json,
 )
 from torchtitan_flux.weights.open import WEIGHTS_NAME
 from torchtitan_flux.weights.staging import TargetRefused, check_suffix, staged
@@ -30,7 +30,6 @@ class AutoencoderWeights:
     """An autoencoder under our names, on the pages of its file: not to be written to."""
 
     path: Path
-    format: Literal["bfl", "diffusers"]
     args: AutoencoderArgs
     tensors: dict[str, Tensor]
 
@@ -46,26 +45,19 @@ def is_autoencoder(path: Path) -> bool:
 
 
 def open_autoencoder(path: Path) -> AutoencoderWeights:
-    """An autoencoder from BFL's file or a diffusers `vae` folder.
-
-    Raises:
-        UnreadableWeights: it is neither, damaged, or quantised but for scaled float8.
-        KeyMismatch: names every key that does not fit.
-    """
+    """BFL's file or a diffusers `vae` folder; UnreadableWeights or KeyMismatch."""
     refuse_pickle(path)
     try:
         args, file = read_args(path)
         opened = TensorsFile.open(file)
-        stored = keys.without_prefix({name: opened.tensor(name) for name in opened.shapes})
-        found = plain(stored)
+        stored = {name: opened.tensor(name) for name in opened.shapes}
+        found = plain(keys.without_prefix(stored))
     except QuantizedWeights as error:
         raise UnreadableWeights(f"{path} {error}") from None
     except (ValueError, FileNotFoundError) as error:
-        text = str(error).removeprefix("encoder.autoencoder_path: ")
-        raise UnreadableWeights(text) from None
-    if path.is_file():
-        return AutoencoderWeights(path, "bfl", args, keys.from_bfl(found, args))
-    return AutoencoderWeights(path, "diffusers", args, keys.from_diffusers(found, args))
+        raise UnreadableWeights(str(error).removeprefix("encoder.autoencoder_path: ")) from None
+    from_theirs = keys.from_bfl if path.is_file() else keys.from_diffusers
+    return AutoencoderWeights(path, args, from_theirs(found, args))
 
 
 def convert_autoencoder(
@@ -76,10 +68,7 @@ def convert_autoencoder(
     overwrite: bool = False,
     verify: bool = False,
 ) -> None:
-    """Write an autoencoder as "bfl" or "diffusers"; complete, or not at all.
-
-    Arguments and errors are those of `convert`.
-    """
+    """`convert` for an autoencoder, to "bfl" or "diffusers"."""
     writers = {"bfl": _write_file, "diffusers": write_vae}
     if format not in writers:
         raise TargetRefused(f"{path} is an autoencoder; --to bfl or --to diffusers, not {format}")
@@ -104,19 +93,18 @@ def _write_file(source: AutoencoderWeights, path: Path) -> None:
             f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
             f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
         )
-    save_file(_contiguous(keys.to_bfl(source.tensors, args)), path, {"format": "pt"})
+    _save(keys.to_bfl(source.tensors, args), path)
 
 
 def write_vae(source: AutoencoderWeights, folder: Path) -> None:
     """A folder that AutoencoderKL opens; it must not exist."""
     folder.mkdir()
-    theirs = _contiguous(keys.to_diffusers(source.tensors, source.args))
-    save_file(theirs, folder / f"{WEIGHTS_NAME}.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(vae_config(source.args), indent=2) + "\n")
+    _save(keys.to_diffusers(source.tensors, source.args), folder / f"{WEIGHTS_NAME}.safetensors")
+    write_json(folder / "config.json", vae_config(source.args))
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: one.contiguous() for name, one in tensors.items()}, path, {"format": "pt"})
 
 
 def verify_vae(source: AutoencoderWeights, written: Path) -> None:

@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan_flux.checkpoint.manifest import file_facts
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import Manifest, file_facts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, Written, causes_of
 from torchtitan_flux.tensor_files.safetensors_writer import Specs
 
@@ -29,27 +28,21 @@ def write_checkpoint(
     folder: Path,
     specs: Specs,
     read: Callable[[str], Tensor],
-    step: int,
-    facts: RunFacts,
+    manifest: Manifest,
     companions: Mapping[str, bytes],
 ) -> None:
     """A checkpoint that `checkpoint.initial_load_path` takes, written by this process alone.
 
     Args:
         folder: what the checkpoint will be called; does not exist.
-        specs: of each parameter, by our name.
-        read: a parameter as it is to be stored; called once for each.
-        step, facts: for the manifest.
-        companions: further files, covered by the manifest as the weights are.
-
-    Raises:
-        whatever `read` raises; OSError.
+        specs, read: of each parameter, by our name; `read` is called once for each.
+        manifest: but for its files, to which `companions` belong too.
     """
     empty = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (dtype, shape) in specs.items()
     }
-    writer = _StreamingWriter(folder, step, facts, companions)
+    writer = _StreamingWriter(folder, manifest, companions)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -73,8 +66,8 @@ class _StreamingPlanner(DefaultSavePlanner):
 class _StreamingWriter(ManifestWriter):
     """Holds one tensor at a time; DCP's own `write_data` keeps all until the last is written."""
 
-    def __init__(self, folder: Path, step: int, facts: RunFacts, companions: Mapping[str, bytes]):
-        super().__init__(folder, step, "model", facts, {}, replaces_damaged=False)
+    def __init__(self, folder: Path, manifest: Manifest, companions: Mapping[str, bytes]):
+        super().__init__(folder, manifest)
         self._companions = companions
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:

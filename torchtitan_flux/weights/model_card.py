@@ -1,5 +1,6 @@
 """What travels with weights: the licence of what they came from, and a model card."""
 
+import glob
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -38,16 +39,12 @@ _RUN_KEYS = {
 """What a card repeats of a run's configuration."""
 
 
-def companion_files(weights: Weights, name: str, library: str) -> dict[str, bytes]:
-    """Licences and the model card of an export, by file name.
+def companion_files(weights: Weights, name: str, diffusers: bool) -> dict[str, bytes]:
+    """Licences and the model card of an export called `name`, by file name.
 
     The licence files and the card of the source come along, a card of somebody else's as
     `SOURCE_README.md`. A run's weights have the licence of what it began with. Derivatives of
     FLUX.1-dev name its licence.
-
-    Args:
-        weights: what is exported.
-        name, library: of the export, and what reads it.
     """
     origins = _origins(weights.path)
     found = [license_and_card(path) for path in origins]
@@ -63,7 +60,7 @@ def companion_files(weights: Weights, name: str, library: str) -> dict[str, byte
         license = _DEV_LICENSE
     data: dict[str, Any] = {
         **license,
-        "library_name": library,
+        "library_name": "diffusers" if diffusers else "torchtitan-flux",
         "pipeline_tag": "text-to-image",
         PROVENANCE: cards[0].get(PROVENANCE) or _provenance(weights),
     }
@@ -93,12 +90,9 @@ def license_and_card(path: Path) -> dict[str, Path]:
 
 
 def _known(folder: Path, prefix: str = "") -> dict[str, Path]:
-    names = {one.name.removeprefix(prefix): one for one in sorted(folder.glob(f"{prefix}*"))}
-    return {
-        name: one
-        for name, one in names.items()
-        if one.is_file() and (name == CARD or _LICENSE_FILE.match(name))
-    }
+    found = sorted(one for one in folder.glob(f"{glob.escape(prefix)}*") if one.is_file())
+    names = {one.name.removeprefix(prefix): one for one in found}
+    return {name: one for name, one in names.items() if name == CARD or _LICENSE_FILE.match(name)}
 
 
 def _metadata(card: Path) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """A folder that diffusers' FluxPipeline opens: encoders, autoencoder and scheduler beside it.
 
-Files of the encoders are copied as they are. diffusers' own `save_pretrained` would load them with
-whatever it makes up or leaves out, and needs the transformer written twice (docs/log.md).
+Encoders are copied as they are: `save_pretrained` would write what it made of them (docs/log.md).
 """
 
 import filecmp
-import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,9 +13,13 @@ from typing import NamedTuple
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY, TOKENIZER_FILES, has_tokenizer
 from torchtitan_flux.encoders.text_files import INDEX, SINGLE, files_in
 from torchtitan_flux.encoders.text_weights import TextWeights
-from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
-from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights, read_json
+from torchtitan_flux.tensor_files.safetensors_file import (
+    TensorsFile,
+    UnreadableWeights,
+    read_json,
+    write_json,
+)
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.convert_autoencoder import open_autoencoder, verify_vae, write_vae
 from torchtitan_flux.weights.open import Weights
@@ -30,6 +31,10 @@ from torchtitan_flux.weights.scheduler import (
     stated_scheduler,
 )
 
+_KEYS = {"t5": T5_KEY, "clip": CLIP_KEY, "autoencoder": "encoder.autoencoder_path"}
+"""Option that names a part -> key of a run's configuration that does."""
+_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+_TOKENIZERS = {"t5": "tokenizer_2", "clip": "tokenizer"}
 _TOKENIZER_FILES = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
@@ -49,29 +54,9 @@ _INDEX = {
 }
 
 
-class _Part(NamedTuple):
-    key: str  # of the run's configuration
-    folder: str
-    tokenizer: str
-    tiny: str  # among the package's assets
-
-
-_PARTS = {
-    "t5": _Part(T5_KEY, "text_encoder_2", "tokenizer_2", "t5"),
-    "clip": _Part(CLIP_KEY, "text_encoder", "tokenizer", "clip"),
-    "autoencoder": _Part("encoder.autoencoder_path", "vae", "", "vae"),
-}
-"""By the name of the option that gives it."""
-
-
 class PipelineParts(NamedTuple):
-    """What stands beside the transformer.
-
-    Attributes:
-        t5, clip: folders of the text encoders, with their tokenizers inside or in the folder beside
-            them that diffusers gives it (`tokenizer_2`, `tokenizer`).
-        autoencoder: a file in BFL's layout or a diffusers `vae` folder.
-    """
+    """What stands beside the transformer: folders of the text encoders, with their tokenizers
+    inside or beside them (`tokenizer_2`, `tokenizer`); BFL's autoencoder or a `vae` folder."""
 
     t5: Path | None = None
     clip: Path | None = None
@@ -82,10 +67,7 @@ class PipelineParts(NamedTuple):
 class PipelinePlan:
     """A pipeline's folder without its transformer, checked and ready to be written.
 
-    Attributes:
-        copies: name in the pipeline -> file.
-        autoencoder: see `PipelineParts`.
-        scheduler: what the source says of it, or what goes with the model.
+    `copies` has the file that lies under each name in it.
     """
 
     copies: dict[str, Path]
@@ -94,12 +76,12 @@ class PipelinePlan:
 
     @property
     def reads(self) -> list[Path]:
-        """All that is copied."""
+        """All that is read."""
         return [*self.copies.values(), self.autoencoder]
 
     @property
     def bytes(self) -> int:
-        """How much will be copied."""
+        """How much will be written."""
         files = (file for one in self.reads for file in (one.glob("*") if one.is_dir() else [one]))
         return sum(file.stat().st_size for file in files)
 
@@ -112,7 +94,7 @@ class PipelinePlan:
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / SCHEDULER_FILE).write_bytes(self.scheduler.text.encode())
         index = {**_INDEX, "scheduler": ["diffusers", self.scheduler.name]}
-        (folder / PIPELINE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / PIPELINE_INDEX, index)
 
     def verify(self, folder: Path) -> None:
         """Read back what `write` wrote; UnreadableWeights names what is not as it was."""
@@ -136,52 +118,56 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
             "convert to diffusers, bfl, comfyui or dcp"
         )
     architecture.raise_conditioned(weights.path, args.in_channels, args.out_channels)
-    found = _find(weights, parts or PipelineParts())
+    given = (parts or PipelineParts())._asdict()
+    found = {name: _find(name, path, weights) for name, path in given.items()}
     copies: dict[str, Path] = {}
     for name in ("t5", "clip"):
-        part = _PARTS[name]
         try:
-            model, tokenizer = _model_files(found[name], part), _tokenizer_files(found[name], part)
+            copies |= _encoder_files(name, found[name])
         except (ValueError, OSError) as error:
             raise UnreadableWeights(f"--{name}: {error}") from None
-        copies |= {f"{part.folder}/{file}": path for file, path in model.items()}
-        copies |= {f"{part.tokenizer}/{path.name}": path for path in tokenizer}
-    _check_fit(args, found)
+    autoencoder = open_autoencoder(found["autoencoder"]).args
+    for name, what, has, needs in (
+        ("t5", "features", _width(found["t5"]), args.context_in_dim),
+        ("clip", "features", _width(found["clip"]), args.vec_in_dim),
+        ("autoencoder", "latent channels", autoencoder.z_channels, args.geometry.channels),
+        ("autoencoder", "pixels per latent cell", autoencoder.downscale, args.downscale),
+    ):
+        if has != needs:
+            raise UnreadableWeights(f"--{name} has {has} {what}, the transformer needs {needs}")
     scheduler = stated_scheduler(weights.path) or flavor_scheduler(args.guidance_embed)
     return PipelinePlan(copies, found["autoencoder"], scheduler)
 
 
-def _find(weights: Weights, parts: PipelineParts) -> dict[str, Path]:
-    """Where each part lies: as given, else beside the source, else as its run names it."""
+def _find(name: str, given: Path | None, weights: Weights) -> Path:
+    """Where a part lies: as given, else beside the source, else as its run names it."""
     root = weights.path if (weights.path / PIPELINE_INDEX).is_file() else weights.path.parent
+    beside = root / _FOLDERS[name] if (root / PIPELINE_INDEX).is_file() else None
     config = architecture.run_config(weights.path) if weights.format == "dcp" else None
-    encoder = (config or {}).get("encoder", {})
+    section, key = _KEYS[name].split(".")
+    named = (config or {}).get(section, {}).get(key)
     tiny = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
     needed = (weights.args.context_in_dim, weights.args.vec_in_dim)
-    found = {}
-    for name, part in _PARTS.items():
-        path, named = getattr(parts, name), encoder.get(part.key.removeprefix("encoder."))
-        if path is None and (root / PIPELINE_INDEX).is_file() and (root / part.folder).is_dir():
-            path = root / part.folder
-        if path is None and named:
-            path = locate(named)
-        if path is None and _widths(tiny / "t5", tiny / "clip") == needed:
-            path = tiny / part.tiny
-        if path is None:
-            raise UnreadableWeights(
-                f"nothing beside {weights.path} says where the pipeline's {part.folder} is; name "
-                f"it by --{name}"
-            )
-        if not path.exists():
-            raise UnreadableWeights(f"--{name}: there is no {path}; download it first")
-        found[name] = path
-    return found
+    if given is not None and not given.exists():
+        raise UnreadableWeights(f"--{name}: there is no {given}; download it first")
+    if given is not None:
+        return given
+    if beside is not None and beside.is_dir():
+        return beside
+    if named and (path := locate(named)):
+        return path
+    if (_width(tiny / "t5"), _width(tiny / "clip")) == needed:
+        return tiny / {"autoencoder": "vae"}.get(name, name)
+    raise UnreadableWeights(
+        f"nothing beside {weights.path} says where the pipeline's {_FOLDERS[name]} is; name it by "
+        f"--{name}"
+    )
 
 
-def _model_files(folder: Path, part: _Part) -> dict[str, Path]:
-    """config.json and the safetensors of an encoder, by their plain names.
+def _encoder_files(name: str, folder: Path) -> dict[str, Path]:
+    """A text encoder and its tokenizer: name in the pipeline -> file.
 
-    A pipeline that names no variant looks for those.
+    A variant of the weights gets its plain name, which is what a pipeline looks for.
     """
     weights, index = files_in(folder)
     if index is None and len(weights) > 1:
@@ -191,37 +177,27 @@ def _model_files(folder: Path, part: _Part) -> dict[str, Path]:
         )
     for one in weights:
         TensorsFile.open(one)
-    if TextWeights(part.key, folder).scaled:
+    if TextWeights(_KEYS[name], folder).scaled:
         raise ValueError(
             f"{folder} holds scaled float8, and a FluxPipeline leaves scales out; give the encoder "
             "that it was made from"
         )
-    named = {one.name: one for one in weights} if index else {SINGLE: weights[0]}
-    return {"config.json": folder / "config.json", **named, **({INDEX: index} if index else {})}
+    model = {"config.json": folder / "config.json"}
+    model |= {one.name: one for one in weights} if index else {SINGLE: weights[0]}
+    model |= {INDEX: index} if index else {}
+    places = [folder, folder.parent / _TOKENIZERS[name]]
+    place = next(filter(has_tokenizer, places), None)
+    if place is None:
+        raise ValueError(f"neither {places[0]} nor {places[1]} holds a tokenizer")
+    tokenizer = {one: place / one for one in _TOKENIZER_FILES if (place / one).is_file()}
+    return {
+        f"{inside}/{file}": path
+        for inside, files in ((_FOLDERS[name], model), (_TOKENIZERS[name], tokenizer))
+        for file, path in files.items()
+    }
 
 
-def _tokenizer_files(folder: Path, part: _Part) -> list[Path]:
-    for place in (folder, folder.parent / part.tokenizer):
-        if has_tokenizer(place):
-            return [place / name for name in _TOKENIZER_FILES if (place / name).is_file()]
-    raise ValueError(f"neither {folder} nor {folder.parent / part.tokenizer} holds a tokenizer")
-
-
-def _check_fit(args: FluxModelArgs, found: Mapping[str, Path]) -> None:
-    text, pooled = _widths(found["t5"], found["clip"])
-    ae = open_autoencoder(found["autoencoder"]).args
-    for name, what, has, needs in (
-        ("t5", "features", text, args.context_in_dim),
-        ("clip", "features", pooled, args.vec_in_dim),
-        ("autoencoder", "latent channels", ae.z_channels, args.geometry.channels),
-        ("autoencoder", "pixels per latent cell", ae.downscale, args.downscale),
-    ):
-        if has != needs:
-            raise UnreadableWeights(f"--{name} has {has} {what}, the transformer needs {needs}")
-
-
-def _widths(t5: Path, clip: Path) -> tuple[int | None, int | None]:
-    """Features of the two encoders."""
-    pooled = read_json(clip / "config.json")
-    pooled = pooled.get("text_config") or pooled
-    return read_json(t5 / "config.json").get("d_model"), pooled.get("hidden_size")
+def _width(encoder: Path) -> int | None:
+    """Features of a text encoder."""
+    config = read_json(encoder / "config.json")
+    return config.get("d_model") or (config.get("text_config") or config).get("hidden_size")

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 from torchtitan_flux.files import sync_folder
@@ -47,7 +48,7 @@ def staged(
         target: the file or folder to be made, as `<the yielded folder>/<target's name>`.
         needed: bytes that will be written.
         overwrite: whether an earlier export may be replaced.
-        reads: what the export is made from.
+        reads: what the export is made from; never replaced.
         outdated: files that an earlier export left beside it; they go, unless made again.
 
     Raises:
@@ -55,48 +56,41 @@ def staged(
     """
     target = Path(os.path.abspath(target))
     parent = target.parent
-    missing = [one for one in (parent, *parent.parents) if not one.exists()]
-    existing = next(one for one in (parent, *parent.parents) if one.exists())
-    if not existing.is_dir():
-        raise TargetRefused(f"{target} cannot be made: {existing} is a file")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise TargetRefused(f"{target} cannot be made: {error.filename} is a file") from None
     _check_replaceable([target, *outdated], overwrite, reads)
-    free = shutil.disk_usage(existing).free
-    if needed + _SLACK > free:
+    needed, free = needed + _SLACK, shutil.disk_usage(parent).free
+    if needed > free:
         raise TargetRefused(
-            f"{target} needs {format_bytes(needed + _SLACK)}, {existing} has {format_bytes(free)} "
-            "free; make room or name a target on another disk"
+            f"{target} needs {format_bytes(needed)}, {parent} has {format_bytes(free)} free; "
+            "make room or name a target on another disk"
         )
-    parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
     try:
         yield stage
-        sync_tree(stage)
+        for one in (*stage.rglob("*"), stage):
+            sync_folder(one)
         names = [parent / one.name for one in stage.iterdir()]
         _check_replaceable(names, overwrite, reads)  # somebody may have been faster
         for one in outdated:
             one.unlink(missing_ok=True)
         for one in sorted(names, key=target.__eq__):
             _move_in(stage / one.name, one)
-    except BaseException:
+        sync_folder(parent)
+    finally:
         shutil.rmtree(stage, ignore_errors=True)
-        for one in missing:
-            if one.is_dir() and not any(one.iterdir()):
-                one.rmdir()
-        raise
-    shutil.rmtree(stage)
-    sync_folder(parent)
 
 
 def _check_replaceable(paths: Collection[Path], overwrite: bool, reads: Collection[Path]) -> None:
-    for path in paths:
-        if not os.path.lexists(path):
-            continue
+    for path in filter(os.path.lexists, paths):
         if not overwrite:
             raise TargetRefused(f"{path} exists; name another target, or pass --overwrite")
-        for read in _locations(reads):
-            if any(read.is_relative_to(one) or one.is_relative_to(read) for one in _ways(path)):
+        for a, b in product(_locations(reads), _named_and_resolved(path)):
+            if a.is_relative_to(b) or b.is_relative_to(a):
                 raise TargetRefused(
-                    f"{path} holds what is read from, or lies in it ({read}); name another target"
+                    f"{path} holds what is read from, or lies in it ({a}); name another target"
                 )
         if path.is_dir() and any(path.iterdir()) and not any((path / m).exists() for m in _MARKS):
             raise TargetRefused(
@@ -105,23 +99,22 @@ def _check_replaceable(paths: Collection[Path], overwrite: bool, reads: Collecti
             )
 
 
-def _ways(path: Path) -> tuple[Path, Path]:
-    """Where a path lies, as named and with its links followed."""
-    return Path(os.path.abspath(path)), path.resolve()
-
-
 def _locations(reads: Collection[Path]) -> Iterator[Path]:
     """Where all that is read lies: single files may be links elsewhere."""
     for read in reads:
         for one in (read, *read.glob("*"), *read.glob("*/*")):  # as deep as a pipeline
-            yield from _ways(one)
+            yield from _named_and_resolved(one)
+
+
+def _named_and_resolved(path: Path) -> tuple[Path, Path]:
+    return Path(os.path.abspath(path)), path.resolve()
 
 
 def _move_in(made: Path, target: Path) -> None:
-    if not (target.is_dir() or made.is_dir()):
+    old = made.with_name("replaced")
+    if not made.is_dir() and not target.is_dir():
         os.replace(made, target)
         return
-    old = made.with_name("replaced")
     if os.path.lexists(target):
         target.rename(old)
     try:
@@ -130,14 +123,3 @@ def _move_in(made: Path, target: Path) -> None:
         if os.path.lexists(old):
             old.rename(target)
         raise
-
-
-def sync_tree(path: Path) -> None:
-    """Make a file, or all that a folder holds, durable."""
-    if path.is_dir():
-        for one in path.iterdir():
-            sync_tree(one)
-        sync_folder(path)
-    else:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

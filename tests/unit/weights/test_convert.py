@@ -408,7 +408,7 @@ def test_no_space_and_wrong_kinds_of_target(sources, tmp_path, monkeypatch, caps
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(TargetRefused, match=r"needs .* MiB, .* has 9\.5 MiB free; make room"):
-        convert(source, tmp_path / "new" / "out", "diffusers")
+        convert(source, out, "diffusers")
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
@@ -426,7 +426,7 @@ def test_whatever_goes_wrong_nothing_is_left(sources, tmp_path, monkeypatch, for
 
     monkeypatch.setattr(weights, "read", read)
     with pytest.raises(type(error)):
-        convert(weights, target(tmp_path / "new", format), format)
+        convert(weights, target(tmp_path, format), format)
     assert len(calls) == 20
     assert list(tmp_path.iterdir()) == []
 

@@ -45,7 +45,7 @@ def told(
     path: Path, args: FluxModelArgs | None = None, guidance: Guidance = "match"
 ) -> dict[str, str]:
     weights = open_weights(path, args, guidance)
-    files = companion_files(weights, "out", "torchtitan-flux")
+    files = companion_files(weights, "out", diffusers=False)
     return {name: content.decode() for name, content in files.items()}
 
 
