@@ -1,6 +1,8 @@
 """One corpus stored as a folder, as tar shards and as a table: the same items by content."""
 
 import io
+import multiprocessing
+import pickle
 from pathlib import Path
 
 import datasets
@@ -83,3 +85,18 @@ def test_the_same_items_in_every_format(tmp_path, kind):
         tuple(texts): trained_on(Image.open(io.BytesIO(data))) for _, data, texts in corpus()
     }
     assert len(source) == COUNT
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
+def test_crosses_to_workers(tmp_path, kind):
+    datasets.disable_progress_bars()
+    write(kind, tmp_path / "data")
+    source = indexed(kind, tmp_path / "data")
+    expected = [source[i].captions for i in range(COUNT)]
+    sent = pickle.dumps(source)
+    assert len(sent) < 20_000  # no rows are in it
+    assert [pickle.loads(sent)[i].captions for i in range(COUNT)] == expected
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(2) as pool:  # both read at once
+            found = pool.map(source.__getitem__, range(COUNT), chunksize=1)
+        assert [item.captions for item in found] == expected

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import multiprocessing
 import os
-import pickle
 import shutil
 import socket
 import unicodedata
@@ -511,17 +509,6 @@ def test_a_root_or_metadata_that_cannot_be_opened_is_refused(tmp_path, refused):
     for name in ("metadata.jsonl", tmp_path.name):
         refused.add(name)
         refuses("folder", tmp_path, f"{name} cannot be opened: Permission denied")
-
-
-def test_crosses_to_workers(tmp_path):
-    for number in range(5):
-        picture(tmp_path / f"{number}.png", f"no. {number}", number)
-    items = source(tmp_path)
-    assert captions(pickle.loads(pickle.dumps(items))) == captions(items)
-    for method in ("fork", "spawn"):
-        with multiprocessing.get_context(method).Pool(1) as pool:
-            found = pool.map(items.__getitem__, range(5))
-        assert [item.item_id for item in found] == ids(items)
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,8 @@ def test_one_file_and_an_index_folder(tmp_path):
     file = write_parquet(tmp_path / "data" / "a.parquet", columns(0, 3))
     assert items(source(file, index_folder=tmp_path / "index")) == numbers(0, 3)
     assert os.listdir(file.parent) == ["a.parquet"]
-    refuses("parquet", file, r"data\.index_folder: .* cannot be written to", index_folder=file)
+    with pytest.raises(ValueError, match=r"^data\.index_folder: .* cannot be written to"):
+        source(file, index_folder=file)
 
 
 def test_saved_folders_and_arrow_files(tmp_path):
@@ -459,13 +460,6 @@ def test_several_processes_at_once(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", columns(0, 200))
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(_count, [(file, tmp_path / "index")] * 4) == [200] * 4
-
-
-def test_can_be_sent_to_a_worker(tmp_path):
-    found = source(write_parquet(tmp_path / "a.parquet", columns(0, 2000)))
-    sent = pickle.dumps(found)
-    assert len(sent) < 20_000  # the rows are not in it
-    assert items(pickle.loads(sent)) == items(found)
 
 
 def test_the_hub(monkeypatch):

@@ -3,9 +3,7 @@
 import errno
 import io
 import logging
-import multiprocessing
 import os
-import pickle
 import random
 import re
 import subprocess
@@ -466,19 +464,6 @@ def test_changes_are_noticed(tmp_path, caplog, monkeypatch):
         assert why() == what
     monkeypatch.setattr(index_cache, "formats", lambda: ("HEIF",))
     assert why() == "what formats can be read has changed"
-
-
-def test_crosses_to_workers(tmp_path):
-    for shard in range(7):
-        numbered(tmp_path / f"{shard}.tar", 3, 10 * shard)
-    items = source(tmp_path)
-    order = Order(0, len(items))
-    expected = [items[order.item(i)].captions for i in range(len(items))]
-    assert len(pickle.dumps(items)) < 3000
-    for method in ("fork", "spawn"):
-        with multiprocessing.get_context(method).Pool(2) as pool:
-            found = pool.map(items.__getitem__, map(order.item, range(len(items))), chunksize=1)
-        assert [item.captions for item in found] == expected
 
 
 def test_shards_are_parted_as_tables_are(tmp_path):

@@ -239,6 +239,8 @@ def _damage_is_named(file: Path) -> Iterator[None]:
     """pyarrow and datasets raise sorts of their own: what is said is what the file is instead."""
     try:
         yield
+    except SettingError:
+        raise
     except Exception as error:
         what = ""
         with suppress(OSError):
