@@ -188,10 +188,8 @@ class _SafePlanner(DefaultLoadPlanner):
 def load_states(states: dict[str, Any], model_keys: set[str], folder: Path) -> None:
     """Fill `states` from a checkpoint, in place; collective.
 
-    `model_keys` says which of them are weights; a pipeline rank has its own.
-
     Raises:
-        KeyMismatch: the checkpoint's weights are not exactly those of all ranks; names each one.
+        KeyMismatch: the weights (`model_keys`) of all ranks are not exactly the checkpoint's.
         RuntimeError: something else is missing or cannot be read.
     """
     reader = SafeReader(folder)

@@ -3,7 +3,6 @@
 The peak of memory is three tensors in the written element type, whatever the size of the model.
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -255,16 +255,10 @@ def _write_companions(job: _Job, folder: Path, prefix: str = "") -> None:
     for name, content in job.companions.items():
         (folder / f"{prefix}{name}").write_bytes(content)
     files = sorted(one for one in folder.rglob("*") if one.is_file())
-    lines = [f"{_sha256(one)}  {one.relative_to(folder)}\n" for one in files]
-    (folder / f"{prefix}{CHECKSUMS}").write_text("".join(lines))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**23):
-            digest.update(block)
-    return digest.hexdigest()
+    with (folder / f"{prefix}{CHECKSUMS}").open("w") as sums:
+        for one in files:
+            with one.open("rb") as file:
+                sums.write(f"{sha_fileobj(file).hex()}  {one.relative_to(folder)}\n")
 
 
 # ---- verification --------------------------------------------------------------------------

@@ -47,8 +47,7 @@ def staged(
     Args:
         target: the file or folder to be made, as `<the yielded folder>/<target's name>`.
         needed: bytes that will be written.
-        overwrite: whether an earlier export may be replaced.
-        reads: what the export is made from; never replaced.
+        overwrite: whether an earlier export may be replaced, but for what is in `reads`.
         outdated: files that an earlier export left beside it; they go, unless made again.
 
     Raises:
