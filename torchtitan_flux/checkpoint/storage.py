@@ -72,7 +72,6 @@ class ManifestWriter(FileSystemWriter):
         self.manifest = manifest
         self.replaces_damaged = replaces_damaged
         self.checksum_seconds = 0.0
-        """Time this rank spent on checksums."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled in the process that saves in the background: it is needed until the ranks end

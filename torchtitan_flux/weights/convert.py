@@ -93,7 +93,7 @@ def convert(
     outdated = []
     if format in ("bfl", "comfyui"):  # companions of an earlier file of this name
         names = [*license_and_card(target), *companions, CHECKSUMS]
-        outdated = [target.with_name(f"{target.stem}.{name}") for name in names]
+        outdated = [f"{target.stem}.{name}" for name in names]
     needed = job.bytes + (plan.bytes if plan else 0)
     reads = [source.path, *(plan.reads if plan else ())]
     logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")

@@ -103,10 +103,10 @@ def _origins(path: Path) -> list[Path]:
     """The source, what the run that made it began with, what made that, and so on."""
     found = [path]
     while named := (_run_section(found[-1]) or {}).get("initial_load_path"):
-        begun = locate(str(named))
-        if begun is None or begun in found:
+        origin = locate(str(named))
+        if origin is None or origin in found:
             break
-        found.append(begun)
+        found.append(origin)
     return found
 
 

@@ -1,7 +1,5 @@
 """The commands of docs/checkpoints.md, read from there and run as they stand."""
 
-import re
-import shlex
 import shutil
 from dataclasses import replace
 from importlib import resources
@@ -81,13 +79,3 @@ def test_every_command_of_the_document(folder, monkeypatch, capsys):
             assert torch.equal(made_here.read(name), expected), target
     assert open_weights("flux1-unguided.safetensors").args == PLAIN
     assert open_weights("flux1-guided.safetensors").args == GUIDED
-
-
-def test_the_documents_command_of_the_script_is_one_of_these():
-    """The line to copy in the script's docstring is right as well."""
-    for name in SCRIPTS:
-        text = (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8")
-        line = re.search(rf"^python scripts/{name}\.py .*$", text, re.MULTILINE)
-        assert line is not None
-        if name == "convert_checkpoint":
-            convert_command.parse(shlex.split(line[0])[2:])
