@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 if TYPE_CHECKING:
-    from torchtitan_flux.data.sources.index import Index
+    from collections.abc import Iterator
+
+    from torchtitan_flux.data.sources.index import Index, Row
 
 READS = 10_000
 WRITTEN_AT_ONCE = 2**18
@@ -28,35 +29,28 @@ WRITTEN_AT_ONCE = 2**18
 WORDS = "red green blue large small round square circle star above below beside the".split()  # noqa: SIM905
 
 
-def columns(start: int, rows: int) -> dict[str, pa.Array]:
+def rows_of(start: int, count: int) -> "Iterator[Row]":
     """Rows as a webdataset of 10,000 samples a shard has them, captions of about 60 characters."""
+    from torchtitan_flux.data.sources.index import Row
+
     rng = np.random.default_rng(start)
-    numbers = np.arange(start, start + rows)
     sentences = [" ".join(rng.choice(WORDS, 13)) for _ in range(997)]
-    captions = np.array(sentences, dtype=object)[numbers % 997]
-    return {
-        "item_id": pa.array([f"{n // 10_000:05d}.tar/{n:09d}" for n in numbers.tolist()]),
-        "shard": pa.array(numbers // 10_000, pa.int32()),
-        "offset": pa.array((numbers % 10_000) * 50_000),
-        "length": pa.array(rng.integers(20_000, 50_000, rows)),
-        "width": pa.array(rng.integers(200, 1000, rows), pa.int32()),
-        "height": pa.array(rng.integers(200, 1000, rows), pa.int32()),
-        "captions": pa.ListArray.from_arrays(
-            pa.array(np.arange(rows + 1), pa.int32()),
-            pa.array([f"{c} {n}" for c, n in zip(captions, numbers.tolist(), strict=True)]),
-        ),
-        "reason": pa.array([""] * rows),
-    }
+    lengths = rng.integers(20_000, 50_000, count).tolist()
+    sizes = rng.integers(200, 1000, (count, 2)).tolist()
+    for n, length, (width, height) in zip(range(start, start + count), lengths, sizes, strict=True):
+        shard, within = divmod(n, 10_000)
+        item_id, captions = f"{shard:05d}.tar/{n:09d}", (f"{sentences[n % 997]} {n}",)
+        yield Row(item_id, shard, within * 50_000, length, width, height, captions, "")
 
 
 def write(path: Path, rows: int) -> None:
     from torchtitan_flux.data.sources.index import IndexWriter
 
     start = time.perf_counter()
-    writer = IndexWriter(path, {})
-    for first in range(0, rows, WRITTEN_AT_ONCE):
-        writer.add_columns(columns(first, min(WRITTEN_AT_ONCE, rows - first)))
-    writer.close()
+    with IndexWriter(path, {}) as writer:
+        for first in range(0, rows, WRITTEN_AT_ONCE):
+            for row in rows_of(first, min(WRITTEN_AT_ONCE, rows - first)):
+                writer.add(row)
     seconds = time.perf_counter() - start
     size = path.stat().st_size / 1e6
     print(f"written: {rows} rows, {size:.0f} MB, {seconds:.1f} s, {rows / seconds:.0f} rows/s")
@@ -72,6 +66,7 @@ def private_memory() -> float:
 
 def read(path: Path) -> None:
     """Open and read; to be called in a fresh process."""
+
     from torchtitan_flux.data.order import Order
     from torchtitan_flux.data.sources.index import Index
 

@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchtitan_flux.config.job_config import FluxJobConfig
 
 MODULES = {"train": "torchtitan_flux.train", "infer": "torchtitan_flux.infer"}
 
@@ -78,7 +81,9 @@ def launch(command: str, arguments: list[str]) -> int:
     ).run()
 
 
-def check(command: str, arguments: list[str], ranks: int, open_data: bool = False) -> Any:
+def check(
+    command: str, arguments: list[str], ranks: int, open_data: bool = False
+) -> "FluxJobConfig":
     """The configuration, loaded as the ranks will.
 
     Args:
@@ -90,20 +95,18 @@ def check(command: str, arguments: list[str], ranks: int, open_data: bool = Fals
     Raises:
         ConfigError: with everything that is wrong.
     """
-    from torchtitan_flux.startup.load_config import load_config, read_config
+    from torchtitan_flux.startup.load_config import load_config
     from torchtitan_flux.training.data import data_problems
 
     if command == "infer":
         from torchtitan_flux.infer import parse
 
-        options, arguments = parse(arguments)
-        if options.memory is not None:  # an estimate for another machine, whose files are not here
-            return read_config(arguments)
-    os.environ["WORLD_SIZE"] = str(ranks)
+        _, arguments = parse(arguments)
     logging.disable(logging.WARNING)  # the ranks say it
     try:
         training = command == "train"
-        return load_config(arguments, training, data_problems if training and open_data else None)
+        more = data_problems if training and open_data else None
+        return load_config(arguments, training, more, ranks)
     finally:
         logging.disable(logging.NOTSET)
 
@@ -123,7 +126,7 @@ def check_cards(ranks: int) -> None:
         raise ConfigError([f"NGPU = {ranks}: {cards} of this machine's GPUs can be seen"])
 
 
-def _would(config: Any, ranks: int, ranks_per_machine: int) -> str:
+def _would(config: "FluxJobConfig", ranks: int, ranks_per_machine: int) -> str:
     """What a checked run would do, in one line.
 
     Raises:

@@ -74,8 +74,8 @@ def drawn(tmp_path_factory) -> tuple[Path, dict[str, Said]]:
         "karras": drawing("karras", "karras"),
         "karras, told": drawing("karras, told", "karras", *schnell),
         "repeated": [
-            *("--from-png", str(folder / "static.png"), "--trust"),
-            *("--out", str(folder / "again.png")),
+            *("--from-png", str(folder / "static.png"), "--weights", str(folder / "static")),
+            *("--out", str(folder / "again.png"), *arguments(folder / "run", 8)),
         ],
     }
     (said,) = run_ranks(1, several, list(commands.values()))

@@ -35,62 +35,49 @@ def to_mode(image: Image.Image, mode: str, background: tuple[int, int, int] = WH
     clear = image.info.get("transparency")
     if clear is None and image.mode == mode:
         return image
-    if image.mode in _ALPHA_MODES:
-        return _composed(image, mode, background)
     if image.mode.startswith("I"):
         gray = _from_16_bits(image)
-        if isinstance(clear, int):
-            mask = np.asarray(image) != clear
-            gray.putalpha(Image.fromarray(mask))
-            return _composed(gray, mode, background)
-        return gray.convert(mode)
-    if image.mode == "F":
+        if not isinstance(clear, int):
+            return gray.convert(mode)
+        gray.putalpha(Image.fromarray(np.asarray(image) != clear))
+        image = gray
+    elif image.mode == "F":
         return _from_floats(image).convert(mode)
-    if clear is not None and image.mode in ("1", "L", "P", "RGB"):
-        return _composed(image, mode, background)
+    if image.mode in _ALPHA_MODES or (clear is not None and image.mode in ("1", "L", "P", "RGB")):
+        if image.mode == "La":
+            image = image.convert("LA")
+        behind = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(behind, image.convert("RGBA")).convert(mode)
     if image.mode == "LAB":
         image = ImageCms.applyTransform(image, _lab_to_srgb()) or image
     return image.convert(mode)
-
-
-def _composed(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
-    """What is seen where the image lies on the background."""
-    if image.mode == "La":
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    behind = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(behind, image).convert(mode)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     # PIL clips these to 8 bits instead of scaling; "I" is how it opens some 16-bit PNGs.
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
-    if image.mode == "I" and not (low >= 0 and high <= 65535):
-        raise ValueError(f"gray pixels from {low} to {high}, not in 0 to 65535")
-    scaled = values / 257.0
-    if 0 < scaled.max() < _NEARLY_BLACK:
-        raise ValueError(
-            f"gray pixels from {low} to {high}, nearly black where 65535 is white; multiply them "
-            f"by {65535 // high} or so"
-        )
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    pixels = f"gray pixels from {low} to {high}"
+    if low < 0 or high > 65535:
+        raise ValueError(f"{pixels}, not in 0 to 65535")
+    return _to_8_bits(values, 65535, pixels)
 
 
 def _from_floats(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
+    pixels = f"float pixels from {low:g} to {high:g}"
     if not (low >= 0 and high <= 255):  # a NaN compares false
-        raise ValueError(f"float pixels from {low:g} to {high:g}, not in 0 to 1 or 0 to 255")
-    if high <= 1:
-        values = values * 255.0
-    if 0 < values.max() < _NEARLY_BLACK:
-        white = 1 if high <= 1 else 255
-        raise ValueError(
-            f"float pixels from {low:g} to {high:g}, nearly black where {white} is white; divide "
-            "them so that white is 1"
-        )
-    return Image.fromarray(np.round(values).astype(np.uint8))
+        raise ValueError(f"{pixels}, not in 0 to 1 or 0 to 255")
+    return _to_8_bits(values, 1 if high <= 1 else 255, pixels)
+
+
+def _to_8_bits(values: np.ndarray, white: int, pixels: str) -> Image.Image:
+    high = float(values.max())
+    if 0 < high * 255 / white < _NEARLY_BLACK:
+        times = f"multiply them by {int(white / high)} or so"
+        raise ValueError(f"{pixels}, nearly black where {white} is white; {times}")
+    return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -100,52 +87,39 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def check_deep_colours(image: Image.Image) -> None:
-    """Refuse colours of 16 bits, decoded to 8, that hold fewer bits.
-
-    Raises:
-        ValueError: what is not black is nearly so.
-    """
-    bands = image.getchannel("R"), image.getchannel("G"), image.getchannel("B")
-    high = max(int(np.asarray(band).max()) for band in bands)
-    if 0 < high < _NEARLY_BLACK:
+    """Refuse colours of 16 bits, decoded to 8, that hold fewer bits, with a ValueError."""
+    high = 257 * int(np.asarray(image)[..., :3].max())
+    if 0 < high < 257 * _NEARLY_BLACK:
         raise ValueError(
-            f"colours of 16 bits up to {257 * high} or so, nearly black where 65535 is white; "
-            f"multiply them by {65535 // (257 * (high + 1))} or so"
+            f"colours of 16 bits up to {high} or so, nearly black where 65535 is white; multiply "
+            f"them by {65535 // (high + 257)} or so"
         )
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """The image with the ICC profile that it holds applied; as it is where there is none.
+    """The decoded image with the ICC profile that it holds applied; as it is where there is none.
 
     A profile that is damaged, or of another sort of colours than the image, is passed over.
-
-    Args:
-        image: decoded, of any mode.
     """
     profile = image.info.get("icc_profile")
     if not profile:
         return image
+    alpha, colours = None, image
     try:
-        colours, alpha = _without_alpha(image)
+        if image.mode.startswith("I"):
+            colours = _from_16_bits(image)
+        elif image.mode != "CMYK":
+            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+            if image.mode in _ALPHA_MODES or "transparency" in image.info:
+                colours = image.convert(f"{mode}A")
+                alpha = colours.getchannel("A")
+            colours = colours.convert(mode)
         found = ImageCms.applyTransform(colours, _to_srgb(profile, colours.mode)) or colours
     except Exception:  # of several sorts: PyCMSError, OSError, ValueError, KeyError
         return image
     if alpha:
         found.putalpha(alpha)
     return found
-
-
-def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """(colours of 8 bits as a profile describes them, what covers them)."""
-    if image.mode == "CMYK":
-        return image, None
-    if image.mode.startswith("I"):
-        return _from_16_bits(image), None
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
-        return image.convert(mode), None
-    covered = image.convert(f"{mode}A")
-    return covered.convert(mode), covered.getchannel("A")
 
 
 @functools.lru_cache(maxsize=32)

@@ -5,17 +5,15 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from torchtitan_flux.data.formats import formats, unread_format
-from torchtitan_flux.data.sources.foreign import HEAD, foreign_content
-from torchtitan_flux.data.sources.source import UnreadableItem
+from torchtitan_flux.data.sources.listing import HEAD, foreign_content
+from torchtitan_flux.data.sources.source import MAX_PIXELS, UnreadableItem
 
 _REASON_LENGTH = 200
-
-_ORIENTATION = 0x0112  # of EXIF
 
 # An address in memory differs between ranks; their lists of unreadable items must not.
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}")
@@ -33,20 +31,18 @@ def open_image(data: bytes, item_id: str, max_pixels: int) -> Image.Image:
     with damage_is_unreadable(item_id):
         image = _opened(io.BytesIO(data), item_id)
     if image.width * image.height > max_pixels:
-        raise UnreadableItem(
-            item_id,
-            f"decompression bomb: {image.width} x {image.height} pixels, more than "
-            f"data.max_image_pixels = {max_pixels}",
-        )
+        size = f"{image.width} x {image.height} pixels"
+        what = f"decompression bomb: {size}, more than {MAX_PIXELS} = {max_pixels}"
+        raise UnreadableItem(item_id, what)
     return image
 
 
-def header_size(file: Any) -> tuple[int, int, str]:
+def header_size(file: IO[bytes] | io.BufferedIOBase) -> tuple[int, int, str]:
     """(width, height) in pixels of an image as it is meant to be seen, and what is wrong with it.
 
-    Only the header of the file, open for reading bytes, is looked at. Pictures that their EXIF
-    data turn by a quarter have width and height exchanged. Where no image is found, these are 0
-    and the third is `open_image`'s reason; else that is "".
+    Only the header of the file is looked at. Pictures that their EXIF data turn by a quarter have
+    width and height exchanged. Where no image is found, these are 0 and the third is `open_image`'s
+    reason; else that is "".
 
     Raises:
         OSError: the operating system refuses to read the file.
@@ -72,29 +68,21 @@ def exif_orientation(image: Image.Image) -> int:
     if image.format == "JXL":  # its decoder turns pictures itself, whatever their EXIF data say
         return 1
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged metadata of a picture that is otherwise fine
         return 1
 
 
-def _opened(file: Any, item_id: str) -> Image.Image:
+def _opened(file: IO[bytes] | io.BufferedIOBase, item_id: str) -> Image.Image:
     try:
-        return Image.open(file, formats=formats())
+        return Image.open(file, formats=formats())  # pyright: ignore[reportArgumentType]
     except Image.UnidentifiedImageError as error:
         file.seek(0)
-        raise UnreadableItem(item_id, _instead(file.read(HEAD))) from error
-
-
-def _instead(head: bytes) -> str:
-    """What a file is that is no image, by its first bytes."""
-    if not head:
-        return "the file is empty"
-    known = ", ".join(formats()[:9])
-    return (
-        foreign_content(head, "FILE")
-        or unread_format(head)
-        or f"no image in a known format ({known} and {len(formats()) - 9} others)"
-    )
+        head = file.read(HEAD)
+        known = f"{', '.join(formats()[:9])} and {len(formats()) - 9} others"
+        reason = foreign_content(head) or unread_format(head)
+        reason = reason or f"no image in a known format ({known})"
+        raise UnreadableItem(item_id, reason if head else "the file is empty") from error
 
 
 @contextmanager
@@ -103,16 +91,12 @@ def damage_is_unreadable(item_id: str) -> Iterator[None]:
 
     Damaged files make PIL raise almost anything (IndexError, struct.error, TypeError, MemoryError
     for a header that lies, ...), so no list of exceptions would be complete. The reason is the
-    same on every rank.
+    same on every rank: one line, short, and without addresses.
     """
     try:
         yield
     except UnreadableItem:
         raise
     except Exception as error:
-        raise UnreadableItem(item_id, f"{type(error).__name__}: {_text(error)}") from error
-
-
-def _text(error: BaseException) -> str:
-    """What an exception says, on one line, short, and without addresses."""
-    return _ADDRESS.sub("...", " ".join(str(error).split()))[:_REASON_LENGTH]
+        text = _ADDRESS.sub("...", " ".join(str(error).split()))[:_REASON_LENGTH]
+        raise UnreadableItem(item_id, f"{type(error).__name__}: {text}") from error

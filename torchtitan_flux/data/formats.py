@@ -1,8 +1,8 @@
 """Which formats of images are read: what the installed Pillow and its plug-ins decode."""
 
 import functools
-from collections.abc import Iterable
 from contextlib import suppress
+from importlib import import_module
 
 from PIL import Image, features
 
@@ -28,18 +28,22 @@ _PLUG_INS = {
 }
 """Formats of optional packages: format -> (package, suffixes)."""
 
-_BRANDS = {
-    "AVIF": (b"avif", b"avis"),
-    "HEIF": (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"),
+_BRANDS = {"avif": "AVIF", "avis": "AVIF"} | {
+    brand: "HEIF" for brand in ("heic", "heix", "hevc", "heim", "heis", "mif1", "msf1")
 }
-_JXL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 
 @functools.cache
 def formats() -> tuple[str, ...]:
     """The formats that are tried on a file, those that any file might pass for last."""
     Image.init()
-    _register_plug_ins()
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        import_module("pillow_jxl")
+    with suppress(ImportError):
+        if not features.check("avif"):
+            import_module("pillow_avif")
     suffixed = set(Image.registered_extensions().values())
     known = [name for name in Image.OPEN if name in suffixed and _is_decoded(name)]
     others = [name for name in known if name not in _COMMON]
@@ -47,20 +51,8 @@ def formats() -> tuple[str, ...]:
     return (*(name for name in _COMMON if name in known), *others)
 
 
-def _register_plug_ins() -> None:
-    with suppress(ImportError):
-        import pillow_heif  # pyright: ignore[reportMissingImports]
-
-        pillow_heif.register_heif_opener()
-    with suppress(ImportError):
-        import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]
-    if "AVIF" not in Image.OPEN or not features.check("avif"):
-        with suppress(ImportError):
-            import pillow_avif  # noqa: F401  # pyright: ignore[reportMissingImports]
-
-
 def _is_decoded(name: str) -> bool:
-    if name == "AVIF" and Image.OPEN[name][0].__module__.startswith("pillow_avif"):
+    if Image.OPEN[name][0].__module__.startswith("pillow_avif"):
         return True
     library = _COMPILED_IN.get(name)
     return name not in _REFUSED and (library is None or bool(features.check(library)))
@@ -76,27 +68,17 @@ IMAGE_SUFFIXES = _suffixes()
 """Of files that are taken for pictures: lower case, with the dot."""
 
 
-def named(suffixes: Iterable[str] = IMAGE_SUFFIXES) -> str:
-    """Suffixes for people: those they know first, and how many others there are."""
-    common = ("jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "avif", "jp2", "bmp", "ppm")
-    there = {suffix[1:] for suffix in suffixes}
-    first = [suffix for suffix in common if suffix in there]
-    return f"{', '.join(first)} and {len(there) - len(first)} others"
-
-
 def plug_in_for(suffix: str) -> str:
     """The package that would read files of a suffix that is not read now; "" where none does."""
-    for package, suffixes in _PLUG_INS.values():
-        if suffix in suffixes and suffix not in IMAGE_SUFFIXES:
-            return package
-    return ""
+    unread = (package for package, suffixes in _PLUG_INS.values() if suffix in suffixes)
+    return "" if suffix in IMAGE_SUFFIXES else next(unread, "")
 
 
 def unread_format(head: bytes) -> str:
     """What package a file would need, by its first bytes, to be read after its name; or ""."""
-    name = "JXL" if head.startswith(_JXL) else ""
-    if head[4:8] == b"ftyp":
-        name = next((name for name, brands in _BRANDS.items() if head[8:12] in brands), "")
+    jxl = head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"))
+    brand = head[8:12].decode("latin-1") if head[4:8] == b"ftyp" else ""
+    name = "JXL" if jxl else _BRANDS.get(brand, "")
     if not name or name in formats():
         return ""
     return f"is a picture in the format {name}, which `pip install {_PLUG_INS[name][0]}` reads"

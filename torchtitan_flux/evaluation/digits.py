@@ -8,7 +8,6 @@ within a class, both against real digits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +16,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import SVC
 from torch import Tensor
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.sources.digits import DIGIT_WORDS, load_digit_arrays
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.sampling.generate import SampleSettings
@@ -59,7 +59,9 @@ def score_prompts(count: int) -> tuple[list[str], np.ndarray]:
     return [f"a handwritten {DIGIT_WORDS[label]}" for label in labels], labels
 
 
-def score_settings(config: Any, args: FluxModelArgs, cfg: float | None = None) -> SampleSettings:
+def score_settings(
+    config: FluxJobConfig, args: FluxModelArgs, cfg: float | None = None
+) -> SampleSettings:
     """How the judged digits are drawn; the seed is fixed, so that runs compare.
 
     Args:

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torchtitan.tools.logging import init_logger
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.loader import ValidationLoader
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Item, Source, Split
@@ -61,7 +61,7 @@ def split_loss(session: Session, split: Split, period: int) -> float:
     return loss
 
 
-def report(config: Any, count: int) -> None:
+def report(config: FluxJobConfig, count: int) -> None:
     """Print every figure of one run."""
     session = open_session(config, batch_size=250)
     print(f"checkpoint: {session.checkpoint}")

@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.samples import TrainingSamples
 from torchtitan_flux.data.sources.source import Source
 from torchtitan_flux.data.survey import Survey, survey
@@ -86,7 +87,7 @@ def _read(keys: list[str]) -> Any:
     return config
 
 
-def _samples(config: Any, source: Source) -> TrainingSamples:
+def _samples(config: FluxJobConfig, source: Source) -> TrainingSamples:
     def no_tokens(caption: str):
         raise NotImplementedError
 
@@ -95,7 +96,7 @@ def _samples(config: Any, source: Source) -> TrainingSamples:
     )
 
 
-def _show(config: Any, samples: TrainingSamples, options: argparse.Namespace) -> None:
+def _show(config: FluxJobConfig, samples: TrainingSamples, options: argparse.Namespace) -> None:
     tokenizer, missing = None, ""
     try:
         encoder = config.encoder
@@ -156,7 +157,9 @@ def _page(found: Survey, missing: str) -> Iterator[str]:
         yield f"width / height: {', '.join(shown)}{', …' if len(aspects) > 8 else ''}"
 
 
-def _sheet(config: Any, samples: TrainingSamples, options: argparse.Namespace) -> Path | None:
+def _sheet(
+    config: FluxJobConfig, samples: TrainingSamples, options: argparse.Namespace
+) -> Path | None:
     """The contact sheet of the first positions of the run."""
     pictures = []
     for position in range(min(options.count, len(samples.source))):

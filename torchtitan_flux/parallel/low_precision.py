@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchtitan.components.quantization.float8 import Float8LinearConverter
 from torchtitan.components.quantization.mx import MXLinearConverter
-from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import model_converter
 
 from torchtitan_flux.config.job_config import FluxJobConfig
@@ -27,7 +26,7 @@ from torchtitan_flux.parallel.low_precision_checks import FLOAT8, MX
 class FluxFloat8Converter(Float8LinearConverter):
     """torchtitan's, which drops `emulate` where a recipe is named."""
 
-    def __init__(self, job_config: FluxJobConfig, parallel_dims: ParallelDims):
+    def __init__(self, job_config: FluxJobConfig, parallel_dims: Any):
         super().__init__(_embedders_kept(job_config), parallel_dims)
         self.config = replace(self.config, emulate=job_config.quantize.linear.float8.emulate)
 
@@ -42,7 +41,7 @@ class FluxFloat8Converter(Float8LinearConverter):
 class FluxMXConverter(MXLinearConverter):
     """torchtitan's, which knows no embedders."""
 
-    def __init__(self, job_config: FluxJobConfig, parallel_dims: ParallelDims):
+    def __init__(self, job_config: FluxJobConfig, parallel_dims: Any):
         super().__init__(_embedders_kept(job_config), parallel_dims)
 
 

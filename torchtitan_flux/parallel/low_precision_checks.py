@@ -17,10 +17,10 @@ What stays as it is (`KEPT`), with its share of FLOPs at 256 pixels and 256 text
 """
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.card import card
@@ -31,7 +31,7 @@ MX = "quantize.linear.mx"
 MX_RECIPES = ("mxfp8_cublas", "mxfp8_cublas_rceil")
 
 
-def low_precision_problems(config: Any) -> list[str]:
+def low_precision_problems(config: FluxJobConfig) -> list[str]:
     """What is wrong with `model.converters` and the keys that belong to them."""
     chosen = config.model.converters
     key = f"model.converters = {chosen}"
@@ -47,7 +47,7 @@ def low_precision_problems(config: Any) -> list[str]:
     return found + (_float8(config) if FLOAT8 in chosen else _mx(config))
 
 
-def _float8(config: Any) -> list[str]:
+def _float8(config: FluxJobConfig) -> list[str]:
     found = []
     section = f"{FLOAT8}."
     f = config.quantize.linear.float8
@@ -75,7 +75,7 @@ def _float8(config: Any) -> list[str]:
     return found
 
 
-def _mx(config: Any) -> list[str]:
+def _mx(config: FluxJobConfig) -> list[str]:
     found = []
     section = f"{MX}."
     mx = config.quantize.linear.mx
@@ -101,7 +101,7 @@ def _mx(config: Any) -> list[str]:
     return found
 
 
-def low_precision_fit(config: Any, args: FluxModelArgs, size: ImageSize) -> list[str]:
+def low_precision_fit(config: FluxJobConfig, args: FluxModelArgs, size: ImageSize) -> list[str]:
     """Widths and numbers of tokens that 8-bit products cannot take.
 
     Args:

@@ -1,8 +1,10 @@
 """Whether the degrees of [parallelism] make the ranks, and the model can be cut that way."""
 
-import os
-from typing import Any
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
+from torchtitan.config import Parallelism
+
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModelArgs
 
 PEERS = {
@@ -13,7 +15,7 @@ PEERS = {
 """Keys of the ranks that share samples."""
 
 
-def peer_degree(parallelism: Any) -> int:
+def peer_degree(parallelism: Parallelism) -> int:
     """Ranks that work on the same samples: context, tensor and pipeline."""
     degree = 1
     for key in PEERS:
@@ -21,9 +23,8 @@ def peer_degree(parallelism: Any) -> int:
     return degree
 
 
-def mesh_problems(config: Any) -> list[str]:
-    """Degrees and batch sizes that do not make the ranks that were started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+def mesh_problems(config: FluxJobConfig, world: int) -> list[str]:
+    """Degrees and batch sizes that do not make the `world` ranks that were started."""
     p, t = config.parallelism, config.training
     found = [
         f"parallelism.{key} = {getattr(p, key)} must be at least 1"
@@ -56,7 +57,7 @@ def mesh_problems(config: Any) -> list[str]:
     return []
 
 
-def model_problems(config: Any, args: FluxModelArgs) -> list[str]:
+def model_problems(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
     """Degrees that this model cannot be cut by."""
     found = []
     tp = config.parallelism.tensor_parallel_degree

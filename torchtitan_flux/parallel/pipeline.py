@@ -197,9 +197,9 @@ class Pipeline(nn.Module):
         return self._from_last(torch.cat(self._loss.of_samples))
 
     @torch.no_grad()
-    def forward(self, *arguments: Tensor) -> Tensor:
+    def forward(self, *arguments: Tensor | None) -> Tensor:
         """Velocity [b, img, out_channels] on every rank; arguments are those of FluxModel."""
-        inputs = FluxInputs(*arguments)
+        inputs = FluxInputs(*arguments)  # type: ignore[arg-type]
         b = inputs.img.shape[0]
         ranks, microbatch = self.group.size(), self.layout.microbatch
         count = -(-b // microbatch)

@@ -4,6 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
+from torchtitan.config import Parallelism
+
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModelArgs
 
 SECTION = "parallelism."
@@ -65,12 +70,12 @@ SCHEDULES = {
 }
 
 
-def pipeline_schedule(parallelism: Any) -> Schedule:
+def pipeline_schedule(parallelism: Parallelism) -> Schedule:
     """The configured schedule."""
     return SCHEDULES[parallelism.pipeline_parallel_schedule.lower()]
 
 
-def stage_count(parallelism: Any, args: FluxModelArgs) -> int:
+def stage_count(parallelism: Parallelism, args: FluxModelArgs) -> int:
     """Stages over all ranks: of the named parts, of so many blocks each, or the fewest there are.
 
     Raises:
@@ -151,7 +156,7 @@ def check_parts(parts: list[list[str]], args: FluxModelArgs) -> None:
             raise ValueError(f"{key}: part {number} has no block")
 
 
-def pipeline_problems(config: Any) -> list[str]:
+def pipeline_problems(config: FluxJobConfig) -> list[str]:
     """What is wrong with the keys of pipeline parallelism, whatever the model."""
     p, t = config.parallelism, config.training
     if p.pipeline_parallel_degree < 2:
@@ -201,7 +206,7 @@ def _microbatches(schedule: Schedule, p: Any, t: Any) -> list[str]:
     return []
 
 
-def _split_backward(schedule: Schedule, config: Any) -> list[str]:
+def _split_backward(schedule: Schedule, config: FluxJobConfig) -> list[str]:
     """The backward pass of a stage is done in two parts, on a graph that is kept in between."""
     found = []
     key = f"{PREFIX}schedule = {schedule.name!r}"
@@ -225,7 +230,7 @@ def _split_backward(schedule: Schedule, config: Any) -> list[str]:
     return found
 
 
-def pipeline_fit(config: Any, args: FluxModelArgs) -> list[str]:
+def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
     """Stages that this model cannot be cut into."""
     p = config.parallelism
     if p.pipeline_parallel_degree < 2 or p.pipeline_parallel_schedule.lower() not in SCHEDULES:

@@ -1,14 +1,14 @@
 """Sections [activation_checkpoint] and [compile]: what is recomputed, and what is compiled."""
 
-from typing import Any
-
 import torch
+
+from torchtitan_flux.config.job_config import FluxJobConfig
 
 AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")
 
 
-def recomputation_problems(config: Any) -> list[str]:
+def recomputation_problems(config: FluxJobConfig) -> list[str]:
     """What cannot work in the sections [activation_checkpoint] and [compile]."""
     found = []
     ac, compiling = config.activation_checkpoint, config.compile

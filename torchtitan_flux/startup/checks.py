@@ -1,24 +1,18 @@
 """What is wrong with a configuration, all of it, each with its key and the remedy."""
 
+import functools
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from torchtitan_flux.checkpoint.folder import complete_steps
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import get
-from torchtitan_flux.data.sources.registry import (
-    BUILT_IN,
-    DOWNLOADS,
-    NEED_PATH,
-    OWN_CAPTIONS,
-    SOURCES,
-    WITHOUT_HELD_OUT,
-)
-from torchtitan_flux.encoders.file_checks import encoder_problems
-from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.data.sources.registry import DATASETS
+from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.model.trainable import trainable
 from torchtitan_flux.optimizers import OPTIMIZERS, WITH_BF16
 from torchtitan_flux.parallel.card import card
 from torchtitan_flux.parallel.low_precision_checks import low_precision_fit, low_precision_problems
@@ -26,6 +20,7 @@ from torchtitan_flux.parallel.mesh_checks import mesh_problems, model_problems
 from torchtitan_flux.parallel.pipeline_plan import pipeline_fit, pipeline_problems
 from torchtitan_flux.parallel.recomputation_checks import AC_MODES, recomputation_problems
 from torchtitan_flux.paths import locate, looks_local
+from torchtitan_flux.startup.encoder_checks import encoder_problems
 from torchtitan_flux.startup.folder_checks import folder_problems
 from torchtitan_flux.startup.loading_checks import going_on_problem, loading_problems
 from torchtitan_flux.startup.model_args import (
@@ -50,13 +45,14 @@ ON_GPUS = (
 """Switches of what there is on GPUs alone."""
 
 
-def problems(config: Any, training: bool = True) -> list[str]:
+def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> list[str]:
     """Every reason why this run cannot work; empty when there is none.
 
     Args:
         config: the merged JobConfig. Only paths that this run will read are looked at.
         training: whether it will train; drawing and scoring need no data, no folder to write, and
             no mesh or batch that fits, and run where the training could not.
+        ranks: of the run.
     """
     flavor = FLAVORS.get(config.model.flavor)
     found = _at_least(config)
@@ -74,7 +70,7 @@ def problems(config: Any, training: bool = True) -> list[str]:
     elif not encoders:
         found += _fit(config, training, not low_precision)
     if training and config.training.local_batch_size > 0:
-        found += [*mesh_problems(config), *pipeline_problems(config)]
+        found += [*mesh_problems(config, ranks), *pipeline_problems(config)]
     if training:
         found += [
             *_checkpoints(config),
@@ -88,7 +84,7 @@ def problems(config: Any, training: bool = True) -> list[str]:
     return found + [line for line in beyond if line.split(" = ")[0] not in named]
 
 
-def _unsupported(config: Any) -> list[str]:
+def _unsupported(config: FluxJobConfig) -> list[str]:
     """Features that do not exist here yet, by name."""
     found = []
     p = config.parallelism
@@ -110,6 +106,19 @@ def _unsupported(config: Any) -> list[str]:
             f"bfloat16 with optimizer.name = {' or '.join(WITH_BF16)}, which then round "
             "stochastically; the compute type is training.mixed_precision_param"
         )
+    found += _averages(config)
+    if config.training.train_only:
+        names = parameter_names(config.model.flavor) if config.model.flavor in FLAVORS else []
+        if names and not any(trainable(name, config.training.train_only) for name in names):
+            found.append(
+                f"training.train_only = {config.training.train_only} names no parameter; they are "
+                f"called as {', '.join(names[:3])} …"
+            )
+        if p.pipeline_parallel_degree > 1:
+            found.append(
+                "training.train_only needs parallelism.pipeline_parallel_degree = 1: gradients "
+                "would have to go through stages that have none"
+            )
     kind = OPTIMIZERS.get(config.optimizer.name)
     torchao = kind is not None and (kind.torchao or config.training.dtype == "bfloat16")
     if torchao and find_spec("torchao") is None:
@@ -158,6 +167,24 @@ def _unsupported(config: Any) -> list[str]:
     return found
 
 
+def _averages(config: FluxJobConfig) -> list[str]:
+    found, ema = [], config.ema
+    if any(not 0 <= decay < 1 for decay in ema.decay):
+        found.append(f"ema.decay = {ema.decay}: each has to be in [0, 1)")
+    if len(set(ema.decay)) < len(ema.decay):
+        found.append(f"ema.decay = {ema.decay}: the same one twice")
+    if ema.use_for == "ema" and not ema.decay:
+        found.append('ema.use_for = "ema" needs ema.decay, the decay of an average')
+    return found
+
+
+@functools.cache
+def parameter_names(flavor: str) -> list[str]:
+    """Names of a flavor's parameters."""
+    with torch.device("meta"):
+        return [name for name, _ in FluxModel(FLAVORS[flavor]).named_parameters()]
+
+
 def _custom_import(module: str) -> list[str]:
     if not module:
         return []
@@ -169,7 +196,7 @@ def _custom_import(module: str) -> list[str]:
     return [] if there else [f"{key} is no module that can be imported"]
 
 
-def _checkpoints(config: Any) -> list[str]:
+def _checkpoints(config: FluxJobConfig) -> list[str]:
     found = []
     c = config.checkpoint
     if c.create_seed_checkpoint and not c.enable:
@@ -212,7 +239,7 @@ def _checkpoints(config: Any) -> list[str]:
     return found
 
 
-def _compute_type(config: Any) -> list[str]:
+def _compute_type(config: FluxJobConfig) -> list[str]:
     key = "training.mixed_precision_param"
     if config.training.mixed_precision_param != "bfloat16" or torch.version.hip is not None:
         return []
@@ -225,7 +252,7 @@ def _compute_type(config: Any) -> list[str]:
     ]
 
 
-def _schedule(config: Any) -> list[str]:
+def _schedule(config: FluxJobConfig) -> list[str]:
     try:
         configured_schedule(config)
     except ValueError as error:
@@ -233,7 +260,7 @@ def _schedule(config: Any) -> list[str]:
     return []
 
 
-def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
+def _fit(config: FluxJobConfig, training: bool, low_precision: bool) -> list[str]:
     """Widths and sizes that do not fit each other.
 
     Args:
@@ -260,7 +287,7 @@ def _fit(config: Any, training: bool, low_precision: bool) -> list[str]:
     ]
 
 
-def _initial_path(config: Any) -> Path | None:
+def _initial_path(config: FluxJobConfig) -> Path | None:
     """What a run begins with; None where it begins with nothing that is there."""
     c = config.checkpoint
     if not (c.enable and c.initial_load_path):
@@ -270,7 +297,7 @@ def _initial_path(config: Any) -> Path | None:
     return locate(c.initial_load_path)
 
 
-def _initial_kind(config: Any) -> list[str]:
+def _initial_kind(config: FluxJobConfig) -> list[str]:
     """Why a run cannot begin with what it is to begin with, whatever the model is."""
     path, c = _initial_path(config), config.checkpoint
     if path is None:
@@ -286,7 +313,7 @@ def _initial_kind(config: Any) -> list[str]:
     return []
 
 
-def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
+def _initial_weights(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
     """Why weights do not fit the model, by their headers."""
     path, c = _initial_path(config), config.checkpoint
     if path is None or not c.initial_load_model_only or _initial_kind(config):
@@ -300,7 +327,7 @@ def _initial_weights(config: Any, args: FluxModelArgs) -> list[str]:
     return []
 
 
-def _size(config: Any, args: FluxModelArgs) -> list[str]:
+def _size(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
     try:
         args.geometry.check(config.training.image_size)
     except ValueError as error:
@@ -310,7 +337,7 @@ def _size(config: Any, args: FluxModelArgs) -> list[str]:
     return []
 
 
-def _grid_times(config: Any, args: FluxModelArgs) -> list[str]:
+def _grid_times(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
     """Whether there is a schedule for the pictures that are drawn while training.
 
     What states it has to be readable without any, too: it goes along with what is exported.
@@ -360,6 +387,8 @@ MINIMA = {
     "encoder.max_t5_encoding_len": 1,
     "validation.local_batch_size": 1,
     "validation.freq": 1,
+    "ema.every": 1,
+    "ema.start": 0,
     "sampling.freq": 1,
     "sampling.images_per_prompt": 1,
     "sampling.denoising_steps": 1,
@@ -381,7 +410,7 @@ SCALES = (
 SHARES = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor", "data.max_unreadable_share")
 
 
-def _at_least(config: Any) -> list[str]:
+def _at_least(config: FluxJobConfig) -> list[str]:
     found = []
     for name, least in MINIMA.items():
         if get(config, name) < least:
@@ -424,7 +453,7 @@ def _at_least(config: Any) -> list[str]:
     return found
 
 
-def data_key_problems(config: Any) -> list[str]:
+def data_key_problems(config: FluxJobConfig) -> list[str]:
     """Data sets that do not exist here, or that would be read where nothing lies."""
     found = []
     t, v = config.training, config.validation
@@ -433,16 +462,17 @@ def data_key_problems(config: Any) -> list[str]:
     if v.enable and own:
         sections["validation"] = (v.dataset or t.dataset, v.dataset_path)
     for section, (name, path) in sections.items():
-        if name not in SOURCES:
+        if name not in DATASETS:
             found.append(
-                f"{section}.dataset = {name!r} is not available; use one of {', '.join(SOURCES)}"
+                f"{section}.dataset = {name!r} is not available; use one of {', '.join(DATASETS)}"
             )
-        elif name in BUILT_IN and path is not None:
+        elif DATASETS[name].built_in and path is not None:
             found.append(f"{section}.dataset_path: {name!r} reads no files; remove the key")
-        elif name in NEED_PATH and not path:
+        elif DATASETS[name].needs_path and not path:
+            download = DATASETS[name].download
             found.append(
                 f"{section}.dataset_path is not set: {name!r} needs the folder of its files"
-                + (f"; download them with `{DOWNLOADS[name]}`" if name in DOWNLOADS else "")
+                + (f"; download them with `{download}`" if download else "")
             )
         elif path and locate(path) is None and looks_local(path) and not set(path) & set("*?[{"):
             found.append(f"{section}.dataset_path = {path!r} does not exist")
@@ -451,9 +481,10 @@ def data_key_problems(config: Any) -> list[str]:
         f"data.caption_prefix = {prefix!r}: {section}.dataset = {name!r} makes its own captions; "
         "remove the key"
         for section, (name, _) in sections.items()
-        if prefix and name in OWN_CAPTIONS
+        if prefix and name in DATASETS and DATASETS[name].built_in
     ]
-    if v.enable and not own and t.dataset in WITHOUT_HELD_OUT and not config.data.held_out_share:
+    named = DATASETS.get(t.dataset)
+    if v.enable and not (own or config.data.held_out_share or not named or named.has_held_out):
         found.append(
             "validation.enable = true, and nothing is held out: set validation.dataset_path to "
             "other data, or data.held_out_share to the share of the training data to keep back"
@@ -461,7 +492,7 @@ def data_key_problems(config: Any) -> list[str]:
     return found
 
 
-def _evaluation(config: Any) -> list[str]:
+def _evaluation(config: FluxJobConfig) -> list[str]:
     found = []
     v, score = config.validation, config.score
     if v.enable and v.steps < 1 and v.steps != -1:

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux import __version__
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text
 from torchtitan_flux.startup.model_args import AUTO, own_scheduler
@@ -20,7 +20,7 @@ NOT_WRITTEN = ("job.config_file",)
 """It says where the other keys came from."""
 
 
-def resolved_toml(config: Any) -> str:
+def resolved_toml(config: FluxJobConfig) -> str:
     """Every key with its value; read again as configuration file it gives an equal configuration.
 
     Keys that are unset and unset by default are left out: TOML has no word for it. The schedule
@@ -44,7 +44,7 @@ def resolved_toml(config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _resolved_json(config: Any) -> str:
+def _resolved_json(config: FluxJobConfig) -> str:
     values = config.to_dict()
     for name, value in _written_out(config).items():
         section, key = name.split(".")
@@ -52,7 +52,7 @@ def _resolved_json(config: Any) -> str:
     return json.dumps(values, indent=2)
 
 
-def _written_out(config: Any) -> dict[str, str]:
+def _written_out(config: FluxJobConfig) -> dict[str, str]:
     """Values that are found outside of the configuration, by key."""
     if config.sampling.schedule != AUTO:
         return {}
@@ -63,7 +63,7 @@ def _written_out(config: Any) -> dict[str, str]:
         return {}
 
 
-def log_resolved(config: Any) -> None:
+def log_resolved(config: FluxJobConfig) -> None:
     """Print and write the configuration, as job.print_config and job.save_config_file say.
 
     Called when ranks are joined and the seed is settled.

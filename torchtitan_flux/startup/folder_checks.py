@@ -2,8 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import get
 
 USED_BY = {
@@ -18,7 +18,7 @@ USED_BY = {
 """Keys of names below job.dump_folder -> whether a run writes there."""
 
 
-def folder_problems(config: Any) -> list[str]:
+def folder_problems(config: FluxJobConfig) -> list[str]:
     """Folders that cannot be written, or that another run may be writing."""
     given = config.job.dump_folder
     if not given:

@@ -61,7 +61,7 @@ class Reading:
         complete: whether all keys were read; a file that is no TOML says nothing about any.
     """
 
-    config: Any
+    config: FluxJobConfig
     found: list[str]
     doubtful: frozenset[str]
     given: dict[str, str]
@@ -70,17 +70,18 @@ class Reading:
 
 
 def load_config(
-    argv: list[str], training: bool = True, more: Callable[[Any], list[str]] | None = None
-) -> Any:
+    argv: list[str],
+    training: bool = True,
+    more: Callable[[FluxJobConfig], list[str]] | None = None,
+    ranks: int | None = None,
+) -> FluxJobConfig:
     """The complete configuration of a run.
 
     Args:
         argv: command line, `--job.config_file FILE` and any `--section.key value`.
         training: whether the run trains, or draws from what was trained.
         more: finds what else is wrong with a configuration, for the same report.
-
-    Returns:
-        torchtitan's JobConfig with FLUX's sections.
+        ranks: of the run; None takes what torchrun says, 1 without it.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -89,7 +90,9 @@ def load_config(
     notes = [*reading.notes, *_settle(reading)]
     found = list(reading.found)
     if reading.complete:
-        lines = [*problems(reading.config, training), *(more(reading.config) if more else [])]
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
+        lines = problems(reading.config, training, ranks)
+        lines += more(reading.config) if more else []
         found += _without_doubtful(lines, reading)
     if found:
         raise ConfigError(found)
@@ -98,13 +101,13 @@ def load_config(
     return reading.config
 
 
-def load_config_or_exit(argv: list[str], training: bool = True) -> Any:
+def load_config_or_exit(argv: list[str], training: bool = True) -> FluxJobConfig:
     """`load_config` for a command line."""
     with exit_on_config_error():
         return load_config(argv, training)
 
 
-def read_config(argv: list[str]) -> Any:
+def read_config(argv: list[str]) -> FluxJobConfig:
     """The configuration as on another machine: types are checked, files need not be here.
 
     Raises:

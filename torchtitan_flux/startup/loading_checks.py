@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.checkpoint.manifest import Damaged, Manifest
+from torchtitan_flux.config.job_config import FluxJobConfig
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
 """What a checkpoint consists of."""
 
 
-def loading_problems(config: Any) -> list[str]:
+def loading_problems(config: FluxJobConfig) -> list[str]:
     """Keys of [checkpoint] about loading that a run could not follow."""
     found, c = [], config.checkpoint
     if c.create_seed_checkpoint and c.load_only:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
@@ -20,7 +20,7 @@ AUTO = "auto"
 
 
 def resolve_model_args(
-    config: Any, weights: str | None = None, training: bool = True
+    config: FluxJobConfig, weights: str | None = None, training: bool = True
 ) -> FluxModelArgs:
     """The flavor with the widths of the configured encoders and codec, and its weights' blocks.
 
@@ -41,7 +41,7 @@ def resolve_model_args(
 
 
 def with_configured_blocks(
-    config: Any, args: FluxModelArgs, weights: str | None = None, training: bool = True
+    config: FluxJobConfig, args: FluxModelArgs, weights: str | None = None, training: bool = True
 ) -> FluxModelArgs:
     """`args` with as many blocks as the weights have that the model will get.
 
@@ -59,7 +59,7 @@ def with_configured_blocks(
     return args if path is None else with_blocks_of(path, args)
 
 
-def _with_widths(config: Any) -> FluxModelArgs:
+def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
     args = FLAVORS[config.model.flavor]
     t5_path, clip_path = map(
         resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)
@@ -115,13 +115,13 @@ def _autoencoder_geometry(path: str, changed: int) -> tuple[int, int]:
     return autoencoder_geometry(path)
 
 
-def time_density(config: Any) -> TimeDensity:
+def time_density(config: FluxJobConfig) -> TimeDensity:
     """Density of training times."""
     flow = config.flow
     return TimeDensity(flow.time_density, flow.logit_mean, flow.logit_std, flow.resolution_shift)
 
 
-def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
+def sample_guidance(config: FluxJobConfig, args: FluxModelArgs) -> float | None:
     """Guidance input when sampling: what training used, unless the configuration says otherwise."""
     if not args.guidance_embed:
         return None
@@ -129,7 +129,7 @@ def sample_guidance(config: Any, args: FluxModelArgs) -> float | None:
     return config.flow.guidance if given is None else given
 
 
-def configured_schedule(config: Any) -> Schedule | None:
+def configured_schedule(config: FluxJobConfig) -> Schedule | None:
     """What `sampling.schedule` names; None where it leaves it to the weights.
 
     Raises:
@@ -142,7 +142,7 @@ def configured_schedule(config: Any) -> Schedule | None:
         raise ValueError(f"sampling.schedule = {given!r}: {error}") from None
 
 
-def own_scheduler(config: Any) -> StatedScheduler | None:
+def own_scheduler(config: FluxJobConfig) -> StatedScheduler | None:
     """What is said of the schedule by a run's own weights; None where nothing is.
 
     That is what the run wrote down, once it has checkpoints; before, what the weights say that it
@@ -158,7 +158,9 @@ def own_scheduler(config: Any) -> StatedScheduler | None:
     return None if path is None else stated_scheduler(path)
 
 
-def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = None) -> Schedule:
+def sampling_schedule(
+    config: FluxJobConfig, args: FluxModelArgs, weights: Path | None = None
+) -> Schedule:
     """When pictures take their steps: as configured, else as the weights say, else as the flavor.
 
     Args:
@@ -176,7 +178,7 @@ def sampling_schedule(config: Any, args: FluxModelArgs, weights: Path | None = N
 
 
 def sample_settings(
-    config: Any, args: FluxModelArgs, weights: Path | None = None
+    config: FluxJobConfig, args: FluxModelArgs, weights: Path | None = None
 ) -> SampleSettings:
     """How pictures are drawn during training, or with weights that are given.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import get, keys_of
 
 MAY_BE_INFINITE = ("training.max_norm",)
@@ -17,13 +18,13 @@ LONGEST_WAIT = 10**9
 """Seconds; ten times as much, in nanoseconds, is beyond 64 bits."""
 
 
-def number_problems(config: Any, training: bool) -> list[str]:
+def number_problems(config: FluxJobConfig, training: bool) -> list[str]:
     """Numbers that cannot be computed with; those that only training reads, where it trains."""
     found = _beyond(config)
     return [*found, *_schedule(config), *_profiler(config.profiling)] if training else found
 
 
-def _beyond(config: Any) -> list[str]:
+def _beyond(config: FluxJobConfig) -> list[str]:
     found = []
     for key in keys_of(type(config)):
         value = get(config, key.name)
@@ -38,7 +39,7 @@ def _beyond(config: Any) -> list[str]:
     return found
 
 
-def _schedule(config: Any) -> list[str]:
+def _schedule(config: FluxJobConfig) -> list[str]:
     """torchtitan's schedule falls below zero after its last step, or is not defined there."""
     steps, total = config.training.steps, config.lr_scheduler.total_steps
     if total is None or steps <= total:

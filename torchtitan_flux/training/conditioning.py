@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.codec import Codec, PixelCodec
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
@@ -19,7 +19,7 @@ from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.training.transfer import sent
 
 
-def build_tokenizer(config: Any) -> CaptionTokenizer:
+def build_tokenizer(config: FluxJobConfig) -> CaptionTokenizer:
     """The tokenizers that belong to the two text encoders (torchtitan's TokenizerBuilder).
 
     Raises:
@@ -77,7 +77,7 @@ class FrozenParts:
 
 
 def build_frozen_parts(
-    config: Any,
+    config: FluxJobConfig,
     args: FluxModelArgs,
     tokenizer: CaptionTokenizer,
     dims: FluxParallelDims,
@@ -104,7 +104,7 @@ def build_frozen_parts(
 
 
 def build_codec(
-    config: Any, args: FluxModelArgs, device: torch.device, dtype: torch.dtype
+    config: FluxJobConfig, args: FluxModelArgs, device: torch.device, dtype: torch.dtype
 ) -> Codec:
     """The codec that the configuration names; of a flavor in pixel space, the identity."""
     if args.pixel_space:

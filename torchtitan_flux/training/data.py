@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import (
@@ -17,9 +17,14 @@ from torchtitan_flux.data.samples import (
     TrainingSamples,
     ValidationSamples,
 )
-from torchtitan_flux.data.sources.listing import PATH_KEY
 from torchtitan_flux.data.sources.registry import build_source
-from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, items_digest
+from torchtitan_flux.data.sources.source import (
+    PATH_KEY,
+    Source,
+    SourceOptions,
+    Split,
+    items_digest,
+)
 from torchtitan_flux.data.sources.split import whole_of
 from torchtitan_flux.data.survey import refuse_unusable, survey
 from torchtitan_flux.data.transforms import PictureRules
@@ -33,12 +38,12 @@ from torchtitan_flux.startup.load_config import ConfigError
 from torchtitan_flux.startup.model_args import resolve_model_args, time_density
 
 
-def image_channels(config: Any, args: FluxModelArgs) -> int:
+def image_channels(config: FluxJobConfig, args: FluxModelArgs) -> int:
     """Channels of the images that the codec takes."""
     return config.encoder.pixel_channels if args.pixel_space else 3
 
 
-def open_source(config: Any, split: Split) -> Source:
+def open_source(config: FluxJobConfig, split: Split) -> Source:
     """The source that [training] or [validation] names, read as [data] says.
 
     Validation reads the held-out part of the training data, or all of data of its own.
@@ -76,7 +81,7 @@ def open_source(config: Any, split: Split) -> Source:
         raise ConfigError([str(error)]) from error
 
 
-def refuse_bad_data(source: Source, split: Split, config: Any) -> Source:
+def refuse_bad_data(source: Source, split: Split, config: FluxJobConfig) -> Source:
     """The source, unless nobody can train on it (`survey.refuse_unusable`).
 
     Raises:
@@ -89,7 +94,7 @@ def refuse_bad_data(source: Source, split: Split, config: Any) -> Source:
     return source
 
 
-def data_problems(config: Any) -> list[str]:
+def data_problems(config: FluxJobConfig) -> list[str]:
     """What is wrong with the data themselves, a line each; indexes them, which can take long.
 
     Data are not opened where the keys that name them are wrong.
@@ -119,7 +124,7 @@ def log_surveys(sources: Sequence[Source], size: ImageSize, tokenizer: CaptionTo
             logger.info(line)
 
 
-def picture_rules(config: Any) -> PictureRules:
+def picture_rules(config: FluxJobConfig) -> PictureRules:
     """What [data] says that holds for all pictures."""
     red, green, blue = config.data.background
     srgb = config.data.color_profiles == "srgb"
@@ -127,15 +132,14 @@ def picture_rules(config: Any) -> PictureRules:
 
 
 def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: CaptionTokenizer, job_config: Any
+    dp_world_size: int, dp_rank: int, tokenizer: CaptionTokenizer, job_config: FluxJobConfig
 ) -> FluxDataLoader:
     """The training loader of one data rank (torchtitan's DataLoaderBuilder)."""
-    training = job_config.training
+    training, seed = job_config.training, job_config.debug.seed
+    assert seed is not None, "FluxTrainer resolves debug.seed before it builds the loader"
     source = refuse_bad_data(open_source(job_config, "train"), "train", job_config)
     return FluxDataLoader(
-        training_samples(
-            source, tokenizer, job_config, resolve_model_args(job_config), job_config.debug.seed
-        ),
+        training_samples(source, tokenizer, job_config, resolve_model_args(job_config), seed),
         global_batch_size=global_batch_size(job_config, dp_world_size),
         local_batch_size=training.local_batch_size,
         dp_rank=dp_rank,
@@ -145,7 +149,7 @@ def build_dataloader(
 
 
 def training_samples(
-    source: Source, tokenize: Tokenize, config: Any, args: FluxModelArgs, seed: int
+    source: Source, tokenize: Tokenize, config: FluxJobConfig, args: FluxModelArgs, seed: int
 ) -> TrainingSamples:
     """A source as training reads it, from any position of the run."""
     training = config.training
@@ -166,7 +170,7 @@ def training_samples(
 
 
 def build_validation_loader(
-    dims: FluxParallelDims, tokenizer: CaptionTokenizer, job_config: Any
+    dims: FluxParallelDims, tokenizer: CaptionTokenizer, job_config: FluxJobConfig
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
     validation = job_config.validation
@@ -181,7 +185,7 @@ def build_validation_loader(
 
 
 def validation_samples(
-    source: Source, tokenizer: CaptionTokenizer, job_config: Any
+    source: Source, tokenizer: CaptionTokenizer, job_config: FluxJobConfig
 ) -> ValidationSamples:
     """A source as validation reads it: centre crop, first caption, noise by item id."""
     args = resolve_model_args(job_config)
@@ -197,7 +201,7 @@ def validation_samples(
     )
 
 
-def global_batch_size(config: Any, dp_world_size: int) -> int:
+def global_batch_size(config: FluxJobConfig, dp_world_size: int) -> int:
     """Samples of one optimizer step over all ranks; unset: one microbatch a rank."""
     given = config.training.global_batch_size
     return given if given > 0 else config.training.local_batch_size * dp_world_size

@@ -1,7 +1,6 @@
 """The process group, started ahead of torchtitan so that ranks can agree before they build."""
 
 import os
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -9,10 +8,11 @@ import torch
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools import utils
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.lifetime import die_with_parent
 
 
-def start_process_group(config: Any) -> torch.device:
+def start_process_group(config: FluxJobConfig) -> torch.device:
     """Join the ranks that torchrun started, or be the only one in a plain process.
 
     Returns:

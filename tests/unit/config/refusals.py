@@ -546,12 +546,24 @@ TABLE: dict[str, list[Refusal]] = {
             "training.enable_cpu_offload = true needs a GPU; set it to false",
         ),
         line(
-            "--training.dtype bfloat16",
-            "training.dtype = 'bfloat16': parameters are kept in float32; choose the compute type by training.mixed_precision_param",
+            "--training.dtype bfloat16 --optimizer.name Adam",
+            "training.dtype = 'bfloat16': weights are kept in float32, or in bfloat16 with optimizer.name = AdamW or AdamW8bit, which then round stochastically; the compute type is training.mixed_precision_param",
+        ),
+        line(
+            "--ema.decay 1,0.9",
+            "ema.decay = [1.0, 0.9]: each has to be in [0, 1)",
+        ),
+        line(
+            "--ema.use_for ema",
+            'ema.use_for = "ema" needs ema.decay, the decay of an average',
+        ),
+        line(
+            "--training.train_only lora",
+            "training.train_only = ['lora'] names no parameter; they are called as img_in.weight, img_in.bias, txt_in.weight …",
         ),
         line(
             "--optimizer.name SGD",
-            "optimizer.name = 'SGD' is not available; use one of AdamW, Adam",
+            "optimizer.name = 'SGD' is not available; use one of AdamW, Adam, AdamW8bit, Adafactor",
         ),
         line(
             "--activation_checkpoint.mode memory_budget",

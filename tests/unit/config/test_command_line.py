@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from unit.config.conftest import TINY
 
-from torchtitan_flux.encoders import file_checks as encoder_files
 from torchtitan_flux.launch import launch
+from torchtitan_flux.startup import encoder_checks as encoder_files
 from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 REPO = Path(__file__).resolve().parents[3]

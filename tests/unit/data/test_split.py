@@ -4,14 +4,14 @@ import pickle
 
 import pytest
 
-from torchtitan_flux.data.sources.split import SourcePart, part_of
+from torchtitan_flux.data.sources.split import SourcePart
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 7, 10, 101, 997])
 @pytest.mark.parametrize("share", [1e-9, 0.1, 1 / 3, 0.5, 0.999999])
 def test_the_parts_are_disjoint_and_together_everything(make_source, length, share):
     source = make_source(length)
-    train, held_out = (part_of(source, split, share) for split in ("train", "held_out"))
+    train, held_out = (SourcePart(source, split, share) for split in ("train", "held_out"))
     rows = [[part.row(i) for i in range(len(part))] for part in (train, held_out)]
     assert sorted(rows[0] + rows[1]) == list(range(length))
     assert min(len(train), len(held_out)) >= 1
@@ -26,20 +26,15 @@ def test_is_the_same_in_every_run_and_not_a_range(make_source):
     assert rows == [SourcePart(make_source(97), "held_out", 0.1).row(i) for i in range(len(part))]
     assert rows != sorted(rows)
     assert max(rows) - min(rows) > 48
-    assert part.name == "grays"
-
-
-def test_nothing_held_out_is_everything_for_both(make_source):
-    source = make_source(3)
-    assert part_of(source, "train", 0.0) is source
-    assert part_of(source, "held_out", 0.0) is source
-
-
-def test_refuses_by_key(make_source):
-    with pytest.raises(ValueError, match=r"data\.held_out_share: a data set of 1 items"):
-        part_of(make_source(1), "train", 0.5)
-    with pytest.raises(ValueError, match=r"data\.held_out_share is 1\.5"):
-        part_of(make_source(9), "train", 1.5)
-    for beyond in (-1, 5):
+    for beyond in (-1, len(part)):
         with pytest.raises(IndexError):
-            SourcePart(make_source(10), "train", 0.5)[beyond]
+            part[beyond]
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "message"),
+    [(1, 0.5, "a data set of 1 items"), (9, 1.5, r"1\.5 is not in"), (9, 0.0, r"0\.0 is not in")],
+)
+def test_refuses_by_key(make_source, length, share, message):
+    with pytest.raises(ValueError, match=rf"^data\.held_out_share: {message}"):
+        SourcePart(make_source(length), "train", share)

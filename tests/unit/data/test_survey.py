@@ -44,12 +44,11 @@ BAD = [
 def make(tmp_path):
     def build(rows, notes=(), **options) -> Rows:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.arrow"
-        writer = IndexWriter(path, {})
-        for one in rows:
-            writer.add(one)
-        for note in notes:
-            writer.note(*note)
-        writer.close()
+        with IndexWriter(path, {}) as writer:
+            for one in rows:
+                writer.add(one)
+            for text, name, lost in notes:
+                writer.note(text, name, lost=lost)
         return Rows("rows", "the data", Index(path), SourceOptions(min_size=8, **options))
 
     return build
@@ -101,7 +100,7 @@ def test_a_default_caption_leaves_no_item_out_for_having_none(make):
 
 
 def test_what_the_index_lacks_is_part_of_the_table(make):
-    notes = [("shards are damaged", "a.tar", 1, 30), ("shards are damaged", "b.tar", 1, 12)]
+    notes = [("shards are damaged", "a.tar", 30), ("shards are damaged", "b.tar", 12)]
     found = survey(make(GOOD, notes), SIZE)
     assert found.bad == 42
     assert list(found.lines())[1:] == [
@@ -147,8 +146,8 @@ def test_nothing_usable_is_refused_and_says_why(make):
 
 def test_what_is_lost_counts_towards_the_share(make):
     good = [row(f"{i}") for i in range(200)]
-    refuse_unusable(make(good, [("shards are damaged", "a.tar", 1, 20)]), 0.1, "key")
-    lost = make(good, [("shards are damaged", "a.tar", 1, 30)])
+    refuse_unusable(make(good, [("shards are damaged", "a.tar", 20)]), 0.1, "key")
+    lost = make(good, [("shards are damaged", "a.tar", 30)])
     with pytest.raises(ValueError, match=r"30 of about 230 .* data\.max_unreadable_share = 0\.1"):
         refuse_unusable(lost, 0.1, "key")
     refuse_unusable(lost, 0.2, "key")
@@ -209,7 +208,7 @@ def test_a_refusal_of_the_system_is_told_as_it_is_now(make):
 
 
 def test_notes_come_back_from_the_file(make):
-    notes = make(GOOD, [("files", str(n)) for n in range(9)]).index.notes
+    notes = make(GOOD, [("files", str(n), 0) for n in range(9)]).index.notes
     assert json.loads(json.dumps(notes)) == [["files", 9, 0, ["0", "1", "2", "3", "4"]]]
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import torchtitan_flux.torchtitan_shim
 
@@ -14,6 +13,7 @@ from helpers import relative_l2
 from safetensors.torch import load_file, save_file
 from weight_files import scaled_float8
 
+from torchtitan_flux.config.job_config import Encoder, FluxJobConfig
 from torchtitan_flux.encoders.autoencoder import (
     Autoencoder,
     AutoencoderArgs,
@@ -21,7 +21,7 @@ from torchtitan_flux.encoders.autoencoder import (
     load_autoencoder,
 )
 from torchtitan_flux.encoders.autoencoder_keys import from_diffusers, to_bfl
-from torchtitan_flux.encoders.file_checks import encoder_problems
+from torchtitan_flux.startup.encoder_checks import encoder_problems
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 from torchtitan_flux.weights.convert_autoencoder import (
     convert_autoencoder,
@@ -263,8 +263,8 @@ def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: 
     variant.write_bytes(variant.read_bytes()[:-7])
     tiny = Path(torchtitan_flux.__file__).parent / "assets" / "tiny"
     paths = {"t5_encoder": str(tiny / "t5"), "clip_encoder": str(tiny / "clip")}
-    encoder = SimpleNamespace(**paths, autoencoder_path=str(tmp_path / "vae"))
-    (problem,) = encoder_problems(SimpleNamespace(encoder=encoder), pixel_space=False)
+    encoder = Encoder(**paths, autoencoder_path=str(tmp_path / "vae"))
+    (problem,) = encoder_problems(FluxJobConfig(encoder=encoder), pixel_space=False)
     assert f"{variant} is damaged: it has" in problem
     (tmp_path / "link.safetensors").symlink_to("gone")
     with pytest.raises(FileNotFoundError, match="is a link to gone, which does not exist"):

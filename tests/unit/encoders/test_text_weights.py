@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from weight_files import SCALINGS, scaled_float8
 
-from torchtitan_flux.encoders.file_checks import encoder_problems
+from torchtitan_flux.config.job_config import Encoder, FluxJobConfig
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
 from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
 from torchtitan_flux.encoders.text_files import files_in, weight_files
@@ -27,6 +27,7 @@ from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.stages import OneAfterAnother
 from torchtitan_flux.model import FLAVORS
+from torchtitan_flux.startup.encoder_checks import encoder_problems
 from torchtitan_flux.weights.open import Weights
 
 KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
@@ -101,9 +102,9 @@ def test_the_streamed_path_encodes_the_same_bits(dtype: torch.dtype, tiny: Path,
     save(t5, scaled_float8(state, "scale_weight")[0])
     clip, state = copy(tiny, tmp_path / "clip", "clip")
     save(clip, scaled_float8(state, "rows")[0])
-    encoder = SimpleNamespace(t5_encoder=str(t5), clip_encoder=str(clip))
+    encoder = Encoder(t5_encoder=str(t5), clip_encoder=str(clip))
     tokenizer = CaptionTokenizer(t5, clip, 13)
-    config, unused = SimpleNamespace(encoder=encoder), MagicMock(spec=Weights)
+    config, unused = FluxJobConfig(encoder=encoder), MagicMock(spec=Weights)
     stages = OneAfterAnother(
         config, FLAVORS["flux-tiny"], unused, tokenizer, torch.device("cpu"), dtype
     )
@@ -220,7 +221,7 @@ def test_a_variant_is_read_where_the_plain_files_are_not(kind: str, case: str, t
 
 def configured(kind: str, folder: Path, tiny: Path) -> SimpleNamespace:
     paths = {f"{name}_encoder": str(tiny / name) for name in KEYS}
-    return SimpleNamespace(encoder=SimpleNamespace(**paths | {f"{kind}_encoder": str(folder)}))
+    return FluxJobConfig(encoder=Encoder(**paths | {f"{kind}_encoder": str(folder)}))
 
 
 WRONG_FILES = {

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from itertools import combinations
-from types import SimpleNamespace
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
+from torchtitan.config import Parallelism
 
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, flops_per_image
@@ -23,14 +25,14 @@ COSTS = [
 ]
 
 
-def keys(degree: int, schedule: str = "1F1B", **more) -> SimpleNamespace:
+def keys(degree: int, schedule: str = "1F1B", **more) -> Parallelism:
     values = {
         "pipeline_parallel_degree": degree,
         "pipeline_parallel_schedule": schedule,
         "pipeline_parallel_layers_per_stage": None,
         "module_fqns_per_model_part": None,
     }
-    return SimpleNamespace(**{**values, **more})
+    return Parallelism(**{**values, **more})
 
 
 @pytest.mark.parametrize("costs", COSTS)

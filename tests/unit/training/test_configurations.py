@@ -111,7 +111,7 @@ def problems_of(*argv: str) -> str:
         (("--model.flavor", "flux-pro"), "model.flavor"),
         (("--model.converters", "float8"), "model.converters"),
         (("--training.img_size", "7"), "not a positive multiple of 2"),
-        (("--training.dtype", "bfloat16"), "training.dtype"),
+        (("--training.dtype", "float16"), "training.dtype"),
         (("--training.global_batch_size", "100"), "training.global_batch_size"),
         (("--training.dataset", "shapes"), "score.enable"),
         (("--training.img_size", "16"), "score.enable"),

@@ -6,29 +6,26 @@ known only at the end (notes, the digest of the item ids) in that of a last batc
 """
 
 import json
-import os
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import xxhash
 
 BATCH_ROWS = 65_536
 """Rows that the writer keeps in memory; also what a reader may have to look through."""
-BATCH_CHARACTERS = 2**27  # of captions: a batch of long ones is written earlier
-
-FORMAT = "3"
-"""Indexes of other formats are built anew."""
-_KEY = b"torchtitan_flux.index"
-
+BATCH_CHARACTERS = 2**27
+"""Of captions: a batch of long ones is written earlier."""
 EXAMPLES = 5
 """Names that a note keeps."""
-UNOPENED = 1000
-"""Paths that an index remembers to try again."""
+
+_REFUSED = 1000  # paths that are remembered to be tried again
+_FORMAT = "4"  # indexes of other formats are built anew
+_KEY = b"torchtitan_flux.index"
 
 
 class Row(NamedTuple):
@@ -41,8 +38,8 @@ class Row(NamedTuple):
         width, height: of the upright image in pixels; 0 when its header cannot be read.
         captions: canonical first; empty where there are none, and for an item that is not read.
         reason: why there are no captions, or what is wrong with the image by its header; "" when
-            nothing is, and where the operating system refused (what it says can be over tomorrow).
-            An image is tried again whatever is said here.
+            nothing is, and where the operating system refused, which can be over tomorrow. An image
+            is tried again whatever is said here.
     """
 
     item_id: str
@@ -55,19 +52,9 @@ class Row(NamedTuple):
     reason: str
 
 
-SCHEMA = pa.schema(
-    [
-        ("item_id", pa.string()),
-        ("shard", pa.int32()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("captions", pa.list_(pa.string())),
-        ("reason", pa.string()),
-    ]
-)
-assert tuple(SCHEMA.names) == Row._fields
+_PLACE = (pa.int32(), pa.int64(), pa.int64(), pa.int32(), pa.int32())
+_TYPES = (pa.string(), *_PLACE, pa.list_(pa.string()), pa.string())
+SCHEMA = pa.schema(list(zip(Row._fields, _TYPES, strict=True)))
 
 
 class Note(NamedTuple):
@@ -91,7 +78,7 @@ class DamagedIndex(Exception):
 
 
 class IndexWriter:
-    """Writes an index from its first row to its last, a batch at a time.
+    """Writes an index from its first row to its last, a batch at a time, within `with`.
 
     Args:
         path: file to write, over what is there.
@@ -99,120 +86,86 @@ class IndexWriter:
 
     Attributes:
         rows: number of rows so far.
+        notes: what was noted so far, by its text.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, str]):
         self.rows = 0
-        self._notes: dict[str, Note] = {}
-        self._unopened: list[str] = []
-        self._unread: list[tuple[str, int]] = []
+        self.notes: dict[str, Note] = {}
+        self._refused: list[tuple[str, int | None]] = []
         self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
         self._characters = 0
         # The identity tells a worker process that it reads the very index its parent opened.
-        stored = {"format": FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
+        stored = {"format": _FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
         self._file = path.open("wb")
         schema = SCHEMA.with_metadata({_KEY: json.dumps(stored)})
         self._writer = pa.ipc.new_file(self._file, schema)
 
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._flush()
+            notes, digest = list(self.notes.values()), self._digest.hexdigest()
+            last = json.dumps({"notes": notes, "refused": self._refused, "digest": digest})
+            nothing = pa.RecordBatch.from_pylist([], SCHEMA)
+            self._writer.write_batch(nothing, custom_metadata={_KEY: last})
+            self._writer.close()
+        self._file.close()
+
     def add(self, row: Row) -> None:
         """Append one row. Captions may hold what UTF-8 cannot encode; it becomes "?"."""
-        row = row._replace(
-            captions=tuple(text.encode("utf-8", "replace").decode() for text in row.captions)
-        )
-        self._rows.append(row)
-        self._characters += sum(map(len, row.captions))
+        captions = tuple(text.encode("utf-8", "replace").decode() for text in row.captions)
+        self._rows.append(row._replace(captions=captions))
+        self._characters += sum(map(len, captions))
         self.rows += 1
         if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
             self._flush()
 
-    def add_columns(self, columns: Mapping[str, Sequence[Any] | pa.Array]) -> None:
-        """Append many rows at once: for each field of `Row`, a column of equal length."""
-        self._flush()
-        arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
-        table = pa.Table.from_arrays(arrays, names=SCHEMA.names)
-        for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-            self._write(batch)
-        self.rows += len(table)
+    def note(self, text: str, *examples: str, lost: int = 0) -> None:
+        """Count names of something that the rows do not show; notes of one text are one `Note`."""
+        for example in examples:
+            _, count, before, names = self.notes.get(text, Note(text, 0, 0, ()))
+            self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
 
-    def note(self, text: str, example: str, count: int = 1, lost: int = 0) -> None:
-        """Count something that the rows do not show; notes of one text are one `Note`."""
-        so_far = self._notes.get(text, Note(text, 0, 0, ()))
-        examples = (*so_far.examples, example)[:EXAMPLES]
-        self._notes[text] = Note(text, so_far.count + count, so_far.lost + lost, examples)
-
-    @property
-    def notes(self) -> list[Note]:
-        """What was noted so far."""
-        return list(self._notes.values())
-
-    def unopened(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
+    def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
         """Note a file or folder that the operating system refused.
 
-        The index is built anew as soon as one of them can be opened: what is said of it today is
-        not stored as if it were so for good.
+        The index is built anew as soon as it can be opened: what is said of it today is not stored
+        as if it were so for good.
 
         Args:
             path: of the file or folder.
             error: what was said.
-            at: byte at which a file that could be opened could not be read; None for one that
-                could not be opened.
+            at: byte at which a file that could be opened could not be read.
             lost: items that are lost by it.
         """
         cannot = "opened" if at is None else "read"
         text = f"files or folders that cannot be {cannot}: {error.strerror}"
         self.note(text, str(path), lost=lost)
-        if len(self._unopened) + len(self._unread) < UNOPENED:
-            if at is None:
-                self._unopened.append(str(path))
-            else:
-                self._unread.append((str(path), at))
-
-    def close(self) -> None:
-        """Finish the file and see it through to the disk."""
-        self._flush()
-        last = {
-            "notes": list(self._notes.values()),
-            "unopened": self._unopened,
-            "unread": self._unread,
-            "digest": self._digest.hexdigest(),
-        }
-        nothing = pa.RecordBatch.from_pylist([], SCHEMA)
-        self._writer.write_batch(nothing, custom_metadata={_KEY: json.dumps(last)})
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Give up: what is written so far is no index."""
-        self._file.close()
+        if len(self._refused) < _REFUSED:
+            self._refused.append((str(path), at))
 
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        columns = zip(*self._rows, strict=True)
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-        self._write(pa.RecordBatch.from_arrays(arrays, names=SCHEMA.names))
-        self._rows, self._characters = [], 0
-
-    def _write(self, batch: pa.RecordBatch) -> None:
-        self._digest.update("\0".join([*batch.column("item_id").to_pylist(), ""]).encode())
-        self._writer.write_batch(batch)
+        if self._rows:
+            columns = zip(zip(*self._rows, strict=True), _TYPES, strict=True)
+            arrays = [pa.array(values, of) for values, of in columns]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+            self._digest.update("".join(f"{row.item_id}\0" for row in self._rows).encode())
+            self._rows, self._characters = [], 0
 
 
 class Index:
     """An index opened for reading; works after fork and can be pickled (it opens itself anew).
 
-    Args:
-        path: file that an `IndexWriter` has closed.
-
     Attributes:
         facts: what the rows were made from.
         identity: differs between any two indexes.
         notes: what was met while it was built and the rows do not show.
-        unopened: files and folders that the operating system refused to open then.
-        unread: files that it refused to read, and the byte at which it did.
+        refused: files and folders that the operating system refused then, and the byte at which a
+            file could not be read.
         digest: of the item ids, in their order.
 
     Raises:
@@ -227,18 +180,17 @@ class Index:
             options = pa.ipc.IpcReadOptions(use_threads=False)
             reader = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
             stored = json.loads((reader.schema.metadata or {})[_KEY])
-            if stored["format"] != FORMAT or not reader.schema.equals(SCHEMA):
-                raise DamagedIndex(f"{path}: an index of another format")
-            *batches, (_, last) = (
-                reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)
+            if stored["format"] != _FORMAT or not reader.schema.equals(SCHEMA):
+                raise ValueError("an index of another format")
+            *batches, (_, last) = map(
+                reader.get_batch_with_custom_metadata, range(reader.num_record_batches)
             )
-            self._batches = [batch for batch, _ in batches]
+            self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
             self.facts: dict[str, str] = stored["facts"]
             self.identity: str = stored["identity"]
             found = json.loads(last[_KEY])
-            self.notes = [Note(t, c, lost, tuple(names)) for t, c, lost, names in found["notes"]]
-            self.unopened: list[str] = found["unopened"]
-            self.unread: list[tuple[str, int]] = [(path, at) for path, at in found["unread"]]
+            self.notes = [Note(t, n, lost, tuple(names)) for t, n, lost, names in found["notes"]]
+            self.refused: list[tuple[str, int | None]] = [(p, at) for p, at in found["refused"]]
             self.digest: str = found["digest"]
         except FileNotFoundError:
             raise
@@ -254,9 +206,8 @@ class Index:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of an index of {len(self)}")
         number = bisect_right(self._ends, index)
-        batch = self._batches[number]
-        at = index - self._ends[number] + batch.num_rows
-        row = Row._make(column[at].as_py() for column in batch.columns)
+        at = index - self._ends[number]  # from the end of its batch
+        row = Row._make(column[at].as_py() for column in self._batches[number].columns)
         return row._replace(captions=tuple(row.captions))
 
     def batches(self) -> Iterator[pa.RecordBatch]:

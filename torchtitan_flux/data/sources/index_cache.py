@@ -5,20 +5,22 @@ where the data cannot be written to, in the user's cache folder.
 """
 
 import hashlib
+import json
 import logging
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+from torchtitan_flux.data.formats import formats
 from torchtitan_flux.data.sources.index import DamagedIndex, Index, IndexWriter
-from torchtitan_flux.files import sync_folder, try_lock
+from torchtitan_flux.data.sources.source import INDEX_FOLDER, SettingError
+from torchtitan_flux.files import replacing, try_lock
 
 HIDDEN = ".flux-index"
 """Name of the folder beside the data."""
@@ -26,6 +28,7 @@ HIDDEN = ".flux-index"
 _TRIED_AGAIN = 2**17  # bytes; what is read at once may have failed anywhere in it
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -33,23 +36,21 @@ class Recipe(Protocol):
     """How the index of one data set is made.
 
     Attributes:
-        kind: name of the sort of source.
+        name: the sort of source.
         title: the data set, for people.
         place: folder of the data, beside which the index is kept.
         identity: tells the indexes that share `place` apart.
+        left_out: names of what is there and not read, by why; noted in the index.
     """
 
-    kind: str
+    name: str
     title: str
     place: Path
     identity: str
+    left_out: dict[str, list[str]]
 
-    def facts(self) -> dict[str, str]:
-        """What the rows depend on, as it is now."""
-        ...
-
-    def change(self, stored: dict[str, str]) -> str:
-        """What differs from the facts of a stored index, in words; "" when nothing does."""
+    def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
+        """What the rows depend on, name -> mark; `stored`: those of an index, {} without any."""
         ...
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
@@ -62,35 +63,42 @@ def open_index(recipe: Recipe, folder: Path | None = None) -> Index:
 
     Processes that open the same index at once agree: one builds it, the others wait.
 
-    Args:
-        recipe: how it is made.
-        folder: where to keep it; None for beside the data, or the cache folder of the user.
-
     Raises:
-        ValueError: `folder` cannot be written to, or nobody can train on the data.
+        ValueError: it cannot be written, or nobody can train on the data.
     """
-    folder = folder and folder.expanduser().absolute()  # workers may stand elsewhere
-    if folder and folder.resolve() == recipe.place.resolve():
-        folder = None  # an index among the data would be one more file of theirs
-    files = [index_file(recipe, place) for place in ([folder] if folder else _places(recipe))]
-    for file in files:
-        index, _ = _open_if_it_holds(file, recipe)
+    folders = places(folder, recipe.place)
+    for place in folders:
+        index, _ = _open_if_it_holds(index_file(recipe, place), recipe)
         if index is not None:
             return index
-    refusal = ""
-    for file in files:
+
+    def build(folder: Path) -> Index:
+        file = index_file(recipe, folder)
+        with locked(file.with_suffix(".lock"), recipe.title):
+            return _build(file, recipe)
+
+    return in_first_writable(folders, f"the index of {recipe.title}", build)
+
+
+def places(folder: Path | None, data: Path) -> list[Path]:
+    """Folders that may keep what is made of the data: the one that is named, else the usual."""
+    if folder and folder.resolve() != data.resolve():  # one more file of theirs, else
+        return [folder]
+    return [data / HIDDEN, Path.home() / ".cache" / "torchtitan_flux" / "index"]
+
+
+def in_first_writable(folders: list[Path], what: str, make: Callable[[Path], T]) -> T:
+    """What `make` makes in the first of the folders that can be written to."""
+    refusal = None
+    for folder in folders:
         try:
-            make_folder(file.parent)
-            with locked(file.with_suffix(".lock"), recipe.title) as alone:
-                return _build(file, recipe, alone)
+            return make(folder)
         except OSError as error:
-            if not _is_about(error, file):
-                raise
-            refusal = error.strerror
-    raise ValueError(
-        f"data.index_folder: the index of {recipe.title} cannot be written to "
-        f"{files[-1].parent} ({refusal}); name a folder that can"
-    )
+            if error.filename and not str(error.filename).startswith(str(folder)):
+                raise  # of the data
+            refusal = error.strerror or error
+    message = f"{what} cannot be written to {folders[-1]} ({refusal}); name another folder"
+    raise SettingError(INDEX_FOLDER, message)
 
 
 def index_file(recipe: Recipe, folder: Path) -> Path:
@@ -99,11 +107,7 @@ def index_file(recipe: Recipe, folder: Path) -> Path:
     if folder != recipe.place / HIDDEN:  # beside the data, they may be moved as a whole
         named = f"{recipe.place.resolve()}\n{named}"
     digest = hashlib.blake2b(named.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    return folder / f"{recipe.kind}-{digest}.arrow"
-
-
-def _places(recipe: Recipe) -> list[Path]:
-    return [recipe.place / HIDDEN, Path.home() / ".cache" / "torchtitan_flux" / "index"]
+    return folder / f"{recipe.name}-{digest}.arrow"
 
 
 def _open_if_it_holds(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
@@ -114,12 +118,27 @@ def _open_if_it_holds(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
         return None, ""
     except DamagedIndex as error:
         return None, f"it is damaged ({error})"
-    change = recipe.change(index.facts)
-    change = change or next((f"{p} can be opened now" for p in index.unopened if can_open(p)), "")
-    change = change or next(
-        (f"{p} can be read now" for p, at in index.unread if can_open(p, at)), ""
-    )
+    change = difference(index.facts, _facts(recipe, index.facts))
+    if not change:
+        change = next((f"{p} can be read now" for p, at in index.refused if can_open(p, at)), "")
     return (None, change) if change else (index, "")
+
+
+def _facts(recipe: Recipe, stored: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "what formats can be read": " ".join(formats()),
+        "what is left out": json.dumps(recipe.left_out),
+        **recipe.facts(stored),
+    }
+
+
+def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first of the facts that differs, in words; "" when none does."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            how = "has changed" if name in now else "is gone"
+            return f"{name} {how if name in before else 'is new'}"
+    return "" if list(before) == list(now) else "its files come in another order"
 
 
 def can_open(path: str, at: int | None = None) -> bool:
@@ -136,7 +155,7 @@ def can_open(path: str, at: int | None = None) -> bool:
     return True
 
 
-def _build(file: Path, recipe: Recipe, alone: bool) -> Index:
+def _build(file: Path, recipe: Recipe) -> Index:
     """Build under the lock, unless another process has done so while this one waited for it."""
     index, change = _open_if_it_holds(file, recipe)
     if index is not None:
@@ -144,26 +163,19 @@ def _build(file: Path, recipe: Recipe, alone: bool) -> Index:
     if change:
         logger.info("The index of %s is built anew: %s", recipe.title, change)
     start = time.monotonic()
+    # A bar for those who watch, a line now and then for those who keep the log.
+    pause, delay = (0.1, 2.0) if sys.stderr.isatty() else (60.0, 60.0)
+    title = f"indexing {recipe.title}"
     # Facts come before rows: of what changes in between, the next one to open the index hears.
-    facts = recipe.facts()
-    # One name, so that killed builds leave but one file; where there are no locks, one for each.
-    own = "" if alone else f".{socket.gethostname()}-{os.getpid()}"
-    unfinished = file.with_suffix(f"{own}.tmp")
-    writer = IndexWriter(unfinished, facts)
-    try:
-        # A bar for those who watch, a line now and then for those who keep the log.
-        pause, delay = (0.1, 2.0) if sys.stderr.isatty() else (60.0, 60.0)
-        with tqdm(
-            desc=f"indexing {recipe.title}", unit=" items", mininterval=pause, delay=delay
-        ) as bar:
-            recipe.build(writer, bar)
-        writer.close()
-        os.replace(unfinished, file)
-        sync_folder(file.parent)
-    except BaseException:
-        writer.abandon()
-        unfinished.unlink(missing_ok=True)
-        raise
+    facts = _facts(recipe, {})
+    with (
+        replacing(file) as unfinished,
+        IndexWriter(unfinished, facts) as writer,
+        tqdm(desc=title, unit=" items", mininterval=pause, delay=delay) as bar,
+    ):
+        for text, names in recipe.left_out.items():
+            writer.note(text, *names)
+        recipe.build(writer, bar)
     seconds = time.monotonic() - start
     logger.info(
         "Indexed %s: %d items in %.1f s, kept in %s", recipe.title, writer.rows, seconds, file
@@ -171,28 +183,24 @@ def _build(file: Path, recipe: Recipe, alone: bool) -> Index:
     return Index(file)
 
 
-def make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.name == HIDDEN and not (folder / ".gitignore").exists():
-        (folder / ".gitignore").write_text("*\n")  # data sets live in repositories, too
-
-
 @contextmanager
-def locked(path: Path, title: str) -> Iterator[bool]:
+def locked(path: Path, title: str) -> Iterator[None]:
     """Hold a lock that at most one process has, and that ends with the process.
 
-    False where the file system knows no locks: others may do the same at once.
+    Where the file system knows no locks, a warning says so, and others may do the same at once.
+    What killed processes left unfinished in the folder is removed.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.name == HIDDEN and not (path.parent / ".gitignore").exists():
+        (path.parent / ".gitignore").write_text("*\n")  # data sets live in repositories, too
     with path.open("w") as file:
         taken = try_lock(file.fileno())
         if taken is False:
             logger.info("Another process indexes %s: waiting for it", title)
-            try_lock(file.fileno(), wait=True)
-        elif taken is None:
+            taken = try_lock(file.fileno(), wait=True)
+        if taken:
+            for left in path.parent.glob(f".{path.stem}.*.partial"):
+                left.unlink()
+        else:
             logger.warning("%s: this file system knows no locks; nobody is waited for", path)
-        yield taken is not None
-
-
-def _is_about(error: OSError, file: Path) -> bool:
-    """Whether an error is one of the index's folder, not one of the data."""
-    return not error.filename or Path(os.fsdecode(error.filename)).is_relative_to(file.parent)
+        yield

@@ -21,11 +21,16 @@ class IndexedSource(ABC):
     """Items of an index.
 
     Args:
-        name: what the configuration calls the data set.
+        name: the sort of source.
         title: the data, for people.
         index: rows of the items.
         options: default_caption, caption_prefix, min_size, max_pixels.
+
+    Attributes:
+        shared: both splits see all items, since none is named for a split.
     """
+
+    shared = True
 
     def __init__(self, name: str, title: str, index: Index, options: SourceOptions):
         self.name = name
@@ -75,10 +80,9 @@ class IndexedSource(ABC):
         captioned = pc.greater(pc.list_value_length(rows["captions"]), 0)
         if self.options.default_caption is not None:
             captioned = pc.or_(captioned, pc.equal(rows["reason"], NO_CAPTION))
-        captioned = captioned.to_numpy(zero_copy_only=False)
         width, height = (rows[name].to_numpy().astype(np.int64) for name in ("width", "height"))
         return (
-            captioned
+            captioned.to_numpy(zero_copy_only=False)
             & (width > 0)
             & (np.minimum(width, height) >= self.options.min_size)
             & (width * height <= self.options.max_pixels)
@@ -87,8 +91,7 @@ class IndexedSource(ABC):
     @cached_property
     def usable_rows(self) -> Bool[np.ndarray, " rows"]:
         """`usable` of the whole index."""
-        found = [self.usable(rows) for rows in self.index.batches()]
-        return np.concatenate(found) if found else np.zeros(0, bool)
+        return np.concatenate([np.zeros(0, bool), *map(self.usable, self.index.batches())])
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "usable_rows"}

@@ -1,20 +1,28 @@
-"""Finding data on disk: walking folders, expanding patterns."""
+"""Finding data on disk: walking folders, expanding patterns, files that are not what they say."""
 
 import glob
 import itertools
 import os
 import re
-from collections.abc import Container, Iterator
+import stat
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan_flux.data.sources.source import Split
+HEAD = 512
+"""Bytes by which `foreign_content` knows a file."""
 
-PATH_KEY: dict[Split, str] = {
-    "train": "training.dataset_path",
-    "held_out": "validation.dataset_path",
+LFS_POINTER = "is a Git LFS pointer, run `git lfs pull`"
+NOT_UTF8 = "files whose names are not UTF-8 are left out"
+
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
 }
-"""The TOML key that says where the data of each split lie."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +31,14 @@ class Directory:
 
     Attributes:
         name: path relative to the root, "" for the root itself, "/" between the parts.
-        files: names of the files, sorted by their UTF-8 bytes.
+        files, folders: names, sorted by their UTF-8 bytes.
         unnameable: files whose names are not UTF-8, and therefore left out.
-        error: what the operating system said when it refused to list the directory, which then
-            seems to be empty.
+        error: what the operating system said when it refused to list the directory.
     """
 
     name: str
     files: list[str]
+    folders: list[str]
     unnameable: int = 0
     error: OSError | None = None
 
@@ -40,10 +48,7 @@ class Directory:
 
 
 def walk(
-    root: Path,
-    without: Path | None = None,
-    only: Container[str] | None = None,
-    strict: bool = True,
+    root: Path, without: Path | None = None, only: Collection[str] | None = None
 ) -> Iterator[Directory]:
     """Every directory at and below `root`, parents first, siblings sorted.
 
@@ -51,67 +56,43 @@ def walk(
     that is being walked already; a broken link counts as a file, and so does a pipe or a device.
 
     Args:
-        root: an existing directory.
+        root: an existing directory; OSError where it cannot be listed.
         without: a directory that is left out, with all below it.
         only: names of the directories directly below the root that are walked; None for all.
-        strict: raise where a directory cannot be listed; else say so in its `error`.
-
-    Raises:
-        OSError: the root, or with `strict` any directory, cannot be listed.
     """
-    without = without and without.expanduser()
     skipped = _identity(without) if without and without.is_dir() else None
-
-    def below(name: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[Directory]:
+    stack = [("", frozenset[tuple[int, int]]())]
+    while stack:
+        name, ancestors = stack.pop()
+        files, folders, unnameable = [], [], 0
         try:
             identity = _identity(root / name)
             if identity in ancestors or (name and identity == skipped):
-                return
-            files, directories, unnameable = _entries(root / name)
-        except OSError as error:
-            if strict or not name:
-                raise
-            yield Directory(name, [], error=error)
-            return
-        yield Directory(name, sorted(files), unnameable)
-        for directory in sorted(directories):
-            if name:
-                yield from below(f"{name}/{directory}", ancestors | {identity})
-            elif only is None or directory in only:
-                yield from below(directory, ancestors | {identity})
-
-    yield from below("", frozenset())
-
-
-def _entries(folder: Path) -> tuple[list[str], list[str], int]:
-    """(names of files, of directories, how many are not UTF-8), what is hidden left out."""
-    files, directories, unnameable = [], [], 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
                 continue
-            try:
-                is_directory = entry.is_dir()
-            except OSError:  # a link to itself
-                is_directory = False
-            if not _is_text(entry.name):
-                unnameable += 1
-            elif is_directory:
-                directories.append(entry.name)
-            else:
-                files.append(entry.name)
-    return files, directories, unnameable
+            with os.scandir(root / name) as entries:
+                for entry in entries:
+                    if not is_unicode(entry.name):
+                        unnameable += 1
+                    elif not entry.name.startswith("."):
+                        (folders if _is_folder(entry) else files).append(entry.name)
+        except OSError as error:
+            if not name:
+                raise
+            yield Directory(name, [], [], error=error)
+            continue
+        yield Directory(name, sorted(files), sorted(folders), unnameable)
+        stack += [
+            (os.path.join(name, folder), ancestors | {identity})
+            for folder in sorted(folders, reverse=True)
+            if name or only is None or folder in only
+        ]
 
 
-def directories_of(root: Path, without: Path | None = None) -> list[str]:
-    """Names of the directories directly below `root`, sorted, without those that `walk` ignores."""
-    without = without and without.expanduser().resolve()
-    return sorted(name for name in _entries(root)[1] if (root / name).resolve() != without)
-
-
-def missing(path: Path) -> str:
-    """Why there is no file, to be read after its name."""
-    return "is a broken link" if path.is_symlink() else "does not exist"
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -119,12 +100,18 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _is_text(name: str) -> bool:
+def is_unicode(name: str) -> bool:
+    """Whether a name can be encoded as UTF-8: names of files may be any bytes."""
+    return name == name.encode("utf-8", "replace").decode()
+
+
+def stamp(path: Path) -> str:
+    """Size and time of the last change of a file, "" where there is none."""
     try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 def matches(pattern: str) -> list[Path]:
@@ -149,8 +136,8 @@ def expand_braces(pattern: str) -> list[str]:
             first, last = int(numbers[1]), int(numbers[2])
             padded = any(re.match(r"-?0\d", number) for number in numbers.groups())
             width = max(map(len, numbers.groups())) if padded else 0
-            steps = range(first, last + 1) if first <= last else range(first, last - 1, -1)
-            choices = [f"{number:0{width}d}" for number in steps]
+            step = 1 if first <= last else -1
+            choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
         elif "," in inside:
             choices = inside.split(",")
         else:
@@ -161,12 +148,38 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern]
 
 
-def given_path(path: str | None, split: Split, what: str) -> str:
-    """The path that a source of files cannot do without.
+def missing(path: Path) -> str:
+    """Why there is no file, to be read after its name."""
+    return "is a broken link" if path.is_symlink() else "does not exist"
 
-    Raises:
-        ValueError: there is none; says which key to set, and to `what`.
-    """
-    if not path:
-        raise ValueError(f"{PATH_KEY[split]}: not set; name {what}")
-    return os.path.expanduser(path)
+
+def not_regular(path: Path) -> str:
+    """What a path is that opening might wait for or never end; "" for a regular file."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((what for test, what in kinds.items() if test(mode)), "a device")
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file is what Git leaves in place of a large one, by its first bytes."""
+    return head.startswith(b"version https://git-lfs")
+
+
+def foreign_content(head: bytes, name: str = "") -> str:
+    """What a file of a name is instead by its first `HEAD` bytes, to be read after it, or ""."""
+    if not head:
+        return "is empty"
+    if is_lfs_pointer(head):
+        return LFS_POINTER
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page: download the file itself"
+    if head.startswith(b"ARROW1"):
+        return "is an Arrow file for random access (Feather), not a stream: write it as parquet"
+    if head.startswith(b"PAR1") and not name.lower().endswith(".parquet"):
+        return "is a parquet file under another name: rename it to .parquet"
+    for magic, packed in _COMPRESSED.items():
+        if head.startswith(magic) and (packed != "bzip2" or head[4:10] == b"1AY&SY"):
+            return f"is {packed} under another name: unpack it"
+    return ""

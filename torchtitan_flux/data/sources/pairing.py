@@ -4,7 +4,6 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from torchtitan_flux.data.formats import IMAGE_SUFFIXES, plug_in_for
 from torchtitan_flux.data.sources.captions import METADATA_FILES
@@ -12,15 +11,12 @@ from torchtitan_flux.data.sources.captions import METADATA_FILES
 TEXT_SUFFIXES = (".txt", ".caption")
 """Of texts beside pictures, in any case: the first that says anything counts."""
 
-SHARED = "pictures share their text with another picture of the same name"
 UNCLEAR = "text files might belong to several pictures, and are not read"
 UNUSED = "text files belong to no picture"
 SPELLED_TWICE = "text files differ from another one in upper and lower case alone, and are not read"
 TABLES = "tables beside pictures are not read, only metadata.csv and metadata.jsonl are"
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".xlsx")
-
-UNCLEAR_REASON = "several spellings of its name are there, and whose its text is is not known"
 
 
 def is_picture(file: str) -> bool:
@@ -33,22 +29,12 @@ def composed(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-class Remark(NamedTuple):
-    """Something to be noted about a file: what, and which."""
-
-    text: str
-    file: str
-
-
 class Pairs:
-    """Texts of the pictures of one directory.
+    """Texts of the pictures of one directory, all of whose files are given.
 
     A text belongs to the pictures of its stem. One whose stem no picture has belongs to the
     picture whose stem is the same in another Unicode spelling, if there is one such text and one
     such picture.
-
-    Args:
-        files: names of all files of the directory.
     """
 
     def __init__(self, files: Iterable[str]):
@@ -63,41 +49,35 @@ class Pairs:
                 self._pictures[stem] += 1
             elif suffix not in TEXT_SUFFIXES:
                 self._others.setdefault(stem, []).append(file)
-            elif stem in self._texts[suffix] and ending != suffix:
-                self._spelled_twice.append(file)
             else:  # a.txt counts before a.TXT
-                if stem in self._texts[suffix]:
-                    self._spelled_twice.append(self._texts[suffix][stem])
-                self._texts[suffix][stem] = file
+                texts = self._texts[suffix]
+                first, *second = sorted(filter(None, (texts.get(stem), file)), reverse=True)
+                texts[stem] = first
+                self._spelled_twice += second
         self._unclear: set[str] = set()  # stems of pictures
-        self._other_spellings: dict[tuple[str, str], str] = {}
-        for suffix in TEXT_SUFFIXES:
-            self._pair_spellings(suffix)
+        self._unused: list[str] = []
+        for texts in self._texts.values():
+            self._pair_spellings(texts)
 
-    def _pair_spellings(self, suffix: str) -> None:
-        texts, pictures = defaultdict(list), defaultdict(list)
-        for stem, file in self._texts[suffix].items():
-            if stem not in self._pictures and not stem.isascii():
-                texts[composed(stem)].append(file)
-        if not texts:
-            return
-        for stem in self._pictures:
-            if stem not in self._texts[suffix] and composed(stem) in texts:
+    def _pair_spellings(self, texts: dict[str, str]) -> None:
+        alone = {stem: file for stem, file in texts.items() if stem not in self._pictures}
+        spellings, pictures = defaultdict(list), defaultdict(list)
+        for stem in alone:
+            spellings[composed(stem)].append(stem)
+        for stem in self._pictures if not all(map(str.isascii, alone)) else ():
+            if stem not in texts and composed(stem) in spellings:
                 pictures[composed(stem)].append(stem)
         for spelling, stems in pictures.items():
-            if len(stems) == len(texts[spelling]) == 1:
-                self._other_spellings[suffix, stems[0]] = texts[spelling][0]
+            if len(stems) == len(spellings[spelling]) == 1:
+                texts[stems[0]] = alone.pop(spellings[spelling][0])
             else:
                 self._unclear.update(stems)
+        self._unused += alone.values()
 
     def texts(self, picture: str) -> list[str]:
         """The texts of a picture, of each suffix one at most."""
         stem = os.path.splitext(picture)[0]
-        found = (
-            self._texts[suffix].get(stem) or self._other_spellings.get((suffix, stem))
-            for suffix in TEXT_SUFFIXES
-        )
-        return [file for file in found if file]
+        return [texts[stem] for texts in self._texts.values() if stem in texts]
 
     def is_unclear(self, picture: str) -> bool:
         """Whether a text is there that belongs to this picture or to another one."""
@@ -107,15 +87,8 @@ class Pairs:
         """Whether another picture has the same stem, and therefore the same texts."""
         return self._pictures[os.path.splitext(picture)[0]] > 1
 
-    def _without_picture(self) -> Iterator[str]:
-        spelled = set(self._other_spellings.values())
-        for texts in self._texts.values():
-            for stem, file in texts.items():
-                if stem not in self._pictures and file not in spelled:
-                    yield file
-
-    def remarks(self) -> Iterator[Remark]:
-        """What is odd about the directory: files that are not read although they look meant."""
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        """(what is odd, file): files that are not read although they look meant."""
         unclear = {composed(stem) for stem in self._unclear}
         explained = set()
         for stem, files in sorted(self._others.items()):
@@ -123,21 +96,24 @@ class Pairs:
             captioned = has_text and stem not in self._pictures
             for file in files:
                 suffix = os.path.splitext(file)[1].lower()
+                kind = f"{suffix or 'nameless'} files"
                 package = plug_in_for(suffix)
-                hint = f" (`pip install {package}` reads them)" if package else ""
-                if file not in METADATA_FILES and (captioned or package):
+                if file in METADATA_FILES:
+                    continue
+                if captioned or package:
                     beside = " with a caption beside them" if captioned else ""
-                    yield Remark(f"{suffix or 'nameless'} files{beside} are not read{hint}", file)
+                    hint = f" (`pip install {package}` reads them)" if package else ""
+                    yield f"{kind}{beside} are not read{hint}", file
                     explained.add(stem)
                 elif stem in self._pictures and not has_text:
-                    yield Remark(f"{suffix or 'nameless'} files beside pictures are not read", file)
-                elif suffix in _TABLES and file not in METADATA_FILES:
-                    yield Remark(TABLES, file)
+                    yield f"{kind} beside pictures are not read", file
+                elif suffix in _TABLES:
+                    yield TABLES, file
         for file in sorted(self._spelled_twice):
-            yield Remark(SPELLED_TWICE, file)
-        for file in sorted(self._without_picture()):
+            yield SPELLED_TWICE, file
+        for file in sorted(self._unused):
             stem = os.path.splitext(file)[0]
             if composed(stem) in unclear:
-                yield Remark(UNCLEAR, file)
+                yield UNCLEAR, file
             elif stem not in explained:
-                yield Remark(UNUSED, file)
+                yield UNUSED, file

@@ -1,241 +1,338 @@
-"""Pictures and captions in the columns of a table: parquet, Arrow, data sets of the hub."""
+"""Tables of pictures: parquet and Arrow files, `save_to_disk` folders, data sets of the hub.
+
+Rows are read through memory maps. Of parquet, the columns that are read are converted once, by
+`datasets`, into Arrow files that are kept where indexes are kept.
+"""
 
 import io
+import itertools
 import json
+import logging
 import os
-from collections.abc import Iterable
-from functools import partial
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import NamedTuple, cast
 from unicodedata import normalize
 
+import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict
 from tqdm import tqdm
 
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size
-from torchtitan_flux.data.formats import formats
+from torchtitan_flux.data.sources import index_cache, listing
 from torchtitan_flux.data.sources.captions import NO_CAPTION, Captions, captions_of, path_inside
 from torchtitan_flux.data.sources.columns import (
-    Column,
     caption_column,
+    class_names,
     image_column,
-    picture_of,
-    text_of,
+    picture_in,
+    plain_type,
+    text_in,
 )
-from torchtitan_flux.data.sources.foreign import no_plain_file
 from torchtitan_flux.data.sources.index import IndexWriter, Row
-from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.listing import PATH_KEY, given_path
-from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, UnreadableItem
-from torchtitan_flux.data.sources.split import part_or_share
-from torchtitan_flux.data.sources.tables import Table, download_command, open_table
+from torchtitan_flux.data.sources.parts import not_read, own_parts, part_of
+from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+logger = logging.getLogger(__name__)
 
-_COCO = "howard-hou/COCO-Text"
-
-_ROWS = 256
-"""Rows that are taken from a table at once."""
+_COMPRESSED = re.compile(r"\.(parquet|arrow)\.(gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_ROWS = 256  # that are converted, or taken from a table, at once
+_HEADER = 2**16  # bytes of a picture that mostly hold its header: no more of it is read, then
 
 
 class ParquetSource(IndexedSource):
-    """All rows of a table; ids are "<file or set>/<row>".
+    """All rows of the tables of one split, one table after the other; ids are "<table>/<row>".
+
+    Tables that are named after a part (train-00000.parquet, test/0.parquet, parts of a
+    `save_to_disk` folder) belong to it; "held_out" is the validation part, else the test part.
 
     Args:
-        split: which part is read, and whose path key messages name.
-        options: path, image_column, caption_column, index_folder, what they say of captions and of
-            pictures.
-
-    Attributes:
-        shared: no table was named for a split, so both splits see all rows.
+        split: "train" or "held_out".
+        options: path (a folder, a file, or owner/name of the hub), image_column, caption_column,
+            default_caption, …
 
     Raises:
-        ValueError: there is no table, a column is missing or of another type; names the key.
+        OSError, ValueError: there is nothing to read, or it is damaged, a column is missing or of
+            another type, or tables differ in one.
     """
 
+    name = "parquet"
+
     def __init__(self, split: Split, options: SourceOptions):
-        path = given_path(options.path, split, "parquet or Arrow files, or a data set of the hub")
-        table = open_table(path, split, options, partial(_names, options=options))
-        image, caption = _columns(table.schema, options)
-        recipe = _Rows(path, table, image, caption, options.captions_by_line)
-        super().__init__("parquet", path, open_index(recipe, options.index_folder), options)
-        self.shared = table.shared
-        self._root = table.root
-        self._image = image
-        self._tables = list(table.parts.values())
+        self.title = path = str(options.path)
+        self._by_line = options.captions_by_line
+        local = Path(path).absolute()
+        self.place = local if local.is_dir() else local.parent
+        nameless: list[str] = []
+        if not local.exists():
+            self.place = Path.home() / ".cache" / "torchtitan_flux"
+            found = _from_hub(path)
+        elif (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            with _damage_is_named(local):
+                found = datasets.load_from_disk(str(local))
+        elif local.is_dir():
+            found, nameless = _files(local, options.index_folder)
+        else:
+            found = local
+        parted = isinstance(found, dict)
+        found = {str(name): of for name, of in found.items()} if parted else {local.name: found}
+        parts = {name: part_of(name) if parted else "" for name in found}
+        own = own_parts(parts.values(), split, path)
+        part, self.shared = own or ("", True)
+        names = [name for name in found if own is None or parts[name] == part]
+        tables = {name: _opened(found[name]) for name in names}
+        self.left_out = not_read(parts, own) | {
+            "tables without rows": [name for name, table in tables.items() if not table.count],
+            listing.NOT_UTF8: nameless,
+        }
+        tables = {name: table for name, table in tables.items() if table.count}
+        if not tables:
+            raise ValueError(f"{path} holds no row")
+        self._marks = {name: table.mark for name, table in tables.items()}
+        schema = _merged([table.schema for table in tables.values()])
+        self._image, self._caption = image_column(schema, options.image_column), None
+        try:
+            self._caption = caption_column(schema, options.caption_column)
+        except SettingError:
+            if options.caption_column or options.default_caption is None:
+                raise  # else every row has the default caption
+        self._classes = class_names(schema, self._caption) if self._caption else []
+        read = [column for column in (self._image, self._caption) if column]
+        columns = _common_columns(tables, schema, sorted({column[0] for column in read}))
+        parquet = {name: table.count for name, table in tables.items() if table.data is None}
+        converted = _converted(self.place, parquet, columns, options.index_folder)
+        self._tables = {
+            name: (table.data or converted[name]).select_columns(columns.names).with_format("arrow")
+            for name, table in tables.items()
+        }
+        self._rows = list(self._tables.values())
+        given = "" if local.is_dir() else local.name if local.exists() else path
+        self.identity = json.dumps([given, part, *map(".".join, read), self._by_line])
+        index = index_cache.open_index(self, options.index_folder)
+        super().__init__(self.name, path, index, options)
 
-    def read(self, row: Row) -> bytes:
-        with damage_is_unreadable(row.item_id):
-            found = cast(pa.Table, self._tables[row.shard][row.offset])
-            value = found.column(self._image.name)[0]
-            data, path = picture_of(value, self._image.below, row.item_id)
-            if data is not None:
-                return data.to_pybytes()
-        return _beside(self._root, path, row.item_id).read_bytes()
-
-
-def parquet_source(split: Split, options: SourceOptions) -> Source:
-    """One split of the table at `options.path`: its own part, or a share of the rows."""
-    source = ParquetSource(split, options)
-    return part_or_share(source, source.shared, split, options)
-
-
-def coco_source(split: Split, options: SourceOptions) -> Source:
-    """torchtitan's "coco-validation": a copy of `howard-hou/COCO-Text`."""
-    if not options.path:
-        raise ValueError(
-            f"{PATH_KEY[split]}: not set; download the data with `{download_command(_COCO)}` "
-            "and name the folder"
-        )
-    return parquet_source(split, options)
-
-
-def _columns(schema: pa.Schema, options: SourceOptions) -> tuple[Column, Column | None]:
-    """The columns of pictures and captions; none of captions where none is needed."""
-    image = image_column(schema, options.image_column)
-    try:
-        return image, caption_column(schema, options.caption_column)
-    except ValueError:
-        if options.caption_column or options.default_caption is None:
-            raise
-        return image, None  # every row has the default caption
-
-
-def _names(schema: pa.Schema, options: SourceOptions) -> list[str]:
-    columns = _columns(schema, options)
-    return list(dict.fromkeys(column.name for column in columns if column))
-
-
-class _Rows:
-    """The recipe of a table's index (`index_cache.Recipe`)."""
-
-    kind = "parquet"
-
-    def __init__(
-        self, given: str, table: Table, image: Column, caption: Column | None, by_line: bool
-    ):
-        self.title = given
-        self.place = table.root
-        file = Path(given).name if Path(given).is_file() else ""
-        self.identity = json.dumps([file, table.part, str(image), str(caption), by_line])
-        self._table = table
-        self._image, self._caption = image, caption
-        self._by_line = by_line
-
-    def facts(self) -> dict[str, str]:
-        left_out = json.dumps(self._table.left_out)
-        return self._table.facts | {"left out": left_out, "formats": " ".join(formats())}
-
-    def change(self, stored: dict[str, str]) -> str:
-        now = self.facts()
-        if stored["formats"] != now["formats"]:
-            return "other formats can be read"
-        return "" if stored == now else "its files have changed"
+    def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
+        return self._marks
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
-        for text, names in self._table.left_out.items():
-            for name in names:
-                writer.note(text, name)
-        bar.total = len(self._table)
-        for number, (name, part) in enumerate(self._table.parts.items()):
-            self._add_rows(writer, bar, number, name, part)
+        bar.total = sum(map(len, self._rows))
+        for number, (name, table) in enumerate(self._tables.items()):
+            row = 0
+            for batch in cast(Iterable[pa.Table], table.iter(batch_size=_ROWS)):
+                texts = batch.column(self._caption[0]) if self._caption else itertools.repeat(None)
+                for picture, text in zip(batch.column(self._image[0]), texts, strict=False):
+                    item_id = f"{name}/{row}"
+                    captions, reason = self._captions_in(text, item_id)
+                    length, width, height, wrong = self._size(picture, item_id, writer)
+                    what = captions, reason or wrong
+                    writer.add(Row(item_id, number, row, length, width, height, *what))
+                    row += 1
+                bar.update(len(batch))
 
-    def _add_rows(
-        self, writer: IndexWriter, bar: tqdm, number: int, name: str, part: "Dataset"
-    ) -> None:
-        start = 0
-        for batch in cast(Iterable[pa.Table], part.iter(batch_size=_ROWS)):
-            pictures = batch.column(self._image.name)
-            texts = batch.column(self._caption.name) if self._caption else None
-            for at in range(len(batch)):
-                item_id = f"{name}/{start + at}"
-                captions = (), NO_CAPTION
-                if texts is not None:
-                    captions = self._captions(texts[at], item_id)
-                length, width, height, reason = self._picture(pictures[at], item_id, writer)
-                row = (captions[0], captions[1] or reason)
-                writer.add(Row(item_id, number, start + at, length, width, height, *row))
-            start += len(batch)
-            bar.update(len(batch))
-
-    def _captions(self, scalar: pa.Scalar, item_id: str) -> Captions:
-        assert self._caption is not None
+    def _captions_in(self, scalar: pa.Scalar | None, item_id: str) -> Captions:
+        if self._caption is None or scalar is None:
+            return (), NO_CAPTION
         try:
             with damage_is_unreadable(item_id):
-                text = text_of(scalar.as_py(), self._caption.below, item_id)
-                return captions_of(text, item_id, self._by_line), ""
+                text = text_in(scalar.as_py(), self._caption[1:], self._classes, item_id)
+                return captions_of(text, self._by_line)
         except UnreadableItem as error:
             return (), error.reason
 
-    def _picture(
+    def _size(
         self, scalar: pa.Scalar, item_id: str, writer: IndexWriter
     ) -> tuple[int, int, int, str]:
-        """(bytes, width, height, what is wrong with it)."""
+        """(bytes, width, height, what is wrong with it) of a picture."""
+        path = ""
         try:
             with damage_is_unreadable(item_id):
-                data, path = picture_of(scalar, self._image.below, item_id)
+                data, path = picture_in(scalar, self._image[1:], item_id)
             if data is not None:
-                return data.size, *header_size(io.BufferedReader(_BufferFile(data)))
-        except UnreadableItem as error:
-            return 0, 0, 0, error.reason
-        try:
+                found = header_size(io.BytesIO(data.slice(0, min(data.size, _HEADER)).to_pybytes()))
+                if not found[0] and data.size > _HEADER:
+                    found = header_size(io.BytesIO(data.to_pybytes()))
+                return data.size, *found
             with _beside(self.place, path, item_id).open("rb") as opened:
                 return os.fstat(opened.fileno()).st_size, *header_size(opened)
         except UnreadableItem as error:
             return 0, 0, 0, error.reason
         except OSError as error:
-            writer.unopened(self.place / path, error, at=0)
+            writer.refused(self.place / path, error, at=0)
             return 0, 0, 0, ""
 
+    def read(self, row: Row) -> bytes:
+        with damage_is_unreadable(row.item_id):
+            found = cast(pa.Table, self._rows[row.shard][row.offset])
+            value = found.column(self._image[0])[0]
+            data, path = picture_in(value, self._image[1:], row.item_id)
+            if data is not None:
+                return data.to_pybytes()
+        return _beside(self.place, path, row.item_id).read_bytes()
 
-class _BufferFile(io.RawIOBase):
-    """A buffer as a file, no more of which is touched than is read.
 
-    Arrow's own, `pa.BufferReader`, refuses to seek beyond the end, as decoders do.
+class _Table(NamedTuple):
+    """A table before its columns are chosen; `data` is None where they have to be converted."""
+
+    schema: pa.Schema
+    count: int
+    mark: str
+    data: Dataset | None
+
+
+def _opened(found: Path | Dataset) -> _Table:
+    if isinstance(found, Dataset):
+        files = [Path(file["filename"]) for file in found.cache_files]
+        mark = " ".join([found._fingerprint, *map(listing.stamp, files)])
+        return _Table(found.data.schema, len(found), mark, found)
+    with _damage_is_named(found):
+        if what := listing.not_regular(found):
+            raise ValueError(f"it is {what}")
+        if found.suffix.lower() == ".parquet":
+            with pq.ParquetFile(found) as file:
+                return _Table(file.schema_arrow, file.metadata.num_rows, listing.stamp(found), None)
+        data = Dataset.from_file(str(found))
+        return _Table(data.data.schema, len(data), listing.stamp(found), data)
+
+
+def _files(folder: Path, index_folder: Path | None) -> tuple[dict[str, Path], list[str]]:
+    """(the tables below a folder by their names, folders of files whose names are not UTF-8)."""
+    names, nameless = [], []
+    for directory in listing.walk(folder, index_folder):
+        if directory.error:
+            raise directory.error
+        names += directory.paths()
+        nameless += [directory.name or str(folder)] * directory.unnameable
+    if compressed := next(filter(_COMPRESSED.search, names), None):
+        raise ValueError(f"{folder / compressed} is compressed: unpack it")
+    found = {n: folder / n for n in names if n.lower().endswith((".parquet", ".arrow"))}
+    if not found:
+        raise ValueError(f"{folder} holds no .parquet or .arrow file")
+    return found, nameless
+
+
+def _merged(schemas: list[pa.Schema]) -> pa.Schema:
+    """The columns of the first table; those of nulls as the first other one has them."""
+    first, *others = schemas
+    fields = {field.name: field for field in first}
+    for field in (field for schema in others for field in schema):
+        if field.name in fields and pa.types.is_null(fields[field.name].type):
+            fields[field.name] = field
+    return pa.schema(list(fields.values()), first.metadata)
+
+
+def _common_columns(tables: Mapping[str, _Table], merged: pa.Schema, names: list[str]) -> pa.Schema:
+    """The columns that are read, which all tables must have alike; a column of nulls is like any.
+
+    Raises:
+        ValueError: a table lacks one or has it of another type; names both.
     """
+    columns = {name: plain_type(merged.field(name).type) for name in names}
+    for table, (schema, *_) in tables.items():
+        for column, of in columns.items():
+            found = [plain_type(field.type) for field in schema if field.name == column]
+            if len(found) != 1:
+                many = f"{len(found)} columns" if found else "no column"
+                raise ValueError(f"{table} has {many} {column!r}, it should be one")
+            if found[0] != of and not pa.types.is_null(found[0]):
+                raise ValueError(
+                    f"column {column!r} is {found[0]} in {table}, {of} in {next(iter(tables))}"
+                )
+    return pa.schema(list(columns.items()))
 
-    def __init__(self, buffer: pa.Buffer):
-        self._bytes = memoryview(buffer).cast("B")
-        self._at = 0
 
-    def readable(self) -> bool:
-        return True
+@contextmanager
+def _damage_is_named(file: Path) -> Iterator[None]:
+    """pyarrow and datasets raise sorts of their own: what is said is what the file is instead."""
+    try:
+        yield
+    except Exception as error:
+        what = ""
+        with suppress(OSError):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    what = listing.foreign_content(opened.read(listing.HEAD), file.name)
+        if not what and isinstance(error, OSError) and error.strerror:
+            other = error.filename if str(error.filename or file) != str(file) else ""
+            what = f"cannot be opened: {other}{': ' if other else ''}{error.strerror}"
+        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{file} {what or f'cannot be read as a table: {said[0]}'}") from error
 
-    def seekable(self) -> bool:
-        return True
 
-    def readinto(self, into: Any) -> int:
-        piece = self._bytes[self._at : self._at + len(into)]
-        into[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+def _converted(
+    root: Path, counts: dict[str, int], columns: pa.Schema, index_folder: Path | None
+) -> dict[str, Dataset]:
+    """Columns of parquet files of known numbers of rows, as tables."""
+    if not counts:
+        return {}
+    files = [str(root / name) for name in counts]
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = (0, self._at, len(self._bytes))[whence]
-        if start + offset < 0:
-            raise ValueError("seeks before the beginning")
-        self._at = start + offset
-        return self._at
+    def convert(folder: Path) -> Dataset:
+        # One process converts, the others wait and find it done.
+        with index_cache.locked(folder / "parquet.lock", str(root)):
+            logger.info("%s: %d parquet files, converted once into %s", root, len(files), folder)
+            return datasets.load_dataset(
+                "parquet",
+                data_files=files,
+                split="train",
+                cache_dir=str(folder / "parquet"),
+                columns=columns.names,
+                batch_size=_ROWS,  # else as many as the first group holds, which may be none
+                features=datasets.Features.from_arrow_schema(columns),
+            )  # pyright: ignore[reportReturnType]
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # of which every process would print several
+    try:
+        with _damage_is_named(root):
+            table = index_cache.in_first_writable(
+                index_cache.places(index_folder, root), f"the rows of {root}", convert
+            )
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    assert len(table) == sum(counts.values())
+    ends = itertools.accumulate(counts.values())
+    return {
+        name: table.select(range(end - count, end))
+        for (name, count), end in zip(counts.items(), ends, strict=True)
+    }
+
+
+def _from_hub(name: str) -> DatasetDict | Dataset:
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name} does not exist")
+    try:
+        return datasets.load_dataset(name)  # pyright: ignore[reportReturnType]
+    except Exception as error:  # of a dozen sorts: no network, no such name, several configurations
+        raise ValueError(
+            f"{name} is neither here nor available from the hub "
+            f"({' '.join(str(error).split())[:200]}); download it with `hf download {name} "
+            f"--repo-type dataset --local-dir {name.split('/')[-1]}` and name the folder"
+        ) from error
 
 
 def _beside(root: Path, path: str, item_id: str) -> Path:
     """The file that a path in a table names, within the folder of the data.
 
     Raises:
-        UnreadableItem: it is outside of that folder, not there, or no plain file.
+        UnreadableItem: it is outside of that folder, not there, or no regular file.
         OSError: the operating system refuses it.
     """
     spellings = (path, path.replace("\\", "/"))  # a path may have been written on Windows
     spellings += tuple(normalize(form, path) for form in ("NFC", "NFD") for path in spellings)
     try:
-        files = [root / path_inside("", spelling, "its path") for spelling in spellings]
+        files = [root / path_inside("", spelling) for spelling in spellings]
     except ValueError as error:
-        raise UnreadableItem(item_id, str(error)) from error
+        raise UnreadableItem(item_id, f"its path {error}") from error
     file = next((file for file in files if file.exists()), None)
     if file is None:
         raise UnreadableItem(item_id, f"{path}: does not exist")
-    if what := no_plain_file(file):
+    if what := listing.not_regular(file):
         raise UnreadableItem(item_id, f"{path} is {what}, no file")
     return file

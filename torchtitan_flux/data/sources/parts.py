@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from torchtitan_flux.data.sources.listing import PATH_KEY
 from torchtitan_flux.data.sources.source import Split
 
 PARTS = {
@@ -12,8 +11,6 @@ PARTS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Part -> the words for it."""
-
-_HELD_OUT = ("validation", "test")
 
 NO_PART = "files that belong to no part of the data are left out"
 
@@ -40,32 +37,18 @@ def part_of_folder(name: str) -> str:
     Every word counts: "test_2017" is a part, "test cars" may be a class of pictures.
     """
     words = set(re.findall(r"[^\W\d_]+", name.lower())) - _BESIDES
-    for part, spellings in PARTS.items():
-        if words and words <= set(spellings):
-            return part
-    return ""
+    return next((part for part, known in PARTS.items() if words and words <= set(known)), "")
 
 
 def are_parts(parts: Iterable[str]) -> bool:
-    """Whether folders of pictures that are these parts are meant as such."""
+    """Whether a train part and a held-out one are there; a lone "train" may be a class."""
     there = set(parts)
-    return "train" in there and not there.isdisjoint(_HELD_OUT)
+    return "train" in there and _held_out(there) is not None
 
 
-def deeper_parts(folders: Iterable[str]) -> list[str]:
-    """Folders that are named after parts, where parts are not looked for: not below the root.
-
-    Args:
-        folders: that hold pictures, relative to the root.
-    """
-    beside: dict[str, dict[str, str]] = {}
-    for folder in folders:
-        names = folder.split("/")
-        for depth in range(1, len(names)):
-            if part := part_of_folder(names[depth]):
-                same = beside.setdefault("/".join(names[:depth]), {})
-                same["/".join(names[: depth + 1])] = part
-    return [name for same in beside.values() if are_parts(same.values()) for name in same]
+def _held_out(parts: Iterable[str]) -> str | None:
+    there = set(parts)
+    return next((part for part in ("validation", "test") if part in there), None)
 
 
 def own_parts(parts: Iterable[str], split: Split, path: str) -> tuple[str, bool] | None:
@@ -80,15 +63,13 @@ def own_parts(parts: Iterable[str], split: Split, path: str) -> tuple[str, bool]
         ValueError: the train part is wanted, and only others are there.
     """
     there = set(parts) - {""}
-    held_out = next((part for part in _HELD_OUT if part in there), None)
+    held_out = _held_out(there)
     if split == "held_out" and held_out:
         return held_out, False
     if "train" in there:
         return "train", held_out is None
     if held_out:
-        raise ValueError(
-            f"{PATH_KEY[split]}: {path} has no train part, only {', '.join(sorted(there))}"
-        )
+        raise ValueError(f"{path} has no train part, only {', '.join(sorted(there))}")
     return None
 
 
@@ -99,13 +80,10 @@ def not_read(parts: Mapping[str, str], own: tuple[str, bool] | None) -> dict[str
         parts: file or folder -> its part, "" for none.
         own: as of `own_parts`.
     """
-    if own is None:
-        return {}
-    held_out = next((part for part in _HELD_OUT if part in parts.values()), None)
     found: dict[str, list[str]] = {}
-    for name, part in parts.items():
+    for name, part in parts.items() if own else ():
         if not part:
             found.setdefault(NO_PART, []).append(name)
-        elif part not in ("train", held_out):
+        elif part not in ("train", _held_out(parts.values())):
             found.setdefault(f"files of a {part} part are left out", []).append(name)
     return found

@@ -1,121 +1,110 @@
-"""The sources that a configuration can name."""
+"""The data sets that a configuration can name."""
 
+import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from torchtitan_flux.data.sources.source import Source, SourceOptions, Split
+from torchtitan_flux.data.sources.digits import DigitsSource
+from torchtitan_flux.data.sources.image_folder import FolderSource
+from torchtitan_flux.data.sources.shapes import ShapesSource
+from torchtitan_flux.data.sources.source import (
+    PATH_KEY,
+    SettingError,
+    Source,
+    SourceOptions,
+    Split,
+)
+from torchtitan_flux.data.sources.split import part_or_share
+from torchtitan_flux.data.sources.webdataset import TarSource
+from torchtitan_flux.paths import resolved_path
 
-NAMING_KEY: dict[Split, str] = {"train": "training.dataset", "held_out": "validation.dataset"}
-"""The TOML key that names the source of each split."""
+
+@dataclass(frozen=True)
+class Dataset:
+    """One value of `training.dataset`.
+
+    Attributes:
+        open: makes the source of a split.
+        built_in: made by the program, captions included; there are no files.
+        path: read where the configuration names none.
+        download: command that fetches it.
+        has_held_out: may have a held-out part of its own, which is known when it is opened.
+        caption_column, caption_prefix: of the data set, where the configuration says nothing.
+    """
+
+    open: Callable[[Split, SourceOptions], Source]
+    built_in: bool = False
+    path: str = ""
+    download: str = ""
+    has_held_out: bool = True
+    caption_column: str = ""
+    caption_prefix: str = ""
+
+    @property
+    def needs_path(self) -> bool:
+        return not (self.built_in or self.path)
 
 
-DOWNLOADS = {
-    "cc12m-wds": "hf download pixparse/cc12m-wds --repo-type dataset --include '*.tar' "
-    "--local-dir cc12m-wds",
-    "coco-validation": "hf download howard-hou/COCO-Text --repo-type dataset --local-dir COCO-Text",
+def _tables(split: Split, options: SourceOptions) -> Source:
+    from torchtitan_flux.data.sources.parquet import ParquetSource  # takes two seconds
+
+    return ParquetSource(split, options)
+
+
+DATASETS = {
+    "digits": Dataset(lambda split, _: DigitsSource(split), built_in=True),
+    "shapes": Dataset(lambda split, o: ShapesSource(split, o.image_size), built_in=True),
+    "folder": Dataset(FolderSource),
+    "webdataset": Dataset(TarSource),
+    "parquet": Dataset(_tables),
+    "mnist": Dataset(
+        _tables,
+        path="ylecun/mnist",
+        caption_column="label",
+        caption_prefix="a handwritten digit ",
+    ),
+    # Names of torchtitan's own FLUX files:
+    "cc12m-wds": Dataset(
+        TarSource,
+        download="hf download pixparse/cc12m-wds --repo-type dataset --include '*.tar' "
+        "--local-dir cc12m-wds",
+    ),
+    "cc12m-test": Dataset(TarSource, path="tests/assets/cc12m_test", has_held_out=False),
+    "coco-validation": Dataset(
+        _tables,
+        download="hf download howard-hou/COCO-Text --repo-type dataset --local-dir COCO-Text",
+    ),
 }
-"""How to get data sets that torchtitan's FLUX files name."""
-
-
-def _digits(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.digits import DigitsSource
-
-    return DigitsSource(split)
-
-
-def _shapes(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.shapes import ShapesSource
-
-    return ShapesSource(split, options.image_size)
-
-
-def _folder(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.image_folder import folder_source
-
-    return folder_source(split, options)
-
-
-def _webdataset(split: Split, options: SourceOptions, name: str = "webdataset") -> Source:
-    from torchtitan_flux.data.sources.webdataset import webdataset_source
-
-    return webdataset_source(name, split, options)
-
-
-def _cc12m(split: Split, options: SourceOptions) -> Source:
-    if not options.path:
-        raise ValueError(
-            f"{NAMING_KEY[split]}_path: not set; name the folder of the downloaded shards: "
-            f"`{DOWNLOADS['cc12m-wds']}`"
-        )
-    return _webdataset(split, options, "cc12m-wds")
-
-
-def _cc12m_test(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.webdataset import cc12m_test_folder
-
-    path = options.path or cc12m_test_folder(split)
-    return _webdataset(split, replace(options, path=path), "cc12m-test")
-
-
-def _parquet(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.parquet import parquet_source
-
-    return parquet_source(split, options)
-
-
-def _coco(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.parquet import coco_source
-
-    return coco_source(split, options)
-
-
-def _mnist(split: Split, options: SourceOptions) -> Source:
-    from torchtitan_flux.data.sources.mnist import mnist_source
-
-    return mnist_source(split, options)
-
-
-# Builders import when called: sklearn takes a second to load, and a run reads one or two sources.
-SOURCES: dict[str, Callable[[Split, SourceOptions], Source]] = {
-    "digits": _digits,
-    "shapes": _shapes,
-    "folder": _folder,
-    "webdataset": _webdataset,
-    "cc12m-wds": _cc12m,
-    "cc12m-test": _cc12m_test,
-    "parquet": _parquet,
-    "coco-validation": _coco,
-    "mnist": _mnist,
-}
-
-
-BUILT_IN = ("digits", "shapes")
-"""Sources that read no files."""
-
-OWN_CAPTIONS = (*BUILT_IN, "mnist")
-"""Sources that make their captions themselves."""
-
-NEED_PATH = ("folder", "webdataset", "parquet", "cc12m-wds", "coco-validation")
-"""Sources that read nothing unless they are told where."""
-
-WITHOUT_HELD_OUT = ("cc12m-test",)
-"""Sources whose only held-out part is the one that `data.held_out_share` takes from them.
-
-Whether others have one is known when they are opened."""
 
 
 def build_source(name: str, split: Split, options: SourceOptions | None = None) -> Source:
-    """Build the source that the configuration names.
-
-    Args:
-        name: a key of `SOURCES`.
-        split: "train" or "held_out"; the two never share an item.
-        options: where the data lie and how they are read.
+    """The source that the configuration names; what two splits read never shares an item.
 
     Raises:
-        ValueError: unknown name, or data that are not there or cannot be read.
+        ValueError: unknown name, or data that are not there or cannot be read; names the key.
     """
-    known = ", ".join(sorted(SOURCES))
-    if name not in SOURCES:
-        raise ValueError(f"{NAMING_KEY[split]}: unknown data set {name!r}; known: {known}")
-    return SOURCES[name](split, options or SourceOptions())
+    key = PATH_KEY[split]
+    if name not in DATASETS:
+        known = ", ".join(sorted(DATASETS))
+        raise ValueError(f"{key.removesuffix('_path')}: unknown data set {name!r}; known: {known}")
+    dataset, options = DATASETS[name], options or SourceOptions()
+    path = options.path or dataset.path
+    if not (path or dataset.built_in):
+        how = f"; download the data with `{dataset.download}`" if dataset.download else ""
+        raise ValueError(f"{key}: not set; name the data{how}")
+    options = replace(
+        options,
+        path=os.path.expanduser(resolved_path(path)),
+        index_folder=options.index_folder and options.index_folder.expanduser().absolute(),
+        caption_column=options.caption_column or dataset.caption_column,
+        caption_prefix=options.caption_prefix or dataset.caption_prefix,
+    )
+    try:
+        return part_or_share(dataset.open(split, options), split, options)
+    except SettingError:
+        raise
+    except OSError as error:
+        what = error.filename or path
+        raise ValueError(f"{key}: {what} cannot be opened: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

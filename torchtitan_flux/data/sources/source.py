@@ -10,6 +10,22 @@ from torchtitan_flux.latents import ImageSize
 
 Split = Literal["train", "held_out"]
 
+# The TOML keys that messages of data name, all of them.
+PATH_KEY: dict[Split, str] = {
+    "train": "training.dataset_path",
+    "held_out": "validation.dataset_path",
+}
+IMAGE_COLUMN, CAPTION_COLUMN = "data.image_column", "data.caption_column"
+INDEX_FOLDER, HELD_OUT_SHARE = "data.index_folder", "data.held_out_share"
+MAX_PIXELS, CAPTIONS = "data.max_image_pixels", "data.captions"
+
+
+class SettingError(ValueError):
+    """A key other than the path of the data has to be changed."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}: {message}")
+
 
 @dataclass(frozen=True)
 class Item:
@@ -40,24 +56,15 @@ class UnreadableItem(Exception):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source may be told; each takes what it has a use for.
+    """What a source may be told; each takes what it has a use for ([data] has the others).
 
     Attributes:
-        path: folder or file of the data, or a hub name; built-in sources have no use for it.
-        image_size: size in pixels at which a procedural source draws; stored pictures are resized
-            by the transform.
-        index_folder: where indexes are kept; None for beside the data.
-        image_column, caption_column: names in tables, of suffixes and json keys in shards; "" finds
-            them.
-        captions_by_line: every line of a text is a caption of its own; else a text is one caption.
-        default_caption: caption of items that have none; None for leaving them out.
-        caption_prefix: stands before every caption, the default one included.
+        path: folder or file of the data, a pattern, or a hub name.
+        image_size: size in pixels at which a procedural source draws.
         validates_training_data: a "held_out" part is wanted of the data that are trained on; a
             source that has none to give refuses.
-        held_out_share: share of the items that a source without a held-out part of its own keeps
-            back from training, in [0, 1).
         min_size: pixels that the shorter side of a picture must have.
-        max_pixels: pictures of more pixels are not decoded: decompression bombs.
+        max_pixels: pictures of more pixels are not decoded.
     """
 
     path: str | None = None
@@ -88,8 +95,5 @@ class Source(Protocol):
 
 
 def items_digest(source: Source) -> str:
-    """Differs where the ids of a source's items, or their order, do.
-
-    A source without a `digest` of its own has items that only the program changes.
-    """
+    """Differs where the ids of a source's items, or their order, do."""
     return getattr(source, "digest", f"{source.name}/{len(source)}")

@@ -2,51 +2,42 @@
 
 import json
 import os
+import re
 import tarfile
-from functools import lru_cache
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from torchtitan_flux.data.formats import formats
-from torchtitan_flux.data.sources.foreign import HEAD, foreign_content, no_plain_file
+from torchtitan_flux.data.decode import header_size
+from torchtitan_flux.data.sources import listing
+from torchtitan_flux.data.sources.captions import NO_CAPTION, Captions, captions_of_file
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.listing import PATH_KEY, given_path, matches, walk
-from torchtitan_flux.data.sources.parts import not_read, own_parts
-from torchtitan_flux.data.sources.parts import part_of as part_of_name
-from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, UnreadableItem
-from torchtitan_flux.data.sources.split import part_or_share
-from torchtitan_flux.data.sources.webdataset_scan import CUT, Extent, Sample, Scan
+from torchtitan_flux.data.sources.pairing import composed, is_picture
+from torchtitan_flux.data.sources.parts import not_read, own_parts, part_of
+from torchtitan_flux.data.sources.source import SourceOptions, Split, UnreadableItem
+from torchtitan_flux.formatting import listed
 
-OPEN_SHARDS = 64
-"""Shards that one process keeps open."""
-_UNPACK = {
-    ".tar.gz": "gunzip",
-    ".tgz": "gunzip",
-    ".tar.zst": "unzstd",
-    ".tar.zstd": "unzstd",
-    ".tzst": "unzstd",
-    ".tar.xz": "unxz",
-    ".txz": "unxz",
-    ".tar.bz2": "bunzip2",
-    ".tbz2": "bunzip2",
-    ".tbz": "bunzip2",
-    ".tar.lz4": "unlz4",
-    ".tar.z": "uncompress",
-}
-"""Suffixes of compressed tar files, and the program that unpacks each."""
+CUT = "lies beyond the end of its shard"
+UNCLEAR = "its key has several pictures or texts in the shard, and which belong together is unknown"
 
-CC12M_TEST = "tests/assets/cc12m_test"
-REPOSITORY = Path(__file__).resolve().parents[3]
+_AGAIN = "keys that are repeated in their shard, each time with a picture of their own"
+_UNKNOWN = "pictures whose key has several pictures or texts, so that their captions are not known"
+_FURTHER = "further pictures of a sample (names of several suffixes) that are not read"
+_DOTTED = "members with a further dot in their names, where the key ends at the first"
 
-
-def webdataset_source(name: str, split: Split, options: SourceOptions) -> Source:
-    """One split of tar shards: its own shards, where they are named after parts, or a share."""
-    source = TarSource(name, split, options)
-    return part_or_share(source, source.shared, split, options)
+_COMPRESSED = re.compile(r"\.(tar\.(gz|zstd?|xz|bz2|lz4|z)|t(gz|zst|xz|bz2?))$", re.IGNORECASE)
+_TEXT_BYTES = 2**24  # a longer .txt or .json is not a caption
+_PADDING = 2**20  # zeros that tar programs may write behind the end, in bytes
+_PICTURE = "picture"
+_TEXTS = ("txt", "json", "caption")
 
 
 class TarSource(IndexedSource):
@@ -57,315 +48,331 @@ class TarSource(IndexedSource):
     "<shard>/<key>#2".
 
     Args:
-        name: what the configuration calls the data set.
-        split: which part is read, and whose path key messages name.
+        split: which part is read.
         options: path (a folder, a tar file or a pattern), image_column (the suffix of pictures, ""
-            for any), caption_column (a key of the samples' .json; "" prefers their .txt),
-            index_folder, what they say of captions and of pictures.
-
-    Attributes:
-        shared: no shards were named for a split, so both splits see all of them.
+            for any), caption_column (a key of the samples' .json; "" prefers their .txt), …
 
     Raises:
-        ValueError: there are no shards, or no pictures in them, or they are something else.
+        OSError, ValueError: there are no shards, or no pictures in them, or they are something
+            else.
     """
 
-    def __init__(self, name: str, split: Split, options: SourceOptions):
-        given = given_path(options.path, split, "a folder of tar files, one of them, or a pattern")
-        found = find_shards(given, split, options.index_folder)
-        recipe = _Shards(given, found, options, split)
-        super().__init__(name, given, open_index(recipe, options.index_folder), options)
-        self.shared = not found.part
-        self._files = _ShardFiles([found.place / shard for shard in found.names])
+    name = "webdataset"
+
+    def __init__(self, split: Split, options: SourceOptions):
+        self.title = given = str(options.path)
+        self.options = options
+        self.place, names, nameless, self._refused = _files(given, options.index_folder)
+        parts = {name: part_of(name) for name in names}
+        there = set(parts.values()) - {""}
+        own = own_parts(there, split, given) if "train" in there and len(there) > 1 else None
+        part, self.shared = own[0] if own else "", own is None
+        self.left_out = not_read(parts, own) | {listing.NOT_UTF8: nameless}
+        self._shards: list[str] = []
+        for name in (name for name in names if own is None or parts[name] == part):
+            what = ""
+            with suppress(OSError):  # told of when the shard is read
+                what = listing.not_regular(self.place / name)
+            if what:
+                self.left_out.setdefault(f"files left out, each is {what}", []).append(name)
+            else:
+                self._shards.append(name)
+        if not self._shards:
+            why = "; ".join(text for text, names in self.left_out.items() if names)
+            raise ValueError(f"{given} holds no shard: {why}")
+        if compressed := [str(self.place / n) for n in self._shards if _COMPRESSED.search(n)]:
+            raise ValueError(
+                f"{listed(compressed, 3)}: compressed tar files cannot be read at random: unpack "
+                "them to plain .tar, or move them out of the data"
+            )
+        # Relative, since folders are moved. A folder's own shards may change, a pattern may not.
+        read_as = options.image_column, options.caption_column, options.captions_by_line
+        self.identity = json.dumps([*read_as, part, os.path.relpath(given, self.place)])
+        super().__init__(self.name, given, open_index(self, options.index_folder), options)
+
+    def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
+        return {shard: listing.stamp(self.place / shard) for shard in self._shards}
+
+    def build(self, writer: IndexWriter, bar: tqdm) -> None:
+        foreign = []
+        for path in (self.place / shard for shard in self._shards):
+            with suppress(OSError), path.open("rb") as file:  # told of when the shard is read
+                if (head := file.read(listing.HEAD)) and (what := listing.foreign_content(head)):
+                    foreign.append(f"{path} {what}")
+        if foreign:
+            raise ValueError(listed(foreign, 3))
+        for folder, error in self._refused:
+            writer.refused(folder, error)
+        sizes = [int(mark.split(":")[0] or 0) for mark in self.facts({}).values()]
+        bar.unit, bar.unit_scale, bar.total = "B", True, sum(sizes)
+        scans = []
+        for number, shard in enumerate(self._shards):
+            scans.append(ShardScan(self.place, shard, number, self.options, writer))
+            scans[-1].run(bar.update)
+        self._note_losses(writer, scans)
+        if not writer.rows:
+            why = [f"{note.text}: {', '.join(note.examples)}" for note in writer.notes.values()]
+            nothing = f"the {len(scans)} tar files of {self.title} hold no pictures"
+            raise ValueError("; ".join([nothing, *why]))
+
+    def _note_losses(self, writer: IndexWriter, scans: list["ShardScan"]) -> None:
+        """Note the shards that were not read to their end, and about how many samples that cost:
+        by the bytes that are left, else by what other shards hold."""
+        whole = [scan.samples for scan in scans if not scan.damage and not scan.refusal]
+        usual = sum(whole) / max(len(whole), 1)
+        sample_bytes = sum(scan.end for scan in scans) / max(writer.rows, 1)
+        for scan in scans:
+            unread = scan.size - scan.end
+            lost = unread / sample_bytes if unread > 0 < sample_bytes else usual - scan.samples
+            # Of a writer that was not closed, every member is there.
+            lost = 0 if scan.no_mark else max(round(lost), 1)
+            if scan.refusal is not None:
+                writer.refused(self.place / scan.shard, scan.refusal, scan.refused_at, lost)
+            elif scan.damage:
+                writer.note("damaged shards", f"{scan.shard}: {scan.damage}", lost=lost)
 
     def read(self, row: Row) -> bytes:
-        data = self._files.read(row.shard, row.offset, row.length)
+        with (self.place / self._shards[row.shard]).open("rb") as file:
+            file.seek(row.offset)
+            data = file.read(row.length)
         if len(data) < row.length:
             raise UnreadableItem(row.item_id, CUT)
         return data
 
 
-class Shards(NamedTuple):
-    """What a path means.
+def _files(
+    given: str, without: Path | None
+) -> tuple[Path, list[str], list[str], list[tuple[Path, OSError]]]:
+    """(folder, files in it that a path or a pattern names, folders of names that are not UTF-8,
+    folders that cannot be listed)."""
+    path, names, nameless, refused = Path(given), [], [], []
+    if path.is_dir():
+        for directory in listing.walk(path.absolute(), without):
+            names += directory.paths()
+            nameless += [directory.name or given] * directory.unnameable
+            if directory.error:
+                refused.append((path.absolute() / directory.name, directory.error))
+        names = [n for n in sorted(names) if n.lower().endswith(".tar") or _COMPRESSED.search(n)]
+        if not names:
+            raise ValueError(f"{given} holds no .tar files")
+        return path.absolute(), names, nameless, refused
+    files = [path] if path.exists() else listing.matches(given)
+    if missing := [str(file) for file in files if not file.exists()]:
+        remote = "; shards are read where they lie: download them" if "://" in given else ""
+        raise ValueError(f"{listed(missing, 1)} does not exist{remote}")
+    if not files:
+        raise ValueError(f"no file matches {given}")
+    files = [file.absolute() for file in files]
+    place = Path(os.path.commonpath([file.parent for file in files]))
+    return place, [file.relative_to(place).as_posix() for file in files], [], []
+
+
+@dataclass
+class _Sample:
+    """Members of one key: (kind, `Row` of a picture or captions of a text).
+
+    `is_clear`: which of them belong together is known.
+    """
+
+    key: str
+    members: list[tuple[str, Any]]
+    is_clear: bool = True
+
+    def is_plain(self) -> bool:
+        """Whether no kind is there twice."""
+        return len(self.members) == len(dict(self.members))
+
+    def pictures(self) -> list[Row]:
+        return [row for kind, row in self.members if kind == _PICTURE]
+
+    def captions(self, prefer_json: bool) -> Captions:
+        """Those of the first text that says anything; else why none does."""
+        if not self.is_clear:
+            return (), UNCLEAR
+        found = dict(self.members)
+        order = sorted(_TEXTS, key=lambda kind: kind != "json") if prefer_json else _TEXTS
+        texts: list[Captions] = [found[kind] for kind in order if kind in found]
+        why = next((reason for _, reason in texts if reason not in ("", NO_CAPTION)), NO_CAPTION)
+        return next((text for text in texts if text[0]), ((), why))
+
+
+class ShardScan:
+    """Goes through one shard, header by header, and writes what it holds into an index.
 
     Attributes:
-        place: a folder.
-        names: tar files that are read, relative to it.
-        part: which part of the data they are; "" when they are not parted.
-        left_out: files that are not read, by why.
-        refused: folders that the operating system does not list, and what it says.
+        samples: that were found.
+        size: bytes of the shard.
+        end: byte after the last member whose header could be read.
+        damage: what is wrong with the shard, "" when nothing is.
+        no_mark: nothing else is wrong with it than that the mark of its end is missing.
+        refusal: what the operating system said when the shard could not be opened or read.
+        refused_at: byte at which it could not be read; None when it could not be opened.
     """
 
-    place: Path
-    names: list[str]
-    part: str
-    left_out: dict[str, list[str]]
-    refused: list[tuple[Path, OSError]]
+    def __init__(
+        self, place: Path, shard: str, number: int, options: SourceOptions, writer: IndexWriter
+    ):
+        self.shard = shard
+        self.samples = self.end = self.size = 0
+        self.damage, self.no_mark = "", False
+        self.refusal: OSError | None = None
+        self.refused_at: int | None = None
+        self._path, self._number = place / shard, number
+        self._options, self._writer = options, writer
+        self._image = options.image_column.lower().removeprefix(".")
+        self._members: list[tuple[str, str, Any]] = []  # key, kind ("" for others), value
+        self._dotted: list[tuple[str, str]] = []  # key, file
+        self._others: dict[str, str] = {}  # key -> a suffix that is not read
 
-
-def find_shards(given: str, split: Split, without: Path | None) -> Shards:
-    """The tar files that a path means for a split.
-
-    Args:
-        given: a folder, all of whose tar files are meant, one tar file, or a pattern.
-        split: "train" or "held_out".
-        without: a folder that is not searched.
-
-    Raises:
-        ValueError: there are none, some that the pattern spells out are missing, or some are
-            compressed.
-    """
-    try:
-        return _found(given, split, without)
-    except OSError as error:
-        where = error.filename or given
-        raise ValueError(f"{PATH_KEY[split]}: {where}: {error.strerror}") from error
-
-
-def _found(given: str, split: Split, without: Path | None) -> Shards:
-    key, path = PATH_KEY[split], Path(given)
-    directories = list(walk(path, without, strict=False)) if path.is_dir() else []
-    if directories:
-        place = path.absolute()
-        names = sorted(name for directory in directories for name in directory.paths())
-        names = [name for name in names if name.lower().endswith((".tar", *_UNPACK))]
-        if not names:
-            raise ValueError(f"{key}: {given} holds no .tar files")
-    else:
-        files = [path] if path.exists() else matches(given)
-        missing = [str(file) for file in files if not file.exists()]
-        if missing:
-            remote = "; shards are read where they lie: download them" if "://" in given else ""
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{key}: {missing[0]}{more} does not exist{remote}")
-        if not files:
-            raise ValueError(f"{key}: no file matches {given}")
-        files = [file.absolute() for file in files]
-        place = Path(os.path.commonpath([file.parent for file in files]))
-        names = [file.relative_to(place).as_posix() for file in files]
-    parts = {name: part_of_name(name) for name in names}
-    there = set(parts.values()) - {""}
-    both = "train" in there and len(there) > 1
-    own = own_parts(there, split, given) if both else None
-    if own is not None:
-        names = [name for name in names if parts[name] == own[0]]
-    left_out = not_read(parts, own)
-    kinds = {name: _kind(place / name) for name in names}
-    for name, kind in kinds.items():
-        if kind:
-            left_out.setdefault(f"files left out, each is {kind}", []).append(name)
-    names = [name for name, kind in kinds.items() if not kind]
-    if not names:
-        name, kind = next(iter(kinds.items()))
-        raise ValueError(f"{key}: {place / name} is {kind}, no file")
-    if nameless := [d.name or given for d in directories for _ in range(d.unnameable)]:
-        left_out["files whose names are not UTF-8 are left out"] = nameless
-    refused = [(place / d.name, d.error) for d in directories if d.error]
-    packed = [name for name in names if name.lower().endswith(tuple(_UNPACK))]
-    if packed:
-        command = next(c for suffix, c in _UNPACK.items() if packed[0].lower().endswith(suffix))
-        raise ValueError(
-            f"{key}: compressed tar files cannot be read at random: unpack "
-            f"{_listed(place, packed)} to plain .tar (`{command} {packed[0]}`), or move them out "
-            "of the data"
-        )
-    return Shards(place, names, own[0] if own else "", left_out, refused)
-
-
-def _kind(path: Path) -> str:
-    """`no_plain_file`, for one that may be refused: that is told of when the shard is read."""
-    try:
-        return no_plain_file(path)
-    except OSError:
-        return ""
-
-
-def _listed(place: Path, names: list[str]) -> str:
-    """The first of many files, in words."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(str(place / name) for name in names[:3]) + more
-
-
-def cc12m_test_folder(split: Split) -> str:
-    """The small data set of torchtitan's name `cc12m-test`, in this folder or the repository.
-
-    Raises:
-        ValueError: it is in neither, as when only a wheel is installed.
-    """
-    for root in (Path.cwd(), REPOSITORY):
-        if (root / CC12M_TEST).is_dir():
-            return str(root / CC12M_TEST)
-    raise ValueError(
-        f"{PATH_KEY[split]}: {CC12M_TEST} is neither here nor in {REPOSITORY}; "
-        "scripts/make_test_assets.py of the repository writes it"
-    )
-
-
-class _ShardFiles:
-    """Reads of byte ranges; holds at most OPEN_SHARDS files open, and none in a pickle.
-
-    Reads name their offset, so that forked workers can share the files, and a file that is
-    dropped while another thread reads from it is closed only when that read is done.
-    """
-
-    def __init__(self, paths: list[Path]):
-        self._paths = paths
-        self._open = lru_cache(OPEN_SHARDS)(_File)
-
-    def read(self, shard: int, offset: int, length: int) -> bytes:
-        """Bytes of one shard, fewer than `length` at its end only."""
-        file = self._open(self._paths[shard])
-        data = os.pread(file.descriptor, length, offset)
-        while 0 < len(data) < length:  # Linux reads 2 GiB at a time, network file systems less
-            more = os.pread(file.descriptor, length - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-    def __reduce__(self):
-        return _ShardFiles, (self._paths,)
-
-
-class _File:
-    """A file descriptor that is closed with the last reference to it."""
-
-    descriptor = -1
-
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self, close=os.close):  # at exit, `os` may be gone first
-        if self.descriptor >= 0:
-            close(self.descriptor)
-
-
-class _Shards:
-    """The recipe of a webdataset's index (`index_cache.Recipe`)."""
-
-    kind = "webdataset"
-
-    def __init__(self, given: str, found: Shards, options: SourceOptions, split: Split):
-        self.title = given
-        self.place = found.place
-        self._read_as = options.image_column, options.caption_column, options.captions_by_line
-        # Relative, since folders are moved. A folder's own shards may change, a pattern may not.
-        self.identity = json.dumps(
-            [*self._read_as, found.part, os.path.relpath(given, found.place)]
-        )
-        self._shards = found.names
-        self._left_out, self._refused = found.left_out, found.refused
-        self._split: Split = split
-
-    def facts(self) -> dict[str, str]:
-        stamps = [[shard, *self._stamp(shard)] for shard in self._shards]
-        return {
-            "shards": json.dumps(stamps),
-            "left out": json.dumps(self._left_out),
-            "formats": " ".join(formats()),
-        }
-
-    def _stamp(self, shard: str) -> tuple[int, int]:
-        """Size and time of a shard; (0, 0) where the operating system refuses them."""
+    def run(self, progress: Callable[[int], object]) -> None:
+        """Go through the shard; `progress` is told of each member's bytes."""
         try:
-            found = (self.place / shard).stat()
-        except OSError:
-            return 0, 0
-        return found.st_size, found.st_mtime_ns
+            with self._path.open("rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                try:
+                    self._read(file, progress)
+                except OSError:
+                    self.refused_at = file.tell()
+                    raise
+                except Exception as error:
+                    # tarfile meets garbage in headers as ValueError, KeyError, OverflowError, …
+                    self.damage = f"{type(error).__name__}: {error}"
+        except OSError as error:
+            self.refusal = error
+        self._write()
 
-    def change(self, stored: dict[str, str]) -> str:
-        now = self.facts()
-        before, after = (json.loads(facts["shards"]) for facts in (stored, now))
-        stamps_before, stamps_now = ({name: rest for name, *rest in all} for all in (before, after))
-        for name in sorted(stamps_before.keys() | stamps_now.keys()):
-            if name not in stamps_now:
-                return f"{name} is gone"
-            if name not in stamps_before:
-                return f"{name} is new"
-            if stamps_before[name] != stamps_now[name]:
-                return f"{name} has changed"
-        if before != after:
-            return "its shards come in another order"
-        if stored["formats"] != now["formats"]:
-            return "other formats can be read"
-        return "" if stored["left out"] == now["left out"] else "other files are left out"
+    def _note(self, text: str, name: str, lost: int = 0) -> None:
+        self._writer.note(text, f"{self.shard}/{name}", lost=lost)
 
-    def build(self, writer: IndexWriter, bar: tqdm) -> None:
-        self._refuse_what_is_no_tar()
-        for text, names in self._left_out.items():
-            for name in names:
-                writer.note(text, name)
-        for folder, error in self._refused:
-            writer.unopened(folder, error)
-        sizes = [self._stamp(shard)[0] for shard in self._shards]
-        bar.unit, bar.unit_scale, bar.total = "B", True, sum(sizes)
-        done = 0
-        read = []
-        for number, (shard, size) in enumerate(zip(self._shards, sizes, strict=True)):
-            scan = Scan(self.place / shard, *self._read_as)
-            for position in scan.members():
-                bar.update(done + position - bar.n)
-            done += size
-            bar.update(done - bar.n)
-            before = writer.rows
-            for sample in scan.samples():
-                writer.add(_row(f"{shard}/{sample.name}", number, sample))
-            for note in scan.notes:
-                writer.note(note.text, f"{shard}/{note.example}", lost=note.lost)
-            read.append(_Read(shard, writer.rows - before, scan.extent))
-        self._note_losses(writer, read)
-        if not writer.rows:
-            why = "".join(f"; {note.text}: {', '.join(note.examples)}" for note in writer.notes)
-            raise ValueError(
-                f"{PATH_KEY[self._split]}: the {len(self._shards)} tar files of {self.title} hold "
-                f"no pictures{why}"
+    def _read(self, file: BinaryIO, progress: Callable[[int], object]) -> None:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # pyright: ignore  (else it would keep all of them)
+                if tar.offset <= self.end:  # would go round in circles
+                    raise tarfile.ReadError(f"negative size at byte {member.offset}")
+                progress(min(tar.offset, self.size) - self.end)
+                self.end = tar.offset
+                self._take(tar, member)
+        # tarfile takes what is no header for the end, where zeros have to be, and asks no further.
+        file.seek(self.end)
+        mark = file.read(tarfile.BLOCKSIZE)
+        self.no_mark = self.end == self.size > 0
+        if len(mark) < tarfile.BLOCKSIZE:
+            self.damage = "ends without the mark that ends a tar file"
+        elif any(mark):
+            self.damage = f"no tar header at byte {self.end}"
+        elif any(file.read(_PADDING)) or file.tell() < self.size:
+            follows = f"{self.size - self.end} bytes follow the mark that ends a tar file"
+            self.damage = f"{follows}, at byte {self.end}"
+
+    def _take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Take down a member that is of use."""
+        folder, _, file = member.name.rpartition("/")
+        stem, dot, suffix = file.partition(".")
+        suffix = suffix.lower()
+        if not (stem and dot) or member.isdir():
+            return
+        key = os.path.join(folder, stem).removeprefix("./")
+        pictured = suffix == self._image if self._image else is_picture(file)
+        kind, value = "", None
+        if not listing.is_unicode(key):
+            self._note("members whose names are not UTF-8", ascii(member.name), int(pictured))
+            return
+        if "." in suffix and suffix != self._image:
+            if is_picture(file) or suffix.endswith(_TEXTS):
+                self._dotted.append((key, file))
+        elif not pictured and suffix not in _TEXTS:
+            self._others[key] = suffix
+        elif not member.isfile() or member.issparse():
+            self._note("members that are links or sparse files", member.name, int(pictured))
+        else:
+            cut = member.offset_data + member.size > self.size
+            content = None if cut else tar.extractfile(member)
+            if pictured:
+                kind = _PICTURE
+                width, height, reason = header_size(content) if content else (0, 0, CUT)
+                at, length = member.offset_data, member.size
+                value = Row(key, self._number, at, length, width, height, (), reason)
+            elif content:
+                kind = suffix
+                column, by_line = self._options.caption_column, self._options.captions_by_line
+                text = content.read(_TEXT_BYTES)
+                value = captions_of_file(text, f".{suffix}", column, by_line)
+        self._members.append((key, kind, value))
+
+    def _write(self) -> None:
+        """Rows in the order in which the shard first names their samples, and what is odd."""
+        samples = _joined_spellings(_samples(self._members))
+        pictured = {sample.key for sample in samples if sample.pictures()}
+        issued: set[str] = set()
+        for sample in samples:
+            captions, reason = sample.captions(bool(self._options.caption_column))
+            for row in sample.pictures():
+                name, number = row.item_id, 1
+                while name in issued or (number > 1 and name in pictured):
+                    number += 1
+                    name = f"{row.item_id}#{number}"
+                issued.add(name)
+                if not sample.is_clear or number > 1:
+                    self._note(_AGAIN if sample.is_clear else _UNKNOWN, name)
+                why = row.reason if not reason or row.reason == CUT else reason
+                item_id = f"{self.shard}/{name}"
+                self._writer.add(row._replace(item_id=item_id, captions=captions, reason=why))
+            if sample.key not in pictured:
+                other = self._others.get(sample.key)
+                what = f": .{other} is not read" if other else ""
+                self._note(f"samples without a picture{what}", sample.key)
+        self.samples = len(issued)
+        for key, file in self._dotted:
+            further = is_picture(file) and key in pictured
+            self._note(
+                _FURTHER if further else _DOTTED, file, int(is_picture(file) and not further)
             )
 
-    def _refuse_what_is_no_tar(self) -> None:
-        found = []
-        for shard in self._shards:
-            try:
-                with (self.place / shard).open("rb") as file:
-                    head = file.read(HEAD)
-            except OSError:  # told of when the shard is read
-                continue
-            if head and (what := foreign_content(head, Path(shard).name)):
-                found.append(f"{self.place / shard} {what}")
-        if found:
-            more = f" ({len(found) - 1} more files like it)" if len(found) > 1 else ""
-            raise ValueError(f"{PATH_KEY[self._split]}: {found[0]}{more}")
 
-    def _note_losses(self, writer: IndexWriter, read: "list[_Read]") -> None:
-        """Note the shards that were not read to their end, and about how many samples that cost."""
-        whole = [samples for _, samples, of in read if not of.damage and not of.refusal]
-        usual = sum(whole) / len(whole) if whole else 0.0
-        sample_bytes = sum(of.end for _, _, of in read) / max(writer.rows, 1)
-        for shard, samples, of in read:
-            unread = of.size - of.end
-            if unread >= tarfile.BLOCKSIZE and sample_bytes:
-                lost = max(round(unread / sample_bytes), 1)
-            elif of.no_mark:
-                lost = 0  # a writer that was not closed: every member is there
-            else:
-                lost = max(round(usual) - samples, 1)
-            if of.refusal is not None:
-                place = self.place / shard
-                writer.unopened(place, of.refusal, at=of.refused_at, lost=lost)
-            elif of.damage:
-                writer.note("damaged shards", f"{shard}: {of.damage}", lost=lost)
+def _samples(members: list[tuple[str, str, Any]]) -> list[_Sample]:
+    """A key with at most one member of each kind is one sample, wherever these stand. One that is
+    repeated is a sample each time if each of its runs of members is whole."""
+    by_key: defaultdict[str, list[_Sample]] = defaultdict(list)
+    runs = []
+    for key, group in groupby(members, key=lambda member: member[0]):
+        run = _Sample(key, [(kind, value) for _, kind, value in group if kind])
+        if run.members:
+            runs.append(run)
+            by_key[key].append(run)
+    found = []
+    for run in runs:
+        same = by_key[run.key]
+        whole = _Sample(run.key, [member for part in same for member in part.members])
+        if not whole.is_plain():
+            found.append(_Sample(run.key, run.members, _each_is_whole(same)))
+        elif run is same[0]:
+            found.append(whole)
+    return found
 
 
-class _Read(NamedTuple):
-    """What came of one shard."""
+def _each_is_whole(runs: list[_Sample]) -> bool:
+    """Whether runs of one key are a sample each, with no text that may belong to another one.
 
-    shard: str
-    samples: int
-    extent: Extent
+    Where one of them lacks a text, a text that comes before its picture may be that one's.
+    """
+    pictures_first = all(run.members[0][0] == _PICTURE for run in runs)
+    texts = all(len(run.members) > 1 for run in runs)
+    return all(run.is_plain() and run.pictures() for run in runs) and (pictures_first or texts)
 
 
-def _row(item_id: str, shard: int, sample: Sample) -> Row:
-    texts, reason = sample.captions
-    _, offset, length, width, height, wrong = sample.picture
-    if not reason or wrong == CUT:
-        reason = wrong
-    return Row(item_id, shard, offset, length, width, height, texts, reason)
+def _joined_spellings(samples: list[_Sample]) -> list[_Sample]:
+    """A picture whose only text has its key in another of Unicode's spellings is one with it.
+
+    macOS writes é as two characters (NFD), most others as one (NFC).
+    """
+    by_spelling: defaultdict[str, list[_Sample]] = defaultdict(list)
+    for sample in samples:
+        by_spelling[composed(sample.key)].append(sample)
+    for same in by_spelling.values():
+        pictured = [sample for sample in same if sample.pictures()]
+        whole = _Sample("", [member for sample in same for member in sample.members])
+        if len(same) > 1 and len(pictured) == 1 and whole.is_plain():
+            for sample in same:
+                sample.members = whole.members if sample is pictured[0] else []
+    return [sample for sample in samples if sample.members]

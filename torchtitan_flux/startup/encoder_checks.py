@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.autoencoder import weights_in
 from torchtitan_flux.encoders.pretrained import (
     PUBLISHED,
@@ -33,7 +33,7 @@ REPOSITORIES = {name: f"black-forest-labs/{name}" for name in ("FLUX.1-dev", "FL
 _DOWNLOADED = re.compile(r"(?:\./)?assets/hf/([^/]+)/(\w+)")
 
 
-def encoder_problems(config: Any, pixel_space: bool) -> list[str]:
+def encoder_problems(config: FluxJobConfig, pixel_space: bool) -> list[str]:
     """Files of the encoders and the autoencoder that are missing or broken, each by name.
 
     Args:
