@@ -46,36 +46,35 @@ def launch(command: str, arguments: list[str]) -> int:
         the exit status.
     """
     # imported here for the sake of Ctrl-C: torch takes seconds
+    from torchtitan_flux.config.problems import exit_on_config_error
     from torchtitan_flux.launching.job import Job
     from torchtitan_flux.launching.settings import Settings
-    from torchtitan_flux.startup.load_config import exit_on_config_error
 
     if command == "train" and {"--help", "-h"} & set(arguments):
         print(_help())
         return 0
-    only = {option: option in arguments for option in ONLY}
+    only_check, only_print = (option in arguments for option in ONLY)
     arguments = [argument for argument in arguments if argument not in ONLY]
     with exit_on_config_error():
         settings = Settings.read(os.environ)
         if not any(a.replace("-", "_").startswith("__job.config_file") for a in arguments):
             arguments = ["--job.config_file", settings.config_file, *arguments]
-        config = check(command, arguments, settings.ranks, open_data=only["--check"])
-        if command == "train" and only["--check"]:
-            print(_would(config, settings.ranks, settings.ranks_per_node))
-    if only["--print-config"]:
+        config = check(command, arguments, settings.ranks, open_data=only_check)
+        if command == "train" and only_check:
+            print(_summary(config, settings.ranks, settings.ranks_per_node))
+    if only_print:
         from torchtitan_flux.startup.dump_config import resolved_toml
 
         print(resolved_toml(config), end="")
-    if any(only.values()):
+    if only_check or only_print:
         return 0
     with exit_on_config_error():
         check_cards(settings.ranks_per_node)
-    logs = Path(config.job.dump_folder) / "logs"
     return Job(
         settings,
         MODULES[command],
         arguments,
-        logs,
+        Path(config.job.dump_folder) / "logs",
         saves=command == "train",
         join_timeout=config.comm.init_timeout_seconds,
     ).run()
@@ -102,9 +101,9 @@ def check(
         from torchtitan_flux.infer import parse
 
         _, arguments = parse(arguments)
+    training = command == "train"
     logging.disable(logging.WARNING)  # the ranks say it
     try:
-        training = command == "train"
         more = data_problems if training and open_data else None
         return load_config(arguments, training, more, ranks)
     finally:
@@ -119,29 +118,30 @@ def check_cards(ranks: int) -> None:
     """
     import torch
 
-    from torchtitan_flux.config.errors import ConfigError
+    from torchtitan_flux.config.problems import ConfigError, Problem
 
     cards = torch.cuda.device_count()
     if 0 < cards < ranks:
-        raise ConfigError([f"NGPU = {ranks}: {cards} of this machine's GPUs can be seen"])
+        message = f"{ranks} ranks, and {cards} of this machine's GPUs can be seen"
+        raise ConfigError([Problem("NGPU", message)])
 
 
-def _would(config: "FluxJobConfig", ranks: int, ranks_per_machine: int) -> str:
+def _summary(config: "FluxJobConfig", ranks: int, ranks_per_machine: int) -> str:
     """What a checked run would do, in one line.
 
     Raises:
         ConfigError: it cannot fit this machine.
     """
-    from torchtitan_flux.config.errors import ConfigError
+    from torchtitan_flux.config.problems import ConfigError
     from torchtitan_flux.planning.fits import fits
 
     if reason := fits(config, ranks, ranks_per_machine):
         raise ConfigError([reason])
     t = config.training
-    size = config.training.image_size
     return (
-        f"The configuration is sound: {config.model.flavor} on {t.dataset} at {size}, {t.steps} "
-        f"steps, {ranks} {'ranks' if ranks > 1 else 'rank'}, into {config.job.dump_folder}"
+        f"The configuration is sound: {config.model.flavor} on {t.dataset} at {t.image_size}, "
+        f"{t.steps} steps, {ranks} {'ranks' if ranks > 1 else 'rank'}, into "
+        f"{config.job.dump_folder}"
     )
 
 

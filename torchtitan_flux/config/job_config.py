@@ -4,6 +4,9 @@ torchtitan reads the types of these fields at run time: no `from __future__ impo
 this file.
 """
 
+# pyright: reportIncompatibleVariableOverride=false
+# (sections are of a class derived from torchtitan's; nobody puts one of the base class there)
+
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -44,33 +44,15 @@ NOT_USED = {
 USED = {
     "job.config_file": "TOML file to read; on the command line only",
     "job.dump_folder": "Folder for everything that the run writes",
-    "job.print_config": "Print the configuration as resolved at the start of the run",
     "job.custom_config_module": "Python module whose JobConfig adds sections or keys; torchtitan's "
     "own name for its FLUX sections means ours, which are always there",
-    "profiling.enable_profiling": "Record traces with torch's profiler (GPU only)",
-    "profiling.save_traces_folder": "Folder below job.dump_folder for traces",
-    "profiling.profile_freq": "Record a trace every so many steps",
-    "profiling.profiler_active": "Steps that a trace covers",
-    "profiling.profiler_warmup": "Steps before a trace during which the profiler runs idle",
-    "profiling.enable_memory_snapshot": "Record the GPU allocator's history (GPU only)",
-    "profiling.save_memory_snapshot_folder": "Folder below job.dump_folder for memory snapshots",
-    "metrics.log_freq": "Log loss, speed and memory every so many steps",
-    "metrics.enable_tensorboard": "Write TensorBoard files",
-    "metrics.disable_color_printing": "Print log lines without colours",
-    "metrics.save_tb_folder": "Folder below job.dump_folder for TensorBoard files",
     "metrics.save_for_all_ranks": "Every rank writes TensorBoard files, not only the first",
-    "metrics.enable_wandb": "Log to Weights & Biases too (needs `pip install wandb`)",
     "model.converters": 'Computation in 8 bits: "quantize.linear.float8" or "quantize.linear.mx"',
-    "model.print_after_conversion": "Print the model once it has been converted",
-    "optimizer.name": "AdamW or Adam",
-    "optimizer.lr": "Learning rate after warm-up",
+    "optimizer.name": "AdamW, Adam, AdamW8bit or Adafactor",
     "optimizer.beta1": "Decay of the mean of gradients",
     "optimizer.beta2": "Decay of the mean of squared gradients",
-    "optimizer.eps": "Added to the root of the mean square",
-    "optimizer.weight_decay": "Decoupled weight decay",
     "optimizer.implementation": "Kernels of the optimizer: fused is the fastest",
     "optimizer.early_step_in_backward": "Not available: gradients could not be clipped",
-    "lr_scheduler.warmup_steps": "Steps in which the learning rate grows from zero",
     "lr_scheduler.total_steps": "Steps that the schedule is made for, training.steps at least; "
     "unset: training.steps",
     "lr_scheduler.decay_ratio": "Share of the steps, at the end, in which the learning rate falls; "
@@ -81,20 +63,13 @@ USED = {
     "training.local_batch_size": "Images in a microbatch of one rank",
     "training.global_batch_size": "Images in a step, over all ranks; more than the ranks hold at "
     "once are accumulated. -1: training.local_batch_size on every rank that reads data",
-    "training.max_norm": "Gradients are scaled down to this norm",
-    "training.steps": "Optimizer steps of the run",
-    "training.enable_cpu_offload": "Keep parameters, gradients and optimizer in the CPU's memory "
-    "(GPU only)",
-    "training.dtype": "Type of parameters; float32 is the only one here",
+    "training.dtype": "Type of parameters; bfloat16 with stochastic rounding (AdamW, AdamW8bit)",
     "training.mixed_precision_param": "Type of computation. Where there is no GPU: float32, unless "
     "this key is set",
     "training.mixed_precision_reduce": "Type in which gradients are summed over ranks",
-    "training.gc_freq": "Collect Python's garbage every so many steps",
     "training.gc_debug": "Collect it in every step, to find cycles that hold tensors (GPU only)",
     "training.dataloader.num_workers": "Processes of each rank that read and decode images; 0 does "
     "it in a thread",
-    "training.dataloader.persistent_workers": "Keep these processes when the position is moved",
-    "training.dataloader.prefetch_factor": "Batches that each process makes ahead; unset: 2",
     "parallelism.data_parallel_replicate_degree": "Replicas of the model: DDP, and with sharding "
     "HSDP",
     "parallelism.data_parallel_shard_degree": "Ranks that a replica's parameters, gradients and "
@@ -123,7 +98,6 @@ USED = {
     "parallelism.expert_parallel_degree": "Not available: FLUX has no experts",
     "checkpoint.enable": "Save checkpoints, and continue from the newest one that is complete",
     "checkpoint.folder": "Folder below job.dump_folder for checkpoints",
-    "checkpoint.interval": "Save every so many steps, and at the last",
     "checkpoint.initial_load_path": "Checkpoint that a new run begins from",
     "checkpoint.initial_load_model_only": "Take weights alone from it; false continues its run, "
     "with optimizer, schedule and position in the data",
@@ -146,30 +120,18 @@ USED = {
     "checkpoint.load_only": "Continue from checkpoints, and save none",
     "activation_checkpoint.selective_ac_option": '"N" recomputes every N-th block, "op" all but '
     "matrix products, attention and what came from other ranks",
-    "activation_checkpoint.early_stop": "Stop recomputing once everything needed is there",
     "activation_checkpoint.memory_budget": "Mode memory_budget: 0 recomputes all, 1 nothing",
     "activation_checkpoint.visualize_memory_budget_pareto": "Not available",
     "activation_checkpoint.preserve_rng_state": "Give recomputed blocks the random state of the "
     "first time (FLUX draws nothing in blocks)",
     "activation_checkpoint.determinism_check": "default compares shapes of what was recomputed; "
     "none does not",
-    "activation_checkpoint.debug": "Say which operations differ when recomputing",
-    "compile.enable": "Compile blocks with torch.compile",
-    "compile.components": "What is compiled: model, loss",
     "compile.backend": "Backend of torch.compile",
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": "Gather sharded weights in float8",
-    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "Compute the scales of all "
-    "weights at once after each step",
-    "quantize.linear.float8.recipe_name": "How scales are chosen; unset: one for each tensor",
     "quantize.linear.float8.emulate": "Compute float8 in software, to try it out",
     "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "Kernel that casts columns",
     "quantize.linear.mx.recipe_name": "mxfp8_cublas or mxfp8_cublas_rceil",
-    "comm.init_timeout_seconds": "Ranks wait so long for each other until the first step is done",
-    "comm.train_timeout_seconds": "Ranks wait so long for each other after that",
     "comm.trace_buf_size": "Collectives that are recorded for a post-mortem; 0 where there is no "
     "GPU, unless this key is set",
-    "comm.save_traces_folder": "Folder below job.dump_folder for these records",
-    "comm.save_traces_file_prefix": "How their file names begin",
     "comm.mode": "default is the only one here; scripts/plan.py tries meshes without ranks",
     "memory_estimation.enable": "Not available: scripts/plan.py estimates memory",
     "fault_tolerance.enable": "Not available",
@@ -178,12 +140,7 @@ USED = {
     "validation.local_batch_size": "Images that a rank measures at once",
     "validation.freq": "Measure every so many steps, and at the last",
     "validation.steps": "Batches over all ranks; -1 takes all held-out data",
-    "validation.dataloader.num_workers": "As training.dataloader.num_workers",
-    "validation.dataloader.persistent_workers": "As training.dataloader.persistent_workers",
-    "validation.dataloader.prefetch_factor": "As training.dataloader.prefetch_factor",
     "debug.seed": "Seed of everything random; unset: drawn once, logged and kept in checkpoints",
-    "debug.deterministic": "Use deterministic algorithms where there are any; slower",
-    "debug.deterministic_warn_only": "Warn where there are none, instead of stopping",
 }
 
 MEANINGS = {**USED, **{key: f"Not used: {reason}" for key, reason in NOT_USED.items()}}

@@ -1,14 +1,11 @@
 """All keys, described: for `--help`, and as docs/configuration.md."""
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
 
 from torchtitan_flux.config.schema import Key
-from torchtitan_flux.config.values import allowed, toml_text
-
-WIDTH = 100
+from torchtitan_flux.config.values import toml_text, type_name
 
 ABOUT = """\
 Usage: {command} [--check | --print-config] [--section.key value …]
@@ -32,45 +29,28 @@ except those before a space.
 def help_text(keys: Iterable[Key], command: str, config_file: str) -> str:
     """What `--help` prints: usage, then each key with its default, type and meaning."""
     lines = [ABOUT.format(command=command, config_file=config_file)]
-    for section, of_section in _by_section(keys):
+    for section, of_section in groupby(keys, lambda key: key.section):
         lines += [f"[{section}]"]
         for key in of_section:
-            lines += _wrapped(f"--{key.name}  ({_default(key)}; {_type(key)})", 2)
-            lines += _wrapped(key.meaning, 6)
+            head = f"--{key.name}  ({_default(key)}; {type_name(key.annotation)})"
+            for text, indent in ((head, "  "), (key.meaning, "      ")):
+                lines += textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent="      ")
         lines.append("")
     return "\n".join(lines)
 
 
 def reference_text(keys: Iterable[Key]) -> str:
     """The tables of docs/configuration.md, a section of the TOML each."""
-    lines: list[str] = []
-    for section, of_section in _by_section(keys):
-        lines += [
-            "",
-            f"## [{section}]",
-            "",
-            "| key | default | type | meaning |",
-            "|---|---|---|---|",
-        ]
+    parts = []
+    for section, of_section in groupby(keys, lambda key: key.section):
+        rows = ["| key | default | type | meaning |", "|---|---|---|---|"]
         for key in of_section:
-            name = key.name.rpartition(".")[2]
-            cells = (f"`{name}`", f"`{_default(key)}`", _type(key), key.meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * 6)
-
-
-def _by_section(keys: Iterable[Key]) -> Iterator[tuple[str, Iterator[Key]]]:
-    return groupby(keys, lambda key: key.section)
+            name, of_type = key.name.rpartition(".")[2], type_name(key.annotation)
+            cells = (f"`{name}`", f"`{_default(key)}`", f"`{of_type}`", key.meaning)
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("\n".join([f"## [{section}]", "", *rows]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _default(key: Key) -> str:
     return "unset" if key.default is None else toml_text(key.default)
-
-
-def _type(key: Key) -> str:
-    text: Any = allowed(key.annotation)
-    return text.replace("a string in quotes", "a string")

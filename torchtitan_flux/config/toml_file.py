@@ -1,12 +1,13 @@
 """A TOML file with the line of every key."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli
+
+from torchtitan_flux.config.problems import ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class TomlFile:
     """What a configuration file says.
 
     Attributes:
-        path: the file, as it is to be named in messages.
+        path: the file, as messages name it.
         values: nested tables.
         lines: "section.key" and "section" -> the line, from 1, where it is given.
     """
@@ -46,82 +47,38 @@ def read_toml(path: Path, name: str) -> TomlFile:
         name: what messages call it.
 
     Raises:
-        ValueError: it cannot be read or is not TOML; the line is named.
+        ConfigError: it cannot be read or is not TOML; the line is named.
     """
-    key = f"job.config_file = {name!r}"
     try:
         text = path.read_bytes().decode("utf-8")
+        return TomlFile(name, tomli.loads(text), _lines(text))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{key} is not text in UTF-8 ({error.reason}); is it a TOML file?"
-        ) from None
+        reason = f"is not text in UTF-8 ({error.reason}); is it a TOML file?"
     except OSError as error:
-        raise ValueError(f"{key} cannot be read: {error.strerror}") from None
-    try:
-        values = tomli.loads(text)
+        reason = f"cannot be read: {error.strerror}"
     except tomli.TOMLDecodeError as error:
-        raise ValueError(f"{key} is not valid TOML: {error}") from None
-    return TomlFile(name, values, dict(_lines(text)))
+        reason = f"is not valid TOML: {error}"
+    raise ConfigError([Problem("job.config_file", f"{name!r} {reason}")])
 
 
-_KEY_PART = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'([^\']*)\'|([\w-]+))\s*')
-_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)+")
-_STRING = re.compile(
-    r'"""(?:[^\\]|\\.)*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', re.DOTALL
+_NAME = r"""[\w."' -]+?"""
+_TABLE_OR_KEY = re.compile(
+    rf"\s*(?:\[\[?(?P<table>{_NAME})\]\]?\s*(?:#.*)?$|(?P<key>{_NAME})\s*=)"
 )
 
 
-def _lines(text: str) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of each table and key of a valid document."""
-    at, table = 0, ""
-    while True:
-        if blank := _BLANK.match(text, at):
-            at = blank.end()
-        if at >= len(text):
-            return
-        line = text.count("\n", 0, at) + 1
-        if text[at] == "[":
-            name, at = _name(text, at + text.startswith("[[", at) + 1)
-            table = name
-            yield name, line
-            at = _end_of_line(text, at)
-        else:
-            name, at = _name(text, at)
-            yield f"{table}.{name}" if table else name, line
-            at = _end_of_value(text, at + 1)
-
-
-def _name(text: str, at: int) -> tuple[str, int]:
-    """A dotted key, and where it ends."""
-    parts = []
-    while match := _KEY_PART.match(text, at):
-        parts.append(next(group for group in match.groups() if group is not None))
-        at = match.end()
-        if text[at : at + 1] != ".":
-            break
-        at += 1
-    return ".".join(parts), at
-
-
-def _end_of_line(text: str, at: int) -> int:
-    end = text.find("\n", at)
-    return len(text) if end < 0 else end + 1
-
-
-def _end_of_value(text: str, at: int) -> int:
-    """Where the line ends on which a value does, brackets and strings being closed."""
-    depth = 0
-    while at < len(text):
-        c = text[at]
-        if string := _STRING.match(text, at):
-            at = string.end()
+def _lines(text: str) -> dict[str, int]:
+    """Dotted name of each table and key -> the first line that looks like it."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        match = _TABLE_OR_KEY.match(line)
+        if match is None:
             continue
-        if c == "#":
-            at = _end_of_line(text, at) - 1
-            if depth == 0:
-                return at + 1
-        elif c == "\n" and depth == 0:
-            return at + 1
-        depth += (c in "[{") - (c in "]}")
-        at += 1
-    return at
+        name = re.sub(r"[\s\"']", "", match["table"] or match["key"])
+        if match["table"]:
+            table = f"{name}."
+        else:
+            name = table + name
+        lines.setdefault(name, number)
+    return lines

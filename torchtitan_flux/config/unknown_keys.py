@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Collection
 
+from torchtitan_flux.config.problems import Problem
+
 ELSEWHERE = {
     "training.seed": "debug.seed",
     "training.batch_size": "training.local_batch_size",
@@ -24,28 +26,29 @@ ELSEWHERE = {
 """Names that other trainers and earlier versions of torchtitan have."""
 
 
-def unknown_key(name: str, keys: Collection[str], given: str) -> tuple[str, list[str]]:
-    """One line about a key that does not exist.
+def unknown_key(name: str, keys: Collection[str], given: str) -> tuple[Problem, list[str]]:
+    """What to say of a key that does not exist.
 
     Args:
         name: the dotted name that was given.
         keys: all that exist.
-        given: how and where it was given, for the beginning of the line.
+        given: how and where it was given.
 
     Returns:
-        the line, and the key that was probably meant (then its value is in doubt), if any.
+        the problem, and the key that was probably meant (then its value is in doubt), if any.
     """
     near = nearest(name, keys)
     hint = f"did you mean {near[0]}?" if near else "./run_train.sh --help lists all keys"
-    return f"{given} is unknown; {hint}", near
+    return Problem(name, f"is unknown; {hint}", given=given), near
 
 
-def unknown_section(name: str, sections: Collection[str]) -> str:
-    """The hint for a section that does not exist."""
+def unknown_section(name: str, keys: Collection[str], given: str) -> Problem:
+    """What to say of a section that does not exist."""
+    sections = {key.rpartition(".")[0] for key in keys}
     near = difflib.get_close_matches(name, sections, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean [{near[0]}]?"
-    return f"the sections are {', '.join(s for s in sections if '.' not in s)}"
+    known = ", ".join(sorted(section for section in sections if "." not in section))
+    hint = f"did you mean [{near[0]}]?" if near else f"the sections are {known}"
+    return Problem(name, f"is an unknown section; {hint}", given=given)
 
 
 def nearest(name: str, keys: Collection[str]) -> list[str]:

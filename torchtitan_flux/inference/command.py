@@ -13,8 +13,8 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
-from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.option_checks import (
     MOST_PIXELS,

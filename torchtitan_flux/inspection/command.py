@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import Problem
+from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.data.samples import TrainingSamples
 from torchtitan_flux.data.sources.source import Source
 from torchtitan_flux.data.survey import Survey, survey
@@ -19,7 +21,6 @@ from torchtitan_flux.inspection.contact_sheet import save_contact_sheet
 from torchtitan_flux.inspection.items import Inspected, as_json, inspect, unreadable
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.startup.checks import data_key_problems
 from torchtitan_flux.startup.load_config import ConfigError, exit_on_config_error, read_config
 from torchtitan_flux.training.data import open_source, refuse_bad_data, training_samples
 
@@ -79,9 +80,9 @@ def _read(keys: list[str]) -> Any:
     if not any(key.replace("-", "_").startswith("__job.config_file") for key in keys):
         keys = ["--job.config_file", Settings.read(os.environ).config_file, *keys]
     config = read_config(keys)
-    found = [line for line in data_key_problems(config) if line.startswith("training.")]
+    found = [p for p in data_key_problems(config) if not p.key.startswith("validation.")]
     if config.model.flavor not in FLAVORS:
-        found.append(f"model.flavor = {config.model.flavor!r} is unknown")
+        found.append(Problem("model.flavor", f"{config.model.flavor!r} is unknown"))
     if found:
         raise ConfigError(found)
     return config

@@ -16,11 +16,13 @@ What stays as it is (`KEPT`), with its share of FLOPs at 256 pixels and 256 text
     final layer        0.002 %   its output is the velocity itself
 """
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import Problem, violated
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.card import card
@@ -31,77 +33,83 @@ MX = "quantize.linear.mx"
 MX_RECIPES = ("mxfp8_cublas", "mxfp8_cublas_rceil")
 
 
-def low_precision_problems(config: FluxJobConfig) -> list[str]:
+def low_precision_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """What is wrong with `model.converters` and the keys that belong to them."""
-    chosen = config.model.converters
-    key = f"model.converters = {chosen}"
+    chosen, key = config.model.converters, "model.converters"
     if unknown := [name for name in chosen if name not in (FLOAT8, MX)]:
-        return [f"{key}: {', '.join(unknown)} is unknown; FLUX has {FLOAT8!r} and {MX!r}"]
-    if len(chosen) > 1:
-        return [f"{key}: choose one of them, once"]
-    if not chosen:
-        return []
-    found = []
-    if find_spec("torchao") is None:
-        found.append(f'{key} needs torchao: pip install "torchtitan-flux[float8]"')
-    return found + (_float8(config) if FLOAT8 in chosen else _mx(config))
+        yield Problem(key, f"{', '.join(unknown)} is unknown; FLUX has {FLOAT8!r} and {MX!r}")
+    elif len(chosen) > 1:
+        yield Problem(key, "choose one of them, once")
+    elif chosen:
+        missing = find_spec("torchao") is None
+        yield from violated((missing, key, 'needs torchao: pip install "torchtitan-flux[float8]"'))
+        yield from _float8(config) if FLOAT8 in chosen else _mx(config)
 
 
-def _float8(config: FluxJobConfig) -> list[str]:
-    found = []
-    section = f"{FLOAT8}."
+def _float8(config: FluxJobConfig) -> Iterator[Problem]:
     f = config.quantize.linear.float8
-    if not f.emulate and not _device_has((8, 9)):
-        found.append(
-            f"model.converters = [{FLOAT8!r}] needs a GPU of compute capability 8.9 or later, and "
-            f"{_device()}; remove it, or set {section}emulate = true (slow, for trying out)"
-        )
-    if f.emulate and config.compiles("model"):
-        found.append(
-            f"{section}emulate = true cannot be compiled; set compile.enable = false, or emulate "
-            "= false on a GPU that has float8"
-        )
-    if f.enable_fsdp_float8_all_gather and f.recipe_name is not None:
-        found.append(
-            f"{section}enable_fsdp_float8_all_gather = true needs one scale a tensor, and "
-            f"recipe_name = {f.recipe_name!r} was set; remove recipe_name (one scale a tensor is "
-            "the default), or set enable_fsdp_float8_all_gather = false"
-        )
-    if f.precompute_float8_dynamic_scale_for_fsdp and not f.enable_fsdp_float8_all_gather:
-        found.append(
-            f"{section}precompute_float8_dynamic_scale_for_fsdp = true does nothing without "
-            "enable_fsdp_float8_all_gather = true"
-        )
-    return found
+    yield from violated(
+        (
+            not f.emulate and not _device_has((8, 9)),
+            "model.converters",
+            f"needs a GPU of compute capability 8.9 or later, and {_device()}; remove it, or set "
+            f"{FLOAT8}.emulate = true (slow, for trying out)",
+            f"{FLOAT8}.emulate",
+        ),
+        (
+            f.emulate and config.compiles("model"),
+            f"{FLOAT8}.emulate",
+            "cannot be compiled; set compile.enable = false, or emulate = false on a GPU that has "
+            "float8",
+            "compile.enable",
+        ),
+        (
+            f.enable_fsdp_float8_all_gather and f.recipe_name is not None,
+            f"{FLOAT8}.enable_fsdp_float8_all_gather",
+            f"needs one scale a tensor, and recipe_name = {f.recipe_name!r} was set; remove "
+            "recipe_name (one scale a tensor is the default), or set it to false",
+            f"{FLOAT8}.recipe_name",
+        ),
+        (
+            f.precompute_float8_dynamic_scale_for_fsdp and not f.enable_fsdp_float8_all_gather,
+            f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
+            "does nothing without enable_fsdp_float8_all_gather = true",
+        ),
+    )
 
 
-def _mx(config: FluxJobConfig) -> list[str]:
-    found = []
-    section = f"{MX}."
+def _mx(config: FluxJobConfig) -> Iterator[Problem]:
     mx = config.quantize.linear.mx
-    if not _device_has((10, 0), rocm=(9, 5)):
-        found.append(
-            f"model.converters = [{MX!r}] needs a Blackwell GPU (compute capability 10.0 or "
-            f"later), and {_device()}; remove it, or use {FLOAT8!r} from compute capability 8.9 on"
-        )
-    if mx.recipe_name not in MX_RECIPES:
-        found.append(
-            f"{section}recipe_name = {mx.recipe_name!r} is not one of {', '.join(MX_RECIPES)}"
-        )
-    if mx.mxfp8_dim1_cast_kernel_choice == "cuda":
-        found.append(
-            f'{section}mxfp8_dim1_cast_kernel_choice = "cuda" is a library of torchao 0.16 for '
-            'torch 2.10 alone; set "triton"'
-        )
-    if config.compiles("model") and config.parallelism.tensor_parallel_degree > 1:
-        found.append(
-            f"model.converters = [{MX!r}] cannot be compiled with tensor parallelism; set "
-            "compile.enable = false or parallelism.tensor_parallel_degree = 1"
-        )
-    return found
+    yield from violated(
+        (
+            not _device_has((10, 0), rocm=(9, 5)),
+            "model.converters",
+            f"needs a Blackwell GPU (compute capability 10.0 or later), and {_device()}; remove "
+            f"it, or use {FLOAT8!r} from compute capability 8.9 on",
+        ),
+        (
+            mx.recipe_name not in MX_RECIPES,
+            f"{MX}.recipe_name",
+            f"is not one of {', '.join(MX_RECIPES)}",
+        ),
+        (
+            mx.mxfp8_dim1_cast_kernel_choice == "cuda",
+            f"{MX}.mxfp8_dim1_cast_kernel_choice",
+            'is a library of torchao 0.16 for torch 2.10 alone; set "triton"',
+        ),
+        (
+            config.compiles("model") and config.parallelism.tensor_parallel_degree > 1,
+            "model.converters",
+            f"{MX} cannot be compiled with tensor parallelism; set compile.enable = false or "
+            "parallelism.tensor_parallel_degree = 1",
+            "compile.enable",
+        ),
+    )
 
 
-def low_precision_fit(config: FluxJobConfig, args: FluxModelArgs, size: ImageSize) -> list[str]:
+def low_precision_fit(
+    config: FluxJobConfig, args: FluxModelArgs, size: ImageSize
+) -> Iterator[Problem]:
     """Widths and numbers of tokens that 8-bit products cannot take.
 
     Args:
@@ -110,23 +118,21 @@ def low_precision_fit(config: FluxJobConfig, args: FluxModelArgs, size: ImageSiz
         size: image size in pixels.
     """
     if not config.model.converters:
-        return []
-    mx = MX in config.model.converters
+        return
+    p, f = config.parallelism, config.quantize.linear.float8
+    mx, key = MX in config.model.converters, "model.converters"
     multiple = 32 if mx else 16
-    f = config.quantize.linear.float8
-    p, t = config.parallelism, config.training
-    key = f"model.converters = {config.model.converters}"
-    found = []
     tp, cp = p.tensor_parallel_degree, p.context_parallel_degree
     for name, width in (("hidden", args.hidden_size), ("MLP", args.mlp_hidden)):
         # every side of a converted weight is a sum of multiples of these two
         if width % (multiple * tp):
-            found.append(
-                f"{key}: the {name} width {width} of model.flavor = {config.model.flavor!r} over "
+            yield Problem(
+                key,
+                f"the {name} width {width} of model.flavor = {config.model.flavor!r} over "
                 f"parallelism.tensor_parallel_degree = {tp} is not a multiple of {multiple}; "
-                "choose another degree, or remove the converter"
+                "choose another degree, or remove the converter",
             )
-    key_of_samples, samples = "training.local_batch_size", t.local_batch_size
+    key_of_samples, samples = "training.local_batch_size", config.training.local_batch_size
     if p.pipeline_parallel_degree > 1:
         key_of_samples = "parallelism.pipeline_parallel_microbatch_size"
         samples = p.pipeline_parallel_microbatch_size
@@ -137,12 +143,12 @@ def low_precision_fit(config: FluxJobConfig, args: FluxModelArgs, size: ImageSiz
             ("encoder.max_t5_encoding_len", config.encoder.max_t5_encoding_len),
         ):
             if samples * tokens % (multiple * cp):
-                found.append(
-                    f"{key}: {key_of_samples} = {samples} times {tokens} "
-                    f"tokens ({key_of_tokens}) over parallelism.context_parallel_degree = {cp} "
-                    f"is not a multiple of {multiple}; change one of them"
+                yield Problem(
+                    key,
+                    f"{key_of_samples} = {samples} times {tokens} tokens ({key_of_tokens}) over "
+                    f"parallelism.context_parallel_degree = {cp} is not a multiple of {multiple}; "
+                    "change one of them",
                 )
-    return found
 
 
 def _device_has(cuda: tuple[int, int], rocm: tuple[int, int] | None = None) -> bool:

@@ -1,14 +1,15 @@
 """Pipeline parallelism: its schedules, how many stages they make, and what does not fit."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.config import Parallelism
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import ConfigError, Problem, violated
 from torchtitan_flux.model import FluxModelArgs
 
 SECTION = "parallelism."
@@ -79,37 +80,31 @@ def stage_count(parallelism: Parallelism, args: FluxModelArgs) -> int:
     """Stages over all ranks: of the named parts, of so many blocks each, or the fewest there are.
 
     Raises:
-        ValueError: naming the key that gives the ranks a number of stages which the schedule
-            does not take.
+        ConfigError: the key that gives the ranks a number of stages which the schedule does not
+            take.
     """
     ranks = parallelism.pipeline_parallel_degree
     schedule = pipeline_schedule(parallelism)
     blocks = args.depth + args.depth_single_blocks
     parts = parallelism.module_fqns_per_model_part
     per_stage = parallelism.pipeline_parallel_layers_per_stage
-    stages = ranks * (2 if schedule.several else 1)
-    key = f"{PREFIX}degree = {ranks}"
+    stages, key = ranks * (2 if schedule.several else 1), f"{PREFIX}degree"
     if parts:
-        stages = len(parts)
-        key = f"{SECTION}module_fqns_per_model_part has {stages} parts"
+        stages, key = len(parts), f"{SECTION}module_fqns_per_model_part"
     elif per_stage is not None:
-        if per_stage < 1:
-            raise ValueError(f"{PREFIX}layers_per_stage = {per_stage} must be at least 1")
-        stages = math.ceil(blocks / per_stage)
-        key = f"{PREFIX}layers_per_stage = {per_stage} makes {stages} stages of {blocks} blocks"
+        key = f"{PREFIX}layers_per_stage"
+        stages = math.ceil(blocks / per_stage) if per_stage > 0 else 0
     per_rank = stages // ranks
     wanted = "two" if schedule.v_shaped else "two or more" if schedule.several else "one"
     fits = per_rank == 2 if schedule.v_shaped else (per_rank > 1) == schedule.several
-    if stages % ranks or not per_rank or not fits:
-        raise ValueError(
-            f"{key}: {PREFIX}schedule = {schedule.name!r} needs {wanted} for each of the "
-            f"{ranks} ranks of {PREFIX}degree"
-        )
-    if stages > blocks:
-        raise ValueError(
-            f"{key} with {PREFIX}schedule = {schedule.name!r} makes {stages} stages, more than the "
-            f"{blocks} blocks of the model; choose a smaller degree"
-        )
+    makes = f"makes {stages} stages of {blocks} blocks; {PREFIX}schedule = {schedule.name!r} needs"
+    misfit = stages % ranks or not per_rank or not fits
+    rules = violated(
+        (misfit, key, f"{makes} {wanted} for each of the {ranks} ranks of {PREFIX}degree"),
+        (not misfit and stages > blocks, key, f"{makes} a block for each: choose fewer stages"),
+    )
+    if problems := list(rules):
+        raise ConfigError(problems)
     return stages
 
 
@@ -131,9 +126,13 @@ def check_parts(parts: list[list[str]], args: FluxModelArgs) -> None:
     """Whether named parts are the whole model, in order, each with a block.
 
     Raises:
-        ValueError: naming the module that is unknown, missing or out of place.
+        ConfigError: naming the module that is unknown, missing or out of place.
     """
-    key = f"{SECTION}module_fqns_per_model_part"
+    if problem := _parts_problem(parts, args):
+        raise ConfigError([Problem(f"{SECTION}module_fqns_per_model_part", problem)])
+
+
+def _parts_problem(parts: list[list[str]], args: FluxModelArgs) -> str:
     known = module_names(args)
     named = [name for part in parts for name in part]
     for what, names in (
@@ -142,95 +141,115 @@ def check_parts(parts: list[list[str]], args: FluxModelArgs) -> None:
         ("names twice", sorted({name for name in named if named.count(name) > 1})),
     ):
         if names:
-            raise ValueError(f"{key} {what} {', '.join(names)}; the modules are {', '.join(known)}")
+            return f"{what} {', '.join(names)}; the modules are {', '.join(known)}"
     # embedders may be named in any order: they run side by side
     embedders = [name for name in known if name.endswith("_in")]
     if outside := [name for name in embedders if name not in parts[0]]:
-        raise ValueError(f"{key}: {', '.join(outside)} must be in the first part")
+        return f"{', '.join(outside)} must be in the first part"
     blocks = [name for name in named if name not in embedders]
     for name, expected in zip(blocks, (n for n in known if n not in embedders), strict=True):
         if name != expected:
-            raise ValueError(f"{key} is out of order: {name} stands where {expected} runs")
+            return f"is out of order: {name} stands where {expected} runs"
     for number, part in enumerate(parts):
         if not any("_blocks." in name for name in part):
-            raise ValueError(f"{key}: part {number} has no block")
+            return f"part {number} has no block"
+    return ""
 
 
-def pipeline_problems(config: FluxJobConfig) -> list[str]:
+def pipeline_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """What is wrong with the keys of pipeline parallelism, whatever the model."""
-    p, t = config.parallelism, config.training
+    p = config.parallelism
     if p.pipeline_parallel_degree < 2:
-        return []
-    found = []
-    if p.pipeline_parallel_schedule_csv:
-        found.append(
-            f"{PREFIX}schedule_csv = {p.pipeline_parallel_schedule_csv!r}: schedules are not read "
-            f"from files; remove it and choose {PREFIX}schedule"
-        )
-    for end, part in (("first", "embedders"), ("last", "final layer")):
-        key = f"pipeline_parallel_{end}_stage_less_layers"
-        if getattr(p, key) != 1:
-            found.append(
-                f"{SECTION}{key} = {getattr(p, key)}: the {part} is counted by its operations; "
-                f"remove the key, or name the parts by {SECTION}module_fqns_per_model_part"
-            )
-    name = p.pipeline_parallel_schedule
-    if name.lower() not in SCHEDULES:
-        known = ", ".join(schedule.name for schedule in SCHEDULES.values())
-        return [*found, f"{PREFIX}schedule = {name!r} is not available; use one of {known}"]
-    schedule = pipeline_schedule(p)
-    found += _microbatches(schedule, p, t)
-    if schedule.splits_backward:
-        found += _split_backward(schedule, config)
-    return found
+        return
+    less_layers = "is not used: stages are cut by operations; remove the key"
+    known = ", ".join(schedule.name for schedule in SCHEDULES.values())
+    unknown = p.pipeline_parallel_schedule.lower() not in SCHEDULES
+    yield from violated(
+        (
+            p.pipeline_parallel_schedule_csv,
+            f"{PREFIX}schedule_csv",
+            f"schedules are not read from files; remove it and choose {PREFIX}schedule",
+        ),
+        (
+            p.pipeline_parallel_first_stage_less_layers != 1,
+            f"{PREFIX}first_stage_less_layers",
+            less_layers,
+        ),
+        (
+            p.pipeline_parallel_last_stage_less_layers != 1,
+            f"{PREFIX}last_stage_less_layers",
+            less_layers,
+        ),
+        (unknown, f"{PREFIX}schedule", f"is not available; use one of {known}"),
+    )
+    if not unknown:
+        yield from _microbatch_problems(config)
+        if pipeline_schedule(p).splits_backward:
+            yield from _split_backward_problems(config)
 
 
-def _microbatches(schedule: Schedule, p: Any, t: Any) -> list[str]:
-    ranks, size = p.pipeline_parallel_degree, p.pipeline_parallel_microbatch_size
-    key = f"{PREFIX}microbatch_size = {size}"
-    if size < 1 or t.local_batch_size % size:
-        return [f"{key} does not divide training.local_batch_size = {t.local_batch_size}"]
-    count = t.local_batch_size // size
-    makes = f"{key} makes {count} microbatches of training.local_batch_size = {t.local_batch_size}"
-    if schedule.fills and count < ranks:
-        return [
-            f"{makes}; {PREFIX}schedule = {schedule.name!r} needs {ranks} or more, one for each "
-            "rank: raise the batch, lower the microbatch, or use 'GPipe'"
-        ]
+def _microbatch_problems(config: FluxJobConfig) -> Iterator[Problem]:
+    schedule, batch = pipeline_schedule(config.parallelism), config.training.local_batch_size
+    ranks = config.parallelism.pipeline_parallel_degree
+    size = config.parallelism.pipeline_parallel_microbatch_size
+    key = f"{PREFIX}microbatch_size"
+    related = ("training.local_batch_size", f"{PREFIX}degree", f"{PREFIX}schedule")
+    if size < 1 or batch % size:
+        yield Problem(key, f"does not divide training.local_batch_size = {batch}", related)
+        return
+    count = batch // size
     rounds = max(1, count // ranks)
-    if schedule.in_rounds and count % rounds:
-        return [
-            f"{makes}; {PREFIX}schedule = {schedule.name!r} needs a multiple of {rounds}: make it "
-            f"a multiple of {PREFIX}degree = {ranks}"
-        ]
-    return []
+    makes = (
+        f"makes {count} microbatches of training.local_batch_size = {batch}; {PREFIX}schedule = "
+        f"{schedule.name!r} needs"
+    )
+    yield from violated(
+        (
+            schedule.fills and count < ranks,
+            key,
+            f"{makes} {ranks} or more, one for each rank: raise the batch, lower the microbatch, "
+            "or use 'GPipe'",
+            *related,
+        ),
+        (
+            schedule.in_rounds and count % rounds,
+            key,
+            f"{makes} a multiple of {rounds}: make it a multiple of {PREFIX}degree = {ranks}",
+            *related,
+        ),
+    )
 
 
-def _split_backward(schedule: Schedule, config: FluxJobConfig) -> list[str]:
+def _split_backward_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """The backward pass of a stage is done in two parts, on a graph that is kept in between."""
-    found = []
-    key = f"{PREFIX}schedule = {schedule.name!r}"
-    if config.compiles("model"):
-        found.append(
-            f"{key} takes the backward pass of blocks apart, which compiled blocks do not allow; "
-            "set compile.enable = false, or use 'Interleaved1F1B'"
-        )
-    ac = config.activation_checkpoint
-    if ac.mode == "selective" and ac.selective_ac_option == "op":
-        found.append(
-            f"{key} comes back to a block's graph for the weights, and what "
+    key, ac = f"{PREFIX}schedule", config.activation_checkpoint
+    yield from violated(
+        (
+            config.compiles("model"),
+            key,
+            "takes the backward pass of blocks apart, which compiled blocks do not allow; set "
+            "compile.enable = false, or use 'Interleaved1F1B'",
+            "compile.enable",
+        ),
+        (
+            ac.mode == "selective" and ac.selective_ac_option == "op",
+            key,
+            "comes back to a block's graph for the weights, and what "
             'activation_checkpoint.selective_ac_option = "op" kept is gone by then; set it to a '
-            "number in quotes, activation_checkpoint.mode = \"full\", or use 'Interleaved1F1B'"
-        )
-    if config.parallelism.fsdp_reshard_after_forward == "always":
-        found.append(
-            f"{key} needs a stage's weights from its forward to the end of its backward pass; set "
-            'parallelism.fsdp_reshard_after_forward = "default"'
-        )
-    return found
+            "number in quotes, activation_checkpoint.mode = \"full\", or use 'Interleaved1F1B'",
+            "activation_checkpoint.mode",
+        ),
+        (
+            config.parallelism.fsdp_reshard_after_forward == "always",
+            key,
+            "needs a stage's weights from its forward to the end of its backward pass; set "
+            'parallelism.fsdp_reshard_after_forward = "default"',
+            "parallelism.fsdp_reshard_after_forward",
+        ),
+    )
 
 
-def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
+def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> list[Problem]:
     """Stages that this model cannot be cut into."""
     p = config.parallelism
     if p.pipeline_parallel_degree < 2 or p.pipeline_parallel_schedule.lower() not in SCHEDULES:
@@ -239,6 +258,6 @@ def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> list[str]:
         stage_count(p, args)
         if p.module_fqns_per_model_part:
             check_parts(p.module_fqns_per_model_part, args)
-    except ValueError as error:
-        return [str(error)]
+    except ConfigError as error:
+        return error.problems
     return []

@@ -7,6 +7,7 @@ import sys
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
 from torchtitan_flux.parallel.mesh_checks import model_problems
 from torchtitan_flux.planning.communication import Mesh
@@ -89,9 +90,11 @@ def _plan(config: FluxJobConfig, args: FluxModelArgs, options: argparse.Namespac
     config = with_mesh(config, mesh)
     whole = config.training.global_batch_size
     step = config.training.local_batch_size * mesh.data * microbatches_of(config, mesh)
-    problems = model_problems(config, args)
+    problems = list(model_problems(config, args))
     if whole > 0 and whole != step:
-        problems.append(f"training.global_batch_size = {whole} is not a multiple of {step}")
+        problems.append(
+            Problem("training.global_batch_size", f"{whole} is not a multiple of {step}")
+        )
     if problems:
         raise ConfigError(problems)
     found, _ = estimate(config, args, mesh)

@@ -3,9 +3,8 @@
 import importlib
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,20 @@ import torch
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.command_line import given_keys, parse
-from torchtitan_flux.config.errors import ConfigError, exit_on_config_error
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.meanings import NOT_USED
-from torchtitan_flux.config.schema import Key, get, keys_of, merged, put, sections_of
+from torchtitan_flux.config.problems import ConfigError, Problem, exit_on_config_error
+from torchtitan_flux.config.schema import Key, get, keys_of, merged, put
 from torchtitan_flux.config.toml_file import TomlFile, read_toml
 from torchtitan_flux.config.unknown_keys import unknown_key, unknown_section
-from torchtitan_flux.config.values import Unfit, allowed, from_toml, shown, what_it_is
+from torchtitan_flux.config.values import from_toml, shown
 from torchtitan_flux.paths import locate
 from torchtitan_flux.startup.checks import problems
 
 CONFIG_FILE = "job.config_file"
 CUSTOM_MODULE = "job.custom_config_module"
 
-OURS = (
+FLUX_MODULES = (
     "",
     "torchtitan.models.flux.job_config",
     "torchtitan.experiments.flux.job_config",
@@ -43,36 +42,36 @@ TINY = {
     "autoencoder_path": "assets/tiny/ae.safetensors",
 }
 
-THEIR_PROMPTS = "torchtitan/models/flux/inference/prompts.txt"
-OUR_PROMPTS = "assets/prompts.txt"
+TORCHTITAN_PROMPTS = "torchtitan/models/flux/inference/prompts.txt"
+PROMPTS = "assets/prompts.txt"
 """What torchtitan's files call the prompts, which only a checkout has there."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reading:
     """A file and a command line, read but not yet checked as a whole.
 
     Attributes:
         config: with the default where a key is not set, or not set to anything sensible.
-        found: what is wrong, a line each.
-        doubtful: keys whose value is not known because something is wrong with it.
+        problems: what is wrong.
+        unknown: keys whose value is not known because something is wrong with it.
         given: keys that are set -> where: "FILE:LINE", or "" for the command line.
-        notes: (level, line) for the log.
+        repeated: keys that the command line gives several values, a line each.
         complete: whether all keys were read; a file that is no TOML says nothing about any.
     """
 
-    config: FluxJobConfig
-    found: list[str]
-    doubtful: frozenset[str]
-    given: dict[str, str]
-    notes: list[tuple[int, str]]
-    complete: bool
+    config: FluxJobConfig = field(default_factory=FluxJobConfig)
+    problems: list[Problem] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
+    given: dict[str, str] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
 def load_config(
     argv: list[str],
     training: bool = True,
-    more: Callable[[FluxJobConfig], list[str]] | None = None,
+    more: Callable[[FluxJobConfig], Iterable[Problem]] | None = None,
     ranks: int | None = None,
 ) -> FluxJobConfig:
     """The complete configuration of a run.
@@ -87,13 +86,12 @@ def load_config(
         ConfigError: with everything that is wrong.
     """
     reading = read(argv)
-    notes = [*reading.notes, *_settle(reading)]
-    found = list(reading.found)
+    notes = list(_adapt(reading))
+    found = list(reading.problems)
     if reading.complete:
         ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
-        lines = problems(reading.config, training, ranks)
-        lines += more(reading.config) if more else []
-        found += _without_doubtful(lines, reading)
+        found += _located(problems(reading.config, training, ranks), reading)
+        found += _located(more(reading.config), reading) if more else []
     if found:
         raise ConfigError(found)
     for level, note in notes:
@@ -114,135 +112,120 @@ def read_config(argv: list[str]) -> FluxJobConfig:
         ConfigError: with everything that cannot be read.
     """
     reading = read(argv)
-    if reading.found:
-        raise ConfigError(reading.found)
+    if reading.problems:
+        raise ConfigError(reading.problems)
     return reading.config
 
 
 def read(argv: list[str]) -> Reading:
     """Everything that a file and a command line say; raises nothing."""
-    found: list[str] = []
-    file, complete = TomlFile(""), True
+    file, reading = TomlFile(""), Reading()
     try:
         file = _file(argv)
-    except ValueError as error:
-        found.append(str(error))
-        complete = False
-    cls: type = FluxJobConfig
+    except ConfigError as error:
+        reading.problems += error.problems
+        reading.complete = False
     try:
-        cls = _with_custom_sections(argv, file)
-    except ValueError as error:  # then nobody knows which keys there are
-        return Reading(cls(), [*found, str(error)], frozenset(), {}, [], complete=False)
-    keys = {key.name: key for key in keys_of(cls)}
-    config, given, doubtful = cls(), {}, set()
-    for key, value, problem, meant in _from_file(file, keys, list(sections_of(cls))):
-        if problem:
-            found.append(problem)
-            doubtful.update(meant)
-        else:
-            put(config, key, value)
-            given[key] = file.where(key)
+        reading.config = _config_class(argv, file)()
+    except ConfigError as error:  # then nobody knows which keys there are
+        return Reading(problems=[*reading.problems, *error.problems], complete=False)
+    keys = {key.name: key for key in keys_of(type(reading.config))}
+    _read_table(file, file.values, "", keys, reading)
     line = parse(argv, keys)
-    for key, override in line.overrides.items():
-        put(config, key, override.value)
-        given[key] = ""
-    doubtful = (doubtful - set(line.overrides)) | line.doubtful
-    if file.path:
-        config.job.config_file = file.path
+    for key, value in line.values.items():
+        put(reading.config, key, value)
+        reading.given[key] = ""
+    reading.problems += line.problems
+    reading.unknown = (reading.unknown - set(line.values)) | line.unknown
+    reading.repeated = line.repeated
+    job = reading.config.job
+    job.config_file = file.path or job.config_file
     # once, for everything that writes there; elsewhere "~" would be a folder of that name
-    config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
-    notes = [(logging.WARNING, repeated) for repeated in line.repeated]
-    return Reading(config, found + line.found, frozenset(doubtful), given, notes, complete)
+    job.dump_folder = os.path.expanduser(job.dump_folder)
+    return reading
 
 
 def _file(argv: list[str]) -> TomlFile:
     """The configuration file of a command line; an empty one where none is named.
 
     Raises:
-        ValueError: it is not there, cannot be read, or is one of several.
+        ConfigError: it is not there, cannot be read, or is one of several.
     """
     named = list(dict.fromkeys(text for key, text in given_keys(argv) if key == CONFIG_FILE))
     if not named:
         return TomlFile("")
-    if len(named) > 1:
-        raise ValueError(f"{CONFIG_FILE} is given more than once: {', '.join(named)}; choose one")
     path = locate(named[0]) if named[0] else None
-    if path is None:
-        raise ValueError(f"{CONFIG_FILE} = {named[0]!r} does not exist")
-    if path.is_dir():
-        raise ValueError(f"{CONFIG_FILE} = {named[0]!r} is a folder; name the TOML file in it")
-    return read_toml(path, str(path))
+    if len(named) > 1:
+        problem = f"is given more than once ({', '.join(named)}); choose one"
+    elif path is None:
+        problem = f"{named[0]!r} does not exist"
+    elif path.is_dir():
+        problem = f"{named[0]!r} is a folder; name the TOML file in it"
+    else:
+        return read_toml(path, str(path))
+    raise ConfigError([Problem(CONFIG_FILE, problem)])
 
 
-def _with_custom_sections(argv: list[str], file: TomlFile) -> type:
+def _config_class(argv: list[str], file: TomlFile) -> type[FluxJobConfig]:
     """The configuration class, with what the user's own module adds.
 
     Raises:
-        ValueError: the module cannot be imported, or has no such sections.
+        ConfigError: the module cannot be imported, or has no such sections.
     """
     job = file.values.get("job", {})
     module = job.get("custom_config_module", "") if isinstance(job, dict) else ""
     for key, text in given_keys(argv):
         module = text if key == CUSTOM_MODULE else module
-    if module in OURS or not isinstance(module, str):
+    if module in FLUX_MODULES or not isinstance(module, str):
         return FluxJobConfig
-    key = f"{CUSTOM_MODULE} = {module!r}"
     try:
         custom = importlib.import_module(module).JobConfig
     except Exception as error:  # whatever the user's module raises
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{key} cannot be used ({reason})") from None
+        reason = f"{module!r} cannot be used ({type(error).__name__}: {error})"
+        raise ConfigError([Problem(CUSTOM_MODULE, reason)]) from None
     if not is_dataclass(custom) or not all(is_dataclass(f.type) for f in dataclass_fields(custom)):
-        raise ValueError(f"{key}: its JobConfig must be a dataclass whose fields are dataclasses")
-    result = merged(FluxJobConfig, custom)  # type: ignore[arg-type]
-    return result
+        reason = f"JobConfig of {module!r} must be a dataclass whose fields are dataclasses"
+        raise ConfigError([Problem(CUSTOM_MODULE, reason)])
+    return merged(FluxJobConfig, custom)  # type: ignore[arg-type]
 
 
-def _from_file(
-    file: TomlFile, keys: dict[str, Key], sections: list[str]
-) -> Iterator[tuple[str, Any, str, list[str]]]:
-    """(key, value, "", []) of each key of the file, or (name, None, what is wrong, keys meant)."""
-    yield from _from_table(file, file.values, "", keys, sections)
-
-
-def _from_table(
-    file: TomlFile, table: dict[str, Any], prefix: str, keys: dict[str, Key], sections: list[str]
-) -> Iterator[tuple[str, Any, str, list[str]]]:
+def _read_table(
+    file: TomlFile, table: dict[str, Any], prefix: str, keys: dict[str, Key], reading: Reading
+) -> None:
+    """Put what a table of the file says into the configuration, or note what is wrong with it."""
     for last, value in table.items():
         name = prefix + last
-        where = file.where(name)
-        if name in sections:
-            if isinstance(value, dict):
-                yield from _from_table(file, value, f"{name}.", keys, sections)
-            else:
-                within = [key for key in keys if key.startswith(f"{name}.")]
-                problem = f"{where}: {name} is a section: write [{name}], and its keys below"
-                yield name, None, problem, within
+        where = f"{file.where(name)}: {name}"
+        within = [key for key in keys if key.startswith(f"{name}.")]
+        meant: list[str] = []
+        if within and isinstance(value, dict):
+            _read_table(file, value, f"{name}.", keys, reading)
+            continue
+        if within:
+            problem = Problem(name, f"is a section: write [{name}], and its keys below", (), where)
+            meant = within
         elif name == CONFIG_FILE:
-            yield name, None, f"{where}: {name} belongs on the command line; remove it", []
+            problem = Problem(name, "belongs on the command line; remove it", (), where)
         elif key := keys.get(name):
             try:
-                yield name, from_toml(value, key.annotation), "", []
-            except Unfit:
-                yield name, None, _wrong_type(key, value, where), [name]
+                put(reading.config, name, from_toml(value, key.annotation))
+                reading.given[name] = file.where(name)
+                continue
+            except ValueError as error:
+                problem = Problem(name, str(error), (), f"{where} = {shown(value)}")
+                meant = [name]
         elif isinstance(value, dict):
-            hint = unknown_section(name, sections)
-            yield name, None, f"{where}: the section [{name}] is unknown; {hint}", []
+            problem = unknown_section(name, keys, where)
         else:
-            problem, meant = unknown_key(name, keys, f"{where}: {name}")
-            yield name, None, problem, meant
+            problem, meant = unknown_key(name, keys, where)
+        reading.problems.append(problem)
+        reading.unknown.update(meant)
 
 
-def _wrong_type(key: Key, value: Any, where: str) -> str:
-    wanted = allowed(key.annotation)
-    plain = wanted.startswith("one of") or (isinstance(value, list) and "list" in wanted)
-    instead = "" if plain else f", not {what_it_is(value)}"
-    return f"{where}: {key.name} = {shown(value)} must be {wanted}{instead}"
-
-
-def _settle(reading: Reading) -> Iterator[tuple[int, str]]:
-    """Values that depend on the machine, and what torchtitan's own files mean here; for the log."""
+def _adapt(reading: Reading) -> Iterator[tuple[int, str]]:
+    """Set what depends on the machine, and what torchtitan's files mean here; yields log lines."""
     config, given = reading.config, reading.given
+    yield from ((logging.WARNING, line) for line in reading.repeated)
     if config.training.test_mode:
         yield (
             logging.WARNING,
@@ -252,8 +235,8 @@ def _settle(reading: Reading) -> Iterator[tuple[int, str]]:
         for key, path in TINY.items():
             setattr(config.encoder, key, path)
     prompts = config.inference.prompts_path
-    if prompts.removeprefix("./") == THEIR_PROMPTS and locate(prompts) is None:
-        config.inference.prompts_path = OUR_PROMPTS
+    if prompts.removeprefix("./") == TORCHTITAN_PROMPTS and locate(prompts) is None:
+        config.inference.prompts_path = PROMPTS
     yield from ((logging.WARNING, line) for line in _not_used(reading))
     if not torch.cuda.is_available():
         if "training.mixed_precision_param" not in given:
@@ -278,21 +261,19 @@ def _not_used(reading: Reading) -> Iterator[str]:
             yield f"{', '.join(keys)}: not used; {reason}"
 
 
-def _without_doubtful(lines: list[str], reading: Reading) -> Iterator[str]:
-    """What is wrong as far as it is known, with the lines of the file that say so.
-
-    Where a key's value is not known the default stood in for it: what names that key is left out.
-    """
-    for line in lines:
-        if any(_names(line, key) for key in reading.doubtful):
-            continue
-        named = re.findall(r"[a-z]\w*(?:\.\w+)+", line)
-        where = next((reading.given[key] for key in named if key in reading.given), "")
-        yield f"{where}: {line}" if where else line
-
-
-def _names(line: str, key: str) -> bool:
-    """Whether a message is about a key; the section may have been said before."""
-    last = key.rpartition(".")[2]
-    name = last if "_" in last else re.escape(key)
-    return re.search(rf"\b{name}\b", line) is not None
+def _located(found: Iterable[Problem], reading: Reading) -> Iterator[Problem]:
+    """Problems with the line of the file and the value; without those that rest on a default
+    which stands in for a value that is not known."""
+    for problem in found:
+        if problem.given or not problem.key:
+            yield problem
+        elif not reading.unknown & {problem.key, *problem.related}:
+            named = [key for key in (problem.key, *problem.related) if key in reading.given]
+            where = reading.given[named[0]] if named else ""
+            text = f"{where}: {problem.key}" if where else problem.key
+            try:
+                value = get(reading.config, problem.key)
+            except AttributeError:  # not a key: several, or a section
+                value = None
+            known = value is not None and not is_dataclass(value)
+            yield replace(problem, given=f"{text} = {shown(value)}" if known else text)

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import ConfigError, Problem, problem_of
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.flow_matching import TimeDensity
@@ -35,7 +36,8 @@ def resolve_model_args(
             `checkpoint.enable` is false.
 
     Raises:
-        ValueError: naming the encoder key whose width does not fit a fixed flavor.
+        ConfigError: an encoder cannot be read or does not fit the flavor, or the weights' number
+            of blocks cannot be read.
     """
     return with_configured_blocks(config, _with_widths(config), weights, training)
 
@@ -50,13 +52,14 @@ def with_configured_blocks(
     continues also when the weights that it began with are gone.
     """
     c = config.checkpoint
-    if weights is None and (c.enable or not training):
-        own = with_blocks_of_run(Path(config.job.dump_folder) / c.folder, args)
-        if own is not None:
-            return own
-        weights = c.initial_load_path
-    path = locate(weights) if weights else None
-    return args if path is None else with_blocks_of(path, args)
+    with problem_of("checkpoint.initial_load_path"):
+        if weights is None and (c.enable or not training):
+            own = with_blocks_of_run(Path(config.job.dump_folder) / c.folder, args)
+            if own is not None:
+                return own
+            weights = c.initial_load_path
+        path = locate(weights) if weights else None
+        return args if path is None else with_blocks_of(path, args)
 
 
 def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
@@ -64,12 +67,15 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
     t5_path, clip_path = map(
         resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)
     )
-    t5_width, clip_width = _text_widths(t5_path, clip_path, _changed(t5_path), _changed(clip_path))
+    with problem_of("encoder.t5_encoder", "encoder.clip_encoder"):
+        changed = _changed(t5_path), _changed(clip_path)
+        t5_width, clip_width = _text_widths(t5_path, clip_path, *changed)
     if args.pixel_space:
         channels, downscale = config.encoder.pixel_channels, 1
     else:
         path = resolved_path(config.encoder.autoencoder_path)
-        channels, downscale = _autoencoder_geometry(path, _changed(path))
+        with problem_of("encoder.autoencoder_path"):
+            channels, downscale = _autoencoder_geometry(path, _changed(path))
     features = channels * args.patch_size**2
     if config.model.flavor not in FIXED_WIDTH_FLAVORS:
         return replace(
@@ -81,8 +87,11 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
             vec_in_dim=clip_width,
         )
     wrong = [
-        f"encoder.{key}: width {have} does not fit model.flavor = {config.model.flavor!r}, which "
-        f"needs {want}"
+        Problem(
+            f"encoder.{key}",
+            f"width {have} does not fit model.flavor = {config.model.flavor!r}, which needs {want}",
+            ("model.flavor",),
+        )
         for key, have, want in (
             ("t5_encoder", t5_width, args.context_in_dim),
             ("clip_encoder", clip_width, args.vec_in_dim),
@@ -91,7 +100,7 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
         if have != want
     ]
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise ConfigError(wrong)
     return args
 
 
@@ -133,13 +142,11 @@ def configured_schedule(config: FluxJobConfig) -> Schedule | None:
     """What `sampling.schedule` names; None where it leaves it to the weights.
 
     Raises:
-        ValueError: naming the key.
+        ConfigError: it is none.
     """
     given = config.sampling.schedule
-    try:
+    with problem_of("sampling.schedule"):
         return None if given == AUTO else Schedule.parse(given)
-    except ValueError as error:
-        raise ValueError(f"sampling.schedule = {given!r}: {error}") from None
 
 
 def own_scheduler(config: FluxJobConfig) -> StatedScheduler | None:
@@ -149,7 +156,7 @@ def own_scheduler(config: FluxJobConfig) -> StatedScheduler | None:
     begins with.
 
     Raises:
-        UnreadableWeights: what says it is spoilt.
+        UnreadableWeights: what says it is damaged.
     """
     c = config.checkpoint
     if stated := of_run(Path(config.job.dump_folder) / c.folder):
@@ -171,8 +178,8 @@ def sampling_schedule(
     Raises:
         ValueError: `sampling.schedule` is none, or the weights' is not computed here.
     """
-    if told := configured_schedule(config):
-        return told
+    if schedule := configured_schedule(config):
+        return schedule
     stated = own_scheduler(config) if weights is None else stated_scheduler(weights)
     return Schedule.of_flavor(args.guidance_embed) if stated is None else stated.schedule()
 

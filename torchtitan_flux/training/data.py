@@ -9,6 +9,8 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import ConfigError, Problem
+from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import (
@@ -33,8 +35,6 @@ from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.paths import resolved_path
-from torchtitan_flux.startup.checks import data_key_problems
-from torchtitan_flux.startup.load_config import ConfigError
 from torchtitan_flux.startup.model_args import resolve_model_args, time_density
 
 
@@ -94,23 +94,23 @@ def refuse_bad_data(source: Source, split: Split, config: FluxJobConfig) -> Sour
     return source
 
 
-def data_problems(config: FluxJobConfig) -> list[str]:
+def data_problems(config: FluxJobConfig) -> list[Problem]:
     """What is wrong with the data themselves, a line each; indexes them, which can take long.
 
     Data are not opened where the keys that name them are wrong.
     """
-    keys_say = data_key_problems(config)
+    wrong = {problem.key for problem in data_key_problems(config)}
     splits: dict[Split, str] = {"train": "training.dataset"}
     if config.validation.enable:
         splits["held_out"] = "validation.dataset"
     found = []
     for split, key in splits.items():
-        if any(line.startswith(key) for line in keys_say):
+        if {key, f"{key}_path"} & wrong:
             continue
         try:
             refuse_bad_data(open_source(config, split), split, config)
         except ConfigError as error:
-            found += error.found
+            found += error.problems
     return list(dict.fromkeys(found))  # of one data set, both parts say the same
 
 

@@ -10,6 +10,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.checkpoint.checks import why_not_continued
 from torchtitan_flux.checkpoint.folder import (
     Choice,
     abandon_after,
@@ -31,7 +32,6 @@ from torchtitan_flux.parallel.mesh_checks import peer_degree
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.startup.load_config import ConfigError
-from torchtitan_flux.startup.loading_checks import why_not_gone_on
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.data import global_batch_size
 from torchtitan_flux.training.run_folder import RunFolderLock, lock_run_folder
@@ -205,7 +205,7 @@ def _initial(
     if checkpoint.initial_load_model_only:
         return _weights(path, config, args, key), None
     manifest, problem = verify(path)
-    if why := why_not_gone_on(manifest, problem):
+    if why := why_not_continued(manifest, problem):
         raise ConfigError([f"{key} {why}"])
     return path, manifest
 

@@ -21,7 +21,7 @@ from torchtitan_flux.encoders.autoencoder import (
     load_autoencoder,
 )
 from torchtitan_flux.encoders.autoencoder_keys import from_diffusers, to_bfl
-from torchtitan_flux.startup.encoder_checks import encoder_problems
+from torchtitan_flux.encoders.checks import encoder_problems
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 from torchtitan_flux.weights.convert_autoencoder import (
     convert_autoencoder,

@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.config.job_config import Encoder, FluxJobConfig
+from torchtitan_flux.encoders.checks import encoder_problems
 from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY
 from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
 from torchtitan_flux.encoders.text_files import files_in, weight_files
@@ -27,7 +28,6 @@ from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.stages import OneAfterAnother
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.startup.encoder_checks import encoder_problems
 from torchtitan_flux.weights.open import Weights
 
 KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
