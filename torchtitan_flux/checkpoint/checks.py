@@ -63,11 +63,6 @@ def checkpoint_problems(config: FluxJobConfig) -> Iterator[Problem]:
             "such files hold weights alone; set checkpoint.initial_load_model_only = true",
         ),
         (
-            c.initial_load_in_hf_quantized,
-            key + "initial_load_in_hf_quantized",
-            "only scaled float8 is read, and without this key; set it to false",
-        ),
-        (
             c.last_save_in_hf and not c.last_save_model_only,
             key + "last_save_in_hf",
             "needs checkpoint.last_save_model_only = true; for a full last checkpoint, leave both "

@@ -41,6 +41,21 @@ NOT_USED = {
 }
 """Keys that are taken and do nothing, with the reason; a run that sets one says so."""
 
+NOT_AVAILABLE = {
+    "optimizer.early_step_in_backward": "gradients could not be clipped",
+    "parallelism.enable_async_tensor_parallel": "it needs sequence parallel activations",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "stages are cut by operations",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "stages are cut by operations",
+    "parallelism.pipeline_parallel_schedule_csv": "schedules are not read from files",
+    "parallelism.expert_parallel_degree": "FLUX has no experts",
+    "checkpoint.initial_load_in_hf_quantized": "scaled float8 is read without it, else nothing",
+    "activation_checkpoint.visualize_memory_budget_pareto": "nobody asked for it yet",
+    "memory_estimation.enable": "scripts/plan.py estimates memory",
+    "fault_tolerance.enable": "there is no torchft here",
+    "comm.mode": "scripts/plan.py tries meshes without ranks",
+}
+"""Keys that are refused unless they have their default, with the reason."""
+
 USED = {
     "job.config_file": "TOML file to read; on the command line only",
     "job.dump_folder": "Folder for everything that the run writes",
@@ -50,17 +65,10 @@ USED = {
     "model.converters": 'Computation in 8 bits: "quantize.linear.float8" or "quantize.linear.mx"',
     "optimizer.name": "AdamW, Adam, AdamW8bit or Adafactor",
     "optimizer.beta1": "Decay of the mean of gradients",
-    "optimizer.beta2": "Decay of the mean of squared gradients",
     "optimizer.implementation": "Kernels of the optimizer: fused is the fastest",
-    "optimizer.early_step_in_backward": "Not available: gradients could not be clipped",
-    "lr_scheduler.total_steps": "Steps that the schedule is made for, training.steps at least; "
-    "unset: training.steps",
     "lr_scheduler.decay_ratio": "Share of the steps, at the end, in which the learning rate falls; "
     "unset: from the end of warm-up on",
-    "lr_scheduler.decay_type": "Shape of the fall",
-    "lr_scheduler.min_lr_factor": "The learning rate falls to this share of optimizer.lr",
     "training.dataset_path": "Folder, file or pattern of the data set's files",
-    "training.local_batch_size": "Images in a microbatch of one rank",
     "training.global_batch_size": "Images in a step, over all ranks; more than the ranks hold at "
     "once are accumulated. -1: training.local_batch_size on every rank that reads data",
     "training.dtype": "Type of parameters; bfloat16 with stochastic rounding (AdamW, AdamW8bit)",
@@ -77,64 +85,37 @@ USED = {
     "parallelism.fsdp_reshard_after_forward": "Whether gathered parameters are given up after the "
     "forward pass; default: where they are sharded or offloaded, except in a pipeline",
     "parallelism.tensor_parallel_degree": "Ranks that share the heads and the MLP of every block",
-    "parallelism.enable_async_tensor_parallel": "Not available: it needs sequence parallel "
-    "activations",
     "parallelism.pipeline_parallel_degree": "Ranks that hold the stages of the model",
     "parallelism.module_fqns_per_model_part": "Modules of each stage by name, a list for each; "
     "unset: cut by the number of operations",
-    "parallelism.pipeline_parallel_first_stage_less_layers": "Not available: stages are cut by "
-    "operations; the default does nothing",
-    "parallelism.pipeline_parallel_last_stage_less_layers": "Not available: stages are cut by "
-    "operations; the default does nothing",
     "parallelism.pipeline_parallel_layers_per_stage": "Blocks of a stage; unset: the fewest stages "
     "that the schedule takes",
     "parallelism.pipeline_parallel_schedule": "GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble "
     "or ZBVZeroBubble",
-    "parallelism.pipeline_parallel_schedule_csv": "Not available: schedules are not read from "
-    "files",
     "parallelism.pipeline_parallel_microbatch_size": "Images of a microbatch of the pipeline; "
     "divides training.local_batch_size",
     "parallelism.context_parallel_degree": "Ranks that share the tokens of every sample (Ulysses)",
-    "parallelism.expert_parallel_degree": "Not available: FLUX has no experts",
     "checkpoint.enable": "Save checkpoints, and continue from the newest one that is complete",
-    "checkpoint.folder": "Folder below job.dump_folder for checkpoints",
     "checkpoint.initial_load_path": "Checkpoint that a new run begins from",
     "checkpoint.initial_load_model_only": "Take weights alone from it; false continues its run, "
     "with optimizer, schedule and position in the data",
     "checkpoint.initial_load_in_hf": "checkpoint.initial_load_path is a diffusers folder or a "
     "safetensors file",
-    "checkpoint.initial_load_in_hf_quantized": "Not available: scaled float8 is read "
-    "without it, other quantisations are not",
-    "checkpoint.last_save_model_only": "The last checkpoint holds weights alone, and the run "
-    "cannot be made longer",
     "checkpoint.last_save_in_hf": "Write the last checkpoint as a diffusers folder",
     "checkpoint.export_dtype": "Type of weights in a last checkpoint that holds weights alone; "
     "where it cannot hold a value, they keep theirs, and the log names them",
     "checkpoint.async_mode": "Write checkpoints while training goes on",
     "checkpoint.keep_latest_k": "Keep so many checkpoints; 0 keeps all",
-    "checkpoint.load_step": "Continue from this step; -1: from the newest",
     "checkpoint.exclude_from_loading": "Parts of a checkpoint that begin anew, at every start: "
     "model, optimizer, lr_scheduler, dataloader",
-    "checkpoint.enable_first_step_checkpoint": "Save after the first step too",
     "checkpoint.create_seed_checkpoint": "Save the initial weights as step 0, and leave",
-    "checkpoint.load_only": "Continue from checkpoints, and save none",
     "activation_checkpoint.selective_ac_option": '"N" recomputes every N-th block, "op" all but '
     "matrix products, attention and what came from other ranks",
-    "activation_checkpoint.memory_budget": "Mode memory_budget: 0 recomputes all, 1 nothing",
-    "activation_checkpoint.visualize_memory_budget_pareto": "Not available",
-    "activation_checkpoint.preserve_rng_state": "Give recomputed blocks the random state of the "
-    "first time (FLUX draws nothing in blocks)",
-    "activation_checkpoint.determinism_check": "default compares shapes of what was recomputed; "
-    "none does not",
     "compile.backend": "Backend of torch.compile",
-    "quantize.linear.float8.emulate": "Compute float8 in software, to try it out",
     "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "Kernel that casts columns",
     "quantize.linear.mx.recipe_name": "mxfp8_cublas or mxfp8_cublas_rceil",
     "comm.trace_buf_size": "Collectives that are recorded for a post-mortem; 0 where there is no "
     "GPU, unless this key is set",
-    "comm.mode": "default is the only one here; scripts/plan.py tries meshes without ranks",
-    "memory_estimation.enable": "Not available: scripts/plan.py estimates memory",
-    "fault_tolerance.enable": "Not available",
     "validation.enable": "Measure the loss on held-out data",
     "validation.dataset_path": "Folder, file or pattern of the held-out data's files",
     "validation.local_batch_size": "Images that a rank measures at once",
@@ -143,5 +124,9 @@ USED = {
     "debug.seed": "Seed of everything random; unset: drawn once, logged and kept in checkpoints",
 }
 
-MEANINGS = {**USED, **{key: f"Not used: {reason}" for key, reason in NOT_USED.items()}}
+MEANINGS = {
+    **USED,
+    **{key: f"Not used: {reason}" for key, reason in NOT_USED.items()},
+    **{key: f"Not available: {reason}" for key, reason in NOT_AVAILABLE.items()},
+}
 """Key -> meaning; these stand before what the fields themselves say."""

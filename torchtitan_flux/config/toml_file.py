@@ -62,9 +62,7 @@ def read_toml(path: Path, name: str) -> TomlFile:
 
 
 _NAME = r"""[\w."' -]+?"""
-_TABLE_OR_KEY = re.compile(
-    rf"\s*(?:\[\[?(?P<table>{_NAME})\]\]?\s*(?:#.*)?$|(?P<key>{_NAME})\s*=)"
-)
+_TABLE_OR_KEY = re.compile(rf"\s*(?:\[\[?(?P<table>{_NAME})\]\]?\s*(?:#.*)?$|(?P<key>{_NAME})\s*=)")
 
 
 def _lines(text: str) -> dict[str, int]:

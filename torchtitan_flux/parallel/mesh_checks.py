@@ -61,19 +61,11 @@ def mesh_problems(config: FluxJobConfig, world: int) -> Iterator[Problem]:
 def model_problems(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Problem]:
     """Degrees that this model cannot be cut by."""
     tp, heads = config.parallelism.tensor_parallel_degree, args.num_heads
-    fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
-    yield from violated(
-        (
-            heads % max(tp, 1),
+    if tp > 1 and heads % tp:
+        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+        yield Problem(
             "parallelism.tensor_parallel_degree",
             f"does not divide the {heads} heads of model.flavor = {config.model.flavor!r}; use one "
             f"of {fitting}",
-            "model.flavor",
-        ),
-        (
-            config.parallelism.enable_async_tensor_parallel,
-            "parallelism.enable_async_tensor_parallel",
-            "its fused matmuls need sequence parallel activations, which this model does not have; "
-            "set it to false",
-        ),
-    )
+            ("model.flavor",),
+        )

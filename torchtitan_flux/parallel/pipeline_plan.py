@@ -161,28 +161,10 @@ def pipeline_problems(config: FluxJobConfig) -> Iterator[Problem]:
     p = config.parallelism
     if p.pipeline_parallel_degree < 2:
         return
-    less_layers = "is not used: stages are cut by operations; remove the key"
-    known = ", ".join(schedule.name for schedule in SCHEDULES.values())
-    unknown = p.pipeline_parallel_schedule.lower() not in SCHEDULES
-    yield from violated(
-        (
-            p.pipeline_parallel_schedule_csv,
-            f"{PREFIX}schedule_csv",
-            f"schedules are not read from files; remove it and choose {PREFIX}schedule",
-        ),
-        (
-            p.pipeline_parallel_first_stage_less_layers != 1,
-            f"{PREFIX}first_stage_less_layers",
-            less_layers,
-        ),
-        (
-            p.pipeline_parallel_last_stage_less_layers != 1,
-            f"{PREFIX}last_stage_less_layers",
-            less_layers,
-        ),
-        (unknown, f"{PREFIX}schedule", f"is not available; use one of {known}"),
-    )
-    if not unknown:
+    if p.pipeline_parallel_schedule.lower() not in SCHEDULES:
+        known = ", ".join(schedule.name for schedule in SCHEDULES.values())
+        yield Problem(f"{PREFIX}schedule", f"is not available; use one of {known}")
+    else:
         yield from _microbatch_problems(config)
         if pipeline_schedule(p).splits_backward:
             yield from _split_backward_problems(config)

@@ -56,11 +56,6 @@ def recomputation_problems(config: FluxJobConfig) -> Iterator[Problem]:
             'does not go with selective_ac_option = "op"; set one of them otherwise',
         ),
         (
-            ac.visualize_memory_budget_pareto,
-            section + "visualize_memory_budget_pareto",
-            "is not available; remove the key",
-        ),
-        (
             compiling.enable and unknown,
             "compile.components",
             f"{unknown} is unknown; known: {', '.join(COMPILED)}",

@@ -8,6 +8,7 @@ import torch
 
 from torchtitan_flux.checkpoint.checks import checkpoint_problems
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.meanings import NOT_AVAILABLE
 from torchtitan_flux.config.problems import ConfigError, Problem, violated
 from torchtitan_flux.config.schema import get
 from torchtitan_flux.data.checks import data_key_problems
@@ -50,10 +51,11 @@ def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> li
             no mesh or batch that fits, and run where the training could not.
         ranks: of the run.
     """
-    found = list(number_problems(config))
     model, args = _model_problems(config, training)
-    found += model
+    schedule = list(_schedule_problems(config))
+    found = [*number_problems(config), *model]
     if training:
+        low_precision = list(low_precision_problems(config))
         found += _feature_problems(config)
         found += _optimizer_problems(config)
         found += folder_problems(config)
@@ -61,17 +63,20 @@ def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> li
         found += checkpoint_problems(config)
         found += initial_weights_problems(config, args)
         found += recomputation_problems(config)
-        found += low_precision_problems(config)
+        found += low_precision
         found += _evaluation_problems(config)
         found += schedule_problems(config)
         if config.training.local_batch_size > 0:
             found += mesh_problems(config, ranks)
             found += pipeline_problems(config)
         if args is not None:
-            found += _fit_problems(config, args, not found)
-    found += _schedule_problems(config)
-    found += _compute_type_problems(config)
-    return found
+            found += model_problems(config, args)
+            found += pipeline_fit(config, args)
+            if not (model or low_precision):
+                found += low_precision_fit(config, args, config.training.image_size)
+            if not (model or schedule) and config.sampling.denoising_steps > 0:
+                found += _grid_problems(config, args)
+    return [*found, *schedule, *_compute_type_problems(config)]
 
 
 def _model_problems(
@@ -102,50 +107,18 @@ def _model_problems(
     return found, args
 
 
-def _fit_problems(config: FluxJobConfig, args: FluxModelArgs, sound: bool) -> Iterator[Problem]:
-    """What this model cannot be cut by, or computed in.
-
-    Args:
-        config: the configuration.
-        args: its model.
-        sound: whether nothing else is wrong.
-    """
-    yield from model_problems(config, args)
-    yield from pipeline_fit(config, args)
-    if sound:
-        yield from low_precision_fit(config, args, config.training.image_size)
-        yield from _grid_problems(config, args)
-
-
 def _feature_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """What does not exist here, or not on this machine."""
-    gpu = torch.cuda.is_available()
+    defaults, gpu = FluxJobConfig(), torch.cuda.is_available()
+    for key, reason in NOT_AVAILABLE.items():
+        if get(config, key) != get(defaults, key):
+            yield Problem(key, f"is not available ({reason}); remove the key")
     yield from violated(
         *((get(config, key) and not gpu, key, "needs a GPU; set it to false") for key in ON_GPUS),
         (
             config.checkpoint.async_mode == "async_with_pinned_mem" and not gpu,
             "checkpoint.async_mode",
             'needs a GPU; use "async"',
-        ),
-        (
-            config.parallelism.expert_parallel_degree != 1,
-            "parallelism.expert_parallel_degree",
-            "FLUX has no experts; set it to 1",
-        ),
-        (
-            config.fault_tolerance.enable,
-            "fault_tolerance.enable",
-            "is not supported; set it to false",
-        ),
-        (
-            config.comm.mode != "default",
-            "comm.mode",
-            'trains nothing; set it to "default" (scripts/plan.py tries meshes without ranks)',
-        ),
-        (
-            config.memory_estimation.enable,
-            "memory_estimation.enable",
-            "is not available; set it to false and use scripts/plan.py",
         ),
         (
             config.metrics.enable_wandb and find_spec("wandb") is None,
@@ -170,11 +143,6 @@ def _optimizer_problems(config: FluxJobConfig) -> Iterator[Problem]:
     names = parameter_names(config.model.flavor) if config.model.flavor in FLAVORS else []
     yield from violated(
         (kind is None, "optimizer.name", f"is not available; use one of {', '.join(OPTIMIZERS)}"),
-        (
-            config.optimizer.early_step_in_backward,
-            "optimizer.early_step_in_backward",
-            "cannot clip gradients; set it to false",
-        ),
         (
             bf16 and name not in WITH_BF16,
             "training.dtype",

@@ -419,9 +419,9 @@ TABLE: dict[str, list[Refusal]] = {
             "--compile.enable --compile.components model,optimizer",
             "compile.components: optimizer is unknown",
         ),
-        refused("--comm.mode fake_backend", 'comm.mode: trains nothing; set it to "default"'),
-        refused("--fault_tolerance.enable", "fault_tolerance.enable: is not supported; set it"),
-        refused("--memory_estimation.enable", "memory_estimation.enable: is not available; set"),
+        refused("--comm.mode fake_backend", "comm.mode: is not available"),
+        refused("--fault_tolerance.enable", "fault_tolerance.enable: is not available"),
+        refused("--memory_estimation.enable", "memory_estimation.enable: is not available"),
         refused(
             "--checkpoint.create_seed_checkpoint",
             "checkpoint.create_seed_checkpoint: needs checkpoint.enable",

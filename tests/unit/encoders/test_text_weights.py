@@ -209,7 +209,7 @@ def test_a_variant_is_read_where_the_plain_files_are_not(kind: str, case: str, t
     names, index = VARIANTS[case]
     variant = {name: (tensor * 2).half() for name, tensor in state.items()}
     in_files(folder, variant, *names, index=index)
-    assert encoder_problems(configured(kind, folder, tiny), pixel_space=True) == []
+    assert not list(encoder_problems(configured(kind, folder, tiny), pixel_space=True))
     for name, tensor in BUILD[kind](folder).state_dict().items():
         own = _KINDS[KEYS[kind]].renamed(name.removeprefix("model."))
         expected = {_KINDS[KEYS[kind]].renamed(n): t for n, t in variant.items()}[own]
@@ -240,7 +240,7 @@ def test_files_that_are_no_encoder_alone(case: str, tiny: Path, tmp_path: Path):
     names, message = WRONG_FILES[case]
     in_files(folder, state, *names)
     (problem,) = encoder_problems(configured("t5", folder, tiny), pixel_space=True)
-    assert re.match(rf"encoder\.t5_encoder = '{folder}': .*{message}", problem)
+    assert re.match(rf"encoder\.t5_encoder: .*{message}", str(problem))
     with pytest.raises(ValueError, match=rf"^encoder\.t5_encoder: cannot load.*{message}"):
         TextWeights(T5_KEY, folder)
 
@@ -252,11 +252,14 @@ def test_damage_in_a_shard_of_a_variant_is_named(tiny: Path, tmp_path: Path):
     last = folder / names[1]
     last.write_bytes(last.read_bytes()[:-7])
     found = encoder_problems(configured("t5", folder, tiny), pixel_space=True)
-    assert [f"{last} is damaged" in line for line in found] == [True]
+    assert [f"{last} is no safetensors file" in problem.message for problem in found] == [True]
     last.unlink()
     last.symlink_to("gone")
     (found,) = encoder_problems(configured("t5", folder, tiny), pixel_space=True)
-    assert f"index.fp16.json names {last.name}, which is a link to gone, which does not" in found
+    assert (
+        f"index.fp16.json names {last.name}, which is a link to gone, which does not"
+        in found.message
+    )
 
 
 def test_only_the_files_of_a_repository_that_are_needed_are_fetched(monkeypatch, tmp_path: Path):

@@ -35,7 +35,7 @@ def test_no_caption_at_all_and_a_wrong_key_are_one_report(pictures, capsys):
         check(*folder_keys(pictures), "--optimizer.lr", "-1")
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert "optimizer.lr = -1.0 must be at least 0" in said
+    assert "optimizer.lr = -1.0: must be at least 0" in said
     assert "training.dataset_path: none of the 1 items" in said
     assert "has no caption (a.png)" in said
 

@@ -41,6 +41,10 @@ def digits() -> Any:
     return read_config([*DIGITS])
 
 
+def problems(config: FluxJobConfig) -> list[str]:
+    return [str(problem) for problem in low_precision_problems(config)]
+
+
 def settings(changes: dict[str, Any]) -> Any:
     """A configuration before it is checked; `changes` by TOML key."""
     config = copy.deepcopy(digits())
@@ -161,7 +165,7 @@ def gpu(monkeypatch, capability: tuple[int, int] | None) -> None:
 ])  # fmt: skip
 def test_mxfp8_is_refused_off_blackwell(monkeypatch, capability, said):
     gpu(monkeypatch, capability)
-    (line,) = low_precision_problems(settings(ON_BLACKWELL))
+    (line,) = problems(settings(ON_BLACKWELL))
     assert "model.converters" in line
     assert "Blackwell" in line
     assert said in line
@@ -170,7 +174,7 @@ def test_mxfp8_is_refused_off_blackwell(monkeypatch, capability, said):
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0)])
 def test_mxfp8_is_taken_on_blackwell(monkeypatch, capability):
     gpu(monkeypatch, capability)
-    assert low_precision_problems(settings({**ON_BLACKWELL, "compile.enable": True})) == []
+    assert problems(settings({**ON_BLACKWELL, "compile.enable": True})) == []
 
 
 @pytest.mark.parametrize(("changes", "named"), [
@@ -180,7 +184,7 @@ def test_mxfp8_is_taken_on_blackwell(monkeypatch, capability):
 ])  # fmt: skip
 def test_what_mxfp8_lacks_is_refused_by_name(monkeypatch, changes, named):
     gpu(monkeypatch, (10, 0))
-    (line,) = low_precision_problems(settings({**ON_BLACKWELL, **changes}))
+    (line,) = problems(settings({**ON_BLACKWELL, **changes}))
     assert named in line
 
 
@@ -190,15 +194,15 @@ def test_what_mxfp8_lacks_is_refused_by_name(monkeypatch, changes, named):
 @pytest.mark.parametrize("capability", [None, (8, 0), (8, 6)])
 def test_float8_asks_for_emulation_where_the_hardware_lacks_it(monkeypatch, capability):
     gpu(monkeypatch, capability)
-    (line,) = low_precision_problems(settings(ON_GPU))
+    (line,) = problems(settings(ON_GPU))
     assert "quantize.linear.float8.emulate = true" in line
-    assert low_precision_problems(settings(EMULATED)) == []
+    assert problems(settings(EMULATED)) == []
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
 def test_float8_is_taken_from_compute_capability_8_9_on(monkeypatch, capability):
     gpu(monkeypatch, capability)
-    assert low_precision_problems(settings({**ON_GPU, "compile.enable": True})) == []
+    assert problems(settings({**ON_GPU, "compile.enable": True})) == []
 
 
 ALL_GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
@@ -214,7 +218,7 @@ PRECOMPUTE = f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp"
     ({"model.converters": ["quantize.grouped_mm.float8"]}, "quantize.grouped_mm.float8 is unknown"),
 ])  # fmt: skip
 def test_float8_that_cannot_be_is_refused_by_name(changes, named):
-    (line,) = low_precision_problems(settings(changes))
+    (line,) = problems(settings(changes))
     assert named in line
 
 
@@ -230,7 +234,7 @@ def test_both_ways_in_refuse():
 
 def test_what_to_install_is_said(monkeypatch):
     monkeypatch.setattr("torchtitan_flux.parallel.low_precision_checks.find_spec", lambda _: None)
-    (line,) = low_precision_problems(settings(EMULATED))
+    (line,) = problems(settings(EMULATED))
     assert 'pip install "torchtitan-flux[float8]"' in line
 
 
@@ -246,7 +250,8 @@ def fit(changes: dict[str, Any], batch: int, text: int, tp: int = 1, cp: int = 1
         "parallelism.tensor_parallel_degree": tp,
         "parallelism.context_parallel_degree": cp,
     }
-    return low_precision_fit(settings(changes | more), FLAVORS["flux-digits"], ImageSize(8, 8))
+    found = low_precision_fit(settings(changes | more), FLAVORS["flux-digits"], ImageSize(8, 8))
+    return [str(problem) for problem in found]
 
 
 def test_widths_and_tokens_have_to_be_multiples_of_16():

@@ -115,7 +115,7 @@ def test_named_parts_are_taken():
         ([NAMED[0], ["single_blocks.1", "single_blocks.0", "final_layer"]],
          "single_blocks.1 stands where single_blocks.0 runs"),
         ([EMBED, [*NAMED[0][4:], *NAMED[1]]], "part 0 has no block"),
-        ([*NAMED, []], "has 3 parts: parallelism.pipeline_parallel_schedule = '1F1B' needs one"),
+        ([*NAMED, []], "makes 3 stages of 4 blocks"),
     ],
 )  # fmt: skip
 def test_named_parts_that_are_not_the_model_are_refused(parts, said):
@@ -132,16 +132,16 @@ P = "--parallelism.pipeline_parallel_"
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ((P + "schedule", "DualPipe"), "pipeline_parallel_schedule = 'DualPipe' is not available"),
-        ((P + "schedule_csv", "a.csv"), "pipeline_parallel_schedule_csv = 'a.csv'"),
-        ((P + "first_stage_less_layers", "2"), "pipeline_parallel_first_stage_less_layers = 2"),
+        ((P + "schedule", "DualPipe"), "schedule = \"DualPipe\": is not available"),
+        ((P + "schedule_csv", "a.csv"), "schedules are not read"),
+        ((P + "first_stage_less_layers", "2"), "first_stage_less_layers = 2"),
         ((P + "microbatch_size", "3"), "does not divide training.local_batch_size = 4"),
         ((P + "microbatch_size", "4"), "'1F1B' needs 2 or more"),
         ((P + "schedule", "Interleaved1F1B", "--training.local_batch_size", "5"),
          "needs a multiple of 2"),
-        ((P + "layers_per_stage", "1"), "layers_per_stage = 1 makes 4 stages of 4 blocks"),
+        ((P + "layers_per_stage", "1"), "layers_per_stage = 1: makes 4 stages of 4 blocks"),
         ((P + "schedule", "ZBVZeroBubble", P + "layers_per_stage", "2"), "needs two for each"),
-        ((P + "schedule", "ZBVZeroBubble", P + "degree", "4"), "makes 8 stages, more than the 4"),
+        ((P + "schedule", "ZBVZeroBubble", P + "degree", "4"), "needs a block for each"),
         ((P + "schedule", "ZBVZeroBubble", "--compile.enable"), "set compile.enable = false"),
         ((P + "schedule", "InterleavedZeroBubble", "--activation_checkpoint.mode", "selective",
           "--activation_checkpoint.selective_ac_option", "op"),

@@ -192,7 +192,7 @@ def test_every_program_says_the_same(tmp_path, capsys):
     with pytest.raises(ConfigError) as error:
         load_config([*run, *begin, "--training.steps", "0"])
     assert len(error.value.found) == 2, "with everything else that is wrong"
-    line = f"checkpoint.initial_load_path = '{path}': {said}"
+    line = f'checkpoint.initial_load_path = "{path}": {said}'
     assert any(one.startswith(line) for one in error.value.found)
     config = load_config([*run, "--model.flavor", "flux-tiny", "--training.img_size", "64"])
     with pytest.raises(ValueError, match=re.escape(f"--weights {path}: {said}")):
