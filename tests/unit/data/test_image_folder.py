@@ -25,13 +25,14 @@ from PIL import Image
 from torchtitan_flux.data.formats import IMAGE_SUFFIXES
 from torchtitan_flux.data.sources import image_folder, index_cache, pairing
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.pairing import SPELLED_TWICE, TABLES, UNCLEAR, UNUSED, Pairs
-from torchtitan_flux.data.sources.parts import own_part, part_of, part_of_folder
+from torchtitan_flux.data.sources.pairing import UNUSED, Pairs
+from torchtitan_flux.data.sources.parts import part_of, part_of_folder, split_files
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
 from torchtitan_flux.data.sources.split import SourcePart
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+TABLE = " files are not read (metadata.jsonl and metadata.csv would be)"
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF"}
 
 
@@ -74,8 +75,8 @@ def test_all_pictures_in_order_with_their_pixels_and_captions(tmp_path):
     ("files", "pairs", "remarks"),
     [
         ("a.JPG a.TXT", {"a.JPG": ["a.TXT"]}, {}),
-        ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, {"a.TXT": SPELLED_TWICE}),
-        ("a.TXT a.jpg a.txt", {"a.jpg": ["a.txt"]}, {"a.TXT": SPELLED_TWICE}),
+        ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, {"a.TXT": UNUSED}),
+        ("a.TXT a.jpg a.txt", {"a.jpg": ["a.txt"]}, {"a.TXT": UNUSED}),
         ("a.jpg A.txt", {"a.jpg": []}, {"A.txt": UNUSED}),
         ("a.jpg a.txt a.Caption", {"a.jpg": ["a.txt", "a.Caption"]}, {}),
         ("a.jpg a.b.txt a.b.png", {"a.jpg": [], "a.b.png": ["a.b.txt"]}, {}),
@@ -90,16 +91,16 @@ def test_all_pictures_in_order_with_their_pixels_and_captions(tmp_path):
         # The text is one picture's own; the other picture has none.
         (f"{NFC}.jpg {NFD}.jpg {NFC}.txt", {f"{NFC}.jpg": [f"{NFC}.txt"], f"{NFD}.jpg": []}, {}),
         ("a.jpg a.txt a.npz", {"a.jpg": ["a.txt"]}, {}),
-        ("a.jpg a.json", {"a.jpg": []}, {"a.json": ".json files beside pictures are not read"}),
-        ("a.jpg Metadata.csv l.tsv n.md", {}, {"Metadata.csv": TABLES, "l.tsv": TABLES}),
-        ("b.mp4 b.txt c.mp4", {}, {"b.mp4": ".mp4 files with a caption beside them are not read"}),
+        ("a.jpg a.json", {"a.jpg": []}, {"a.json": f".json{TABLE}"}),
+        ("a.jpg M.csv l.tsv n.md", {}, {"M.csv": f".csv{TABLE}", "l.tsv": f".tsv{TABLE}"}),
+        ("b.mp4 b.txt c.mp4", {}, {"b.mp4": ".mp4 files are not read"}),
         ("metadata.jsonl readme.txt", {}, {"readme.txt": UNUSED}),
     ],
 )
 def test_texts_and_their_pictures(files, pairs, remarks):
     found = Pairs(files.split())
     assert {name: found.texts(name) for name in pairs} == pairs
-    assert {file: text for text, file in found.remarks()} == remarks
+    assert {file: text for text, file in found.unread()} == remarks
 
 
 def test_of_three_spellings_none_is_guessed(tmp_path):
@@ -110,7 +111,7 @@ def test_of_three_spellings_none_is_guessed(tmp_path):
     (tmp_path / f"{apart}.txt").write_text("whose?")
     items = source(tmp_path)
     assert set(captions(items).values()) == {image_folder.UNCLEAR}
-    assert list(notes(items)) == [UNCLEAR]
+    assert list(notes(items)) == [UNUSED]
 
 
 def test_pictures_that_are_not_read_are_noted_by_suffix(tmp_path, monkeypatch):
@@ -122,9 +123,8 @@ def test_pictures_that_are_not_read_are_noted_by_suffix(tmp_path, monkeypatch):
     monkeypatch.setattr("torchtitan_flux.data.formats.IMAGE_SUFFIXES", without)
     reads = "(`pip install pillow-heif` reads them)"
     assert notes(source(tmp_path)) == {
-        f".heic files with a caption beside them are not read {reads}": ("b.heic",),
-        f".heic files are not read {reads}": ("c.HEIC",),
-        ".mp4 files with a caption beside them are not read": ("d.mp4",),
+        f".heic files are not read {reads}": ("b.heic", "c.HEIC"),
+        ".mp4 files are not read": ("d.mp4",),
     }
 
 
@@ -190,7 +190,6 @@ def test_of_texts_the_first_counts_that_says_anything(tmp_path):
         "c.png": ("shared",),
     }
     assert notes(items)[image_folder.SHARED] == ("c.gif", "c.png")
-    assert "b.png" in notes(items)[image_folder.SECOND_TEXT]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -295,7 +294,7 @@ CSV = "file_name,text\na.png,x\n"
         ("csv", b"file_name,text\n,x\n", "line 2: no name stands in"),
         ("csv", b'file_name,text\na.png,"x\nb.png,y\n', "unexpected end .* begins in line 2"),
         ("csv", CSV.encode() + b"b.png,red, green\n", "line 3: has more fields than line 1"),
-        ("csv", b"file_name;text\na.png;red; green\n", "line 2: has more fields.*with ';' in it"),
+        ("csv", b"file_name;text\na.png;red; green\n", "line 2: has more fields.*';' in .quotes"),
         ("csv", b"file_name,text,Text\na.png,x,y\n", "line 1: has two columns called 'text'"),
         ("csv", CSV.encode() + b"b.png,\xff\n", "line 3: is not UTF-8"),
         ("csv", CSV.encode("utf-16"), "line 1: is not UTF-8"),
@@ -548,12 +547,12 @@ def test_names_of_files_of_parts(name, part):
 )
 def test_which_part_is_whose(parts, split, both, part, shared, left_out):
     names = {name: name.removeprefix("-") for name in parts.split()}
-    own = own_part(names, split, "x", both)
+    own = split_files(names, split, "x", both)
     assert (own.part, own.shared) == (part, shared)
     assert own.names == ([part] if part else list(names))
     assert list(own.left_out.values()) == left_out
     with pytest.raises(ValueError, match="x has no train part, only test"):
-        own_part({"test": "test"}, "train", "x")
+        split_files({"test": "test"}, "train", "x")
 
 
 def test_a_folder_of_parts(tmp_path):

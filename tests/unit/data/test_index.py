@@ -193,7 +193,7 @@ def test_processes_that_open_at_once_build_once(tmp_path):
 def test_where_the_file_system_knows_no_locks_that_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(index_cache, "try_lock", lambda *_, **__: None)
     assert len(open_index(Numbers(tmp_path))) == 5
-    assert "knows no locks" in caplog.text
+    assert "has no locks" in caplog.text
 
 
 def test_pickles_and_refuses_another_index(tmp_path):

@@ -29,10 +29,7 @@ Captions = tuple[tuple[str, ...], str]
 
 
 def captions_of(value: object, by_line: bool) -> Captions:
-    """Captions from a text, which is one, or from a list of texts, which is as many as it holds.
-
-    With `by_line`, every line of a text that is not blank is a caption of its own.
-    """
+    """Captions from a text or a list of texts; with `by_line`, each line is one of its own."""
     texts = value if isinstance(value, list | tuple) else [value]
     texts = [text for text in texts if isinstance(text, str)]
     if by_line:
@@ -50,19 +47,19 @@ def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Ca
     """Captions of a text file, or of a .json that holds one record with the field `column`."""
     if is_lfs_pointer(data):
         return (), f"its {suffix} {LFS_POINTER}"
-    if suffix != ".json":
-        try:
-            return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
-        except ValueError as error:
-            return (), f"its {suffix} {error}"
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
-        return (), "its .json is no JSON"
-    if not isinstance(record, dict):
-        return (), "its .json holds no object"
-    if column and _field(record, column) is None:
-        return (), f"its .json has no {column!r}"
+        if suffix != ".json":
+            return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("is no JSON") from error
+        if not isinstance(record, dict):
+            raise ValueError("holds no object")
+        if column and _field(record, column) is None:
+            raise ValueError(f"has no {column!r}")
+    except ValueError as error:
+        return (), f"its {suffix} {error}"
     return captions_of(caption_value(record, column), by_line)
 
 
@@ -90,8 +87,8 @@ def _field(record: Any, name: str) -> Any:
     """The value of a field; None where there is none."""
     if not isinstance(record, Mapping):
         return None
-    alike = (key for key in record if isinstance(key, str) and key.lower() == name.lower())
-    key = name if name in record else next(alike, None)
+    same = (key for key in record if isinstance(key, str) and key.lower() == name.lower())
+    key = name if name in record else next(same, None)
     if key is not None:
         return record[key]
     outer, dot, inner = name.partition(".")
@@ -103,13 +100,12 @@ class Uncaptioned(ValueError):
 
 
 def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a metadata file: (path of a picture relative to `root`, what stands for captions).
+    """Rows of the metadata file `name`: (path of a picture, what stands for captions).
 
-    `name` is the file's path relative to `root`, `column` where captions stand, "" for the first of
-    CAPTION_NAMES. ValueError where a line says something else; Uncaptioned, after all rows, where
-    none of them has a field that captions may stand in.
+    Both paths are relative to `root`. ValueError where a line says something else; Uncaptioned,
+    after all rows, where none has `column` ("": one of CAPTION_NAMES).
     """
-    folder, path, number = name.rpartition("/")[0], root / name, 0
+    folder, path, number = os.path.dirname(name), root / name, 0
     wanted = (column,) if column else CAPTION_NAMES
     captioned = False
     fields: dict[str, None] = {}
@@ -162,8 +158,8 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         for row in table:
             if None in row:
                 raise ValueError(
-                    f"has more fields than line 1 has columns ({listed(map(repr, names))}); a "
-                    f'text with {separator!r} in it has to stand in "quotes"'
+                    f"has more fields than line 1 has columns ({listed(map(repr, names))}); put "
+                    f'texts with {separator!r} in "quotes"'
                 )
             yield {name: value and value.strip() for name, value in row.items()}
             begin = table.line_num + 2

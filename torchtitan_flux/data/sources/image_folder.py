@@ -32,8 +32,8 @@ from torchtitan_flux.data.sources.listing import (
     stamp,
     walk,
 )
-from torchtitan_flux.data.sources.pairing import Pairs, composed, is_picture
-from torchtitan_flux.data.sources.parts import NO_PART, own_part, part_of_folder
+from torchtitan_flux.data.sources.pairing import Pairs, composed, is_picture, stem_and_suffix
+from torchtitan_flux.data.sources.parts import NO_PART, part_of_folder, split_files
 from torchtitan_flux.data.sources.source import CAPTIONS, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.formatting import listed
 
@@ -41,11 +41,7 @@ WATCHED_FILES = 200_000
 """Up to so many files, every one is looked at for changes; above, directories and metadata."""
 
 SHARED = "pictures share their text with another picture of the same name"
-SECOND_TEXT = "pictures have a .caption besides their .txt, which alone is read"
-SEVERAL_LINES = (
-    f'text files of several lines, each taken as one caption ({CAPTIONS} = "lines" makes every '
-    "line a caption of its own)"
-)
+SEVERAL_LINES = f'text files of several lines, one caption each unless {CAPTIONS} = "lines"'
 DEEPER_PARTS = (
     "folders named after parts are read like any other, since they do not lie directly below the "
     "data's folder: name the one above them"
@@ -79,7 +75,7 @@ class FolderSource(IndexedSource):
         parts = {name: part_of_folder(name) for name in folders}
         if {"train"} < set(parts.values()) - {""}:
             parts = {name: part for name, part in parts.items() if self._holds_pictures(name)}
-        own = own_part(parts, split, self.title, both=True)
+        own = split_files(parts, split, self.title, both=True)
         self._part, self.shared, self.left_out = own.part, own.shared, own.left_out
         self._only = set(own.names) if own.part else None
         self.identity = json.dumps([options.caption_column, options.captions_by_line, self._part])
@@ -91,10 +87,6 @@ class FolderSource(IndexedSource):
 
     def _walk(self) -> Iterator[Directory]:
         return walk(self.place, self.options.index_folder, self._only)
-
-    def _is_read(self, path: str) -> bool:
-        """Whether a picture belongs to the part that is read."""
-        return self._only is None or path.partition("/")[0] in self._only
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
         if _COARSE in stored:
@@ -117,24 +109,27 @@ class FolderSource(IndexedSource):
         return " ".join(map(stamp, (folder, *(folder / file for file in METADATA_FILES))))
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
-        named = self._metadata(writer)
+        captioned = self._metadata(writer)
         bar.total = sum(sum(map(is_picture, directory.files)) for directory in self._walk())
-        suffixes = set()
         for directory in self._walk():
             if directory.error:
                 writer.refused(self.place / directory.name, directory.error)
-            writer.note(NOT_UTF8, *[directory.name or "."] * directory.unnameable)
+            writer.note(NOT_UTF8, *[directory.name or "."] * directory.undecodable)
             if "/" in directory.name and part_of_folder(os.path.basename(directory.name)):
                 writer.note(DEEPER_PARTS, directory.name)
-            self._add(directory, named, writer, bar)
-            suffixes |= {os.path.splitext(file)[1].lower() for file in directory.files}
-        for path in sorted(named):  # missing, hidden, or of a suffix of their own
-            if self._is_read(path):
-                self._add_row(path, self._captions(path, named, None, writer), writer)
-            elif "/" not in path:
-                writer.note(NO_PART, path)
+            pairs = Pairs(directory.files)
+            for path in filter(is_picture, directory.paths()):
+                bar.update()
+                self._add(path, captioned.pop(path, None), pairs, writer)
+            for text, file in pairs.unread():
+                if (path := os.path.join(directory.name, file)) not in captioned:
+                    writer.note(text, path)
+        for path in sorted(captioned):  # missing, hidden, or of a suffix of their own
+            self._add(path, captioned[path], None, writer)
         if not writer.rows:
             part = f" of the {self._part} part" if self._part else ""
+            files = (file for directory in self._walk() for file in directory.files)
+            suffixes = {stem_and_suffix(file)[1] for file in files}
             why = [
                 f'its {suffix} files are read by training.dataset = "{kind}"'
                 for suffix, kind in _OTHER_SOURCES.items()
@@ -170,53 +165,31 @@ class FolderSource(IndexedSource):
             for path in directory.paths():
                 there.get(composed(path), set()).add(path)
         for path, spelling in spelled.items():
-            spellings = there[spelling]
-            if len(spellings) == 1 and path not in spellings:
-                found.setdefault(*spellings, []).extend(found.pop(path))  # pyright: ignore
+            if len(there[spelling]) == 1 and path not in there[spelling]:
+                (other,) = there[spelling]
+                found.setdefault(other, []).extend(found.pop(path))
         return found
 
-    def _add(
-        self, directory: Directory, named: dict[str, list[Any]], writer: IndexWriter, bar: tqdm
-    ) -> None:
-        """Rows of one directory."""
-        pairs = Pairs(directory.files)
-        for file in filter(is_picture, directory.files):
-            bar.update()
-            path = os.path.join(directory.name, file)
-            if self._is_read(path):
-                self._add_row(path, self._captions(path, named, pairs, writer), writer)
-            else:
-                named.pop(path, None)
-                writer.note(NO_PART, path)
-        for text, file in pairs.remarks():
-            if (path := os.path.join(directory.name, file)) not in named:
-                writer.note(text, path)
-
     def _captions(
-        self, path: str, named: dict[str, list[Any]], pairs: Pairs | None, writer: IndexWriter
+        self, path: str, stated: object, pairs: Pairs | None, writer: IndexWriter
     ) -> Captions:
-        """What metadata files say of a picture, else what the first of its texts does that speaks.
-
-        Where the operating system refuses a text, there is neither a caption nor a reason.
-        """
-        captions, reason = captions_of(named.pop(path, None), self.options.captions_by_line)
+        """What metadata say of a picture, else the first of its texts that says anything."""
+        captions, reason = captions_of(stated, self.options.captions_by_line)
+        folder, file = os.path.split(path)
         if captions or pairs is None:
             return captions, reason
-        folder, file = os.path.split(path)
-        texts = pairs.texts(file)
-        for text in texts:
+        for text in pairs.texts(file):
             captions, why = self._text(os.path.join(folder, text), writer)
             reason = why if reason == NO_CAPTION else reason
             if captions:
                 if pairs.shares_text(file):
                     writer.note(SHARED, path)
-                if text != texts[-1]:
-                    writer.note(SECOND_TEXT, path)
                 return captions, ""
         return (), UNCLEAR if pairs.is_unclear(file) else reason
 
     def _text(self, path: str, writer: IndexWriter) -> Captions:
-        file, suffix = self.place / path, os.path.splitext(path)[1].lower()
+        """Where the operating system refuses a text, there is neither a caption nor a reason."""
+        file, suffix = self.place / path, stem_and_suffix(path)[1]
         try:
             if not_regular(file):
                 writer.note(NOT_REGULAR, path)
@@ -232,8 +205,14 @@ class FolderSource(IndexedSource):
             writer.note(SEVERAL_LINES, path)
         return found
 
-    def _add_row(self, path: str, captions: Captions, writer: IndexWriter) -> None:
-        texts, reason = captions
+    def _add(self, path: str, stated: object, pairs: Pairs | None, writer: IndexWriter) -> None:
+        """The row of a picture of which metadata files state these captions."""
+        top, below, _ = path.partition("/")
+        if self._only is not None and top not in self._only:
+            if not below:
+                writer.note(NO_PART, path)
+            return
+        texts, reason = self._captions(path, stated, pairs, writer)
         width = height = length = 0
         try:
             if not_regular(self.place / path):

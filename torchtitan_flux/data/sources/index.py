@@ -1,8 +1,8 @@
 """The file that an index is: one row for each item of a data set, read one row at a time.
 
-An Arrow file of record batches, memory-mapped: what was not looked at takes no memory, and what was
-is the kernel's to drop. What the rows were made from stands in the metadata of its schema; what is
-known only at the end (notes, the digest of the item ids) in that of a last batch without rows.
+A memory-mapped Arrow file of record batches. What the rows were made from stands in the metadata
+of its schema; what is known only at the end (notes, the digest of the item ids) in that of a last
+batch without rows.
 """
 
 import json
@@ -23,7 +23,7 @@ BATCH_CHARACTERS = 2**27
 EXAMPLES = 5
 """Names that a note keeps."""
 
-_REFUSED = 1000  # paths that are remembered to be tried again
+_MAX_REFUSED = 1000  # paths that are stored to be tried again
 _FORMAT = "4"  # indexes of other formats are built anew
 _KEY = b"torchtitan_flux.index"
 
@@ -76,10 +76,7 @@ class DamagedIndex(Exception):
 
 
 class IndexWriter:
-    """Writes an index from its first row to its last, a batch at a time, within `with`.
-
-    `facts` are what the rows are made from, for whoever asks whether that still holds.
-    """
+    """Writes an index, a batch at a time, within `with`; `facts` are what its rows depend on."""
 
     def __init__(self, path: Path, facts: Mapping[str, str]):
         self.rows = 0
@@ -88,7 +85,7 @@ class IndexWriter:
         self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
         self._characters = 0
-        # The identity tells a worker process that it reads the very index its parent opened.
+        # By the identity, a worker process knows the very index that its parent opened.
         stored = {"format": _FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
         self._file = path.open("wb")
         schema = SCHEMA.with_metadata({_KEY: json.dumps(stored)})
@@ -102,8 +99,8 @@ class IndexWriter:
             self._flush()
             notes, digest = list(self.notes.values()), self._digest.hexdigest()
             last = json.dumps({"notes": notes, "refused": self._refused, "digest": digest})
-            nothing = pa.RecordBatch.from_pylist([], SCHEMA)
-            self._writer.write_batch(nothing, custom_metadata={_KEY: last})
+            empty = pa.RecordBatch.from_pylist([], SCHEMA)
+            self._writer.write_batch(empty, custom_metadata={_KEY: last})
             self._writer.close()
         self._file.close()
 
@@ -123,15 +120,14 @@ class IndexWriter:
             self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
 
     def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
-        """Note a file or folder that the operating system refused to open, or to read at a byte.
+        """Note what the operating system refused to open, or to read at a byte.
 
-        The index is built anew as soon as it does not: what is said of it today is not stored as
-        if it were so for good.
+        The index is built anew as soon as it can be.
         """
         cannot = "opened" if at is None else "read"
         text = f"files or folders that cannot be {cannot}: {error.strerror}"
         self.note(text, str(path), lost=lost)
-        if len(self._refused) < _REFUSED:
+        if len(self._refused) < _MAX_REFUSED:
             self._refused.append((str(path), at))
 
     def _flush(self) -> None:
@@ -150,8 +146,7 @@ class Index:
         facts: what the rows were made from.
         identity: differs between any two indexes.
         notes: what was met while it was built and the rows do not show.
-        refused: files and folders that the operating system refused then, and the byte at which a
-            file could not be read.
+        refused: what could not be opened, or not be read at a byte.
         digest: of the item ids, in their order.
 
     Raises DamagedIndex where the file is no index of this format, FileNotFoundError without one.
@@ -166,9 +161,8 @@ class Index:
             stored = json.loads((reader.schema.metadata or {})[_KEY])
             if stored["format"] != _FORMAT or not reader.schema.equals(SCHEMA):
                 raise ValueError("an index of another format")
-            *batches, (_, last) = map(
-                reader.get_batch_with_custom_metadata, range(reader.num_record_batches)
-            )
+            numbers = range(reader.num_record_batches)
+            *batches, (_, last) = map(reader.get_batch_with_custom_metadata, numbers)
             self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
             self.facts: dict[str, str] = stored["facts"]
             self.identity: str = stored["identity"]
@@ -186,7 +180,6 @@ class Index:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Row:
-        """Row of item 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of an index of {len(self)}")
         number = bisect_right(self._ends, index)
@@ -205,7 +198,5 @@ class Index:
 def _reopen(path: Path, identity: str) -> Index:
     index = Index(path)
     if index.identity != identity:
-        raise RuntimeError(
-            f"{path} was built anew, from changed data, while this run reads it; start it again"
-        )
+        raise RuntimeError(f"{path} was built anew while this run reads it; start it again")
     return index

@@ -1,4 +1,4 @@
-"""Finding data on disk: walking folders, expanding patterns, files that are not what they say."""
+"""Finding data on disk: walking folders, expanding patterns, recognising foreign files."""
 
 import glob
 import itertools
@@ -27,22 +27,20 @@ _COMPRESSED = {
 
 @dataclass(frozen=True)
 class Directory:
-    """What a walk met in one directory.
+    """A directory of a walk: its path relative to the root, "" for the root; names, sorted.
 
-    `name` is its path relative to the root, "" for the root itself; `files` and `folders` are
-    sorted; `unnameable` ones, whose names are not UTF-8, are left out; `error` is what the
-    operating system said when it refused to list the directory.
+    `undecodable` is how many names are not UTF-8 and left out, `error` why it cannot be listed.
     """
 
     name: str
     files: list[str]
     folders: list[str]
-    unnameable: int = 0
+    undecodable: int = 0
     error: OSError | None = None
 
     def paths(self) -> list[str]:
         """The files, relative to the root."""
-        return [f"{self.name}/{file}" if self.name else file for file in self.files]
+        return [os.path.join(self.name, file) for file in self.files]
 
 
 def walk(
@@ -59,7 +57,7 @@ def walk(
     stack = [("", frozenset[tuple[int, int]]())]
     while stack:
         name, ancestors = stack.pop()
-        files, folders, unnameable = [], [], 0
+        files, folders, undecodable = [], [], 0
         try:
             identity = _identity(root / name)
             if identity in ancestors or (name and identity == skipped):
@@ -67,7 +65,7 @@ def walk(
             with os.scandir(root / name) as entries:
                 for entry in entries:
                     if not is_unicode(entry.name):
-                        unnameable += 1
+                        undecodable += 1
                     elif not entry.name.startswith("."):
                         (folders if _is_folder(entry) else files).append(entry.name)
         except OSError as error:
@@ -75,7 +73,7 @@ def walk(
                 raise
             yield Directory(name, [], [], error=error)
             continue
-        yield Directory(name, sorted(files), sorted(folders), unnameable)
+        yield Directory(name, sorted(files), sorted(folders), undecodable)
         stack += [
             (os.path.join(name, folder), ancestors | {identity})
             for folder in sorted(folders, reverse=True)
@@ -126,15 +124,13 @@ def expand_braces(pattern: str) -> list[str]:
     Braces without a comma or a range mean themselves.
     """
     for match in re.finditer(r"\{([^{}]*)\}", pattern):  # innermost first, so that they nest
-        inside = match[1]
-        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", inside):
-            first, last = int(numbers[1]), int(numbers[2])
-            padded = any(re.match(r"-?0\d", number) for number in numbers.groups())
-            width = max(map(len, numbers.groups())) if padded else 0
+        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", match[1]):
+            first, last = map(int, numbers.groups())
+            width = max(map(len, numbers.groups())) if re.search(r"\b0\d", match[1]) else 0
             step = 1 if first <= last else -1
             choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-        elif "," in inside:
-            choices = inside.split(",")
+        elif "," in match[1]:
+            choices = match[1].split(",")
         else:
             continue
         head, tail = pattern[: match.start()], pattern[match.end() :]

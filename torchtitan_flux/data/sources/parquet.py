@@ -35,7 +35,7 @@ from torchtitan_flux.data.sources.columns import (
 )
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.parts import own_part, part_of
+from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ParquetSource(IndexedSource):
         parted = isinstance(found, dict)
         found = {str(name): of for name, of in found.items()} if parted else {local.name: found}
         parts = {name: part_of(name) if parted else "" for name in found}
-        part, self.shared, names, left_out = own_part(parts, split, path)
+        part, self.shared, names, left_out = split_files(parts, split, path)
         tables = {name: _opened(found[name]) for name in names}
         self.left_out = left_out | {
             "tables without rows": [name for name, table in tables.items() if not table.count],
@@ -199,7 +199,7 @@ def _files(folder: Path, index_folder: Path | None) -> tuple[dict[str, Path], li
         if directory.error:
             raise directory.error
         names += directory.paths()
-        nameless += [directory.name or str(folder)] * directory.unnameable
+        nameless += [directory.name or str(folder)] * directory.undecodable
     if compressed := next(filter(_COMPRESSED.search, names), None):
         raise ValueError(f"{folder / compressed} is compressed: unpack it")
     found = {n: folder / n for n in names if n.lower().endswith((".parquet", ".arrow"))}

@@ -21,7 +21,7 @@ from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import composed, is_picture
-from torchtitan_flux.data.sources.parts import own_part, part_of
+from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SourceOptions, Split, UnreadableItem
 from torchtitan_flux.formatting import listed
 
@@ -58,7 +58,7 @@ class TarSource(IndexedSource):
         self.options = options
         self.place, names, nameless, self._refused = _files(given, options.index_folder)
         parts = {name: part_of(name) for name in names}
-        part, self.shared, names, left_out = own_part(parts, split, given, both=True)
+        part, self.shared, names, left_out = split_files(parts, split, given, both=True)
         self.left_out = left_out | {listing.NOT_UTF8: nameless}
         self._shards: list[str] = []
         for name in names:
@@ -141,7 +141,7 @@ def _files(
     if path.is_dir():
         for directory in listing.walk(path.absolute(), without):
             names += directory.paths()
-            nameless += [directory.name or given] * directory.unnameable
+            nameless += [directory.name or given] * directory.undecodable
             if directory.error:
                 refused.append((path.absolute() / directory.name, directory.error))
         names = [n for n in sorted(names) if n.lower().endswith(".tar") or _COMPRESSED.search(n)]
