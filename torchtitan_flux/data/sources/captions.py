@@ -8,7 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.data.sources.listing import LFS_POINTER, is_lfs_pointer, is_unicode
+from torchtitan_flux.data.sources.listing import (
+    LFS_POINTER,
+    as_spelled,
+    is_lfs_pointer,
+    is_unicode,
+)
 from torchtitan_flux.data.sources.source import CAPTION_COLUMN
 from torchtitan_flux.formatting import listed
 
@@ -125,9 +130,7 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
                 raise ValueError(f"no name stands in 'file_name': {record!r:.200}")
             captioned = captioned or any(_field(record, one) is not None for one in wanted)
             fields |= {} if captioned else dict.fromkeys(record)
-            if "\\" in file_name and not os.path.lexists(root / folder / file_name):
-                file_name = file_name.replace("\\", "/")  # written on Windows
-            yield path_inside(folder, file_name), caption_value(record, column)
+            yield path_inside(root, folder, file_name), caption_value(record, column)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     if fields and not captioned:
@@ -172,13 +175,13 @@ def _columns(line: str, separator: str) -> list[str]:
     return [name.strip().lower() for name in next(header, [])]
 
 
-def path_inside(folder: str, file_name: str) -> str:
-    """`file_name`, relative to `folder`, as a path relative to the root; it may not leave that."""
-    path = os.path.normpath(os.path.join(folder, file_name))
+def path_inside(root: Path, folder: str, file_name: str) -> str:
+    """`file_name` in a file of `folder`, relative to the root, which it may not leave."""
     if file_name.startswith("/"):
         raise ValueError(f"{file_name!r} is not relative to the file it stands in")
+    if "\0" in file_name or not is_unicode(file_name):
+        raise ValueError(f"{file_name!r} cannot be the name of a file")
+    path = os.path.normpath(os.path.join(folder, as_spelled(root / folder, file_name)))
     if path.split("/")[0] == "..":
         raise ValueError(f"{file_name!r} is outside of the folder")
-    if "\0" in path or not is_unicode(path):
-        raise ValueError(f"{file_name!r} cannot be the name of a file")
     return path

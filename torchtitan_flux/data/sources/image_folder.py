@@ -1,7 +1,6 @@
 """Pictures in folders, with captions in text files beside them or in metadata files."""
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,28 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from torchtitan_flux.data.decode import header_size
-from torchtitan_flux.data.sources.captions import (
-    METADATA_FILES,
-    NO_CAPTION,
-    Captions,
-    Uncaptioned,
-    captions_of,
-    captions_of_file,
-    lines_of,
-    metadata_captions,
-)
+from torchtitan_flux.data.sources import captions as texts
+from torchtitan_flux.data.sources import listing
+from torchtitan_flux.data.sources.captions import METADATA_FILES, NO_CAPTION, Captions
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.listing import (
-    NOT_UTF8,
-    Directory,
-    missing,
-    not_regular,
-    stamp,
-    walk,
-)
-from torchtitan_flux.data.sources.pairing import Pairs, composed, is_picture, stem_and_suffix
+from torchtitan_flux.data.sources.listing import missing, not_regular, stamp
+from torchtitan_flux.data.sources.pairing import Pairs, is_picture, stem_and_suffix
 from torchtitan_flux.data.sources.parts import NO_PART, part_of_folder, split_files
 from torchtitan_flux.data.sources.source import CAPTIONS, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.formatting import listed
@@ -47,7 +32,6 @@ DEEPER_PARTS = (
     "data's folder: name the one above them"
 )
 NOT_REGULAR = "names of pictures and texts that are a pipe, a socket, a device or a folder"
-UNCLEAR = "several spellings of its name are there, and whose its text is is not known"
 
 _OTHER_SOURCES = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "parquet"}
 _COARSE = "more than 200,000 files"  # stands among the facts where only directories are watched
@@ -71,22 +55,16 @@ class FolderSource(IndexedSource):
             what = "is not a folder" if self.place.exists() else missing(self.place)
             hint = '; training.dataset = "webdataset" reads tar files'
             raise ValueError(f"{self.place} {what}{hint if self.place.suffix == '.tar' else ''}")
-        folders = next(walk(self.place, options.index_folder)).folders
+        folders = next(listing.walk(self.place, options.index_folder)).folders
         parts = {name: part_of_folder(name) for name in folders}
-        if {"train"} < set(parts.values()) - {""}:
-            parts = {name: part for name, part in parts.items() if self._holds_pictures(name)}
         own = split_files(parts, split, self.title, both=True)
         self._part, self.shared, self.left_out = own.part, own.shared, own.left_out
         self._only = set(own.names) if own.part else None
         self.identity = json.dumps([options.caption_column, options.captions_by_line, self._part])
         super().__init__(self.name, self.title, open_index(self, options.index_folder), options)
 
-    def _holds_pictures(self, name: str) -> bool:
-        below = itertools.islice(walk(self.place, self.options.index_folder, {name}), 1, None)
-        return any(d.error or any(map(is_picture, d.files)) for d in below)
-
-    def _walk(self) -> Iterator[Directory]:
-        return walk(self.place, self.options.index_folder, self._only)
+    def _walk(self) -> Iterator[listing.Directory]:
+        return listing.walk(self.place, self.options.index_folder, self._only)
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
         if _COARSE in stored:
@@ -114,7 +92,7 @@ class FolderSource(IndexedSource):
         for directory in self._walk():
             if directory.error:
                 writer.refused(self.place / directory.name, directory.error)
-            writer.note(NOT_UTF8, *[directory.name or "."] * directory.undecodable)
+            writer.note(listing.NOT_UTF8, *[directory.name or "."] * directory.undecodable)
             if "/" in directory.name and part_of_folder(os.path.basename(directory.name)):
                 writer.note(DEEPER_PARTS, directory.name)
             pairs = Pairs(directory.files)
@@ -139,12 +117,9 @@ class FolderSource(IndexedSource):
             raise ValueError("; ".join([f"{self.place}{part} holds no pictures", *why]))
 
     def _metadata(self, writer: IndexWriter) -> dict[str, list[Any]]:
-        """Path of a picture -> what metadata files say of it.
-
-        Where they name it in another of Unicode's spellings, and one file alone can be meant, that
-        is the picture.
-        """
+        """Path of a picture -> what metadata files say of it."""
         found: dict[str, list[Any]] = {}
+        column = self.options.caption_column
         for path in (path for directory in self._walk() for path in directory.paths()):
             if os.path.basename(path) not in METADATA_FILES:
                 continue
@@ -152,29 +127,20 @@ class FolderSource(IndexedSource):
                 writer.note(NOT_REGULAR, path)
                 continue
             try:
-                for name, value in metadata_captions(self.place, path, self.options.caption_column):
+                for name, value in texts.metadata_captions(self.place, path, column):
                     values = value if isinstance(value, list) else [value]
                     found.setdefault(name, []).extend(values)
-            except Uncaptioned as error:
-                if self.options.caption_column:
+            except texts.Uncaptioned as error:
+                if column:
                     raise
                 writer.note("metadata files without captions", str(error))
-        spelled = {path: composed(path) for path in found if not path.isascii()}
-        there: dict[str, set[str]] = {spelling: set() for spelling in spelled.values()}
-        for directory in self._walk() if spelled else ():
-            for path in directory.paths():
-                there.get(composed(path), set()).add(path)
-        for path, spelling in spelled.items():
-            if len(there[spelling]) == 1 and path not in there[spelling]:
-                (other,) = there[spelling]
-                found.setdefault(other, []).extend(found.pop(path))
         return found
 
     def _captions(
         self, path: str, stated: object, pairs: Pairs | None, writer: IndexWriter
     ) -> Captions:
         """What metadata say of a picture, else the first of its texts that says anything."""
-        captions, reason = captions_of(stated, self.options.captions_by_line)
+        captions, reason = texts.captions_of(stated, self.options.captions_by_line)
         folder, file = os.path.split(path)
         if captions or pairs is None:
             return captions, reason
@@ -185,7 +151,7 @@ class FolderSource(IndexedSource):
                 if pairs.shares_text(file):
                     writer.note(SHARED, path)
                 return captions, ""
-        return (), UNCLEAR if pairs.is_unclear(file) else reason
+        return (), reason
 
     def _text(self, path: str, writer: IndexWriter) -> Captions:
         """Where the operating system refuses a text, there is neither a caption nor a reason."""
@@ -200,8 +166,8 @@ class FolderSource(IndexedSource):
         except OSError as error:
             writer.refused(file, error)
             return (), ""
-        found = captions_of_file(data, suffix, "", self.options.captions_by_line)
-        if not self.options.captions_by_line and len(lines_of("".join(found[0]))) > 1:
+        found = texts.captions_of_file(data, suffix, "", self.options.captions_by_line)
+        if not self.options.captions_by_line and len(texts.lines_of("".join(found[0]))) > 1:
             writer.note(SEVERAL_LINES, path)
         return found
 
@@ -212,7 +178,7 @@ class FolderSource(IndexedSource):
             if not below:
                 writer.note(NO_PART, path)
             return
-        texts, reason = self._captions(path, stated, pairs, writer)
+        captions, reason = self._captions(path, stated, pairs, writer)
         width = height = length = 0
         try:
             if not_regular(self.place / path):
@@ -226,7 +192,7 @@ class FolderSource(IndexedSource):
             reason = missing(self.place / path)
         except OSError:
             pass  # may be over tomorrow: it is tried again when it is read
-        writer.add(Row(path, 0, 0, length, width, height, texts, reason))
+        writer.add(Row(path, 0, 0, length, width, height, captions, reason))
 
     def read(self, row: Row) -> bytes:
         path = self.place / row.item_id

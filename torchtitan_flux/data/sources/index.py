@@ -16,10 +16,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import xxhash
 
-BATCH_ROWS = 65_536
-"""Rows that the writer keeps in memory; also what a reader may have to look through."""
-BATCH_CHARACTERS = 2**27
-"""Of captions: a batch of long ones is written earlier."""
+BATCH_ROWS = 16_384
+"""Rows that the writer keeps in memory."""
 EXAMPLES = 5
 """Names that a note keeps."""
 
@@ -84,7 +82,6 @@ class IndexWriter:
         self._refused: list[tuple[str, int | None]] = []
         self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
-        self._characters = 0
         # By the identity, a worker process knows the very index that its parent opened.
         stored = {"format": _FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
         self._file = path.open("wb")
@@ -108,9 +105,8 @@ class IndexWriter:
         """Append one row. Captions may hold what UTF-8 cannot encode; it becomes "?"."""
         captions = tuple(text.encode("utf-8", "replace").decode() for text in row.captions)
         self._rows.append(row._replace(captions=captions))
-        self._characters += sum(map(len, captions))
         self.rows += 1
-        if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
+        if len(self._rows) >= BATCH_ROWS:
             self._flush()
 
     def note(self, text: str, *examples: str, lost: int = 0) -> None:
@@ -120,10 +116,7 @@ class IndexWriter:
             self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
 
     def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
-        """Note what the operating system refused to open, or to read at a byte.
-
-        The index is built anew as soon as it can be.
-        """
+        """Note what cannot be opened, or read at a byte: once it can be, the index is outdated."""
         cannot = "opened" if at is None else "read"
         text = f"files or folders that cannot be {cannot}: {error.strerror}"
         self.note(text, str(path), lost=lost)
@@ -136,7 +129,7 @@ class IndexWriter:
             arrays = [pa.array(values, of) for values, of in columns]
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
             self._digest.update("".join(f"{row.item_id}\0" for row in self._rows).encode())
-            self._rows, self._characters = [], 0
+            self._rows = []
 
 
 class Index:

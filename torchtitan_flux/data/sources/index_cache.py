@@ -33,21 +33,13 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Recipe(Protocol):
-    """How the index of one data set is made.
+    """How the index of one data set is made."""
 
-    Attributes:
-        name: the kind of source.
-        title: the data set, for people.
-        place: folder of the data, beside which the index is kept.
-        identity: tells the indexes that share `place` apart.
-        left_out: why files are not read -> their names; noted in the index.
-    """
-
-    name: str
-    title: str
-    place: Path
-    identity: str
-    left_out: dict[str, list[str]]
+    name: str  # the kind of source
+    title: str  # the data set, for people
+    place: Path  # folder of the data, beside which the index is kept
+    identity: str  # tells the indexes that share `place` apart
+    left_out: dict[str, list[str]]  # why files are not read -> their names; noted in the index
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
         """What the rows depend on, name -> mark; `stored`: those of an index, {} without any."""
@@ -130,7 +122,7 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         if before.get(name) != now.get(name):
             how = "has changed" if name in now else "is gone"
             return f"{name} {how if name in before else 'is new'}"
-    return "" if list(before) == list(now) else "its files come in another order"
+    return ""
 
 
 def can_open(path: str, at: int | None = None) -> bool:

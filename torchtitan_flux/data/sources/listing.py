@@ -5,9 +5,11 @@ import itertools
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HEAD = 512
 """Bytes by which `foreign_content` knows a file."""
@@ -81,6 +83,25 @@ def walk(
         ]
 
 
+class Files(NamedTuple):
+    """Files below a folder, relative to it; folders with undecodable names; unlisted folders."""
+
+    names: list[str]
+    undecodable: list[str]
+    refused: list[tuple[Path, OSError]]
+
+
+def files_below(folder: Path, without: Path | None) -> Files:
+    """All files that `walk` meets."""
+    files = Files([], [], [])
+    for directory in walk(folder, without):
+        files.names.extend(directory.paths())
+        files.undecodable.extend([directory.name or str(folder)] * directory.undecodable)
+        if directory.error:
+            files.refused.append((folder / directory.name, directory.error))
+    return files
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
@@ -137,6 +158,15 @@ def expand_braces(pattern: str) -> list[str]:
         expanded = (expand_braces(head + choice + tail) for choice in choices)
         return list(dict.fromkeys(itertools.chain.from_iterable(expanded)))
     return [pattern]
+
+
+def as_spelled(folder: Path, name: str) -> str:
+    """A name, which may have back-slashes or another Unicode spelling, as it is spelled on disk."""
+    if name.isascii() and "\\" not in name:
+        return name
+    names = [name, name.replace("\\", "/")]
+    names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]
+    return next((name for name in names if os.path.lexists(folder / name)), names[1])
 
 
 def missing(path: Path) -> str:

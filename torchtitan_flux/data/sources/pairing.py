@@ -44,7 +44,6 @@ class Pairs:
         self._texts: dict[str, dict[str, str]] = {suffix: {} for suffix in TEXT_SUFFIXES}
         self._others: list[str] = []
         self._unused: list[str] = []
-        self._unclear: set[str] = set()  # stems of pictures
         for file in sorted(files, reverse=True):  # a.txt counts before a.TXT
             stem, suffix = stem_and_suffix(file)
             if suffix in IMAGE_SUFFIXES:
@@ -67,18 +66,12 @@ class Pairs:
         for spelling, stems in pictures.items():
             if len(stems) == len(spellings[spelling]) == 1:
                 texts[stems[0]] = alone.pop(spellings[spelling][0])
-            else:
-                self._unclear.update(stems)
         self._unused += alone.values()
 
     def texts(self, picture: str) -> list[str]:
         """The texts of a picture, of each suffix one at most."""
         stem, _ = stem_and_suffix(picture)
         return [texts[stem] for texts in self._texts.values() if stem in texts]
-
-    def is_unclear(self, picture: str) -> bool:
-        """Whether a text is there that belongs to this picture or to another one."""
-        return stem_and_suffix(picture)[0] in self._unclear
 
     def shares_text(self, picture: str) -> bool:
         """Whether another picture has the same stem, and therefore the same texts."""

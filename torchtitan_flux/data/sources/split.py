@@ -37,8 +37,8 @@ class SourcePart:
         if readable < 2:
             raise SettingError(
                 HELD_OUT_SHARE,
-                f"a data set of {len(source)} items, {readable} of which can be read, has none to hold "
-                f"out; set it to 0 and name other data in {PATH_KEY['held_out']}",
+                f"a data set of {len(source)} items, {readable} of which can be read, has none to "
+                f"hold out; set it to 0 and name other data in {PATH_KEY['held_out']}",
             )
         self.source = source
         self.name = source.name
