@@ -8,12 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.data.sources.listing import (
-    LFS_POINTER,
-    as_spelled,
-    is_lfs_pointer,
-    is_unicode,
-)
+from torchtitan_flux.data.sources import listing
 from torchtitan_flux.data.sources.source import CAPTION_COLUMN
 from torchtitan_flux.formatting import listed
 
@@ -50,8 +45,8 @@ def lines_of(text: str) -> list[str]:
 
 def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Captions:
     """Captions of a text file, or of a .json that holds one record with the field `column`."""
-    if is_lfs_pointer(data):
-        return (), f"its {suffix} {LFS_POINTER}"
+    if listing.is_lfs_pointer(data):
+        return (), f"its {suffix} {listing.LFS_POINTER}"
     try:
         if suffix != ".json":
             return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
@@ -119,8 +114,8 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
         nonlocal number
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if number == 1 and is_lfs_pointer(line):
-                    raise ValueError(LFS_POINTER)
+                if number == 1 and listing.is_lfs_pointer(line):
+                    raise ValueError(listing.LFS_POINTER)
                 yield _decoded(line.removeprefix(_BOM) if number == 1 else line)
 
     try:
@@ -179,9 +174,9 @@ def path_inside(root: Path, folder: str, file_name: str) -> str:
     """`file_name` in a file of `folder`, relative to the root, which it may not leave."""
     if file_name.startswith("/"):
         raise ValueError(f"{file_name!r} is not relative to the file it stands in")
-    if "\0" in file_name or not is_unicode(file_name):
+    if "\0" in file_name or not listing.is_unicode(file_name):
         raise ValueError(f"{file_name!r} cannot be the name of a file")
-    path = os.path.normpath(os.path.join(folder, as_spelled(root / folder, file_name)))
+    path = os.path.normpath(os.path.join(folder, listing.as_spelled(root / folder, file_name)))
     if path.split("/")[0] == "..":
         raise ValueError(f"{file_name!r} is outside of the folder")
     return path

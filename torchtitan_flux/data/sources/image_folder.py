@@ -27,10 +27,7 @@ WATCHED_FILES = 200_000
 
 SHARED = "pictures share their text with another picture of the same name"
 SEVERAL_LINES = f'text files of several lines, one caption each unless {CAPTIONS} = "lines"'
-DEEPER_PARTS = (
-    "folders named after parts are read like any other, since they do not lie directly below the "
-    "data's folder: name the one above them"
-)
+DEEPER_PARTS = "folders named after parts do not lie directly below the data's folder: all are read"
 NOT_REGULAR = "names of pictures and texts that are a pipe, a socket, a device or a folder"
 
 _OTHER_SOURCES = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "parquet"}

@@ -54,19 +54,12 @@ SCHEMA = pa.schema(list(zip(Row._fields, _TYPES, strict=True)))
 
 
 class Note(NamedTuple):
-    """What was met while an index was built and its rows do not show.
+    """What was met while an index was built and its rows do not show."""
 
-    Attributes:
-        text: what, in the plural, to be read after a number.
-        count: how often.
-        lost: items that are lost by it, an estimate where the files do not tell; 0 for none.
-        examples: the first names.
-    """
-
-    text: str
+    text: str  # in the plural, to be read after a number
     count: int
-    lost: int
-    examples: tuple[str, ...]
+    lost: int  # items that are lost by it, an estimate where the files do not tell
+    examples: tuple[str, ...]  # the first names
 
 
 class DamagedIndex(Exception):
@@ -135,14 +128,8 @@ class IndexWriter:
 class Index:
     """An index opened for reading; works after fork and can be pickled (it opens itself anew).
 
-    Attributes:
-        facts: what the rows were made from.
-        identity: differs between any two indexes.
-        notes: what was met while it was built and the rows do not show.
-        refused: what could not be opened, or not be read at a byte.
-        digest: of the item ids, in their order.
-
-    Raises DamagedIndex where the file is no index of this format, FileNotFoundError without one.
+    `identity` differs between any two indexes, `digest` where item ids or their order do; `refused`
+    could not be opened, or not be read at a byte. Raises DamagedIndex or FileNotFoundError.
     """
 
     def __init__(self, path: Path):

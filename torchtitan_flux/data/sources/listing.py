@@ -50,9 +50,8 @@ def walk(
 ) -> Iterator[Directory]:
     """Every directory at and below `root`, parents first, siblings sorted.
 
-    Hidden files and directories are ignored. Symbolic links are followed, except to a directory
-    that is being walked already; a broken link counts as a file, and so does a pipe or a device.
-    The folder `without` is left out, and directly below the root those that are not in `only`.
+    Hidden names, the folder `without` and, directly below the root, folders not in `only` are left
+    out. Links are followed, but not in circles; a broken one counts as a file, as a pipe does.
     OSError where the root cannot be listed.
     """
     skipped = _identity(without) if without and without.is_dir() else None
@@ -115,7 +114,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a name can be encoded as UTF-8: names of files may be any bytes."""
+    """Whether a name can be encoded as UTF-8."""
     return name == name.encode("utf-8", "replace").decode()
 
 
@@ -129,10 +128,7 @@ def stamp(path: Path) -> str:
 
 
 def matches(pattern: str) -> list[Path]:
-    """Files that a shell pattern with {00..09}, {a,b}, *, ? and [] names, sorted within each brace.
-
-    What braces alone spell out is returned whether it exists or not; what `*` finds, exists.
-    """
+    """Files that a shell pattern names; what braces spell out need not exist."""
     found: list[str] = []
     for name in expand_braces(pattern):
         found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
@@ -140,10 +136,7 @@ def matches(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that {a,b} and {1..3} stand for, in the order of the shell; {08..11} keeps zeros.
-
-    Braces without a comma or a range mean themselves.
-    """
+    """The names that {a,b}, {1..3} and {08..11} stand for in a shell, in its order."""
     for match in re.finditer(r"\{([^{}]*)\}", pattern):  # innermost first, so that they nest
         if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", match[1]):
             first, last = map(int, numbers.groups())

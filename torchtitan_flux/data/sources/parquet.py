@@ -1,7 +1,7 @@
 """Tables of pictures: parquet and Arrow files, `save_to_disk` folders, data sets of the hub.
 
-Rows are read through memory maps. Of parquet, the columns that are read are converted once, by
-`datasets`, into Arrow files that are kept where indexes are kept.
+Rows are read through memory maps; `datasets` converts the columns of parquet files that are read
+into Arrow files, once, where indexes are kept.
 """
 
 import io

@@ -52,16 +52,10 @@ class SplitFiles(NamedTuple):
 def split_files(
     parts: Mapping[str, str], split: Split, path: str, both: bool = False
 ) -> SplitFiles:
-    """What a split reads: training the train part, else the validation part, else the test part.
+    """What a split reads: "train" the train part, "held_out" the validation or the test part.
 
-    Args:
-        parts: file or folder -> its part, "" for none.
-        split: "train" or "held_out".
-        path: of the data, for the message.
-        both: parts are meant only where a train part and another one are there.
-
-    Raises:
-        ValueError: the train part is wanted, and only others are there.
+    `parts` are file or folder -> its part. With `both`, they are meant only where a train part and
+    another one are there. ValueError where the train part is wanted, and only others are there.
     """
     there = set(parts.values()) - {""}
     held_out = next((part for part in ("validation", "test") if part in there), None)
