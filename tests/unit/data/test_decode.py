@@ -304,7 +304,6 @@ def test_formats_of_plug_ins_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(formats_module, "formats", lambda: ("JPEG",))
     for data, package in (
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pillow-heif"),
-        (b"\0\0\0\x1cftypavif\0\0\0\0", "pillow-avif-plugin"),
         (b"\xff\x0a\xfa\x1f", "pillow-jxl-plugin"),
     ):
         assert f"which `pip install {package}` reads" in formats_module.unread_format(data)

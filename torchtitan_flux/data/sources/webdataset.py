@@ -7,7 +7,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -182,37 +182,29 @@ class _Sample:
         return next((text for text in texts if text[0]), ((), why))
 
 
+@dataclass
 class ShardScan:
-    """Goes through one shard, header by header, and writes what it holds into an index.
+    """Goes through one shard, header by header, and writes what it holds into an index."""
 
-    Attributes:
-        samples: that were found.
-        size: bytes of the shard.
-        end: byte after the last member whose header could be read.
-        damage: what is wrong with the shard, "" when nothing is.
-        refusal: why the operating system did not open or read the shard.
-        refused_at: byte at which it could not be read; None when it could not be opened.
-    """
-
-    def __init__(
-        self, place: Path, shard: str, number: int, options: SourceOptions, writer: IndexWriter
-    ):
-        self.shard = shard
-        self.samples = self.end = self.size = 0
-        self.damage = ""
-        self.refusal: OSError | None = None
-        self.refused_at: int | None = None
-        self._path, self._number = place / shard, number
-        self._options, self._writer = options, writer
-        self._suffix = options.image_column.lower().removeprefix(".")
-        self._members: list[tuple[str, str, Any]] = []  # key, kind ("" for others), value
-        self._dotted: list[tuple[str, str]] = []  # key, file
-        self._others: dict[str, str] = {}  # key -> a suffix that is not read
+    place: Path
+    shard: str
+    number: int
+    options: SourceOptions
+    writer: IndexWriter
+    samples: int = 0  # that were found
+    size: int = 0  # bytes of the shard
+    end: int = 0  # byte after the last member whose header could be read
+    damage: str = ""
+    refusal: OSError | None = None  # why the system did not open or read the shard
+    refused_at: int | None = None  # byte at which it could not be read
+    members: list[tuple[str, str, Any]] = field(default_factory=list)  # key, kind, value
+    dotted: list[tuple[str, str]] = field(default_factory=list)  # key, file
+    others: dict[str, str] = field(default_factory=dict)  # key -> a suffix that is not read
 
     def run(self, progress: Callable[[int], object]) -> None:
         """Go through the shard; `progress` is given each member's bytes."""
         try:
-            with self._path.open("rb") as file:
+            with (self.place / self.shard).open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 try:
                     self._read(file, progress)
@@ -227,7 +219,7 @@ class ShardScan:
         self._write()
 
     def _note(self, text: str, name: str, lost: int = 0) -> None:
-        self._writer.note(text, f"{self.shard}/{name}", lost=lost)
+        self.writer.note(text, f"{self.shard}/{name}", lost=lost)
 
     def _read(self, file: BinaryIO, progress: Callable[[int], object]) -> None:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -256,16 +248,17 @@ class ShardScan:
         if not (stem and dot) or member.isdir():
             return
         key = os.path.join(folder, stem).removeprefix("./")
-        pictured = suffix == self._suffix if self._suffix else is_picture(file)
+        named = self.options.image_column.lower().removeprefix(".")
+        pictured = suffix == named if named else is_picture(file)
         kind, value = "", None
         if not listing.is_unicode(key):
             self._note("members whose names are not UTF-8", ascii(member.name), int(pictured))
             return
-        if "." in suffix and suffix != self._suffix:
+        if "." in suffix and suffix != named:
             if is_picture(file) or suffix.endswith(_TEXTS):
-                self._dotted.append((key, file))
+                self.dotted.append((key, file))
         elif not pictured and suffix not in _TEXTS:
-            self._others[key] = suffix
+            self.others[key] = suffix
         elif not member.isfile() or member.issparse():
             self._note("members that are links or sparse files", member.name, int(pictured))
         else:
@@ -274,20 +267,20 @@ class ShardScan:
             if pictured:
                 kind = _PICTURE
                 width, height, reason = header_size(content) if content else (0, 0, CUT)
-                value = Row(key, self._number, at, length, width, height, (), reason)
+                value = Row(key, self.number, at, length, width, height, (), reason)
             elif content:
                 kind = suffix
-                column, by_line = self._options.caption_column, self._options.captions_by_line
+                column, by_line = self.options.caption_column, self.options.captions_by_line
                 value = captions_of_file(content.read(_TEXT_BYTES), f".{suffix}", column, by_line)
-        self._members.append((key, kind, value))
+        self.members.append((key, kind, value))
 
     def _write(self) -> None:
         """Rows in the order in which the shard first names their samples, and what is odd."""
-        samples = _joined_spellings(_samples(self._members))
+        samples = _joined_spellings(_samples(self.members))
         pictured = {sample.key for sample in samples if sample.pictures()}
         issued: set[str] = set()
         for sample in samples:
-            captions, reason = sample.captions(bool(self._options.caption_column))
+            captions, reason = sample.captions(bool(self.options.caption_column))
             for row in sample.pictures():
                 name, number = row.item_id, 1
                 while name in issued or (number > 1 and name in pictured):
@@ -298,13 +291,13 @@ class ShardScan:
                     self._note(_REPEATED if sample.is_clear else _UNCLEAR, name)
                 why = row.reason if not reason or row.reason == CUT else reason
                 item_id = f"{self.shard}/{name}"
-                self._writer.add(row._replace(item_id=item_id, captions=captions, reason=why))
+                self.writer.add(row._replace(item_id=item_id, captions=captions, reason=why))
             if sample.key not in pictured:
-                other = self._others.get(sample.key)
+                other = self.others.get(sample.key)
                 what = f": .{other} is not read" if other else ""
                 self._note(f"samples without a picture{what}", sample.key)
         self.samples = len(issued)
-        for key, file in self._dotted:
+        for key, file in self.dotted:
             further = is_picture(file) and key in pictured
             lost = int(is_picture(file) and not further)
             self._note(_FURTHER if further else _DOTTED, file, lost)
