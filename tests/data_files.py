@@ -57,6 +57,23 @@ def write_parquet(path: Path, columns: dict) -> Path:
     return path
 
 
+def write_samples(kind: str, path: Path, samples: Iterable[tuple[str, bytes, str]]) -> Path:
+    """(picture's name, its file, caption) as a folder, or as a shard or a table of that name."""
+    samples = list(samples)
+    if kind == "parquet":
+        pictures = [{"bytes": data, "path": None} for _, data, _ in samples]
+        table = {"image": pictures, "text": [text for *_, text in samples]}
+        return write_parquet(path.with_name(f"{path.name}.parquet"), table)
+    members = [(name, data) for name, data, _ in samples]
+    members += [(f"{name.partition('.')[0]}.txt", text.encode()) for name, _, text in samples]
+    if kind == "webdataset":
+        return write_tar(path.with_name(f"{path.name}.tar"), members)
+    path.mkdir(parents=True, exist_ok=True)
+    for name, data in members:
+        (path / name).write_bytes(data)
+    return path
+
+
 def indexed(name: str, path: Path | str, split: Split = "train", **options) -> IndexedSource:
     """A source of files, whole: nothing is held out."""
     source = build_source(name, split, SourceOptions(path=str(path), **options))

@@ -14,23 +14,22 @@ _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 def to_mode(image: Image.Image, mode: str, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """An image of any mode as "L" or "RGB".
+    """An image of any mode as "L" or "RGB", on `background` where it is transparent.
 
-    Gray of 16 bits keeps its upper 8. Floats are 0 to 1 or, if any is above 1, 0 to 255. Others
-    are a ValueError, and so is what would come out nearly black: it has fewer bits than its file
-    says. `background` is the red, green and blue behind what is transparent.
+    Gray of 16 bits keeps its upper 8; floats are 0 to 1 or, if any is above 1, 0 to 255. ValueError
+    for others, and for what would come out nearly black: it has fewer bits than its file says.
     """
     clear = image.info.get("transparency")
     if clear is None and image.mode == mode:
         return image
     if image.mode.startswith("I"):
-        gray = _from_16_bits(image)
+        gray = _to_8_bits(image)
         if not isinstance(clear, int):
             return gray.convert(mode)
         gray.putalpha(Image.fromarray(np.asarray(image) != clear))
         image = gray
     elif image.mode == "F":
-        return _from_floats(image).convert(mode)
+        return _to_8_bits(image).convert(mode)
     if image.mode in _ALPHA_MODES or (clear is not None and image.mode in ("1", "L", "P", "RGB")):
         if image.mode == "La":
             image = image.convert("LA")
@@ -41,27 +40,17 @@ def to_mode(image: Image.Image, mode: str, background: tuple[int, int, int] = WH
     return image.convert(mode)
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    # PIL clips these to 8 bits instead of scaling; "I" is how it opens some 16-bit PNGs.
-    values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    pixels = f"gray pixels from {low} to {high}"
-    if low < 0 or high > 65535:
-        raise ValueError(f"{pixels}, not in 0 to 65535")
-    return _to_8_bits(values, 65535, pixels)
-
-
-def _from_floats(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray integers of 16 bits, or floats; PIL would clip them instead of scaling."""
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    pixels = f"float pixels from {low:g} to {high:g}"
-    if not (low >= 0 and high <= 255):  # a NaN compares false
-        raise ValueError(f"{pixels}, not in 0 to 1 or 0 to 255")
-    return _to_8_bits(values, 1 if high <= 1 else 255, pixels)
-
-
-def _to_8_bits(values: np.ndarray, white: int, pixels: str) -> Image.Image:
-    high = float(values.max())
+    if image.mode == "F":
+        white, limit, wanted = (1 if high <= 1 else 255), 255, "0 to 1 or 0 to 255"
+    else:
+        white, limit, wanted = 65535, 65535, "0 to 65535"
+    pixels = f"{'float' if image.mode == 'F' else 'gray'} pixels from {low:g} to {high:g}"
+    if not (low >= 0 and high <= limit):  # a NaN compares false
+        raise ValueError(f"{pixels}, not in {wanted}")
     if 0 < high * 255 / white < _NEARLY_BLACK:
         times = f"multiply them by {int(white / high)} or so"
         raise ValueError(f"{pixels}, nearly black where {white} is white; {times}")
@@ -95,7 +84,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     alpha, colours = None, image
     try:
         if image.mode.startswith("I"):
-            colours = _from_16_bits(image)
+            colours = _to_8_bits(image)
         elif image.mode != "CMYK":
             mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
             if image.mode in _ALPHA_MODES or "transparency" in image.info:

@@ -20,11 +20,8 @@ _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}")
 
 
 def open_image(data: bytes, item_id: str, max_pixels: int) -> Image.Image:
-    """The picture that an image file holds; only its header is read here.
-
-    Pixels are decoded by whoever uses them, within `damage_is_unreadable`. UnreadableItem for no
-    image, or one of more than `max_pixels` pixels.
-    """
+    """The picture in an image file, whose pixels are decoded when they are used, within
+    `damage_is_unreadable`; UnreadableItem for no image, or more than `max_pixels` pixels."""
     with damage_is_unreadable(item_id):
         image = _opened(io.BytesIO(data), item_id)
     if image.width * image.height > max_pixels:
@@ -35,11 +32,9 @@ def open_image(data: bytes, item_id: str, max_pixels: int) -> Image.Image:
 
 
 def header_size(file: IO[bytes] | io.BufferedIOBase) -> tuple[int, int, str]:
-    """(width, height) in pixels of an image as it is meant to be seen, and what is wrong with it.
+    """(width, height) in pixels of the upright picture by its header, and what is wrong with it.
 
-    Only the header is looked at. Pictures that their EXIF data turn by a quarter have width and
-    height exchanged; where no image is found, these are 0. OSError where the operating system
-    refuses to read the file.
+    They are 0 where no image is found. OSError where the system refuses to read the file.
     """
     try:
         with damage_is_unreadable(""), warnings.catch_warnings():

@@ -22,12 +22,9 @@ _COMPILED_IN = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_
 
 _PLUG_INS = {  # format -> (package, suffixes)
     "HEIF": ("pillow-heif", (".heic", ".heif", ".hif")),
-    "AVIF": ("pillow-avif-plugin", (".avif",)),
     "JXL": ("pillow-jxl-plugin", (".jxl",)),
 }
-_BRANDS = {"avif": "AVIF", "avis": "AVIF"} | {
-    brand: "HEIF" for brand in ("heic", "heix", "hevc", "heim", "heis", "mif1", "msf1")
-}
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 @functools.cache
@@ -38,9 +35,6 @@ def formats() -> tuple[str, ...]:
         import_module("pillow_heif").register_heif_opener()
     with suppress(ImportError):
         import_module("pillow_jxl")
-    with suppress(ImportError):
-        if not features.check("avif"):
-            import_module("pillow_avif")
     suffixed = set(Image.registered_extensions().values())
     known = [name for name in Image.OPEN if name in suffixed and _is_decoded(name)]
     others = [name for name in known if name not in _COMMON]
@@ -49,8 +43,6 @@ def formats() -> tuple[str, ...]:
 
 
 def _is_decoded(name: str) -> bool:
-    if Image.OPEN[name][0].__module__.startswith("pillow_avif"):
-        return True
     library = _COMPILED_IN.get(name)
     return name not in _REFUSED and (library is None or bool(features.check(library)))
 
@@ -69,8 +61,8 @@ def plug_in_for(suffix: str) -> str:
 def unread_format(head: bytes) -> str:
     """What package a file would need, by its first bytes, to be read after its name; or ""."""
     jxl = head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"))
-    brand = head[8:12].decode("latin-1") if head[4:8] == b"ftyp" else ""
-    name = "JXL" if jxl else _BRANDS.get(brand, "")
+    heif = head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+    name = "JXL" if jxl else "HEIF" if heif else ""
     if not name or name in formats():
         return ""
     return f"is a picture in the format {name}, which `pip install {_PLUG_INS[name][0]}` reads"

@@ -3,13 +3,14 @@
 import errno
 import io
 import os
+import re
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from data_files import png_of
-from PIL import Image, ImageCms, ImageFile, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from torchtitan_flux.data import formats as formats_module
 from torchtitan_flux.data import transforms
@@ -81,11 +82,12 @@ def test_formats(format, options, error):
     assert np.abs(read_back - pixels).mean() <= error
 
 
-def test_animations_show_their_first_frame():
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue")]
-    for format, options in ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}):
-        data = saved(frames[0], format, save_all=True, append_images=frames[1:], **options)
-        assert (read(data)[:, 5, 5] == [255, 0, 0]).all(), format
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_animations_show_their_first_frame(format):
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = saved(red, format, save_all=True, append_images=[blue], **options)
+    assert (read(data)[:, 5, 5] == [255, 0, 0]).all()
 
 
 def test_cmyk_and_ycck_jpegs():
@@ -170,17 +172,20 @@ def test_transparency_shows_the_background(name, channels):
     np.testing.assert_allclose(result[:, 4, 12], expected, atol=1)
 
 
-def fully_decoded(data: bytes, size: ImageSize, crop) -> np.ndarray:
-    """As `read`, of all pixels of the file."""
-    image = open_image(data, "item", MAX_PIXELS)
-    image.load()
-    return np.round((to_training_image(image, size, 3, crop) + 1) * 127.5).astype(int)
-
-
 @pytest.fixture
 def exact_crops(monkeypatch):
     """Crops that begin within a pixel: a picture decoded small and the full one show the same."""
     monkeypatch.setattr(transforms, "_WHOLE_PIXELS", 10**9)
+
+
+def looks_as_decoded_whole(data: bytes, size: ImageSize) -> bool:
+    image = open_image(data, "item", MAX_PIXELS)
+    image.load()
+    for crop in (0.0, 0.0), (0.999, 0.999), CENTER:
+        whole = np.round((to_training_image(image, size, 3, crop) + 1) * 127.5).astype(int)
+        if psnr(read(data, size, crop=crop), whole) <= 40:
+            return False
+    return True
 
 
 @pytest.mark.usefixtures("exact_crops")
@@ -190,13 +195,11 @@ def test_jpegs_are_decoded_near_the_size_they_are_wanted_at(width):
     for size in (ImageSize(96, 96), ImageSize(31, 52), ImageSize(60, 17)):
         picture = load_picture(open_image(data, "item", MAX_PIXELS), size)
         shrunk = round(width / picture.width)
-        assert picture.width == width / shrunk
-        assert picture.height == 299 / shrunk
+        assert (picture.width, picture.height) == (width / shrunk, 299 / shrunk)
         assert min(picture.width / size.width, picture.height / size.height) >= 1.5 or shrunk == 1
         finer = 2 * picture.width, 2 * picture.height
         assert shrunk == 8 or min(finer[0] / size.width, finer[1] / size.height) < 6.1
-        for crop in (0.0, 0.0), (0.999, 0.999), CENTER:
-            assert psnr(read(data, size, crop=crop), fully_decoded(data, size, crop)) > 40
+        assert looks_as_decoded_whole(data, size)
 
 
 @pytest.mark.usefixtures("exact_crops")
@@ -210,8 +213,7 @@ def test_orientation_of_a_jpeg_that_is_decoded_small(orientation):
         picture = load_picture(open_image(data, "item", MAX_PIXELS), size)
         assert picture.width < 299
         assert (picture.width < picture.height) == turned
-        for crop in (0.0, 0.0), (0.999, 0.999), CENTER:
-            assert psnr(read(data, size, crop=crop), fully_decoded(data, size, crop)) > 40
+        assert looks_as_decoded_whole(data, size)
     assert not needs_crop(picture, ImageSize(403, 299) if turned else ImageSize(299, 403))
 
 
@@ -245,23 +247,16 @@ def refusal(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
 
 def test_bombs():
     big = saved(Image.new("1", (2048, 1024)), "PNG")
-    assert refusal(big) == (
-        "decompression bomb: 2048 x 1024 pixels, more than data.max_image_pixels = 1048576"
-    )
-    assert "decompression bomb" in refusal(png_of(10_000, 10_000), 2**26)
+    assert re.match("decompression bomb: 2048 x 1024 .* data.max_image_pixels = 1", refusal(big))
+    text = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    assert "ValueError" in refusal(png_of(16, 16, (b"zTXt", b"key\0\0" + text)))
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_limit_of_pixels_is_ours_alone():
-    sizes = (12_000, 12_000), (30_000, 30_000)  # PIL warns of the one and refuses the other
-    for size in sizes:
-        assert open_image(png_of(*size), "item", 2**40).size == size
-        assert header_size(io.BytesIO(png_of(*size))) == (*size, "")
-
-
-def test_text_chunks_that_blow_up():
-    text = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 1))
-    assert "ValueError" in refusal(png_of(16, 16, (b"zTXt", b"key\0\0" + text)))
+@pytest.mark.parametrize("side", [12_000, 30_000])  # PIL warns of the one and refuses the other
+def test_the_limit_of_pixels_is_ours_alone(side):
+    assert open_image(png_of(side, side), "item", 2**40).size == (side, side)
+    assert header_size(io.BytesIO(png_of(side, side))) == (side, side, "")
 
 
 def test_headers_that_lie_about_the_size():
@@ -279,23 +274,22 @@ def test_headers_that_lie_about_the_size():
     assert refusal(bytes(tiff))
 
 
-def test_what_is_no_image():
-    assert refusal(b"") == "the file is empty"
-    for data in (b"no image", b"\xff\xd8", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
-        assert "no image in a known format (JPEG, PNG" in refusal(data)
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
-
-
 FOREIGN = {
     b"": "the file is empty",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer, run `git",
     b"\n<!DOCTYPE html><title>404</title>": "is a web page",
     b"<html><body>": "is a web page",
     b"\x1f\x8b\x08\0\0\0\0\0": "is gzip under another name",
-    b"%PDF-1.7\n": "no image in a known format",
-    b"\0" * 600: "no image in a known format",
-    b"noise" * 100: "no image in a known format",
-}
+} | dict.fromkeys(
+    (
+        b"%PDF-1.7\n",
+        b"\0" * 600,
+        b"noise" * 100,
+        b"\xff\xd8",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ),
+    "no image in a known format (JPEG, PNG",
+)
 
 
 @pytest.mark.parametrize("data", FOREIGN)
@@ -310,7 +304,6 @@ def test_formats_of_plug_ins_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(formats_module, "formats", lambda: ("JPEG",))
     for data, package in (
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pillow-heif"),
-        (b"\0\0\0\x1cftypavif\0\0\0\0", "pillow-avif-plugin"),
         (b"\xff\x0a\xfa\x1f", "pillow-jxl-plugin"),
     ):
         assert f"which `pip install {package}` reads" in formats_module.unread_format(data)

@@ -58,7 +58,7 @@ def test_names_that_are_not_utf8_are_counted(tmp_path):
     with open(os.path.join(os.fsencode(tmp_path), b"\xff.jpg"), "w"):
         pass
     (directory,) = walk(tmp_path)
-    assert (directory.files, directory.unnameable) == ([], 1)
+    assert (directory.files, directory.undecodable) == ([], 1)
 
 
 def test_what_cannot_be_listed_is_an_error_or_said(tmp_path, monkeypatch):

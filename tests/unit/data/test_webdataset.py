@@ -2,10 +2,7 @@
 
 import errno
 import io
-import logging
 import os
-import random
-import re
 import subprocess
 import sys
 import tarfile
@@ -25,11 +22,9 @@ from data_files import (
     unreadable,
     write_tar,
 )
-from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.sources import index_cache
 from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.indexed import IndexedSource
@@ -68,32 +63,20 @@ def offsets(shard: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_random_access_equals_sequential_reading(tmp_path, format):
-    rng = random.Random(0)
-    expected = []
-    for shard in range(3):
+def test_random_access_with_names_that_take_headers_of_their_own(tmp_path, format):
+    wanted = []
+    for shard in range(2):
         members = []
-        for number in range(7):
-            # Long and non-ASCII names take extra headers.
+        for number in range(6):
             key = f"fold.er/{'long' * 40 * (number % 2)}ü{shard}{number}"
-            suffix, kind = rng.choice([("jpg", "JPEG"), ("PNG", "PNG"), ("webp", "WEBP")])
-            data = png(20 * number, (9 + shard, 5 + number), kind)
-            members += [
-                (f"{key}.{suffix}", data),
-                (f"{key}.txt", f"caption {shard} {number}\nmore"),
-            ]
+            members += [(f"{key}.PNG", png(20 * number)), (f"{key}.txt", f"no. {number}")]
             members.append((f"{key}.npy.gz", b"of no use"))
-            expected.append((f"{shard:02d}.tar/{key}", data, (f"caption {shard} {number}\nmore",)))
+            wanted.append((f"{shard:02d}.tar/{key}", (f"no. {number}",), 20 * number))
         write_tar(tmp_path / f"{shard:02d}.tar", members, format)
     items = source(tmp_path)
-    assert len(items) == len(expected) == 21
-    order = Order(1, len(items))
-    for index in (order.item(position) for position in range(len(items))):
-        item_id, data, texts = expected[index]
-        item, row, image = items[index], items.index[index], Image.open(io.BytesIO(data))
-        assert (item.item_id, item.captions) == (item_id, texts)
-        assert item.image.tobytes() == image.tobytes()
-        assert row[3:6] == (len(data), *image.size)
+    read = [items[index] for index in reversed(range(len(items)))]
+    found = [(item.item_id, item.captions, item.image.getpixel((0, 0))) for item in read]
+    assert found == wanted[::-1]
 
 
 def test_captions_come_from_text_or_json_in_any_case_and_spelling(tmp_path):
@@ -102,7 +85,7 @@ def test_captions_come_from_text_or_json_in_any_case_and_spelling(tmp_path):
         "both": ({"TXT": "from txt", "json": both}, ("from txt",)),
         "blank": ({"txt": " ", "JSON": both}, ("from json",)),
         "json": ({"json": '{"prompt": "p", "captions": ["a", "b"], "text": ""}'}, ("a", "b")),
-        "txt": ({"txt": "\ufefftwo\nlines"}, ("two\nlines",)),
+        "txt": ({"txt": "\ufeffa text"}, ("a text",)),
         "caption": ({"caption": "c"}, ("c",)),
         "second": ({"caption": "not this", "json": '{"caption": "this"}'}, ("this",)),
         "width": ({"json": '{"width": 3}', "txt": "the text counts"}, ("the text counts",)),
@@ -119,8 +102,7 @@ def test_captions_come_from_text_or_json_in_any_case_and_spelling(tmp_path):
     found = captions(items)
     assert found["x.tar/both"] == found["x.tar/blank"] == ("other",)
     assert found["x.tar/json"] == "its .json has no 'alt'"
-    assert found["x.tar/txt"] == ("two\nlines",)
-    assert captions(source(tmp_path, captions_by_line=True))["x.tar/txt"] == ("two", "lines")
+    assert found["x.tar/txt"] == ("a text",)
 
 
 def test_two_spellings_of_one_name_are_two_samples(tmp_path):
@@ -131,35 +113,23 @@ def test_two_spellings_of_one_name_are_two_samples(tmp_path):
     assert captions(of(tmp_path / "two texts", *members, (f"{NFD}.txt", "d"))) == two
 
 
-def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path):
+def test_texts_that_cannot_be_read(tmp_path):
     texts = {
-        "0": ("", "", NO_CAPTION),
-        "1": ("json", '{"caption": ', "its .json is no JSON"),
-        "2": ("json", "[" * 100_000, "its .json is no JSON"),
-        "3": ("json", '["a list"]', "its .json holds no object"),
-        "4": ("json", '{"caption": {"a": 3}}', NO_CAPTION),
-        "5": ("txt", b"\xff", "its .txt is not UTF-8"),
-        "6": ("txt", "x", "the file is empty"),
-        "7": ("txt", "x", "no image in a known format"),
+        '{"caption": ': "its .json is no JSON",
+        "[" * 100_000: "its .json is no JSON",
+        '["a list"]': "its .json holds no object",
+        '{"caption": {"a": 3}}': NO_CAPTION,
+        '{"caption": "half \\ud800 a pair"}': ("half ? a pair",),
     }
     members = [("only text.txt", "x"), ("only json.json", "{}"), ("z.xyz", ""), ("z.txt", "")]
-    for key, (end, text, _) in texts.items():
-        members += [
-            (f"{key}.png", {"6": b"", "7": b"noise"}.get(key, png())),
-            (f"{key}.{end}", text),
-        ]
-    members += [("8.png", png()), ("8.json", '{"caption": "half \\ud800 a pair"}')]
-    items = of(tmp_path, *members)
-    for index, (key, (*_, reason)) in enumerate(texts.items()):
-        assert items.index[index].item_id == f"x.tar/{key}"
-        assert unreadable(items, index).startswith(reason), key
-    assert items[8].captions == ("half ? a pair",)
+    for number, text in enumerate(texts):
+        members += [(f"{number}.png", png()), (f"{number}.json", text)]
+    items = of(tmp_path, *members, ("x.png", png()), ("x.txt", b"\xff"))
+    assert list(captions(items).values()) == [*texts.values(), "its .txt is not UTF-8"]
     assert notes(items) == {
         "samples without a picture": ("x.tar/only text", "x.tar/only json"),
         "samples without a picture: .xyz is not read": ("x.tar/z",),
     }
-    with pytest.raises(IndexError):
-        items[9]
 
 
 def test_a_key_ends_at_the_first_dot_and_what_follows_is_counted(tmp_path):
@@ -308,13 +278,6 @@ def test_lost_samples_of_damaged_shards_are_estimated(tmp_path):
         assert 0 <= lost(items) - missing <= 10 * (name in ("header", "joined", "noise")), name
 
 
-def test_a_shard_of_zeros_is_an_empty_one(tmp_path):
-    numbered(tmp_path / "b.tar", 2)
-    (tmp_path / "a.tar").write_bytes(bytes(512 * 7))
-    items = source(tmp_path)
-    assert (len(items), lost(items)) == (2, 0)
-
-
 class Failing(io.BufferedReader):
     """A file that the system does not read beyond a byte."""
 
@@ -392,11 +355,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\n"
         ("x.tar", b"\n<!DOCTYPE html><html>", r"x\.tar is a web page"),
     ],
 )
-@pytest.mark.parametrize("alone", [True, False])
-def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message, alone):
+def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    if not alone:
-        numbered(tmp_path / "0.tar", 1)
+    numbered(tmp_path / "0.tar", 1)
     for path in (tmp_path, tmp_path / name):
         refuses("webdataset", path, message)
 
@@ -404,23 +365,17 @@ def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message, alo
 @pytest.mark.parametrize(
     ("name", "path", "message"),
     [
-        ("webdataset", None, "not set; name the data"),
-        ("webdataset", "no.tar", "no.tar does not exist$"),
         ("webdataset", "https://x.org/{0..9}.tar", "0.tar and 9 more does not exist; .*download"),
         ("webdataset", "{tmp}/*.tgz", "no file matches"),
-        ("webdataset", "{tmp}/empty", "holds no .tar files$"),
         ("webdataset", "{tmp}/x.tar", "1 tar files .* hold no pictures; samples without .*/a"),
         ("webdataset", "{tmp}/1.tar", r"1\.tar holds no shard: .*is a pipe"),
-        ("webdataset", "x" * 300, "File name too long"),
         ("cc12m-wds", None, "hf download pixparse/cc12m-wds .* --local-dir"),
     ],
 )
-@pytest.mark.parametrize("split", ["train", "held_out"])
-def test_what_is_no_shard_is_refused(tmp_path, name, path, message, split):
-    (tmp_path / "empty").mkdir()
+def test_what_is_no_shard_is_refused(tmp_path, name, path, message):
     os.mkfifo(tmp_path / "1.tar")
     write_tar(tmp_path / "x.tar", [("a.txt", "x")])
-    refuses(name, path and path.replace("{tmp}", str(tmp_path)), message, split)
+    refuses(name, path and path.replace("{tmp}", str(tmp_path)), message)
 
 
 def test_what_is_left_out_of_a_folder_is_noted(tmp_path, monkeypatch):
@@ -439,47 +394,6 @@ def test_what_is_left_out_of_a_folder_is_noted(tmp_path, monkeypatch):
     }
     monkeypatch.undo()
     assert len(source(tmp_path)) == 2
-
-
-def test_changes_are_noticed(tmp_path, caplog, monkeypatch):
-    def why() -> str:
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            source(tmp_path)
-        found = re.search(r"built anew: (.*)", caplog.text)
-        return found[1] if found else ""
-
-    for number in range(2):
-        numbered(tmp_path / f"{number}.tar", 2, number)
-    source(tmp_path)
-    for change, what in (
-        (lambda: numbered(tmp_path / "2.tar", 1), "2.tar is new"),
-        ((tmp_path / "0.tar").unlink, "0.tar is gone"),
-        (lambda: os.utime(tmp_path / "1.tar", ns=(1, 1)), "1.tar has changed"),
-        (lambda: numbered(tmp_path / "1.tar", 5), "1.tar has changed"),
-        (lambda: (tmp_path / "unrelated").write_text(""), ""),
-    ):
-        assert why() == ""
-        change()
-        assert why() == what
-    monkeypatch.setattr(index_cache, "formats", lambda: ("HEIF",))
-    assert why() == "what formats can be read has changed"
-
-
-def test_shards_are_parted_as_tables_are(tmp_path):
-    for name in ("train-0", "train-1", "val/0", "test-0", "extra"):
-        numbered(tmp_path / f"{name}.tar", 1)
-    train = source(tmp_path, held_out_share=0.5)
-    assert ids(train) == ["train-0.tar/0000", "train-1.tar/0000"]
-    assert sorted(notes(train).values()) == [("extra.tar",), ("test-0.tar",)]
-    for shard in ("val/0.tar", "test-0.tar"):
-        assert ids(indexed("webdataset", tmp_path, "held_out")) == [f"{shard}/0000"]
-        (tmp_path / shard).unlink()
-    assert len(source(tmp_path)) == 3  # no held-out part: nothing is left out
-    options = {"validates_training_data": True}
-    refuses("webdataset", tmp_path, "has no validation or test part: name", "held_out", **options)
-    shared = SourceOptions(path=str(tmp_path), held_out_share=0.3, **options)
-    assert len(build_source("webdataset", "held_out", shared)) == 1
 
 
 def test_the_torchtitan_name_reads_the_committed_samples(tmp_path, monkeypatch):

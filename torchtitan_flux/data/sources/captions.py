@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.data.sources.listing import LFS_POINTER, is_lfs_pointer, is_unicode
+from torchtitan_flux.data.sources import listing
 from torchtitan_flux.data.sources.source import CAPTION_COLUMN
 from torchtitan_flux.formatting import listed
 
@@ -29,10 +29,7 @@ Captions = tuple[tuple[str, ...], str]
 
 
 def captions_of(value: object, by_line: bool) -> Captions:
-    """Captions from a text, which is one, or from a list of texts, which is as many as it holds.
-
-    With `by_line`, every line of a text that is not blank is a caption of its own.
-    """
+    """Captions from a text or a list of texts; with `by_line`, each line is one of its own."""
     texts = value if isinstance(value, list | tuple) else [value]
     texts = [text for text in texts if isinstance(text, str)]
     if by_line:
@@ -48,21 +45,21 @@ def lines_of(text: str) -> list[str]:
 
 def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Captions:
     """Captions of a text file, or of a .json that holds one record with the field `column`."""
-    if is_lfs_pointer(data):
-        return (), f"its {suffix} {LFS_POINTER}"
-    if suffix != ".json":
-        try:
-            return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
-        except ValueError as error:
-            return (), f"its {suffix} {error}"
+    if listing.is_lfs_pointer(data):
+        return (), f"its {suffix} {listing.LFS_POINTER}"
     try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
-        return (), "its .json is no JSON"
-    if not isinstance(record, dict):
-        return (), "its .json holds no object"
-    if column and _field(record, column) is None:
-        return (), f"its .json has no {column!r}"
+        if suffix != ".json":
+            return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("is no JSON") from error
+        if not isinstance(record, dict):
+            raise ValueError("holds no object")
+        if column and _field(record, column) is None:
+            raise ValueError(f"has no {column!r}")
+    except ValueError as error:
+        return (), f"its {suffix} {error}"
     return captions_of(caption_value(record, column), by_line)
 
 
@@ -90,8 +87,8 @@ def _field(record: Any, name: str) -> Any:
     """The value of a field; None where there is none."""
     if not isinstance(record, Mapping):
         return None
-    alike = (key for key in record if isinstance(key, str) and key.lower() == name.lower())
-    key = name if name in record else next(alike, None)
+    same = (key for key in record if isinstance(key, str) and key.lower() == name.lower())
+    key = name if name in record else next(same, None)
     if key is not None:
         return record[key]
     outer, dot, inner = name.partition(".")
@@ -103,13 +100,12 @@ class Uncaptioned(ValueError):
 
 
 def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a metadata file: (path of a picture relative to `root`, what stands for captions).
+    """Rows of the metadata file `name`: (path of a picture, what stands for captions).
 
-    `name` is the file's path relative to `root`, `column` where captions stand, "" for the first of
-    CAPTION_NAMES. ValueError where a line says something else; Uncaptioned, after all rows, where
-    none of them has a field that captions may stand in.
+    Both paths are relative to `root`. ValueError where a line says something else; Uncaptioned,
+    after all rows, where none has `column` ("": one of CAPTION_NAMES).
     """
-    folder, path, number = name.rpartition("/")[0], root / name, 0
+    folder, path, number = os.path.dirname(name), root / name, 0
     wanted = (column,) if column else CAPTION_NAMES
     captioned = False
     fields: dict[str, None] = {}
@@ -118,8 +114,8 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
         nonlocal number
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if number == 1 and is_lfs_pointer(line):
-                    raise ValueError(LFS_POINTER)
+                if number == 1 and listing.is_lfs_pointer(line):
+                    raise ValueError(listing.LFS_POINTER)
                 yield _decoded(line.removeprefix(_BOM) if number == 1 else line)
 
     try:
@@ -129,9 +125,7 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
                 raise ValueError(f"no name stands in 'file_name': {record!r:.200}")
             captioned = captioned or any(_field(record, one) is not None for one in wanted)
             fields |= {} if captioned else dict.fromkeys(record)
-            if "\\" in file_name and not os.path.lexists(root / folder / file_name):
-                file_name = file_name.replace("\\", "/")  # written on Windows
-            yield path_inside(folder, file_name), caption_value(record, column)
+            yield path_inside(root, folder, file_name), caption_value(record, column)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     if fields and not captioned:
@@ -162,8 +156,8 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         for row in table:
             if None in row:
                 raise ValueError(
-                    f"has more fields than line 1 has columns ({listed(map(repr, names))}); a "
-                    f'text with {separator!r} in it has to stand in "quotes"'
+                    f"has more fields than line 1 has columns ({listed(map(repr, names))}); put "
+                    f'texts with {separator!r} in "quotes"'
                 )
             yield {name: value and value.strip() for name, value in row.items()}
             begin = table.line_num + 2
@@ -176,13 +170,13 @@ def _columns(line: str, separator: str) -> list[str]:
     return [name.strip().lower() for name in next(header, [])]
 
 
-def path_inside(folder: str, file_name: str) -> str:
-    """`file_name`, relative to `folder`, as a path relative to the root; it may not leave that."""
-    path = os.path.normpath(os.path.join(folder, file_name))
+def path_inside(root: Path, folder: str, file_name: str) -> str:
+    """`file_name` in a file of `folder`, relative to the root, which it may not leave."""
     if file_name.startswith("/"):
         raise ValueError(f"{file_name!r} is not relative to the file it stands in")
+    if "\0" in file_name or not listing.is_unicode(file_name):
+        raise ValueError(f"{file_name!r} cannot be the name of a file")
+    path = os.path.normpath(os.path.join(folder, listing.as_spelled(root / folder, file_name)))
     if path.split("/")[0] == "..":
         raise ValueError(f"{file_name!r} is outside of the folder")
-    if "\0" in path or not is_unicode(path):
-        raise ValueError(f"{file_name!r} cannot be the name of a file")
     return path

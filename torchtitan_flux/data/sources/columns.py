@@ -38,8 +38,7 @@ def plain_type(of: pa.DataType) -> pa.DataType:
 
 
 def image_column(schema: pa.Schema, named: str) -> Column:
-    """The column that holds pictures: the one named, or column.field, else "image", else the only
-    one. SettingError where there is none, or more than one."""
+    """The column of pictures: the one named, else "image", else the only one; SettingError."""
     fields = _fields(schema)
     if named:
         column = _named(fields, named, IMAGE_COLUMN)
@@ -58,10 +57,9 @@ def image_column(schema: pa.Schema, named: str) -> Column:
 
 
 def caption_column(schema: pa.Schema, named: str) -> Column:
-    """The column that holds captions: the one named, else the first of CAPTION_NAMES.
+    """The column of captions: the one named, else the first of CAPTION_NAMES; SettingError.
 
-    What is named may be a field of a struct or of JSON text, column.field, or hold the numbers of
-    classes. SettingError where there is none, or it holds something else.
+    What is named may be a field of a struct or of JSON text, or hold the numbers of classes.
     """
     fields = _fields(schema)
     if named:

@@ -12,7 +12,6 @@ from torchtitan_flux.randomness import Stream, generator
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN_ITEMS = 1437
 MAX_VALUE = 16.0  # scikit-learn's pixel values are 0..16
-
 _SPLIT_SEED = 0  # the split is fixed for good: held-out scores of different runs must compare
 
 
@@ -28,7 +27,7 @@ def _arrays() -> tuple[Float32[np.ndarray, "n 8 8"], Int64[np.ndarray, " n"]]:
 def split_rows(split: Split) -> Int64[np.ndarray, " n"]:
     """Rows of scikit-learn's array that belong to the split, ascending.
 
-    Of each class as many go to train as its share is, by largest remainder: TRAIN_ITEMS in all.
+    TRAIN_ITEMS go to train, of each class its share, by largest remainder.
     """
     labels = _arrays()[1]
     counts, remainders = np.divmod(np.bincount(labels) * TRAIN_ITEMS, len(labels))
@@ -54,12 +53,6 @@ def load_digit_arrays(
     return images[rows], labels[rows]
 
 
-def digit_captions(label: int) -> tuple[str, ...]:
-    """Captions of a digit, canonical first."""
-    word = DIGIT_WORDS[label]
-    return f"a handwritten {word}", f"the digit {word}", word
-
-
 class DigitsSource:
     """Items of one split: mode "L" images of 8 x 8 pixels; ids are "digits/<row>"."""
 
@@ -68,10 +61,11 @@ class DigitsSource:
     def __init__(self, split: Split):
         images, labels = load_digit_arrays(split)
         pixels = np.round(images * (255.0 / MAX_VALUE)).astype(np.uint8)
-        self._items = [
-            Item(Image.fromarray(image), digit_captions(int(label)), f"digits/{row:04d}")
-            for image, label, row in zip(pixels, labels, split_rows(split), strict=True)
-        ]
+        self._items = []
+        for image, label, row in zip(pixels, labels, split_rows(split), strict=True):
+            word = DIGIT_WORDS[label]
+            captions = f"a handwritten {word}", f"the digit {word}", word
+            self._items.append(Item(Image.fromarray(image), captions, f"digits/{row:04d}"))
 
     def __len__(self) -> int:
         return len(self._items)

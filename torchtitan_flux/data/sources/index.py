@@ -1,8 +1,8 @@
 """The file that an index is: one row for each item of a data set, read one row at a time.
 
-An Arrow file of record batches, memory-mapped: what was not looked at takes no memory, and what was
-is the kernel's to drop. What the rows were made from stands in the metadata of its schema; what is
-known only at the end (notes, the digest of the item ids) in that of a last batch without rows.
+A memory-mapped Arrow file of record batches. What the rows were made from stands in the metadata
+of its schema; what is known only at the end (notes, the digest of the item ids) in that of a last
+batch without rows.
 """
 
 import json
@@ -16,14 +16,12 @@ from typing import NamedTuple
 import pyarrow as pa
 import xxhash
 
-BATCH_ROWS = 65_536
-"""Rows that the writer keeps in memory; also what a reader may have to look through."""
-BATCH_CHARACTERS = 2**27
-"""Of captions: a batch of long ones is written earlier."""
+BATCH_ROWS = 16_384
+"""Rows that the writer keeps in memory."""
 EXAMPLES = 5
 """Names that a note keeps."""
 
-_REFUSED = 1000  # paths that are remembered to be tried again
+_MAX_REFUSED = 1000  # paths that are stored to be tried again
 _FORMAT = "4"  # indexes of other formats are built anew
 _KEY = b"torchtitan_flux.index"
 
@@ -56,19 +54,12 @@ SCHEMA = pa.schema(list(zip(Row._fields, _TYPES, strict=True)))
 
 
 class Note(NamedTuple):
-    """What was met while an index was built and its rows do not show.
+    """What was met while an index was built and its rows do not show."""
 
-    Attributes:
-        text: what, in the plural, to be read after a number.
-        count: how often.
-        lost: items that are lost by it, an estimate where the files do not tell; 0 for none.
-        examples: the first names.
-    """
-
-    text: str
+    text: str  # in the plural, to be read after a number
     count: int
-    lost: int
-    examples: tuple[str, ...]
+    lost: int  # items that are lost by it, an estimate where the files do not tell
+    examples: tuple[str, ...]  # the first names
 
 
 class DamagedIndex(Exception):
@@ -76,10 +67,7 @@ class DamagedIndex(Exception):
 
 
 class IndexWriter:
-    """Writes an index from its first row to its last, a batch at a time, within `with`.
-
-    `facts` are what the rows are made from, for whoever asks whether that still holds.
-    """
+    """Writes an index, a batch at a time, within `with`; `facts` are what its rows depend on."""
 
     def __init__(self, path: Path, facts: Mapping[str, str]):
         self.rows = 0
@@ -87,8 +75,7 @@ class IndexWriter:
         self._refused: list[tuple[str, int | None]] = []
         self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
-        self._characters = 0
-        # The identity tells a worker process that it reads the very index its parent opened.
+        # By the identity, a worker process knows the very index that its parent opened.
         stored = {"format": _FORMAT, "identity": secrets.token_hex(8), "facts": dict(facts)}
         self._file = path.open("wb")
         schema = SCHEMA.with_metadata({_KEY: json.dumps(stored)})
@@ -102,8 +89,8 @@ class IndexWriter:
             self._flush()
             notes, digest = list(self.notes.values()), self._digest.hexdigest()
             last = json.dumps({"notes": notes, "refused": self._refused, "digest": digest})
-            nothing = pa.RecordBatch.from_pylist([], SCHEMA)
-            self._writer.write_batch(nothing, custom_metadata={_KEY: last})
+            empty = pa.RecordBatch.from_pylist([], SCHEMA)
+            self._writer.write_batch(empty, custom_metadata={_KEY: last})
             self._writer.close()
         self._file.close()
 
@@ -111,9 +98,8 @@ class IndexWriter:
         """Append one row. Captions may hold what UTF-8 cannot encode; it becomes "?"."""
         captions = tuple(text.encode("utf-8", "replace").decode() for text in row.captions)
         self._rows.append(row._replace(captions=captions))
-        self._characters += sum(map(len, captions))
         self.rows += 1
-        if len(self._rows) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
+        if len(self._rows) >= BATCH_ROWS:
             self._flush()
 
     def note(self, text: str, *examples: str, lost: int = 0) -> None:
@@ -123,15 +109,11 @@ class IndexWriter:
             self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
 
     def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
-        """Note a file or folder that the operating system refused to open, or to read at a byte.
-
-        The index is built anew as soon as it does not: what is said of it today is not stored as
-        if it were so for good.
-        """
+        """Note what cannot be opened, or read at a byte: once it can be, the index is outdated."""
         cannot = "opened" if at is None else "read"
         text = f"files or folders that cannot be {cannot}: {error.strerror}"
         self.note(text, str(path), lost=lost)
-        if len(self._refused) < _REFUSED:
+        if len(self._refused) < _MAX_REFUSED:
             self._refused.append((str(path), at))
 
     def _flush(self) -> None:
@@ -140,21 +122,14 @@ class IndexWriter:
             arrays = [pa.array(values, of) for values, of in columns]
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
             self._digest.update("".join(f"{row.item_id}\0" for row in self._rows).encode())
-            self._rows, self._characters = [], 0
+            self._rows = []
 
 
 class Index:
     """An index opened for reading; works after fork and can be pickled (it opens itself anew).
 
-    Attributes:
-        facts: what the rows were made from.
-        identity: differs between any two indexes.
-        notes: what was met while it was built and the rows do not show.
-        refused: files and folders that the operating system refused then, and the byte at which a
-            file could not be read.
-        digest: of the item ids, in their order.
-
-    Raises DamagedIndex where the file is no index of this format, FileNotFoundError without one.
+    `identity` differs between any two indexes, `digest` where item ids or their order do; `refused`
+    could not be opened, or not be read at a byte. Raises DamagedIndex or FileNotFoundError.
     """
 
     def __init__(self, path: Path):
@@ -166,9 +141,8 @@ class Index:
             stored = json.loads((reader.schema.metadata or {})[_KEY])
             if stored["format"] != _FORMAT or not reader.schema.equals(SCHEMA):
                 raise ValueError("an index of another format")
-            *batches, (_, last) = map(
-                reader.get_batch_with_custom_metadata, range(reader.num_record_batches)
-            )
+            numbers = range(reader.num_record_batches)
+            *batches, (_, last) = map(reader.get_batch_with_custom_metadata, numbers)
             self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
             self.facts: dict[str, str] = stored["facts"]
             self.identity: str = stored["identity"]
@@ -186,7 +160,6 @@ class Index:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Row:
-        """Row of item 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of an index of {len(self)}")
         number = bisect_right(self._ends, index)
@@ -205,7 +178,5 @@ class Index:
 def _reopen(path: Path, identity: str) -> Index:
     index = Index(path)
     if index.identity != identity:
-        raise RuntimeError(
-            f"{path} was built anew, from changed data, while this run reads it; start it again"
-        )
+        raise RuntimeError(f"{path} was built anew while this run reads it; start it again")
     return index

@@ -1,6 +1,6 @@
 """Where indexes are kept: built once, by one process, and again when the data have changed.
 
-An index lies beside the data in a hidden folder, in a folder that the configuration names, or,
+An index lies in a hidden folder beside the data, in the folder that the configuration names, or,
 where the data cannot be written to, in the user's cache folder.
 """
 
@@ -25,7 +25,7 @@ from torchtitan_flux.files import replacing, try_lock
 HIDDEN = ".flux-index"
 """Name of the folder beside the data."""
 
-_TRIED_AGAIN = 2**17  # bytes; what is read at once may have failed anywhere in it
+_READ_BYTES = 2**17  # what is read at once may have failed anywhere in it
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,21 +33,13 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Recipe(Protocol):
-    """How the index of one data set is made.
+    """How the index of one data set is made."""
 
-    Attributes:
-        name: the sort of source.
-        title: the data set, for people.
-        place: folder of the data, beside which the index is kept.
-        identity: tells the indexes that share `place` apart.
-        left_out: names of what is there and not read, by why; noted in the index.
-    """
-
-    name: str
-    title: str
-    place: Path
-    identity: str
-    left_out: dict[str, list[str]]
+    name: str  # the kind of source
+    title: str  # the data set, for people
+    place: Path  # folder of the data, beside which the index is kept
+    identity: str  # tells the indexes that share `place` apart
+    left_out: dict[str, list[str]]  # why files are not read -> their names; noted in the index
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
         """What the rows depend on, name -> mark; `stored`: those of an index, {} without any."""
@@ -59,23 +51,17 @@ class Recipe(Protocol):
 
 
 def open_index(recipe: Recipe, folder: Path | None = None) -> Index:
-    """The index of a data set, built first where there is none that holds.
+    """The index of a data set; where none is up to date, one process builds it, others wait.
 
-    Processes that open the same index at once agree: one builds it, the others wait. ValueError
-    where it cannot be written, or nobody can train on the data.
+    ValueError where it cannot be written, or nobody can train on the data.
     """
     folders = places(folder, recipe.place)
     for place in folders:
-        index, _ = _open_if_it_holds(index_file(recipe, place), recipe)
+        index, _ = _open_current(index_file(recipe, place), recipe)
         if index is not None:
             return index
-
-    def build(folder: Path) -> Index:
-        file = index_file(recipe, folder)
-        with locked(file.with_suffix(".lock"), recipe.title):
-            return _build(file, recipe)
-
-    return in_first_writable(folders, f"the index of {recipe.title}", build)
+    what = f"the index of {recipe.title}"
+    return in_first_writable(folders, what, lambda place: _build(index_file(recipe, place), recipe))
 
 
 def places(folder: Path | None, data: Path) -> list[Path]:
@@ -87,15 +73,15 @@ def places(folder: Path | None, data: Path) -> list[Path]:
 
 def in_first_writable(folders: list[Path], what: str, make: Callable[[Path], T]) -> T:
     """What `make` makes in the first of the folders that can be written to."""
-    refusal = None
+    reason = None
     for folder in folders:
         try:
             return make(folder)
         except OSError as error:
             if error.filename and not str(error.filename).startswith(str(folder)):
                 raise  # of the data
-            refusal = error.strerror or error
-    message = f"{what} cannot be written to {folders[-1]} ({refusal}); name another folder"
+            reason = error.strerror or error
+    message = f"{what} cannot be written to {folders[-1]} ({reason}); name another folder"
     raise SettingError(INDEX_FOLDER, message)
 
 
@@ -108,8 +94,8 @@ def index_file(recipe: Recipe, folder: Path) -> Path:
     return folder / f"{recipe.name}-{digest}.arrow"
 
 
-def _open_if_it_holds(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
-    """The index in a file, or None and why there is none that holds ("" for no file at all)."""
+def _open_current(file: Path, recipe: Recipe) -> tuple[Index | None, str]:
+    """The index if it is up to date, else None and why not ("" where there is no file)."""
     try:
         index = Index(file)
     except FileNotFoundError:
@@ -136,16 +122,16 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         if before.get(name) != now.get(name):
             how = "has changed" if name in now else "is gone"
             return f"{name} {how if name in before else 'is new'}"
-    return "" if list(before) == list(now) else "its files come in another order"
+    return ""
 
 
 def can_open(path: str, at: int | None = None) -> bool:
-    """Whether the operating system lets a file or folder be opened, a file be read at a byte."""
+    """Whether the system lets a file or folder be opened, and a file be read from byte `at`."""
     try:
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             if at is not None:
-                os.pread(opened, _TRIED_AGAIN, at)
+                os.pread(opened, _READ_BYTES, at)
         finally:
             os.close(opened)
     except OSError:
@@ -155,50 +141,49 @@ def can_open(path: str, at: int | None = None) -> bool:
 
 def _build(file: Path, recipe: Recipe) -> Index:
     """Build under the lock, unless another process has done so while this one waited for it."""
-    index, change = _open_if_it_holds(file, recipe)
-    if index is not None:
-        return index
-    if change:
-        logger.info("The index of %s is built anew: %s", recipe.title, change)
-    start = time.monotonic()
-    # A bar for those who watch, a line now and then for those who keep the log.
-    pause, delay = (0.1, 2.0) if sys.stderr.isatty() else (60.0, 60.0)
-    title = f"indexing {recipe.title}"
-    # Facts come before rows: of what changes in between, the next one to open the index hears.
-    facts = _facts(recipe, {})
-    with (
-        replacing(file) as unfinished,
-        IndexWriter(unfinished, facts) as writer,
-        tqdm(desc=title, unit=" items", mininterval=pause, delay=delay) as bar,
-    ):
-        for text, names in recipe.left_out.items():
-            writer.note(text, *names)
-        recipe.build(writer, bar)
-    seconds = time.monotonic() - start
-    logger.info(
-        "Indexed %s: %d items in %.1f s, kept in %s", recipe.title, writer.rows, seconds, file
-    )
-    return Index(file)
+    with locked(file.with_suffix(".lock"), recipe.title):
+        index, change = _open_current(file, recipe)
+        if index is not None:
+            return index
+        if change:
+            logger.info("The index of %s is built anew: %s", recipe.title, change)
+        start = time.monotonic()
+        # A bar on a terminal, a line a minute in a log.
+        pause, delay = (0.1, 2.0) if sys.stderr.isatty() else (60.0, 60.0)
+        title = f"indexing {recipe.title}"
+        # Facts come before rows: a change in between is noticed by whoever opens the index next.
+        facts = _facts(recipe, {})
+        with (
+            replacing(file) as unfinished,
+            IndexWriter(unfinished, facts) as writer,
+            tqdm(desc=title, unit=" items", mininterval=pause, delay=delay) as bar,
+        ):
+            for text, names in recipe.left_out.items():
+                writer.note(text, *names)
+            recipe.build(writer, bar)
+        took = time.monotonic() - start
+        indexed = "Indexed %s: %d items in %.1f s, kept in %s"
+        logger.info(indexed, recipe.title, writer.rows, took, file)
+        return Index(file)
 
 
 @contextmanager
 def locked(path: Path, title: str) -> Iterator[None]:
-    """Hold a lock that at most one process has, and that ends with the process.
+    """Hold a lock that ends with the process; what killed processes left unfinished is removed.
 
-    Where the file system knows no locks, a warning says so, and others may do the same at once.
-    What killed processes left unfinished in the folder is removed.
+    Where the file system has no locks, a warning says so, and others may do the same at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.name == HIDDEN and not (path.parent / ".gitignore").exists():
         (path.parent / ".gitignore").write_text("*\n")  # data sets live in repositories, too
     with path.open("w") as file:
-        taken = try_lock(file.fileno())
-        if taken is False:
+        held = try_lock(file.fileno())
+        if held is False:
             logger.info("Another process indexes %s: waiting for it", title)
-            taken = try_lock(file.fileno(), wait=True)
-        if taken:
+            held = try_lock(file.fileno(), wait=True)
+        if held:
             for left in path.parent.glob(f".{path.stem}.*.partial"):
                 left.unlink()
         else:
-            logger.warning("%s: this file system knows no locks; nobody is waited for", path)
+            logger.warning("%s: this file system has no locks; several may build at once", path)
         yield

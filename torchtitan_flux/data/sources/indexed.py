@@ -20,7 +20,7 @@ from torchtitan_flux.data.sources.source import Item, SourceOptions, UnreadableI
 class IndexedSource(ABC):
     """Items of an index.
 
-    `name` is the sort of source, `title` the data, for people. Where `shared`, both splits see all
+    `name` is the kind of source, `title` the data, for people. Where `shared`, both splits see all
     items, since none is named for a split.
     """
 
@@ -50,10 +50,10 @@ class IndexedSource(ABC):
             raise UnreadableItem(row.item_id, row.reason or "its caption could not be opened")
         try:
             data = self.read(row)
-        except FileNotFoundError as error:
-            raise UnreadableItem(row.item_id, "does not exist") from error
         except OSError as error:
-            raise UnreadableItem(row.item_id, str(error.strerror)) from error
+            gone = isinstance(error, FileNotFoundError)
+            reason = "does not exist" if gone else str(error.strerror)
+            raise UnreadableItem(row.item_id, reason) from error
         image = open_image(data, row.item_id, self.options.max_pixels)
         return Item(image, captions, row.item_id)
 
@@ -70,12 +70,9 @@ class IndexedSource(ABC):
         if self.options.default_caption is not None:
             captioned = pc.or_(captioned, pc.equal(rows["reason"], NO_CAPTION))
         width, height = (rows[name].to_numpy().astype(np.int64) for name in ("width", "height"))
-        return (
-            captioned.to_numpy(zero_copy_only=False)
-            & (width > 0)
-            & (np.minimum(width, height) >= self.options.min_size)
-            & (width * height <= self.options.max_pixels)
-        )
+        large_enough = np.minimum(width, height) >= max(self.options.min_size, 1)
+        small_enough = width * height <= self.options.max_pixels
+        return captioned.to_numpy(zero_copy_only=False) & large_enough & small_enough
 
     @cached_property
     def usable_rows(self) -> Bool[np.ndarray, " rows"]:

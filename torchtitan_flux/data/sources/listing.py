@@ -1,13 +1,15 @@
-"""Finding data on disk: walking folders, expanding patterns, files that are not what they say."""
+"""Finding data on disk: walking folders, expanding patterns, recognising foreign files."""
 
 import glob
 import itertools
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HEAD = 512
 """Bytes by which `foreign_content` knows a file."""
@@ -27,22 +29,20 @@ _COMPRESSED = {
 
 @dataclass(frozen=True)
 class Directory:
-    """What a walk met in one directory.
+    """A directory of a walk: its path relative to the root, "" for the root; names, sorted.
 
-    `name` is its path relative to the root, "" for the root itself; `files` and `folders` are
-    sorted; `unnameable` ones, whose names are not UTF-8, are left out; `error` is what the
-    operating system said when it refused to list the directory.
+    `undecodable` is how many names are not UTF-8 and left out, `error` why it cannot be listed.
     """
 
     name: str
     files: list[str]
     folders: list[str]
-    unnameable: int = 0
+    undecodable: int = 0
     error: OSError | None = None
 
     def paths(self) -> list[str]:
         """The files, relative to the root."""
-        return [f"{self.name}/{file}" if self.name else file for file in self.files]
+        return [os.path.join(self.name, file) for file in self.files]
 
 
 def walk(
@@ -50,16 +50,15 @@ def walk(
 ) -> Iterator[Directory]:
     """Every directory at and below `root`, parents first, siblings sorted.
 
-    Hidden files and directories are ignored. Symbolic links are followed, except to a directory
-    that is being walked already; a broken link counts as a file, and so does a pipe or a device.
-    The folder `without` is left out, and directly below the root those that are not in `only`.
+    Hidden names, the folder `without` and, directly below the root, folders not in `only` are left
+    out. Links are followed, but not in circles; a broken one counts as a file, as a pipe does.
     OSError where the root cannot be listed.
     """
     skipped = _identity(without) if without and without.is_dir() else None
     stack = [("", frozenset[tuple[int, int]]())]
     while stack:
         name, ancestors = stack.pop()
-        files, folders, unnameable = [], [], 0
+        files, folders, undecodable = [], [], 0
         try:
             identity = _identity(root / name)
             if identity in ancestors or (name and identity == skipped):
@@ -67,7 +66,7 @@ def walk(
             with os.scandir(root / name) as entries:
                 for entry in entries:
                     if not is_unicode(entry.name):
-                        unnameable += 1
+                        undecodable += 1
                     elif not entry.name.startswith("."):
                         (folders if _is_folder(entry) else files).append(entry.name)
         except OSError as error:
@@ -75,12 +74,31 @@ def walk(
                 raise
             yield Directory(name, [], [], error=error)
             continue
-        yield Directory(name, sorted(files), sorted(folders), unnameable)
+        yield Directory(name, sorted(files), sorted(folders), undecodable)
         stack += [
             (os.path.join(name, folder), ancestors | {identity})
             for folder in sorted(folders, reverse=True)
             if name or only is None or folder in only
         ]
+
+
+class Files(NamedTuple):
+    """Files below a folder, relative to it; folders with undecodable names; unlisted folders."""
+
+    names: list[str]
+    undecodable: list[str]
+    refused: list[tuple[Path, OSError]]
+
+
+def files_below(folder: Path, without: Path | None) -> Files:
+    """All files that `walk` meets."""
+    files = Files([], [], [])
+    for directory in walk(folder, without):
+        files.names.extend(directory.paths())
+        files.undecodable.extend([directory.name or str(folder)] * directory.undecodable)
+        if directory.error:
+            files.refused.append((folder / directory.name, directory.error))
+    return files
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -96,7 +114,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a name can be encoded as UTF-8: names of files may be any bytes."""
+    """Whether a name can be encoded as UTF-8."""
     return name == name.encode("utf-8", "replace").decode()
 
 
@@ -110,10 +128,7 @@ def stamp(path: Path) -> str:
 
 
 def matches(pattern: str) -> list[Path]:
-    """Files that a shell pattern with {00..09}, {a,b}, *, ? and [] names, sorted within each brace.
-
-    What braces alone spell out is returned whether it exists or not; what `*` finds, exists.
-    """
+    """Files that a shell pattern names; what braces spell out need not exist."""
     found: list[str] = []
     for name in expand_braces(pattern):
         found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
@@ -121,26 +136,30 @@ def matches(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that {a,b} and {1..3} stand for, in the order of the shell; {08..11} keeps zeros.
-
-    Braces without a comma or a range mean themselves.
-    """
+    """The names that {a,b}, {1..3} and {08..11} stand for in a shell, in its order."""
     for match in re.finditer(r"\{([^{}]*)\}", pattern):  # innermost first, so that they nest
-        inside = match[1]
-        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", inside):
-            first, last = int(numbers[1]), int(numbers[2])
-            padded = any(re.match(r"-?0\d", number) for number in numbers.groups())
-            width = max(map(len, numbers.groups())) if padded else 0
+        if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", match[1]):
+            first, last = map(int, numbers.groups())
+            width = max(map(len, numbers.groups())) if re.search(r"\b0\d", match[1]) else 0
             step = 1 if first <= last else -1
             choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
-        elif "," in inside:
-            choices = inside.split(",")
+        elif "," in match[1]:
+            choices = match[1].split(",")
         else:
             continue
         head, tail = pattern[: match.start()], pattern[match.end() :]
         expanded = (expand_braces(head + choice + tail) for choice in choices)
         return list(dict.fromkeys(itertools.chain.from_iterable(expanded)))
     return [pattern]
+
+
+def as_spelled(folder: Path, name: str) -> str:
+    """A name, which may have back-slashes or another Unicode spelling, as it is spelled on disk."""
+    if name.isascii() and "\\" not in name:
+        return name
+    names = [name, name.replace("\\", "/")]
+    names += [unicodedata.normalize(form, name) for form in ("NFC", "NFD") for name in names]
+    return next((name for name in names if os.path.lexists(folder / name)), names[1])
 
 
 def missing(path: Path) -> str:

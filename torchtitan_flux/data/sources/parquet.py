@@ -1,7 +1,7 @@
 """Tables of pictures: parquet and Arrow files, `save_to_disk` folders, data sets of the hub.
 
-Rows are read through memory maps. Of parquet, the columns that are read are converted once, by
-`datasets`, into Arrow files that are kept where indexes are kept.
+Rows are read through memory maps; `datasets` converts the columns of parquet files that are read
+into Arrow files, once, where indexes are kept.
 """
 
 import io
@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, cast
-from unicodedata import normalize
 
 import datasets
 import pyarrow as pa
@@ -35,7 +34,7 @@ from torchtitan_flux.data.sources.columns import (
 )
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.parts import own_part, part_of
+from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
 
 logger = logging.getLogger(__name__)
@@ -49,9 +48,6 @@ _HEADER = 2**16  # bytes of a picture that mostly hold its header: no more of it
 class ParquetSource(IndexedSource):
     """All rows of the tables of one split, one table after the other; ids are "<table>/<row>".
 
-    Tables that are named after a part (train-00000.parquet, test/0.parquet, parts of a
-    `save_to_disk` folder) belong to it; "held_out" is the validation part, else the test part.
-
     The path is a folder, a file, or owner/name of the hub. ValueError where there is nothing to
     read, or it is damaged, a column is missing or of another type, or tables differ in one.
     """
@@ -63,7 +59,7 @@ class ParquetSource(IndexedSource):
         self._by_line = options.captions_by_line
         local = Path(path).absolute()
         self.place = local if local.is_dir() else local.parent
-        nameless: list[str] = []
+        undecodable: list[str] = []
         if not local.exists():
             self.place = Path.home() / ".cache" / "torchtitan_flux"
             found = _from_hub(path)
@@ -71,17 +67,17 @@ class ParquetSource(IndexedSource):
             with _damage_is_named(local):
                 found = datasets.load_from_disk(str(local))
         elif local.is_dir():
-            found, nameless = _files(local, options.index_folder)
+            found, undecodable = _files(local, options.index_folder)
         else:
             found = local
         parted = isinstance(found, dict)
         found = {str(name): of for name, of in found.items()} if parted else {local.name: found}
         parts = {name: part_of(name) if parted else "" for name in found}
-        part, self.shared, names, left_out = own_part(parts, split, path)
+        part, self.shared, names, left_out = split_files(parts, split, path)
         tables = {name: _opened(found[name]) for name in names}
         self.left_out = left_out | {
             "tables without rows": [name for name, table in tables.items() if not table.count],
-            listing.NOT_UTF8: nameless,
+            listing.NOT_UTF8: undecodable,
         }
         tables = {name: table for name, table in tables.items() if table.count}
         if not tables:
@@ -99,11 +95,10 @@ class ParquetSource(IndexedSource):
         columns = _common_columns(tables, schema, sorted({column[0] for column in read}))
         parquet = {name: table.count for name, table in tables.items() if table.data is None}
         converted = _converted(self.place, parquet, columns, options.index_folder)
-        self._tables = {
-            name: (table.data or converted[name]).select_columns(columns.names).with_format("arrow")
+        self._tables = [
+            (table.data or converted[name]).select_columns(columns.names).with_format("arrow")
             for name, table in tables.items()
-        }
-        self._rows = list(self._tables.values())
+        ]
         given = "" if local.is_dir() else local.name if local.exists() else path
         self.identity = json.dumps([given, part, *map(".".join, read), self._by_line])
         index = index_cache.open_index(self, options.index_folder)
@@ -113,15 +108,15 @@ class ParquetSource(IndexedSource):
         return self._marks
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
-        bar.total = sum(map(len, self._rows))
-        for number, (name, table) in enumerate(self._tables.items()):
+        bar.total = sum(map(len, self._tables))
+        for number, (name, table) in enumerate(zip(self._marks, self._tables, strict=True)):
             row = 0
             for batch in cast(Iterable[pa.Table], table.iter(batch_size=_ROWS)):
-                texts = batch.column(self._caption[0]) if self._caption else itertools.repeat(None)
-                for picture, text in zip(batch.column(self._image[0]), texts, strict=False):
+                texts = batch.column(self._caption[0]) if self._caption else [None] * len(batch)
+                for picture, text in zip(batch.column(self._image[0]), texts, strict=True):
                     item_id = f"{name}/{row}"
                     captions, reason = self._captions_in(text, item_id)
-                    length, width, height, wrong = self._size(picture, item_id, writer)
+                    length, (width, height, wrong) = self._size(picture, item_id, writer)
                     what = captions, reason or wrong
                     writer.add(Row(item_id, number, row, length, width, height, *what))
                     row += 1
@@ -139,8 +134,8 @@ class ParquetSource(IndexedSource):
 
     def _size(
         self, scalar: pa.Scalar, item_id: str, writer: IndexWriter
-    ) -> tuple[int, int, int, str]:
-        """(bytes, width, height, what is wrong with it) of a picture."""
+    ) -> tuple[int, tuple[int, int, str]]:
+        """(bytes, what `header_size` says) of a picture."""
         path = ""
         try:
             with damage_is_unreadable(item_id):
@@ -149,18 +144,18 @@ class ParquetSource(IndexedSource):
                 found = header_size(io.BytesIO(data.slice(0, min(data.size, _HEADER)).to_pybytes()))
                 if not found[0] and data.size > _HEADER:
                     found = header_size(io.BytesIO(data.to_pybytes()))
-                return data.size, *found
+                return data.size, found
             with _beside(self.place, path, item_id).open("rb") as opened:
-                return os.fstat(opened.fileno()).st_size, *header_size(opened)
+                return os.fstat(opened.fileno()).st_size, header_size(opened)
         except UnreadableItem as error:
-            return 0, 0, 0, error.reason
+            return 0, (0, 0, error.reason)
         except OSError as error:
             writer.refused(self.place / path, error, at=0)
-            return 0, 0, 0, ""
+            return 0, (0, 0, "")
 
     def read(self, row: Row) -> bytes:
         with damage_is_unreadable(row.item_id):
-            found = cast(pa.Table, self._rows[row.shard][row.offset])
+            found = cast(pa.Table, self._tables[row.shard][row.offset])
             value = found.column(self._image[0])[0]
             data, path = picture_in(value, self._image[1:], row.item_id)
             if data is not None:
@@ -194,18 +189,15 @@ def _opened(found: Path | Dataset) -> _Table:
 
 def _files(folder: Path, index_folder: Path | None) -> tuple[dict[str, Path], list[str]]:
     """(the tables below a folder by their names, folders of files whose names are not UTF-8)."""
-    names, nameless = [], []
-    for directory in listing.walk(folder, index_folder):
-        if directory.error:
-            raise directory.error
-        names += directory.paths()
-        nameless += [directory.name or str(folder)] * directory.unnameable
+    names, undecodable, refused = listing.files_below(folder, index_folder)
+    if refused:
+        raise refused[0][1]
     if compressed := next(filter(_COMPRESSED.search, names), None):
         raise ValueError(f"{folder / compressed} is compressed: unpack it")
     found = {n: folder / n for n in names if n.lower().endswith((".parquet", ".arrow"))}
     if not found:
         raise ValueError(f"{folder} holds no .parquet or .arrow file")
-    return found, nameless
+    return found, undecodable
 
 
 def _merged(schemas: list[pa.Schema]) -> pa.Schema:
@@ -309,15 +301,13 @@ def _from_hub(name: str) -> DatasetDict | Dataset:
 
 def _beside(root: Path, path: str, item_id: str) -> Path:
     """The file that a path in a table names, within the folder of the data."""
-    spellings = (path, path.replace("\\", "/"))  # a path may have been written on Windows
-    spellings += tuple(normalize(form, path) for form in ("NFC", "NFD") for path in spellings)
     try:
-        files = [root / path_inside("", spelling) for spelling in spellings]
+        file = root / path_inside(root, "", path)
+        what = listing.not_regular(file)
     except ValueError as error:
         raise UnreadableItem(item_id, f"its path {error}") from error
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
-        raise UnreadableItem(item_id, f"{path}: does not exist")
-    if what := listing.not_regular(file):
+    except FileNotFoundError as error:
+        raise UnreadableItem(item_id, f"{path}: does not exist") from error
+    if what:
         raise UnreadableItem(item_id, f"{path} is {what}, no file")
     return file

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torchtitan_flux.data.sources.source import Split
 
 PARTS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
 }
 """Part -> the words for it."""
 
@@ -25,10 +25,9 @@ def part_of(name: str) -> str:
     Any word counts, as in the names of the hub's files: train-00000-of-00005.parquet.
     """
     for piece in reversed(name.lower().split("/")):
-        words = re.split(r"[-._\s\d]+", piece)
-        for part, spellings in PARTS.items():
-            if any(word in spellings for word in words):
-                return part
+        words = set(re.split(r"[-._\s\d]+", piece))
+        if part := next((part for part, known in PARTS.items() if words & known), ""):
+            return part
     return ""
 
 
@@ -38,11 +37,11 @@ def part_of_folder(name: str) -> str:
     Every word counts: "test_2017" is a part, "test cars" may be a class of pictures.
     """
     words = set(re.findall(r"[^\W\d_]+", name.lower())) - _BESIDES
-    return next((part for part, known in PARTS.items() if words and words <= set(known)), "")
+    return next((part for part, known in PARTS.items() if words and words <= known), "")
 
 
-class OwnPart(NamedTuple):
-    """What a split reads: names of `part` ("" where none is named); `shared` by both splits."""
+class SplitFiles(NamedTuple):
+    """What a split reads: `names` of `part` ("" where none is named); `shared` by both splits."""
 
     part: str
     shared: bool
@@ -50,22 +49,18 @@ class OwnPart(NamedTuple):
     left_out: dict[str, list[str]]
 
 
-def own_part(parts: Mapping[str, str], split: Split, path: str, both: bool = False) -> OwnPart:
-    """What a split reads: training the train part, else the validation part, else the test part.
+def split_files(
+    parts: Mapping[str, str], split: Split, path: str, both: bool = False
+) -> SplitFiles:
+    """What a split reads: "train" the train part, "held_out" the validation or the test part.
 
-    Args:
-        parts: file or folder -> its part, "" for none.
-        split: "train" or "held_out".
-        path: of the data, for the message.
-        both: parts are meant only where a train part and another one are there.
-
-    Raises:
-        ValueError: the train part is wanted, and only others are there.
+    `parts` are file or folder -> its part. With `both`, they are meant only where a train part and
+    another one are there. ValueError where the train part is wanted, and only others are there.
     """
     there = set(parts.values()) - {""}
     held_out = next((part for part in ("validation", "test") if part in there), None)
     if not there or (both and not (held_out and "train" in there)):
-        return OwnPart("", True, list(parts), {})
+        return SplitFiles("", True, list(parts), {})
     part = held_out if split == "held_out" and held_out else "train"
     if part not in there:
         raise ValueError(f"{path} has no train part, only {', '.join(sorted(there))}")
@@ -75,4 +70,4 @@ def own_part(parts: Mapping[str, str], split: Split, path: str, both: bool = Fal
             why = f"files of a {other} part are left out" if other else NO_PART
             left_out.setdefault(why, []).append(name)
     names = [name for name in parts if parts[name] == part]
-    return OwnPart(part, held_out is None, names, left_out)
+    return SplitFiles(part, held_out is None, names, left_out)

@@ -26,10 +26,9 @@ class Dataset:
     Attributes:
         open: makes the source of a split.
         built_in: made by the program, captions included; there are no files.
-        path: read where the configuration names none.
+        path, caption_column, caption_prefix: where the configuration names none.
         download: command that fetches it.
         has_held_out: may have a held-out part of its own, which is known when it is opened.
-        caption_column, caption_prefix: of the data set, where the configuration says nothing.
     """
 
     open: Callable[[Split, SourceOptions], Source]

@@ -1,8 +1,4 @@
-"""A procedural data set: one coloured shape, its size, its place and the background, in words.
-
-It serves three channels, any resolution and any number of items without a download, and what a
-caption says can be measured in the picture.
-"""
+"""A procedural data set: one coloured shape whose captions can be checked against its pixels."""
 
 from dataclasses import dataclass
 
@@ -28,11 +24,10 @@ RADII = {"small": 0.08, "medium": 0.115, "large": 0.15}
 """Radius of the circle that encloses a shape, in units of the image's shorter side."""
 
 _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
-
 _OVERSAMPLING = 4  # drawn so many times larger, then averaged: PIL draws hard edges
 _BORDER = 0.02  # distance of every shape from the edge of the image, on either axis
 _CELL_MARGIN = 0.04  # distance of a centre from the next third, so that the place is beyond doubt
-_DATA_SEED = 0  # the data set is the same one in every run
+_DATA_SEED = 0
 _LENGTHS = {"train": 100_000, "held_out": 1_000}
 
 
@@ -40,12 +35,6 @@ def _regular(corners: int, start: float = -0.25) -> np.ndarray:
     """Corners [corners, 2] (x, y) of a regular polygon in the unit circle, from `start` turns."""
     angles = 2 * np.pi * (np.arange(corners) / corners + start)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _star() -> np.ndarray:
-    points = _regular(10)
-    points[1::2] *= 0.45
-    return points
 
 
 def _cross() -> np.ndarray:
@@ -61,7 +50,7 @@ POLYGONS: dict[str, np.ndarray | None] = {
     "triangle": _regular(3),
     "square": _regular(4, start=0.125),
     "diamond": _regular(4) * (0.7, 1.0),
-    "star": _star(),
+    "star": _regular(10) * np.where(np.arange(10) % 2, 0.45, 1.0)[:, None],
     "cross": _cross(),
 }
 
@@ -80,7 +69,7 @@ class Scene:
 
     @property
     def place(self) -> str:
-        """The third in each direction that holds the centre: "top left", "left", "center", ..."""
+        """The third in each direction that holds the centre: "top left", "left", "center"."""
         return " ".join(filter(None, (_ROWS[self.row], _COLUMNS[self.column]))) or "center"
 
     @property
@@ -117,10 +106,9 @@ def draw_scene(scene: Scene, size: ImageSize) -> Image.Image:
 
 
 class ShapesSource:
-    """Items drawn on demand at a size in pixels; ids are "shapes/<split>/<index>".
+    """Items drawn on demand; ids are "shapes/<split>/<index>".
 
-    What item i shows is a function of (the data set, split, i): the same at every image size and
-    in every run. There are 100,000 to train and 1,000 held out unless `length` says otherwise.
+    What item i shows is a function of (split, i): the same at every image size and in every run.
     """
 
     name = "shapes"
@@ -137,7 +125,6 @@ class ShapesSource:
         """What item `index` shows."""
         rng = generator(_DATA_SEED, Stream.SHAPES, f"{self.split}/{index}")
         pick = rng.random(8).tolist()
-
         color, shape, size, background = (
             list(names)[int(draw * len(names))]
             for names, draw in zip((COLORS, POLYGONS, RADII, BACKGROUNDS), pick[:4], strict=True)

@@ -10,7 +10,7 @@ from torchtitan_flux.latents import ImageSize
 
 Split = Literal["train", "held_out"]
 
-# The TOML keys that messages of data name, all of them.
+# The TOML keys that messages about data name.
 PATH_KEY: dict[Split, str] = {
     "train": "training.dataset_path",
     "held_out": "validation.dataset_path",
@@ -29,12 +29,12 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One picture with what can be said about it.
+    """One picture with its captions.
 
     Attributes:
         image: any mode and size; shared between calls, not to be written to.
-        captions: at least one; the first is the canonical one, which validation uses.
-        item_id: stable name of the item, unique over all splits of its data set.
+        captions: at least one; validation uses the first.
+        item_id: unique over all splits of its data set.
     """
 
     image: Image.Image
@@ -56,13 +56,12 @@ class UnreadableItem(Exception):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source may be told; each takes what it has a use for ([data] has the others).
+    """Settings of a source, each of which uses some; those not listed are keys of [data].
 
     Attributes:
         path: folder or file of the data, a pattern, or a hub name.
-        image_size: size in pixels at which a procedural source draws.
-        validates_training_data: a "held_out" part is wanted of the data that are trained on; a
-            source that has none to give refuses.
+        image_size: at which a procedural source draws.
+        validates_training_data: a held-out part of the data that are trained on is wanted.
         min_size: pixels that the shorter side of a picture must have.
         max_pixels: pictures of more pixels are not decoded.
     """

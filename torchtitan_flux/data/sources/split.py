@@ -24,12 +24,9 @@ _SEED = 0  # the split is a property of the data set: held-out losses of differe
 class SourcePart:
     """One of the two parts of a source, which share no item and together are all of it.
 
-    Which items are held out is drawn by a keyed permutation, computed for one index at a time:
-    the first of its images that can be read are held out, the others are for training. It is a
-    function of the number of items and of which cannot be read, and of nothing in the run.
-
-    `held_out` is their number, whichever part this is: `share` of the items, in (0, 1), but at
-    least one item that can be read goes either way.
+    The first images of a keyed permutation that can be read are held out: a function of the number
+    of items and of which cannot be read, and of nothing in the run. `held_out` is their number,
+    whichever part this is: `share` of the items, but at least one readable item goes either way.
     """
 
     def __init__(self, source: Source, split: Split, share: float):
@@ -38,11 +35,10 @@ class SourcePart:
         usable = source.usable_rows if isinstance(source, IndexedSource) else None
         readable = len(source) if usable is None else int(np.count_nonzero(usable))
         if readable < 2:
-            of = "" if readable == len(source) else f", {readable} of which can be read,"
             raise SettingError(
                 HELD_OUT_SHARE,
-                f"a data set of {len(source)} items{of} has none to hold out; set it to 0 and name "
-                f"other data in {PATH_KEY['held_out']}",
+                f"a data set of {len(source)} items, {readable} of which can be read, has none to "
+                f"hold out; set it to 0 and name other data in {PATH_KEY['held_out']}",
             )
         self.source = source
         self.name = source.name
@@ -50,8 +46,7 @@ class SourcePart:
         self.share = share
         self.held_out = min(max(round(share * len(source)), 1), readable - 1)
         self._permutation = Permutation(_SEED, "held_out", len(source))
-        # Rows of the held-out items, and those that were passed over; both empty where all can be
-        # read, and the permutation alone says what is held out.
+        # Rows of the held-out items, and those passed over; empty where all items can be read.
         self._held_out: Int64[np.ndarray, " _"] = np.zeros(0, np.int64)
         self._passed_over = self._held_out
         missing = self.held_out if usable is not None and readable < len(source) else 0

@@ -7,7 +7,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,15 +21,15 @@ from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import composed, is_picture
-from torchtitan_flux.data.sources.parts import own_part, part_of
+from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SourceOptions, Split, UnreadableItem
 from torchtitan_flux.formatting import listed
 
 CUT = "lies beyond the end of its shard"
 UNCLEAR = "its key has several pictures or texts in the shard, and which belong together is unknown"
 
-_AGAIN = "keys that are repeated in their shard, each time with a picture of their own"
-_UNKNOWN = "pictures whose key has several pictures or texts, so that their captions are not known"
+_REPEATED = "keys that are repeated in their shard, each time with a picture of their own"
+_UNCLEAR = "pictures whose key has several pictures or texts, so that their captions are not known"
 _FURTHER = "further pictures of a sample (names of several suffixes) that are not read"
 _DOTTED = "members with a further dot in their names, where the key ends at the first"
 
@@ -44,7 +44,7 @@ class TarSource(IndexedSource):
     """The samples of local tar shards; ids are "<shard>/<key>", keys as in WebDataset.
 
     Shards come in the order of their names, or of the braces that spell them out; samples in the
-    order in which a shard first names them. The second sample of a key that a shard repeats is
+    order in which a shard first names them. The second sample of a repeated key is
     "<shard>/<key>#2".
 
     The path is a folder, a tar file or a pattern; `image_column` the suffix of pictures, "" for
@@ -54,16 +54,16 @@ class TarSource(IndexedSource):
     name = "webdataset"
 
     def __init__(self, split: Split, options: SourceOptions):
-        self.title = given = str(options.path)
+        self.title = path = str(options.path)
         self.options = options
-        self.place, names, nameless, self._refused = _files(given, options.index_folder)
+        self.place, (names, undecodable, self._refused) = _shards(path, options.index_folder)
         parts = {name: part_of(name) for name in names}
-        part, self.shared, names, left_out = own_part(parts, split, given, both=True)
-        self.left_out = left_out | {listing.NOT_UTF8: nameless}
+        part, self.shared, names, left_out = split_files(parts, split, path, both=True)
+        self.left_out = left_out | {listing.NOT_UTF8: undecodable}
         self._shards: list[str] = []
         for name in names:
             what = ""
-            with suppress(OSError):  # told of when the shard is read
+            with suppress(OSError):  # noted when the shard is read
                 what = listing.not_regular(self.place / name)
             if what:
                 self.left_out.setdefault(f"files left out, each is {what}", []).append(name)
@@ -71,7 +71,7 @@ class TarSource(IndexedSource):
                 self._shards.append(name)
         if not self._shards:
             why = "; ".join(text for text, names in self.left_out.items() if names)
-            raise ValueError(f"{given} holds no shard: {why}")
+            raise ValueError(f"{path} holds no shard: {why}")
         if compressed := [str(self.place / n) for n in self._shards if _COMPRESSED.search(n)]:
             raise ValueError(
                 f"{listed(compressed, 3)}: compressed tar files cannot be read at random: unpack "
@@ -79,8 +79,8 @@ class TarSource(IndexedSource):
             )
         # Relative, since folders are moved. A folder's own shards may change, a pattern may not.
         read_as = options.image_column, options.caption_column, options.captions_by_line
-        self.identity = json.dumps([*read_as, part, os.path.relpath(given, self.place)])
-        super().__init__(self.name, given, open_index(self, options.index_folder), options)
+        self.identity = json.dumps([*read_as, part, os.path.relpath(path, self.place)])
+        super().__init__(self.name, path, open_index(self, options.index_folder), options)
 
     def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
         return {shard: listing.stamp(self.place / shard) for shard in self._shards}
@@ -88,7 +88,7 @@ class TarSource(IndexedSource):
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
         foreign = []
         for path in (self.place / shard for shard in self._shards):
-            with suppress(OSError), path.open("rb") as file:  # told of when the shard is read
+            with suppress(OSError), path.open("rb") as file:  # noted when the shard is read
                 if (head := file.read(listing.HEAD)) and (what := listing.foreign_content(head)):
                     foreign.append(f"{path} {what}")
         if foreign:
@@ -104,8 +104,8 @@ class TarSource(IndexedSource):
         self._note_losses(writer, scans)
         if not writer.rows:
             why = [f"{note.text}: {', '.join(note.examples)}" for note in writer.notes.values()]
-            nothing = f"the {len(scans)} tar files of {self.title} hold no pictures"
-            raise ValueError("; ".join([nothing, *why]))
+            empty = f"the {len(scans)} tar files of {self.title} hold no pictures"
+            raise ValueError("; ".join([empty, *why]))
 
     def _note_losses(self, writer: IndexWriter, scans: list["ShardScan"]) -> None:
         """Note the shards that were not read to their end, and about how many samples that cost:
@@ -116,8 +116,8 @@ class TarSource(IndexedSource):
         for scan in scans:
             unread = scan.size - scan.end
             lost = unread / sample_bytes if unread > 0 < sample_bytes else usual - scan.samples
-            # Of a writer that was not closed, every member is there.
-            lost = 0 if scan.no_mark else max(round(lost), 1)
+            # Where only the mark of the end is missing, every member is there.
+            lost = 0 if scan.end == scan.size > 0 else max(round(lost), 1)
             if scan.refusal is not None:
                 writer.refused(self.place / scan.shard, scan.refusal, scan.refused_at, lost)
             elif scan.damage:
@@ -132,22 +132,15 @@ class TarSource(IndexedSource):
         return data
 
 
-def _files(
-    given: str, without: Path | None
-) -> tuple[Path, list[str], list[str], list[tuple[Path, OSError]]]:
-    """(folder, files in it that a path or a pattern names, folders of names that are not UTF-8,
-    folders that cannot be listed)."""
-    path, names, nameless, refused = Path(given), [], [], []
+def _shards(given: str, without: Path | None) -> tuple[Path, listing.Files]:
+    """(folder, files in it that a path or a pattern names)."""
+    path = Path(given)
     if path.is_dir():
-        for directory in listing.walk(path.absolute(), without):
-            names += directory.paths()
-            nameless += [directory.name or given] * directory.unnameable
-            if directory.error:
-                refused.append((path.absolute() / directory.name, directory.error))
-        names = [n for n in sorted(names) if n.lower().endswith(".tar") or _COMPRESSED.search(n)]
+        found = listing.files_below(path.absolute(), without)
+        names = [n for n in found.names if n.lower().endswith(".tar") or _COMPRESSED.search(n)]
         if not names:
             raise ValueError(f"{given} holds no .tar files")
-        return path.absolute(), names, nameless, refused
+        return path.absolute(), found._replace(names=sorted(names))
     files = [path] if path.exists() else listing.matches(given)
     if missing := [str(file) for file in files if not file.exists()]:
         remote = "; shards are read where they lie: download them" if "://" in given else ""
@@ -156,7 +149,8 @@ def _files(
         raise ValueError(f"no file matches {given}")
     files = [file.absolute() for file in files]
     place = Path(os.path.commonpath([file.parent for file in files]))
-    return place, [file.relative_to(place).as_posix() for file in files], [], []
+    names = [file.relative_to(place).as_posix() for file in files]
+    return place, listing.Files(names, [], [])
 
 
 @dataclass
@@ -188,38 +182,29 @@ class _Sample:
         return next((text for text in texts if text[0]), ((), why))
 
 
+@dataclass
 class ShardScan:
-    """Goes through one shard, header by header, and writes what it holds into an index.
+    """Goes through one shard, header by header, and writes what it holds into an index."""
 
-    Attributes:
-        samples: that were found.
-        size: bytes of the shard.
-        end: byte after the last member whose header could be read.
-        damage: what is wrong with the shard, "" when nothing is.
-        no_mark: nothing else is wrong with it than that the mark of its end is missing.
-        refusal: what the operating system said when the shard could not be opened or read.
-        refused_at: byte at which it could not be read; None when it could not be opened.
-    """
-
-    def __init__(
-        self, place: Path, shard: str, number: int, options: SourceOptions, writer: IndexWriter
-    ):
-        self.shard = shard
-        self.samples = self.end = self.size = 0
-        self.damage, self.no_mark = "", False
-        self.refusal: OSError | None = None
-        self.refused_at: int | None = None
-        self._path, self._number = place / shard, number
-        self._options, self._writer = options, writer
-        self._image = options.image_column.lower().removeprefix(".")
-        self._members: list[tuple[str, str, Any]] = []  # key, kind ("" for others), value
-        self._dotted: list[tuple[str, str]] = []  # key, file
-        self._others: dict[str, str] = {}  # key -> a suffix that is not read
+    place: Path
+    shard: str
+    number: int
+    options: SourceOptions
+    writer: IndexWriter
+    samples: int = 0  # that were found
+    size: int = 0  # bytes of the shard
+    end: int = 0  # byte after the last member whose header could be read
+    damage: str = ""
+    refusal: OSError | None = None  # why the system did not open or read the shard
+    refused_at: int | None = None  # byte at which it could not be read
+    members: list[tuple[str, str, Any]] = field(default_factory=list)  # key, kind, value
+    dotted: list[tuple[str, str]] = field(default_factory=list)  # key, file
+    others: dict[str, str] = field(default_factory=dict)  # key -> a suffix that is not read
 
     def run(self, progress: Callable[[int], object]) -> None:
-        """Go through the shard; `progress` is told of each member's bytes."""
+        """Go through the shard; `progress` is given each member's bytes."""
         try:
-            with self._path.open("rb") as file:
+            with (self.place / self.shard).open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 try:
                     self._read(file, progress)
@@ -234,7 +219,7 @@ class ShardScan:
         self._write()
 
     def _note(self, text: str, name: str, lost: int = 0) -> None:
-        self._writer.note(text, f"{self.shard}/{name}", lost=lost)
+        self.writer.note(text, f"{self.shard}/{name}", lost=lost)
 
     def _read(self, file: BinaryIO, progress: Callable[[int], object]) -> None:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -244,11 +229,10 @@ class ShardScan:
                     raise tarfile.ReadError(f"negative size at byte {member.offset}")
                 progress(min(tar.offset, self.size) - self.end)
                 self.end = tar.offset
-                self._take(tar, member)
-        # tarfile takes what is no header for the end, where zeros have to be, and asks no further.
+                self._add_member(tar, member)
+        # tarfile takes what is no header for the end, where zeros have to be, and looks no further.
         file.seek(self.end)
         mark = file.read(tarfile.BLOCKSIZE)
-        self.no_mark = self.end == self.size > 0
         if len(mark) < tarfile.BLOCKSIZE:
             self.damage = "ends without the mark that ends a tar file"
         elif any(mark):
@@ -257,48 +241,46 @@ class ShardScan:
             follows = f"{self.size - self.end} bytes follow the mark that ends a tar file"
             self.damage = f"{follows}, at byte {self.end}"
 
-    def _take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Take down a member that is of use."""
+    def _add_member(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         folder, _, file = member.name.rpartition("/")
         stem, dot, suffix = file.partition(".")
         suffix = suffix.lower()
         if not (stem and dot) or member.isdir():
             return
         key = os.path.join(folder, stem).removeprefix("./")
-        pictured = suffix == self._image if self._image else is_picture(file)
+        named = self.options.image_column.lower().removeprefix(".")
+        pictured = suffix == named if named else is_picture(file)
         kind, value = "", None
         if not listing.is_unicode(key):
             self._note("members whose names are not UTF-8", ascii(member.name), int(pictured))
             return
-        if "." in suffix and suffix != self._image:
+        if "." in suffix and suffix != named:
             if is_picture(file) or suffix.endswith(_TEXTS):
-                self._dotted.append((key, file))
+                self.dotted.append((key, file))
         elif not pictured and suffix not in _TEXTS:
-            self._others[key] = suffix
+            self.others[key] = suffix
         elif not member.isfile() or member.issparse():
             self._note("members that are links or sparse files", member.name, int(pictured))
         else:
-            cut = member.offset_data + member.size > self.size
-            content = None if cut else tar.extractfile(member)
+            at, length = member.offset_data, member.size
+            content = tar.extractfile(member) if at + length <= self.size else None
             if pictured:
                 kind = _PICTURE
                 width, height, reason = header_size(content) if content else (0, 0, CUT)
-                at, length = member.offset_data, member.size
-                value = Row(key, self._number, at, length, width, height, (), reason)
+                value = Row(key, self.number, at, length, width, height, (), reason)
             elif content:
                 kind = suffix
-                column, by_line = self._options.caption_column, self._options.captions_by_line
-                text = content.read(_TEXT_BYTES)
-                value = captions_of_file(text, f".{suffix}", column, by_line)
-        self._members.append((key, kind, value))
+                column, by_line = self.options.caption_column, self.options.captions_by_line
+                value = captions_of_file(content.read(_TEXT_BYTES), f".{suffix}", column, by_line)
+        self.members.append((key, kind, value))
 
     def _write(self) -> None:
         """Rows in the order in which the shard first names their samples, and what is odd."""
-        samples = _joined_spellings(_samples(self._members))
+        samples = _joined_spellings(_samples(self.members))
         pictured = {sample.key for sample in samples if sample.pictures()}
         issued: set[str] = set()
         for sample in samples:
-            captions, reason = sample.captions(bool(self._options.caption_column))
+            captions, reason = sample.captions(bool(self.options.caption_column))
             for row in sample.pictures():
                 name, number = row.item_id, 1
                 while name in issued or (number > 1 and name in pictured):
@@ -306,20 +288,19 @@ class ShardScan:
                     name = f"{row.item_id}#{number}"
                 issued.add(name)
                 if not sample.is_clear or number > 1:
-                    self._note(_AGAIN if sample.is_clear else _UNKNOWN, name)
+                    self._note(_REPEATED if sample.is_clear else _UNCLEAR, name)
                 why = row.reason if not reason or row.reason == CUT else reason
                 item_id = f"{self.shard}/{name}"
-                self._writer.add(row._replace(item_id=item_id, captions=captions, reason=why))
+                self.writer.add(row._replace(item_id=item_id, captions=captions, reason=why))
             if sample.key not in pictured:
-                other = self._others.get(sample.key)
+                other = self.others.get(sample.key)
                 what = f": .{other} is not read" if other else ""
                 self._note(f"samples without a picture{what}", sample.key)
         self.samples = len(issued)
-        for key, file in self._dotted:
+        for key, file in self.dotted:
             further = is_picture(file) and key in pictured
-            self._note(
-                _FURTHER if further else _DOTTED, file, int(is_picture(file) and not further)
-            )
+            lost = int(is_picture(file) and not further)
+            self._note(_FURTHER if further else _DOTTED, file, lost)
 
 
 def _samples(members: list[tuple[str, str, Any]]) -> list[_Sample]:
