@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not CARDS, reason="no NVIDIA card on this machine"),
 ]
-several = pytest.mark.skipif(CARDS < 2, reason="needs two cards")
 
 SMALL = (
     "--job.config_file", "train_configs/debug_model.toml", "--training.steps", "4",
@@ -111,20 +110,26 @@ def test_a_run_continues(plain, tmp_path, mode):
     assert {**first, **second} == pytest.approx(plain, rel=0.01)
 
 
+REPLICATED = ("--parallelism.data_parallel_replicate_degree", "2")
+TENSOR = ("--parallelism.tensor_parallel_degree", "2")
+CONTEXT = ("--parallelism.context_parallel_degree", "2")
+PIPELINE = ("--parallelism.pipeline_parallel_degree", "2")
 MESHES = {
-    "FSDP": (), "TP": ("--parallelism.tensor_parallel_degree", "2"),
-    "DDP": ("--parallelism.data_parallel_replicate_degree", "2"),
-    "CP": ("--parallelism.context_parallel_degree", "2"),
-    "PP": ("--parallelism.pipeline_parallel_degree", "2"),
+    "FSDP 2": (2, 2, ()), "DDP 2": (2, 2, REPLICATED), "TP 2": (2, 1, TENSOR),
+    "CP 2": (2, 1, CONTEXT), "PP 2": (2, 1, PIPELINE),
+    "HSDP 2x2 x CP 2": (8, 4, (*REPLICATED, *CONTEXT)), "PP 2 x FSDP 4": (8, 4, PIPELINE),
+    "FSDP 2 x CP 2 x TP 2": (8, 2, (*CONTEXT, *TENSOR)),
 }  # fmt: skip
+"""Cards, data ranks, overrides."""
 
 
-@several
 @pytest.mark.parametrize("mesh", MESHES)
-def test_two_cards_as_one(plain, tmp_path, mesh):
-    local = "8" if mesh in ("FSDP", "DDP") else "16"
-    found = losses(tmp_path, *MESHES[mesh], "--training.local_batch_size", local, ranks=2)
-    assert found == pytest.approx(plain, rel=0.02)
+def test_several_cards_as_one(plain, tmp_path, mesh):
+    cards, shares, more = MESHES[mesh]
+    if cards > CARDS:
+        pytest.skip(f"needs {cards} cards")
+    local = ("--training.local_batch_size", str(16 // shares))
+    assert losses(tmp_path, *more, *local, ranks=cards) == pytest.approx(plain, rel=0.02)
 
 
 PARITY = """
