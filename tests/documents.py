@@ -12,25 +12,20 @@ DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs"
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a bash block, its lines joined and its comment removed."""
-
     document: str
     text: str
 
     @property
     def environment(self) -> dict[str, str]:
         """What is assigned before the program."""
-        assigned = itertools.takewhile(_is_assignment, shlex.split(self.text, comments=True))
+        words = shlex.split(self.text, comments=True)
+        assigned = itertools.takewhile(re.compile(r"[A-Z_]+=").match, words)
         return dict(word.split("=", 1) for word in assigned)
 
     @property
     def words(self) -> list[str]:
         """The program and its arguments."""
         return shlex.split(self.text, comments=True)[len(self.environment) :]
-
-
-def _is_assignment(word: str) -> bool:
-    return re.match(r"[A-Z_]+=", word) is not None
 
 
 def read(document: str) -> str:

@@ -34,6 +34,13 @@ def _name_of(module: nn.Module, parameter: nn.Parameter) -> str:
     return next(name for name, p in module.named_parameters() if p is parameter)
 
 
+def data_dims(replicate: int, shard: int):
+    """Dimensions of a mesh without peers."""
+    from torchtitan_flux.parallel.dims import FluxParallelDims
+
+    return FluxParallelDims(replicate, shard, 1, 1, 1, 1, 1, replicate * shard)
+
+
 def model_inputs(
     args: FluxModelArgs, b: int, rows: int, cols: int, text: int, seed: int
 ) -> dict[str, Tensor]:

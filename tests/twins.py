@@ -1,16 +1,16 @@
 """One model, one batch, five steps: on one rank, and on many through `parallelize_flux`."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
+import pytest
 import torch
 import torch.distributed as dist
-from helpers import model_inputs, randomize
+from helpers import model_inputs, randomize, relative_l2
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,9 +62,8 @@ class Case:
 
     @property
     def args(self) -> FluxModelArgs:
-        double, single = self.blocks
-        return replace(FLAVORS["flux-tiny"], guidance_embed=self.guidance, depth=double,
-                       depth_single_blocks=single)  # fmt: skip
+        depths = {"depth": self.blocks[0], "depth_single_blocks": self.blocks[1]}
+        return replace(FLAVORS["flux-tiny"], guidance_embed=self.guidance, **depths)
 
     def model(self) -> FluxModel:
         """Whole, every parameter non-zero; matrices small enough that float32 keeps six digits."""
@@ -80,19 +79,17 @@ class Case:
     @property
     def alone(self) -> "Case":
         """The same on one rank, without anything that must not matter."""
-        return Case(guidance=self.guidance, batch=self.batch, rows=self.rows, cols=self.cols,
-                    text=self.text, dtype=self.dtype, seed=self.seed,
-                    blocks=self.blocks)  # fmt: skip
+        kept = ("guidance", "batch", "rows", "cols", "text", "dtype", "seed", "blocks")
+        return Case(**{name: getattr(self, name) for name in kept})
 
     def argv(self) -> list[str]:
         mode, *option = self.ac
+        local = self.batch // (self.replicate * self.shard) // self.microbatches
         keys: dict[str, Any] = {
             "job.config_file": "train_configs/debug_model.toml",
             "model.flavor": "flux-tiny" if self.blocks == (2, 2) else TWIN,
             "training.img_size": 64,
-            "training.local_batch_size": self.batch
-            // (self.replicate * self.shard)
-            // self.microbatches,
+            "training.local_batch_size": local,
             "training.mixed_precision_param": self.dtype,
             "debug.seed": 1,
             "parallelism.data_parallel_replicate_degree": self.replicate,
@@ -106,20 +103,21 @@ class Case:
         }
         if option:
             keys["activation_checkpoint.selective_ac_option"] = option[0]
-        return [word for key, value in keys.items() for word in (f"--{key}", str(value))] + [
-            *self.more
-        ]
+        return [*(word for k, v in keys.items() for word in (f"--{k}", str(v))), *self.more]
+
+
+def tiers(
+    cases: dict[str, Case], slow: tuple[str, ...] = (), long: tuple[str, ...] = ()
+) -> list[Any]:
+    """Parameters of a test, each in its tier."""
+    marks = {name: [pytest.mark.slow] for name in slow} | {n: [pytest.mark.long] for n in long}
+    return [pytest.param(case, id=name, marks=marks.get(name, [])) for name, case in cases.items()]
 
 
 @dataclass
 class Twin:
-    """What a step gave, on any rank.
-
-    Attributes:
-        loss, norm: of each of the steps; the norm before clipping.
-        grads: whole gradients of the first step, by canonical name.
-        weights: whole weights after the last.
-    """
+    """What the steps gave, on any rank: losses, norms before clipping, whole gradients of the
+    first step and whole weights after the last, by canonical name."""
 
     loss: list[float]
     norm: list[float]
@@ -136,54 +134,50 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
             assert torch.equal(whole(parameter), values[canonical_name(name)]), name
 
 
-def run_twin(case: Case, change: Callable[[nn.Module], Any] | None = None) -> Twin:
-    """Five clipped AdamW steps on a fixed batch, all parameters non-zero; called on every rank.
-
-    Args:
-        case: what to run.
-        change: a mutation of the parallelised model; may return a context manager.
-    """
+def build(case: Case) -> tuple[FluxParallelDims, Any, list[nn.Module]]:
+    """As the trainer does: the mesh, the pipeline or None, this rank's parts of the model."""
     FLAVORS[TWIN] = case.args  # a process of its own
     config = load_config(case.argv())
     dims = FluxParallelDims.of(config.parallelism, dist.get_world_size())
     with torch.device("meta"):
-        whole_model = FluxModel(case.args)
+        model = FluxModel(case.args)
+    pipeline = None
     if case.pp > 1:
         pipeline, models, *_ = pipeline_flux(
-            whole_model, dims, config, torch.device("cpu"), case.args, parallelize_flux
+            model, dims, config, torch.device("cpu"), case.args, parallelize_flux
         )
     else:
-        pipeline, models = None, [parallelize_flux(whole_model, dims, config)]
-    values = dict(case.model().named_parameters())
-    contexts = contextlib.ExitStack()
-    for model in models:
-        model.to_empty(device="cpu")
-        fill(model, values)
-        if change is not None and (context := change(model)) is not None:
-            contexts.enter_context(context)
+        models = [parallelize_flux(model, dims, config)]
+    for part in models:
+        part.to_empty(device="cpu")
+        fill(part, dict(case.model().named_parameters()))
+    return dims, pipeline, models
+
+
+def run_twin(case: Case) -> Twin:
+    """Five clipped AdamW steps on a fixed batch, all parameters non-zero; called on every rank."""
+    dims, pipeline, models = build(case)
     inputs, target = case.data()
     share = case.batch // dims.data_degree
     piece = share // case.microbatches
     elements = target[..., 0].numel()
 
-    def forward_backward(at: slice, last: bool) -> Tensor:
-        here = FluxInputs(**{name: x[at] for name, x in inputs.items()})
-        model = models[0] if pipeline is None else pipeline
-        return losses.forward_backward(model, here, target[at], elements, last).sum()
-
     def backward() -> Tensor:
         loss = torch.zeros(())
         for m in range(case.microbatches):
             begin = dims.data_rank * share + m * piece
-            loss += forward_backward(slice(begin, begin + piece), m == case.microbatches - 1)
+            at = slice(begin, begin + piece)
+            here = FluxInputs(**{name: x[at] for name, x in inputs.items()})
+            last = m == case.microbatches - 1
+            model = models[0] if pipeline is None else pipeline
+            loss += losses.forward_backward(model, here, target[at], elements, last).sum()
         if dims.data_group is not None:
             dist.all_reduce(loss, group=dims.data_group)
         return loss
 
-    with contexts:
-        pp_mesh = dims.get_optional_mesh("pp")
-        clip = functools.partial(clip_gradients, pp_mesh=pp_mesh)
-        return steps(models, backward, clip, case.steps, pp_mesh)
+    pp_mesh = dims.get_optional_mesh("pp")
+    clip = functools.partial(clip_gradients, pp_mesh=pp_mesh)
+    return steps(models, backward, clip, case.steps, pp_mesh)
 
 
 def bare_twin(case: Case) -> Twin:
@@ -207,10 +201,8 @@ def steps(
     count: int,
     pp_mesh: DeviceMesh | None = None,
 ) -> Twin:
-    """Take `count` optimizer steps; `backward` gives gradients, and the loss of the whole batch.
-
-    Each rank of `pp_mesh` has a part of the model, and gets what the others have.
-    """
+    """`backward` fills the gradients and returns the loss of the whole batch; each rank of
+    `pp_mesh` has a part of the model, and gets what the others have."""
     named = [(canonical_name(n), p) for model in models for n, p in model.named_parameters()]
     parameters = [p for _, p in named]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
@@ -242,9 +234,8 @@ def whole(tensor: Any) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far apart two twins are, as distributed.md defines it."""
+class Difference(NamedTuple):
+    """Largest relative differences of two twins, over steps and parameters."""
 
     loss: float
     grad: float
@@ -254,38 +245,31 @@ class Difference:
 
 
 def difference(one: Twin, other: Twin) -> Difference:
-    """Worst over steps and parameters; a parameter without gradient is a failure of the test."""
     errors = {}
     assert one.grads.keys() == other.grads.keys()
     for name, grad in one.grads.items():
         assert grad.abs().max() > 1e-6, f"{name} is not tested"
         errors[name] = float((other.grads[name] - grad).abs().max() / grad.abs().max())
-    where = max(errors, key=errors.__getitem__)
-    weights = max(
-        float((other.weights[n].double() - w.double()).norm() / w.double().norm())
-        for n, w in one.weights.items()
-    )
+    grad, where = max((error, name) for name, error in errors.items())
+    weights = max(relative_l2(other.weights[name], w) for name, w in one.weights.items())
 
     def relative(a: list[float], b: list[float]) -> float:
         return max(abs(y - x) / abs(x) for x, y in zip(a, b, strict=True))
 
     loss, norm = relative(one.loss, other.loss), relative(one.norm, other.norm)
-    return Difference(loss, errors[where], where, norm, weights)
+    return Difference(loss, grad, where, norm, weights)
 
 
-@functools.cache
-def reference(case: Case) -> Twin:
-    """What every mesh must come to; of a case on one rank (`Case.alone`)."""
-    return bare_twin(case)
+reference = functools.cache(bare_twin)
+"""What every mesh must come to; of a case on one rank (`Case.alone`)."""
 
 
 def assert_as_on_one_device(case: Case) -> None:
     """Every rank of the case's mesh has what the bare model has on one device."""
     for twin in run_ranks(case.ranks, run_twin, case):
         apart = difference(reference(case.alone), twin)
-        assert apart.loss <= 1e-6, apart
+        assert max(apart.loss, apart.norm) <= 1e-6, apart
         assert apart.grad <= 2e-6, apart
-        assert apart.norm <= 1e-6, apart
         assert apart.weights <= 2e-5, apart
 
 

@@ -6,6 +6,7 @@ as two roundings do.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchao.float8  # noqa: F401  (once, before ranks are forked)
-from helpers import model_inputs, nonzero_model, randomize, relative_l2
+from helpers import data_dims, model_inputs, nonzero_model, randomize, relative_l2
 from ranks import run_ranks
 from tiny_run import arguments, train
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -27,7 +28,6 @@ from torchtitan_flux.checkpoint.folder import step_folder
 from torchtitan_flux.checkpoint.storage import load_states, read_states
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import initial_rows
-from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import fill_initial_values
 from torchtitan_flux.parallel.low_precision_checks import FLOAT8
 from torchtitan_flux.parallel.parallelize import shard_model
@@ -44,7 +44,7 @@ KINDS = {
     "tensorwise": TENSORWISE, "rowwise": ROWWISE,
     "gathered in float8": GATHERED, "precomputed scales": PRECOMPUTED,
 }  # fmt: skip
-MESHES = {"1": (1, 1), "FSDP 2": (1, 2), "DDP 2": (2, 1), "HSDP 2x2": (2, 2)}
+MESHES = {"1": (1, 1), "FSDP 2": (1, 2), "DDP 2": (2, 1), "FSDP 4": (1, 4), "HSDP 2x2": (2, 2)}
 WEIGHT = "double_blocks.0.img_mlp.0.weight"
 
 
@@ -56,18 +56,16 @@ def config_of(argv: tuple[str, ...]) -> Any:
 def run(mesh: str, function: Callable[..., Any], argv: tuple[str, ...], *args: Any) -> list[Any]:
     """On the ranks of a mesh; the configuration is read once, before they are forked."""
     config_of(argv)
-    degree = MESHES[mesh][0] * MESHES[mesh][1]
-    return run_ranks(degree, function, MESHES[mesh], argv, *args)
+    return run_ranks(math.prod(MESHES[mesh]), function, MESHES[mesh], argv, *args)
 
 
 def built(mesh: tuple[int, int], argv: tuple[str, ...], meta: bool = False):
     """A model with random values (or on the meta device), converted and sharded as in a run."""
-    dims = FluxParallelDims(*mesh, 1, 1, 1, 1, 1, mesh[0] * mesh[1])
-    if meta:
-        with torch.device("meta"):
-            model = FluxModel(ARGS)
-    else:
-        model = nonzero_model(ARGS, seed=5)
+    dims = data_dims(*mesh)
+    with torch.device("meta" if meta else "cpu"):
+        model = FluxModel(ARGS)
+    if not meta:
+        randomize(model, seed=5)
     converters = build_model_converters(config_of(argv), dims)
     converters.convert(model)
     shard_model(model, dims.data_mesh, param_dtype=torch.float32)
@@ -157,7 +155,7 @@ def test_training_lowers_the_loss_as_full_precision_does_and_scales_follow_the_w
         assert result["losses"] == pytest.approx(one, rel=1e-6)
 
 
-def filled(mesh: tuple[int, int], argv: tuple[str, ...]) -> tuple[str, dict[str, torch.Tensor]]:
+def initial(mesh: tuple[int, int], argv: tuple[str, ...]) -> tuple[str, dict[str, torch.Tensor]]:
     model, _, _ = built(mesh, argv, meta=True)
     model.to_empty(device="cpu")
     fill_initial_values(model, seed=9)
@@ -166,10 +164,12 @@ def filled(mesh: tuple[int, int], argv: tuple[str, ...]) -> tuple[str, dict[str,
     return type(local.data).__name__, {name: p.full_tensor() for name, p in states.items()}
 
 
-@pytest.mark.parametrize("mesh", ["FSDP 2", "HSDP 2x2"])
-def test_initial_values_are_the_same_under_the_float8_all_gather(mesh):
-    for kind, values in run(mesh, filled, GATHERED):
-        assert kind == "WeightWithDynamicFloat8CastTensor"
+@pytest.mark.parametrize(("mesh", "argv"), [
+    *((mesh, OFF) for mesh in MESHES), ("FSDP 2", GATHERED), ("HSDP 2x2", GATHERED),
+])  # fmt: skip
+def test_initial_values_are_the_same_on_every_mesh(mesh, argv):
+    for kind, values in run(mesh, initial, argv):
+        assert kind == ("WeightWithDynamicFloat8CastTensor" if argv else "Tensor")
         assert set(values) == {name for name, _ in FluxModel(ARGS).named_parameters()}
         for name, value in values.items():
             shape = tuple(value.shape)

@@ -1,0 +1,122 @@
+"""Runs through the launcher, most on eight ranks: losses of one rank, checkpoints, pictures."""
+
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from torchtitan_flux.checkpoint.folder import step_folder, verify
+
+REPO = Path(__file__).resolve().parents[2]
+_compare = runpy.run_path(str(REPO / "scripts" / "loss_compare.py"))
+launch, read_losses, relative = (_compare[n] for n in ("launch", "read_losses", "relative"))
+STEPS, HALF, GLOBAL_BATCH = 6, 3, 8
+BASE = (
+    "--job.config_file", "train_configs/debug_model.toml",
+    "--model.flavor", "flux-tiny",
+    "--training.img_size", "64",
+    "--encoder.max_t5_encoding_len", "32",
+    "--training.global_batch_size", str(GLOBAL_BATCH),
+    "--training.local_batch_size", str(GLOBAL_BATCH),
+    "--training.steps", str(STEPS),
+    "--training.mixed_precision_param", "float32",
+    "--training.flip_prob", "0.5",
+    "--optimizer.lr", "8e-4",
+    "--lr_scheduler.warmup_steps", "2",
+    "--activation_checkpoint.mode", "none",
+    "--validation.no-enable",
+    "--debug.seed", "7",
+    "--metrics.log_freq", "1",
+    "--metrics.enable_tensorboard",
+    "--metrics.save_tb_folder", "tb",
+    "--checkpoint.interval", str(HALF),
+    "--checkpoint.no-last_save_model_only",
+)  # fmt: skip
+
+
+def mesh(*more: str, replicate: int = 1, shard: int = 1, **degrees: int) -> tuple[str, ...]:
+    """Overrides for a mesh; each data rank takes its share of the global batch."""
+    degrees = {"data_parallel_replicate": replicate, "data_parallel_shard": shard} | {
+        f"{name}_parallel": degree for name, degree in degrees.items()
+    }
+    words = [w for key, n in degrees.items() for w in (f"--parallelism.{key}_degree", str(n))]
+    local = GLOBAL_BATCH // (replicate * shard)
+    return (*words, "--training.local_batch_size", str(local), *more)
+
+
+SAVE = ("--checkpoint.enable",)
+TO_HALF = (*SAVE, "--training.steps", str(HALF))
+ASYNC = ("--checkpoint.async_mode", "async")
+VALIDATE = ("--validation.enable", "--validation.freq", str(HALF), "--validation.steps", "1",
+            "--validation.local_batch_size", "2")  # fmt: skip
+HSDP_CP = mesh(replicate=2, shard=2, context=2)
+FSDP_TP = mesh(shard=4, tensor=2)
+PIPELINE = mesh("--parallelism.pipeline_parallel_microbatch_size", "1", shard=4, pipeline=2)
+FLOAT8 = ("--model.converters", "quantize.linear.float8", "--quantize.linear.float8.emulate")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Starts into one dump folder, each (ranks, overrides); which checkpoints are there then."""
+
+    starts: tuple[tuple[int, tuple[str, ...]], ...]
+    saved: tuple[int, ...] = ()
+    tolerance: float = 1e-5
+    mark: str = "long"
+
+
+TABLE = {
+    "HSDP 2x2 x CP 2": Row(((8, (*HSDP_CP, *VALIDATE, *SAVE)),), (HALF, STEPS), mark="slow"),
+    "PP 2 x FSDP 4": Row(((8, PIPELINE),), mark="slow"),
+    "FSDP 4 x TP 2": Row(((8, FSDP_TP),)),
+    "FSDP 2 x CP 2 x TP 2": Row(((8, mesh(shard=2, context=2, tensor=2)),)),
+    "saved on FSDP 4 x TP 2, continued on HSDP 2x2 x CP 2": Row(
+        ((8, (*FSDP_TP, *TO_HALF)), (8, (*HSDP_CP, *SAVE))), (HALF, STEPS)),
+    "saved in the background, FSDP 2": Row(
+        ((2, (*mesh(shard=2), *TO_HALF, *ASYNC)), (2, (*mesh(shard=2), *SAVE, *ASYNC))),
+        (HALF, STEPS)),
+    "from a seed checkpoint, FSDP 2": Row(
+        ((1, (*SAVE, "--checkpoint.create_seed_checkpoint")), (2, (*mesh(shard=2), *SAVE))),
+        (0, HALF, STEPS)),
+    "compiled, FSDP 2": Row(((2, mesh("--compile.enable", shard=2)),), tolerance=1e-4),
+    "float8, emulated, FSDP 2": Row(((2, mesh(*FLOAT8, shard=2)),), tolerance=0.1),
+}  # fmt: skip
+
+
+def start(command: str, ranks: int, dump: Path, overrides: tuple[str, ...]) -> None:
+    words = [*BASE, "--job.dump_folder", str(dump), *overrides]
+    status, output = launch(command, ranks, words)
+    assert status == 0, output[-5000:]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict[int, float]:
+    dump = tmp_path_factory.mktemp("one")
+    start("train", 1, dump, ())
+    losses = read_losses(dump)
+    assert list(losses) == list(range(1, STEPS + 1))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(r, id=n, marks=getattr(pytest.mark, r.mark)) for n, r in TABLE.items()]
+)
+def test_a_mesh_has_the_losses_of_one_rank(row, one_rank, tmp_path):
+    for ranks, overrides in row.starts:
+        start("train", ranks, tmp_path, overrides)
+    losses = read_losses(tmp_path)
+    assert losses.keys() == one_rank.keys()
+    assert max(relative(one_rank[s], losses[s]) for s in losses) <= row.tolerance, losses
+    for step in row.saved:
+        manifest, problem = verify(step_folder(tmp_path / "checkpoint", step))
+        assert manifest is not None, problem
+    if row is TABLE["HSDP 2x2 x CP 2"]:
+        start("infer", 8, tmp_path, (
+            "--prompt", "a red circle", "--prompt", "a blue square", "--steps", "2"))  # fmt: skip
+        pictures = sorted((tmp_path / "inference_results").glob("*.png"))
+        assert len(pictures) == 2
+        for path in pictures:
+            with Image.open(path) as picture:
+                assert len(set(picture.convert("L").tobytes())) > 1, f"{path} is of one colour"
