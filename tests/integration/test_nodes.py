@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 SMALL = (
     *LATENT, "--training.local_batch_size", "1", "--training.dataloader.num_workers", "0",
     "--validation.no-enable", "--sampling.no-enable", "--metrics.log_freq", "1",
-    "--job.dump_folder", "outputs/nodes",
+    "--job.dump_folder", "outputs/nodes", "--checkpoint.enable",
 )  # fmt: skip
 START = f"CONFIG_FILE={REPO}/train_configs/debug_model.toml"
 SLURM = {
