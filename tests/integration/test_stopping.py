@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_flux.training.stopping import ONE_REQUEST
+
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -304,7 +306,7 @@ def test_a_second_signal_ends_all_ranks_at_once(tmp_path):
     os.kill(run.rank(1), signal.SIGSTOP)  # or the ranks would be gone too soon
     run.process.send_signal(signal.SIGTERM)
     run.until("a second signal ends them")
-    time.sleep(0.5)
+    time.sleep(ONE_REQUEST + 0.2)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGTERM)
     assert run.ended(5) == 1
