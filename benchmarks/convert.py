@@ -1,6 +1,6 @@
 """Memory and speed of a conversion, beside plain copying of the same bytes.
 
-python benchmarks/convert.py --size 4GB --folder /scratch
+python benchmarks/convert.py --size 4 --folder /scratch
 
 Synthetic bf16 weights of FLUX.1's width are written as a BFL file and converted, each time in a
 process of its own. Exit status 1 where the peak of anonymous memory passes 3 times the largest
@@ -22,7 +22,7 @@ import torch
 from peak_memory import PeakMemory
 
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
-from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter, parse_size, total_bytes
+from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter, total_bytes
 from torchtitan_flux.weights.architecture import to_metadata
 from torchtitan_flux.weights.convert import TargetFormat, convert
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries
@@ -36,9 +36,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Memory and speed of a conversion, beside plain copying of the same bytes."
     )
-    parser.add_argument("--size", default="4GB", help="of the weights, at least (4GB)")
+    parser.add_argument("--size", type=float, default=4.0, help="of the weights, GB, at least (4)")
     parser.add_argument("--folder", type=Path, required=True, help="scratch; tidied up afterwards")
-    parser.add_argument("--slack", default="1GB", help="allowed beside 3 largest tensors (1GB)")
+    parser.add_argument(
+        "--slack", type=float, default=1.0, help="GB allowed beside 3 largest tensors (1)"
+    )
     parser.add_argument("--to", nargs="+", default=["diffusers", "dcp"], help="formats")
     options = parser.parse_args()
     folder = options.folder / "convert-benchmark"
@@ -52,12 +54,12 @@ def main() -> int:
 def _measure(folder: Path, options: argparse.Namespace) -> int:
     """How many formats were out of the bound."""
     path = folder / "flux1-a.safetensors"
-    args, size, largest = _synthetic(path, parse_size(options.size))
+    args, size, largest = _synthetic(path, int(options.size * 1e9))
     blocks = f"{args.depth} + {args.depth_single_blocks} blocks of width {args.hidden_size}"
     print(f"{size / 1e9:.2f} GB, {blocks}; the largest tensor has {largest / 1e6:.0f} MB")
     copying = _copy_seconds(path, folder / "copy")
     print(f"copying: {size / copying / 1e6:.0f} MB/s")
-    bound, failed = 3 * largest + parse_size(options.slack), 0
+    bound, failed = 3 * largest + int(options.slack * 1e9), 0
     for format in map(str, options.to):
         results = multiprocessing.get_context("spawn").Queue()
         target = folder / NAMES.get(format, format)
@@ -93,7 +95,7 @@ def _synthetic(path: Path, at_least: int) -> tuple[FluxModelArgs, int, int]:
             break
         blocks += 1
     pool = torch.randint(0, 0x3F80, (2**24,), dtype=torch.int16).view(torch.bfloat16)
-    with TensorsWriter(path.parent, path.stem, specs, to_metadata(args)) as writer:
+    with TensorsWriter(path.parent, {path.name: specs}, to_metadata(args)) as writer:
         for i, (name, (_, shape)) in enumerate(specs.items()):
             count = torch.Size(shape).numel()
             values = pool.roll(i * 4099).repeat(-(-count // len(pool)))[:count]

@@ -77,7 +77,8 @@ def write(folder: Path, args: FluxModelArgs) -> None:
     """Random weights as a diffusers folder, tensor by tensor."""
     shapes = foreign_shapes(args, layout_entries("diffusers", args))
     specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    with TensorsWriter(folder, WEIGHTS_NAME, specs, {"format": "pt"}, 10**9) as writer:
+    name = f"{WEIGHTS_NAME}.safetensors"
+    with TensorsWriter(folder, {name: specs}, {"format": "pt"}) as writer:
         for name, shape in shapes.items():
             writer.write(name, torch.randn(shape))
     (folder / "config.json").write_text(json.dumps(to_diffusers_config(args)))

@@ -5,7 +5,7 @@ python scripts/compare_checkpoints.py flux1-dev.safetensors flux-mine
 Exit status: 0 bit-equal, 1 they differ, 2 one of them cannot be read.
 """
 
-from torchtitan_flux.weights.compare_command import main
+from torchtitan_flux.weights.compare import main
 
 if __name__ == "__main__":
     main()

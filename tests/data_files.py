@@ -1,24 +1,39 @@
 """Small pictures, tar shards and tables for the tests of `data`."""
 
 import io
+import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
+from torchtitan_flux.data.sources.index import Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.registry import build_source
-from torchtitan_flux.data.sources.source import SourceOptions, Split
+from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, UnreadableItem
 
 
-def png(shade: int = 0) -> bytes:
-    """A gray picture of 5 x 3 pixels."""
+def png(shade: int = 0, size: tuple[int, int] = (5, 3), format: str = "PNG") -> bytes:
+    """A gray picture."""
     file = io.BytesIO()
-    Image.new("L", (5, 3), shade).save(file, "PNG")
+    Image.new("L", size, shade).save(file, format)
     return file.getvalue()
+
+
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], depth=8, kind=0) -> bytes:
+    """A PNG of a header and some chunks; gray unless `kind` says 2 (RGB) or 6 (RGBA)."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, body in (header, *chunks, (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(name + body))
+        parts.append(struct.pack(">I", len(body)) + name + body + crc)
+    return b"".join(parts)
 
 
 def write_tar(
@@ -47,3 +62,48 @@ def indexed(name: str, path: Path | str, split: Split = "train", **options) -> I
     source = build_source(name, split, SourceOptions(path=str(path), **options))
     assert isinstance(source, IndexedSource)
     return source
+
+
+def refuses(name: str, path: object, message: str, split: Split = "train", **options) -> None:
+    """The data cannot be opened, and the message, which names the key, matches."""
+    key = "training" if split == "train" else "validation"
+    with pytest.raises(ValueError, match=rf"(?s)^(?={key}\.dataset|data\.).*{message}"):
+        build_source(name, split, SourceOptions(path=path and str(path), **options))
+
+
+def rows(source: IndexedSource) -> list[Row]:
+    return [source.index[i] for i in range(len(source))]
+
+
+def ids(source: Source) -> list[str]:
+    """Of items whose pictures can be opened."""
+    return [source[i].item_id for i in range(len(source))]
+
+
+def captions(source: IndexedSource) -> dict[str, tuple[str, ...] | str]:
+    """id -> captions, or why there are none."""
+    return {row.item_id: row.captions or row.reason for row in rows(source)}
+
+
+def notes(source: IndexedSource) -> dict[str, tuple[str, ...]]:
+    """What the index does not hold -> examples."""
+    return {note.text: note.examples for note in source.index.notes}
+
+
+def unreadable(source: Source, index: int) -> str:
+    """Why an item cannot be read."""
+    with pytest.raises(UnreadableItem) as caught:
+        source[index]
+    return caught.value.reason
+
+
+def refusing_scandir(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The operating system does not list a folder: root may list all."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)

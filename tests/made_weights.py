@@ -13,10 +13,12 @@ from helpers import nonzero_model
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.weights import architecture, to_bfl, to_diffusers
+from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
 
 ARGS = FluxModelArgs(
     in_channels=12,
@@ -73,7 +75,7 @@ def make(folder: Path, source: str, args: FluxModelArgs, states: dict[str, Tenso
 def save_checkpoint(folder: Path, args: FluxModelArgs, states: dict[str, Tensor]) -> Path:
     """A full checkpoint of ours as the manager leaves it, optimizer state included."""
     facts = RunFacts(5, 8, args.context_in_dim, args.vec_in_dim, args.in_channels)
-    writer = ManifestWriter(folder, 7, "full", facts, {}, replaces_damaged=False)
+    writer = ManifestWriter(folder, Manifest(7, "full", facts))
     optimizer = {f"optimizer.state.{n}.exp_avg": torch.zeros_like(t) for n, t in states.items()}
     dcp.save({**states, **optimizer}, storage_writer=writer, no_dist=True)
     return folder

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.weights import to_bfl, to_diffusers
+from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
 
 
 def transformer_config(args: FluxModelArgs) -> dict[str, object]:

@@ -3,11 +3,11 @@
 import io
 import json
 import math
-import struct
 import zlib
 from pathlib import Path
 
 import pytest
+from data_files import png_of
 from PIL import Image
 from ranks import run_ranks
 from tiny_run import Run, arguments, refusal, train, worst
@@ -25,18 +25,6 @@ def jpeg(index: int) -> tuple[bytes, str]:
     return buffer.getvalue(), item.captions[0]
 
 
-def bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels in a few bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
-
-
 @pytest.fixture(scope="module")
 def broken_set(tmp_path_factory) -> Path:
     """200 pictures in a folder; six are broken, each in another way."""
@@ -52,7 +40,10 @@ def broken_set(tmp_path_factory) -> Path:
             case 77:
                 data = b""
             case 101:
-                data, name = bomb(), "101.png"
+                data, name = (
+                    png_of(60_000, 60_000, (b"IDAT", zlib.compress(bytes(1000)))),
+                    "101.png",
+                )
             case 150:
                 caption = ""
             case 199:

@@ -134,7 +134,7 @@ def test_a_run_made_longer_goes_on_with_the_longer_schedule(tmp_path):
 
 
 LEFT_OUT = {
-    "model": "the weights are fresh ones",
+    "model": "the weights are initialised anew",
     "optimizer": "the optimizer's moments begin at zero",
     "lr_scheduler": "schedule begins again",
     "dataloader": "begin again at position 0",

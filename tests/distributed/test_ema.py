@@ -170,8 +170,8 @@ def test_the_average_is_exported_and_drawn(alone, tmp_path):
     """diffusers opens what `convert_checkpoint.py --ema` writes; another decay is refused."""
     from diffusers import FluxTransformer2DModel
 
-    from torchtitan_flux.weights import to_diffusers
     from torchtitan_flux.weights.convert_command import main, open_as
+    from torchtitan_flux.weights.key_maps import to_diffusers
 
     (_, averages), dump = alone
     checkpoint = dump / "checkpoint" / f"step-{STEPS}"

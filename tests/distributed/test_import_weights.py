@@ -37,7 +37,7 @@ from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.trainer import FluxTrainer
-from torchtitan_flux.weights import from_bfl, to_bfl
+from torchtitan_flux.weights.key_maps import from_bfl, to_bfl
 from torchtitan_flux.weights.load import import_weights
 from torchtitan_flux.weights.open import open_weights
 

@@ -25,7 +25,8 @@ from torchtitan_flux import infer
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.sampling.schedules import Schedule
-from torchtitan_flux.weights import export, to_diffusers
+from torchtitan_flux.weights import export
+from torchtitan_flux.weights.key_maps import to_diffusers
 
 ARGS = FLAVORS["flux-tiny"]
 EXPORT = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
@@ -108,11 +109,13 @@ def test_training_on_from_the_export_is_training_on_from_the_checkpoint(journey,
     assert abs(journey.first.losses[1] / one.losses[1] - 1) > 1e-3, "five steps were trained"
 
 
-def test_an_export_that_fails_loses_nothing_and_is_made_up_for(journey, tmp_path):
+def no_room(*_, **__) -> None:
+    raise OSError("no room")
+
+
+def test_an_export_that_fails_loses_nothing_and_is_made_up_for(journey, tmp_path, monkeypatch):
     """Started again, the run is finished: it reads no foreign weights, and writes the folder."""
-    blocked = tmp_path / "checkpoint/step-1-hf.partial"  # a file where the folder is made
-    blocked.parent.mkdir()
-    blocked.write_text("")
+    monkeypatch.setattr(export, "convert", no_room)
     in_bf16 = (*EXPORT, "--checkpoint.export_dtype", "bfloat16")
     failed = run(1, tmp_path, 1, *in_bf16)
     assert failed.error.startswith("CheckpointNotSaved")
@@ -120,7 +123,7 @@ def test_an_export_that_fails_loses_nothing_and_is_made_up_for(journey, tmp_path
         assert part in failed.error
     assert Manifest.read(tmp_path / "checkpoint/step-1").kind == "model"
 
-    blocked.unlink()
+    monkeypatch.undo()
     again = run(1, tmp_path, 1, *beginning(journey.original), *in_bf16)
     assert (again.error, again.losses) == ("", {})
     assert "checkpoint.initial_load_path is not read" in again.log

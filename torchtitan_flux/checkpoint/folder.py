@@ -30,8 +30,7 @@ class Choice:
     """What `choose_checkpoint` found.
 
     Attributes:
-        folder: the checkpoint to load; None where there is none that is good.
-        manifest: its manifest.
+        folder, manifest: of the checkpoint to load; None where none is good.
         damaged: why newer ones, or all, were passed over, by step; newest first.
     """
 
@@ -108,12 +107,9 @@ def complete_steps(folder: Path) -> dict[int, Manifest]:
 
 
 def stale_steps(folder: Path, keep: int, damaged: set[int]) -> list[int]:
-    """Complete checkpoints beyond the `keep` newest; those of known damage count for nothing.
+    """Complete checkpoints beyond the `keep` newest good ones; 0 keeps all.
 
-    Args:
-        folder: the run's checkpoints.
-        keep: how many good ones stay; 0 keeps all.
-        damaged: steps known to be damaged although all their files are there.
+    `damaged` are steps known to be so although all their files are there; they are not counted.
     """
     good = [step for step in complete_steps(folder) if step not in damaged]  # newest first
     return good[keep:] if keep else []
@@ -123,35 +119,28 @@ def clear_leftovers(folder: Path) -> list[str]:
     """Tidy up after a killed run: what it left half-written or half-deleted goes.
 
     One that was complete but for its name gets it. Only for the one process that holds the run's
-    folder.
-
-    Returns:
-        what was done, a line for each.
+    folder. Returns what was done, a line for each.
     """
-    paths = [path for path in (folder.iterdir() if folder.is_dir() else ())]
     done = []
-    for path in sorted(path for path in paths if LEFTOVERS.fullmatch(path.name)):
+    for path in sorted(folder.glob("step-*.*")):
+        if not LEFTOVERS.fullmatch(path.name):
+            continue
         named = path.with_name(path.stem)
         manifest, _ = _read(path)
         complete = manifest is not None and f"step-{manifest.step}" == path.stem
         if complete and path.suffix == ".partial" and not named.exists():
             path.rename(named)
             done.append(f"{named} was complete but for its name")
-        else:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-            done.append(f"Removed {path}, which a killed run left unfinished")
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        done.append(f"Removed {path}, which a killed run left unfinished")
     return done
 
 
 def make_room(checkpoint: Path, damaged: bool) -> None:
     """Let a new checkpoint have this name: a good one goes, a damaged one is set aside.
 
-    Args:
-        checkpoint: the name.
-        damaged: what has it is known to be damaged, also where all its files are there.
+    `damaged` says that it is known to be so, also where all its files are there.
     """
     if checkpoint.exists():
         good = not damaged and _read(checkpoint)[0] is not None
@@ -184,11 +173,7 @@ def _read(checkpoint: Path) -> tuple[Manifest | None, str]:
 
 
 def agree(find: Callable[[], T]) -> T:
-    """What rank 0 finds, told to every rank.
-
-    Raises:
-        OSError: on every rank, when rank 0 met one.
-    """
+    """What rank 0 finds, on every rank; so is an OSError that it raises."""
     if not dist.is_initialized():
         return find()
     box: list[Any] = [None, None]

@@ -5,7 +5,6 @@ read without unpickling anything.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import xxhash
 
 from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
-from torchtitan_flux.files import sync_folder
+from torchtitan_flux.files import replacing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -50,28 +49,18 @@ class Manifest:
     step: int
     kind: Kind
     facts: RunFacts
-    created: float
-    files: dict[str, FileFacts]
+    created: float = 0.0
+    files: dict[str, FileFacts] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Put the manifest into a folder, durably and at once."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
-        temporary = folder / f".{MANIFEST}.tmp"
-        with temporary.open("w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / MANIFEST)
-        sync_folder(folder)
+        with replacing(folder / MANIFEST) as unfinished:
+            unfinished.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of a checkpoint folder.
-
-        Raises:
-            Damaged: there is none, or it cannot be understood.
-        """
+        """The manifest of a checkpoint folder; Damaged where there is none that is understood."""
         try:
             content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         except (FileNotFoundError, NotADirectoryError):

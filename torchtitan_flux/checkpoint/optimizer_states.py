@@ -15,22 +15,18 @@ from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 
 PART_LEFT_OUT = {
-    "model": "the weights are fresh ones, as a new run begins with; leave out optimizer too where "
-    "its moments are not to be those of the weights in the checkpoint",
+    "model": "the weights are initialised anew, while the optimizer keeps its moments unless it "
+    "is left out too",
     "optimizer": "the optimizer's moments begin at zero",
     "lr_scheduler": "the learning rate's schedule begins again, warm-up included",
-    "dataloader": "the data begin again at position 0, with the samples, times and noise that the "
-    "first steps had",
+    "dataloader": "the data begin again at position 0, with the samples, times and noise of the "
+    "first steps",
 }
 """Parts of a checkpoint that a run can go on without -> what that means."""
 
 
 class OptimizerStates(Stateful):
-    """Saves all of a torchtitan optimizer; loads its moments and counts, and keeps its settings.
-
-    Args:
-        optimizers: as built from the configuration.
-    """
+    """Saves all of a torchtitan optimizer; loads its moments and counts, and keeps its settings."""
 
     def __init__(self, optimizers: OptimizersContainer):
         self._optimizers = optimizers
@@ -49,11 +45,7 @@ class OptimizerStates(Stateful):
 
 
 class ScheduleState(Stateful):
-    """Saves all of torchtitan's schedules; loads how many steps were taken, no rates.
-
-    Args:
-        schedulers: as built from the configuration.
-    """
+    """Saves all of torchtitan's schedules; loads how many steps were taken, no rates."""
 
     def __init__(self, schedulers: LRSchedulersContainer):
         self._schedulers = schedulers

@@ -34,10 +34,7 @@ class RunFacts:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "RunFacts":
-        """From a dictionary that holds at least these; KeyError where one is missing.
-
-        What may be None may be missing too.
-        """
+        """From a dictionary; KeyError where one is missing that may not be None."""
         given: dict[str, Any] = {}
         for one in fields(cls):
             value = state.get(one.name) if one.default is None else state[one.name]

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import (
-    DefaultLoadPlanner,
-    _EmptyStateDictLoadPlanner,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from torchtitan_flux.checkpoint.folder import make_room
-from torchtitan_flux.checkpoint.manifest import (
-    FileFacts,
-    Kind,
-    Manifest,
-    file_facts,
-)
-from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
+from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest, file_facts
 from torchtitan_flux.files import DiskFull, disk_full, sync_folder
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
@@ -40,6 +31,11 @@ EMA_PREFIX = "ema."
 """Before the decay of an average: ema.0.999.img_in.weight."""
 NOT_MODEL = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", EMA_PREFIX)
 """Prefixes of the entries of a checkpoint that are not weights."""
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return folder.with_name(f"{folder.name}.partial")
 
 
 class Written(list[WriteResult]):
@@ -52,30 +48,18 @@ class ManifestWriter(FileSystemWriter):
     """Writes `<folder>.partial`; the coordinator adds the manifest and gives it its name.
 
     DCP calls `finish` on one rank, after every rank has written: a checkpoint has its name only
-    when all of it is on the disk. The facts of the files travel the way of DCP's own results, so
-    no communication is added, and it works in the background as in the foreground.
+    when all of it is on the disk. The facts of the files travel with DCP's own results.
 
     Args:
         folder: what the checkpoint will be called.
-        step, kind, facts, settings: for the manifest.
+        manifest: but for its files.
         replaces_damaged: one that lies there is known to be damaged, and set aside.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        kind: Kind,
-        facts: RunFacts,
-        settings: Settings,
-        replaces_damaged: bool,
-    ):
+    def __init__(self, folder: Path, manifest: Manifest, replaces_damaged: bool = False):
         super().__init__(partial_of(folder))
         self.folder = folder
-        self.step = step
-        self.kind: Kind = kind
-        self.facts = facts
-        self.settings = settings
+        self.manifest = manifest
         self.replaces_damaged = replaces_damaged
         self.checksum_seconds = 0.0
         """Time this rank spent on checksums."""
@@ -121,17 +105,10 @@ class ManifestWriter(FileSystemWriter):
             for of_rank in results:
                 assert isinstance(of_rank, Written)
                 files |= of_rank.files
-            Manifest(self.step, self.kind, self.facts, time.time(), files, self.settings).write(
-                folder
-            )
+            replace(self.manifest, created=time.time(), files=files).write(folder)
             make_room(self.folder, self.replaces_damaged)
             folder.rename(self.folder)
             sync_folder(self.folder.parent)
-
-
-def partial_of(folder: Path) -> Path:
-    """Where a checkpoint lies while it is written."""
-    return folder.with_name(f"{folder.name}.partial")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -199,10 +176,7 @@ class _SafePlanner(DefaultLoadPlanner):
 def load_states(states: dict[str, Any], model_keys: set[str], folder: Path) -> None:
     """Fill `states` from a checkpoint, in place; collective.
 
-    Args:
-        states: weights by name, and whatever else is wanted; a pipeline rank wants its own.
-        model_keys: which of them are weights.
-        folder: the checkpoint.
+    `model_keys` says which of them are weights; a pipeline rank has its own.
 
     Raises:
         KeyMismatch: the checkpoint's weights are not exactly those of all ranks; names each one.
@@ -244,23 +218,18 @@ def causes_of(error: CheckpointException) -> str:
         kind = "" if isinstance(cause, DiskFull) else f"{type(cause).__name__}: "
         ranks.setdefault(f"{kind}{cause}", []).append(str(rank))
     return "; ".join(
-        f"rank{'s' if len(of) > 1 else ''} {', '.join(of)}: {said}" for said, of in ranks.items()
+        f"rank{'s' if len(of) > 1 else ''} {', '.join(of)}: {cause}" for cause, of in ranks.items()
     )
 
 
 def read_states(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint by its flat name, in the memory of this process alone."""
-    states: dict[str, Any] = {}
-    _load_state_dict(
-        states, storage_reader=SafeReader(folder), planner=_WholePlanner(), no_dist=True
-    )
+    reader = SafeReader(folder)
+    states: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(states, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
     return states
-
-
-class _WholePlanner(_SafePlanner, _EmptyStateDictLoadPlanner):
-    """Loads what is there; names stay flat."""
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, *args: Any, **more: Any):
-        assert metadata is not None
-        metadata.planner_data = None  # the nesting that the flat names came from
-        super().set_up_planner(state_dict, metadata, *args, **more)

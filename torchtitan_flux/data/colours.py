@@ -8,29 +8,17 @@ from PIL import Image, ImageCms
 
 WHITE = (255, 255, 255)
 
-_NEARLY_BLACK = 16
-"""Of 255: what stays below when 12 bits are taken for 16."""
-
-_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
-"""Mode -> colour space of profiles for it."""
-
+_NEARLY_BLACK = 16  # of 255: what stays below when 12 bits are taken for 16
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # mode -> colour space of its profiles
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 def to_mode(image: Image.Image, mode: str, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """An image of any mode as "L" or "RGB".
 
-    Gray of 16 bits keeps its upper 8. Floats are 0 to 1 or, if any is above 1, 0 to 255. What
-    would come out nearly black is refused: it has fewer bits than its file says.
-
-    Args:
-        image: decoded.
-        mode: "L" or "RGB".
-        background: red, green and blue behind what is transparent.
-
-    Raises:
-        ValueError: floats that are not finite or outside 0 to 255, gray outside 0 to 65535, either
-            of them nearly black, or a mode unknown to PIL.
+    Gray of 16 bits keeps its upper 8. Floats are 0 to 1 or, if any is above 1, 0 to 255. Others
+    are a ValueError, and so is what would come out nearly black: it has fewer bits than its file
+    says. `background` is the red, green and blue behind what is transparent.
     """
     clear = image.info.get("transparency")
     if clear is None and image.mode == mode:

@@ -22,11 +22,8 @@ _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>|0x[0-9a-fA-F]{6,}")
 def open_image(data: bytes, item_id: str, max_pixels: int) -> Image.Image:
     """The picture that an image file holds; only its header is read here.
 
-    Pixels are decoded by whoever uses them, within `damage_is_unreadable`. Of an animation, PIL
-    shows the first frame.
-
-    Raises:
-        UnreadableItem: no image, or one of more than `max_pixels` pixels.
+    Pixels are decoded by whoever uses them, within `damage_is_unreadable`. UnreadableItem for no
+    image, or one of more than `max_pixels` pixels.
     """
     with damage_is_unreadable(item_id):
         image = _opened(io.BytesIO(data), item_id)
@@ -40,12 +37,9 @@ def open_image(data: bytes, item_id: str, max_pixels: int) -> Image.Image:
 def header_size(file: IO[bytes] | io.BufferedIOBase) -> tuple[int, int, str]:
     """(width, height) in pixels of an image as it is meant to be seen, and what is wrong with it.
 
-    Only the header of the file is looked at. Pictures that their EXIF data turn by a quarter have
-    width and height exchanged. Where no image is found, these are 0 and the third is `open_image`'s
-    reason; else that is "".
-
-    Raises:
-        OSError: the operating system refuses to read the file.
+    Only the header is looked at. Pictures that their EXIF data turn by a quarter have width and
+    height exchanged; where no image is found, these are 0. OSError where the operating system
+    refuses to read the file.
     """
     try:
         with damage_is_unreadable(""), warnings.catch_warnings():
@@ -87,11 +81,9 @@ def _opened(file: IO[bytes] | io.BufferedIOBase, item_id: str) -> Image.Image:
 
 @contextmanager
 def damage_is_unreadable(item_id: str) -> Iterator[None]:
-    """Files are decoded lazily: whatever PIL raises meanwhile means that the item is damaged.
+    """Whatever PIL raises meanwhile means that the item is damaged: it may be almost anything.
 
-    Damaged files make PIL raise almost anything (IndexError, struct.error, TypeError, MemoryError
-    for a header that lies, ...), so no list of exceptions would be complete. The reason is the
-    same on every rank: one line, short, and without addresses.
+    The reason is the same on every rank: one line, short, and without addresses.
     """
     try:
         yield

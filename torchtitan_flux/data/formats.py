@@ -9,25 +9,22 @@ from PIL import Image, features
 # How much is decoded is data.max_image_pixels, for all pictures alike.
 Image.MAX_IMAGE_PIXELS = None
 
+# Tried first, in this order.
 _COMMON = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "BMP", "PPM")
-"""Tried first, in this order."""
-
 _REFUSED = {
     "EPS",  # starts Ghostscript
     "IPTC",  # opens what it holds as whatever that may be, EPS too
     *("BUFR", "GRIB", "HDF5", "WMF", "MPEG"),  # recognised, but not decoded
 }
 
+# Formats that Pillow knows, but decodes only if it was built with a library.
 _COMPILED_IN = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
-"""Formats that Pillow knows, but decodes only if it was built with a library."""
 
-_PLUG_INS = {
+_PLUG_INS = {  # format -> (package, suffixes)
     "HEIF": ("pillow-heif", (".heic", ".heif", ".hif")),
     "AVIF": ("pillow-avif-plugin", (".avif",)),
     "JXL": ("pillow-jxl-plugin", (".jxl",)),
 }
-"""Formats of optional packages: format -> (package, suffixes)."""
-
 _BRANDS = {"avif": "AVIF", "avis": "AVIF"} | {
     brand: "HEIF" for brand in ("heic", "heix", "hevc", "heim", "heis", "mif1", "msf1")
 }
@@ -58,13 +55,8 @@ def _is_decoded(name: str) -> bool:
     return name not in _REFUSED and (library is None or bool(features.check(library)))
 
 
-def _suffixes() -> frozenset[str]:
-    known = {*formats(), "MPO"}  # which JPEG's decoder opens
-    extensions = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in extensions.items() if name in known)
-
-
-IMAGE_SUFFIXES = _suffixes()
+_KNOWN = {*formats(), "MPO"}  # which JPEG's decoder opens; plug-ins are registered by now
+IMAGE_SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in _KNOWN)
 """Of files that are taken for pictures: lower case, with the dot."""
 
 

@@ -123,6 +123,7 @@ def names_of(config: FluxJobConfig, weights: Path, own: bool) -> dict[str, str]:
         "clip": encoder.clip_encoder,
         "autoencoder": encoder.autoencoder_path,
         "checkpoint" if own else "weights": str(weights),
+        **({"step": weights.name.removeprefix("step-")} if own else {}),
     }
 
 

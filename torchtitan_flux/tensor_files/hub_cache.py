@@ -5,12 +5,12 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.paths import absence
 from torchtitan_flux.tensor_files.safetensors_file import (
     PICKLES,
     SAFETENSORS,
     UnreadableWeights,
-    listed,
 )
 
 _CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")

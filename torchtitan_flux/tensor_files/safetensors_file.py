@@ -1,20 +1,19 @@
 """Reading a safetensors file of somebody else: checked against its own length, then mapped.
 
-The header is read here and not by the safetensors library: every claim in it is compared with the
-file before anything is allocated, and a part of a tensor costs the pages it lies on, no more.
+The safetensors library checks the header. Its tensors are not used: they lie on a private mapping,
+which has to fit into memory and swap, and whose pages stay until the whole file is closed.
 """
 
 import json
-import math
 import mmap
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchtitan_flux.paths import absence
@@ -22,110 +21,76 @@ from torchtitan_flux.tensor_files.element_types import DTYPES
 from torchtitan_flux.tensor_files.file_kinds import other_kind
 from torchtitan_flux.tensor_files.quantized import PACKED
 
-_LENGTH = 8  # bytes of the header's length, little endian
-_LONGEST_HEADER = 100_000_000  # the format's own limit
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAFETENSORS = (".safetensors", ".sft")
 """Suffixes of the format."""
-_PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 class UnreadableWeights(ValueError):
     """Weights that are not what they claim, or of a kind that is not read; says what to do."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int  # bytes from the start of the data
-    end: int
-
-
 class TensorsFile:
-    """One safetensors file, opened and found consistent.
+    """One safetensors file: its tensors' `dtypes` and `shapes` by name, and its `metadata`."""
 
-    Attributes:
-        path: where it is.
-        dtypes, shapes: of its tensors, by name, in the order of the file.
-        metadata: the strings that its header holds beside them.
-    """
-
-    def __init__(
-        self, path: Path, places: dict[str, _Place], metadata: dict[str, str], data_begin: int
-    ) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], data_begin: int) -> None:
         self.path = path
-        self.metadata = metadata
-        self._places = places
-        self._data_begin = data_begin
-        self.dtypes = {name: place.dtype for name, place in places.items()}
-        self.shapes = {name: place.shape for name, place in places.items()}
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.dtypes = {name: _dtype(path, name, entry["dtype"]) for name, entry in header.items()}
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self._places = {
+            name: tuple(data_begin + offset for offset in entry["data_offsets"])
+            for name, entry in header.items()
+        }
 
     @classmethod
     def open(cls, path: str | Path) -> "TensorsFile":
         """Read the header and check it; the data stay on the disk.
 
-        Raises:
-            UnreadableWeights: it is not there, a pickle or another format, or its header and its
-                length contradict each other; names the file and, where one is at fault, the tensor.
-            OSError: it cannot be opened.
+        Raises UnreadableWeights where it is not there, of another format, cut off or damaged.
         """
         path = Path(path)
         refuse_pickle(path)
         if not path.is_file():  # a named pipe would be waited for
             what = "is no file" if path.exists() else absence(path)
             raise UnreadableWeights(f"{path} {what}")
-        size = path.stat().st_size
+        try:
+            with safe_open(path, framework="np"):  # maps it read-only
+                pass
+        except SafetensorError as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            kind = other_kind(path) or (
+                f"is no safetensors file, or was cut off or damaged ({reason}); get it again"
+            )
+            raise UnreadableWeights(f"{path} {kind}") from None
         with path.open("rb") as file:
-            begin = file.read(_LENGTH)
-            length = int.from_bytes(begin, "little")
-            if len(begin) < _LENGTH or length > min(size - _LENGTH, _LONGEST_HEADER):
-                if kind := other_kind(path):
-                    raise UnreadableWeights(f"{path} {kind}")
-                if len(begin) < _LENGTH:
-                    raise UnreadableWeights(
-                        f"{path} is too short for a safetensors file ({size} bytes); get it again"
-                    )
-                raise UnreadableWeights(
-                    f"{path} is no safetensors file, or was cut off: its header would have "
-                    f"{length} bytes, the file has {size}; get it again"
-                )
-            header = _parse(path, file.read(length))
-        metadata = header.pop("__metadata__", {})
-        if not _is_strings(metadata):
-            raise UnreadableWeights(f"{path}: __metadata__ in its header is no table of strings")
-        places = {name: _place(path, name, entry) for name, entry in header.items()}
-        data = size - _LENGTH - length
-        _check_cover(path, places, data)
-        return cls(path, places, metadata, _LENGTH + length)
+            length = int.from_bytes(file.read(8), "little")
+            return cls(path, json.loads(file.read(length)), 8 + length)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that lies on the file's pages: whatever is not touched is not read.
 
-        Not to be written to: that ends the process. Copy what is kept, then `release` what was
-        read.
+        Writing to it ends the process. Copy what is kept, then `release` what was read.
         """
-        place = self._places[name]
-        if place.begin == place.end:
-            return torch.empty(place.shape, dtype=place.dtype)
-        start = self._data_begin + place.begin
-        raw = self._bytes[start : self._data_begin + place.end]
-        if start % place.dtype.itemsize:  # a header of odd length: only foreign writers do that
+        dtype, shape, (begin, end) = self.dtypes[name], self.shapes[name], self._places[name]
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        raw = self._bytes[begin:end]
+        if begin % dtype.itemsize:  # a header of odd length: only foreign writers do that
             raw = raw.clone()
-        return raw.view(place.dtype).view(place.shape)
+        return raw.view(dtype).view(shape)
 
     def release(self, name: str) -> None:
         """Let go of the pages of a tensor; they can be read again."""
-        place = self._places[name]
-        begin = -(-(self._data_begin + place.begin) // _PAGE) * _PAGE
-        end = (self._data_begin + place.end) // _PAGE * _PAGE
+        page = mmap.ALLOCATIONGRANULARITY
+        begin, end = self._places[name]
+        begin, end = -(-begin // page) * page, end // page * page
         if end > begin:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     @cached_property
     def _map(self) -> mmap.mmap:
         with self.path.open("rb") as file:
-            # a private copy (ACCESS_COPY) would have to fit into memory and swap
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
@@ -135,6 +100,19 @@ class TensorsFile:
             return torch.frombuffer(self._map, dtype=torch.uint8)
 
 
+def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
+    if stored in PACKED:
+        raise UnreadableWeights(
+            f"{path} holds weights of 4 or 6 bits (NVFP4, MXFP4 or MXFP6: {name} has type "
+            f"{stored}), which are not read; give the file that it was made from"
+        )
+    if stored not in DTYPES:
+        raise UnreadableWeights(
+            f"{path}: {name} has element type {stored}; read are {', '.join(DTYPES)}"
+        )
+    return DTYPES[stored]
+
+
 def refuse_pickle(path: Path) -> None:
     """Raise UnreadableWeights for a file name that stands for a pickle."""
     if path.suffix.lower() in PICKLES:
@@ -142,90 +120,6 @@ def refuse_pickle(path: Path) -> None:
             f"{path} is a pickle by its name, and unpickling runs whatever code is in it; give a "
             "safetensors file (where the pickle is trusted: safetensors.torch.save_file writes one)"
         )
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise UnreadableWeights(f"{path}: its header holds {name} twice")
-            found[name] = value
-        return found
-
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except UnreadableWeights:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UnreadableWeights(
-            f"{path} is no safetensors file: its header is not JSON ({error}); get it again"
-        ) from None
-    if not isinstance(header, dict):
-        raise UnreadableWeights(f"{path} is no safetensors file: its header is no JSON object")
-    return header
-
-
-def _place(path: Path, name: str, entry: Any) -> _Place:
-    where = f"{path}: tensor {name}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UnreadableWeights(f"{where} is not described by dtype, shape and data_offsets")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None and entry["dtype"] in PACKED:
-        raise UnreadableWeights(
-            f"{path} holds weights of 4 or 6 bits (NVFP4, MXFP4 or MXFP6: {name} has type "
-            f"{entry['dtype']}), which are not read; give the file that it was made from"
-        )
-    if dtype is None:
-        raise UnreadableWeights(
-            f"{where} has the unknown element type {entry['dtype']!r}; known are "
-            f"{', '.join(DTYPES)}"
-        )
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _is_sizes(shape):
-        raise UnreadableWeights(f"{where} has no usable shape: {shape!r}")
-    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise UnreadableWeights(f"{where} has no usable data_offsets: {offsets!r}")
-    needed = math.prod(shape) * dtype.itemsize
-    if needed != offsets[1] - offsets[0]:
-        raise UnreadableWeights(
-            f"{where} of shape {tuple(shape)} and type {entry['dtype']} needs {needed} bytes, its "
-            f"data_offsets hold {offsets[1] - offsets[0]}"
-        )
-    return _Place(dtype, tuple(shape), *offsets)
-
-
-def _check_cover(path: Path, places: dict[str, _Place], data: int) -> None:
-    """Tensors must fill the data from its first byte to its last, each byte once."""
-    position, before = 0, "the header"
-    for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if place.end > data:
-            raise UnreadableWeights(
-                f"{path} was cut off: tensor {name} ends at byte {place.end} of the data, the file "
-                f"holds {data}; get it again"
-            )
-        if place.begin != position:
-            fault = "overlaps" if place.begin < position else "leaves a hole after"
-            raise UnreadableWeights(
-                f"{path}: tensor {name} {fault} {before} (it begins at byte {place.begin} of the "
-                f"data, expected is {position})"
-            )
-        position, before = place.end, name
-    if position != data:
-        raise UnreadableWeights(
-            f"{path} holds {data - position} bytes after its last tensor; it is damaged or no "
-            "safetensors file"
-        )
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
-    )
-
-
-def _is_strings(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -239,22 +133,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file beside the index that holds it.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """The inverse of `read_json`, indented as diffusers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    Raises:
-        UnreadableWeights: it is no such table, or names files elsewhere.
-    """
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that holds it; UnreadableWeights."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in table.values()
     ):
         raise UnreadableWeights(f"{index}: its weight_map is no table of file names")
     return table
-
-
-def listed(names: Iterable[str], shown: int = 8) -> str:
-    """Names for a message, cut after the first few."""
-    names = list(names)
-    more = f" … and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

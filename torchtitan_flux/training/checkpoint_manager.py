@@ -39,6 +39,7 @@ from torchtitan_flux.checkpoint.folder import (
     stale_steps,
     step_folder,
 )
+from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.optimizer_states import (
     PART_LEFT_OUT,
     OptimizerStates,
@@ -53,8 +54,8 @@ from torchtitan_flux.checkpoint.storage import (
     partial_of,
 )
 from torchtitan_flux.files import DiskFull
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files.element_types import overflows
-from torchtitan_flux.tensor_files.safetensors_file import listed
 from torchtitan_flux.weights.adapter import FluxStateDictAdapter
 from torchtitan_flux.weights.export import export_beside, exported
 from torchtitan_flux.weights.load import import_weights
@@ -199,7 +200,8 @@ class FluxCheckpointManager(CheckpointManager):
         else:
             states = self._flattened_model_states_sd()
         kind = "model" if model_only else "full"
-        writer = ManifestWriter(folder, step, kind, self.facts, self.settings, step in self.damaged)
+        manifest = Manifest(step, kind, self.facts, settings=self.settings)
+        writer = ManifestWriter(folder, manifest, step in self.damaged)
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(folder), ignore_errors=True)
         self._saving = step, writer, time.monotonic()

@@ -1,8 +1,7 @@
-"""torchtitan's door to the key maps: our state dict <-> that of diffusers' FluxTransformer2DModel.
+"""torchtitan's state dict adapter: our state dict <-> diffusers' FluxTransformer2DModel's.
 
-torchtitan asks for an adapter wherever its configuration names Hugging Face weights. This project
-itself reads and writes such weights without whole tensors (import_weights.py, convert.py); the
-adapter serves code that holds a whole state dict.
+torchtitan asks for one wherever its configuration names Hugging Face weights. This project itself
+reads and writes such weights without whole tensors (load.py, convert.py).
 """
 
 from pathlib import Path
@@ -21,53 +20,35 @@ from torchtitan_flux.weights.key_maps import from_diffusers, to_diffusers
 
 
 class FluxStateDictAdapter(BaseStateDictAdapter):
-    """Maps whole state dicts of the transformer; every key is accounted for.
+    """Maps whole state dicts of the transformer; DTensors are gathered, which is collective.
 
-    Args:
-        model_args: of the model, with the widths of its encoders.
-        hf_assets_path: torchtitan's; nothing is read there.
+    Raises KeyMismatch, which names every key that does not fit.
     """
 
-    fqn_to_index_mapping = None
-    """Weights are cut into files by size, not as they were found."""
+    fqn_to_index_mapping = None  # files are cut by size, not as they were found
 
     def __init__(self, model_args: FluxModelArgs, hf_assets_path: str | None = None):
         self.model_args = model_args
         self.hf_assets_path = hf_assets_path
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """Our layout -> diffusers'. DTensors are gathered whole, which is collective.
-
-        Raises:
-            KeyMismatch: names every key that does not fit.
-        """
         return to_diffusers(_whole(state_dict), self.model_args)
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """diffusers' layout -> ours. DTensors are gathered whole, which is collective.
-
-        Raises:
-            KeyMismatch: names every key that does not fit.
-            QuantizedWeights: names a quantisation that is not read; scales are applied.
-        """
+        """Scales are applied; QuantizedWeights names a quantisation that is not read."""
         return from_diffusers(plain(_whole(hf_state_dict)), self.model_args)
 
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False
     ) -> HuggingFaceStorageReader:
-        """DCP's reader of a diffusers folder, a pipeline's or its `transformer/`.
-
-        Raises:
-            ValueError: quantized weights are asked for.
-        """
+        """DCP's reader of a diffusers folder, a pipeline's or its `transformer/`."""
         if from_quantized:
             raise ValueError(
                 "checkpoint.initial_load_in_hf_quantized = true: of quantised weights only scaled "
                 "float8 is read, and without this key"
             )
-        folder = Path(path)
-        pipeline = (folder / "model_index.json").is_file()
-        return HuggingFaceStorageReader(str(folder / "transformer" if pipeline else folder))
+        inner = Path(path) / "transformer"
+        return HuggingFaceStorageReader(str(inner if inner.is_dir() else path))
 
 
 def _whole(state_dict: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """The autoencoder alone: BFL's `ae.safetensors` to diffusers' `vae` folder, and back."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from torchtitan_flux.encoders import autoencoder_keys as keys
 from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, read_args
-from torchtitan_flux.encoders.autoencoder_keys import without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
 from torchtitan_flux.tensor_files.element_types import cast
 from torchtitan_flux.tensor_files.quantized import QuantizedWeights, plain
@@ -19,28 +19,17 @@ from torchtitan_flux.tensor_files.safetensors_file import (
     UnreadableWeights,
     read_json,
     refuse_pickle,
+    write_json,
 )
-from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter
-from torchtitan_flux.weights import autoencoder_maps as maps
 from torchtitan_flux.weights.open import WEIGHTS_NAME
-from torchtitan_flux.weights.staging import TargetRefused, staged
-
-_KEY = "encoder.autoencoder_path: "
+from torchtitan_flux.weights.staging import TargetRefused, check_suffix, staged
 
 
 @dataclass(frozen=True)
 class AutoencoderWeights:
-    """An autoencoder under our names, on the pages of its file.
-
-    Attributes:
-        path: what was opened.
-        format: how it is stored.
-        args: its architecture.
-        tensors: by our names; not to be written to.
-    """
+    """An autoencoder under our names, on the pages of its file: not to be written to."""
 
     path: Path
-    format: Literal["bfl", "diffusers"]
     args: AutoencoderArgs
     tensors: dict[str, Tensor]
 
@@ -52,71 +41,47 @@ def is_autoencoder(path: Path) -> bool:
         return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
     if path.suffix not in SAFETENSORS or not path.is_file():
         return False
-    return "encoder.conv_in.weight" in without_prefix(TensorsFile.open(path).shapes)
-
-
-def autoencoder_args(path: Path) -> AutoencoderArgs:
-    """Architecture of an autoencoder; UnreadableWeights where there is none."""
-    refuse_pickle(path)
-    try:
-        return read_args(path)[0]
-    except (ValueError, FileNotFoundError) as error:
-        raise UnreadableWeights(str(error).removeprefix(_KEY)) from None
+    return "encoder.conv_in.weight" in keys.without_prefix(TensorsFile.open(path).shapes)
 
 
 def open_autoencoder(path: Path) -> AutoencoderWeights:
-    """An autoencoder from BFL's file or a diffusers `vae` folder.
-
-    Raises:
-        UnreadableWeights: it is neither, damaged, or quantised but for scaled float8.
-        KeyMismatch: names every key that does not fit.
-    """
-    args = autoencoder_args(path)
-    file = TensorsFile.open(read_args(path)[1])
+    """BFL's file or a diffusers `vae` folder; UnreadableWeights or KeyMismatch."""
+    refuse_pickle(path)
     try:
-        found = plain(without_prefix({name: file.tensor(name) for name in file.shapes}))
+        args, file = read_args(path)
+        opened = TensorsFile.open(file)
+        stored = {name: opened.tensor(name) for name in opened.shapes}
+        found = plain(keys.without_prefix(stored))
     except QuantizedWeights as error:
-        raise UnreadableWeights(f"{file.path} {error}") from None
-    if path.is_file():
-        return AutoencoderWeights(path, "bfl", args, maps.from_bfl(found, args))
-    return AutoencoderWeights(path, "diffusers", args, maps.from_diffusers(found, args))
+        raise UnreadableWeights(f"{path} {error}") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise UnreadableWeights(str(error).removeprefix("encoder.autoencoder_path: ")) from None
+    from_theirs = keys.from_bfl if path.is_file() else keys.from_diffusers
+    return AutoencoderWeights(path, args, from_theirs(found, args))
 
 
 def convert_autoencoder(
     path: Path,
     target: Path,
-    format: Literal["bfl", "diffusers"],
+    format: str,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     verify: bool = False,
 ) -> None:
-    """Write an autoencoder in the other layout; complete, or not at all.
-
-    Args:
-        path: BFL's file or a diffusers `vae` folder.
-        target: a `.safetensors` file for "bfl", a folder for "diffusers".
-        format: the layout to write.
-        dtype: element type; None keeps it.
-        overwrite, verify: as in `convert`.
-
-    Raises:
-        UnreadableWeights, KeyMismatch: the source is no autoencoder.
-        TargetRefused: the target exists or is of another kind.
-        ValueError: the format cannot hold it, or the element type one of its values.
-    """
-    if (target.suffix == ".safetensors") != (format == "bfl"):
-        kind = "a file *.safetensors" if format == "bfl" else "a folder"
-        raise TargetRefused(f"{target} is to be {kind} in format {format}")
+    """`convert` for an autoencoder, to "bfl" or "diffusers"."""
+    writers = {"bfl": _write_file, "diffusers": write_vae}
+    if format not in writers:
+        raise TargetRefused(f"{path} is an autoencoder; --to bfl or --to diffusers, not {format}")
+    check_suffix(target, format)
     source = open_autoencoder(path)
     if dtype is not None:
         tensors = {name: cast(tensor, dtype, name) for name, tensor in source.tensors.items()}
         source = replace(source, tensors=tensors)
     needed = sum(tensor.nbytes for tensor in source.tensors.values())
     with staged(target, needed, overwrite, [path]) as stage:
-        made = stage / target.name
-        write_vae(source, made) if format == "diffusers" else _write_file(source, made)
+        writers[format](source, stage / target.name)
         if verify:
-            check_vae(source, made)
+            verify_vae(source, stage / target.name)
 
 
 def _write_file(source: AutoencoderWeights, path: Path) -> None:
@@ -128,25 +93,21 @@ def _write_file(source: AutoencoderWeights, path: Path) -> None:
             f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
             f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
         )
-    _write(maps.to_bfl(source.tensors, args), path.parent, path.stem)
+    _save(keys.to_bfl(source.tensors, args), path)
 
 
 def write_vae(source: AutoencoderWeights, folder: Path) -> None:
     """A folder that AutoencoderKL opens; it must not exist."""
     folder.mkdir()
-    _write(maps.to_diffusers(source.tensors, source.args), folder, WEIGHTS_NAME)
-    config = json.dumps(vae_config(source.args), indent=2)
-    (folder / "config.json").write_text(config + "\n")
+    _save(keys.to_diffusers(source.tensors, source.args), folder / f"{WEIGHTS_NAME}.safetensors")
+    write_json(folder / "config.json", vae_config(source.args))
 
 
-def _write(tensors: dict[str, Tensor], folder: Path, name: str) -> None:
-    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    with TensorsWriter(folder, name, specs, {"format": "pt"}) as writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: one.contiguous() for name, one in tensors.items()}, path, {"format": "pt"})
 
 
-def check_vae(source: AutoencoderWeights, written: Path) -> None:
+def verify_vae(source: AutoencoderWeights, written: Path) -> None:
     """Read an autoencoder back; UnreadableWeights names the first tensor that differs."""
     found = open_autoencoder(written)
     for name, tensor in source.tensors.items():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -18,7 +19,6 @@ from torchtitan_flux.weights.convert_autoencoder import convert_autoencoder, is_
 from torchtitan_flux.weights.open import Guidance, Unknown, Weights, open_weights
 from torchtitan_flux.weights.pipeline_folder import PipelineParts
 from torchtitan_flux.weights.pruned import with_blocks_of
-from torchtitan_flux.weights.staging import TargetRefused
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,72 +28,49 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint.py", description="Weights of FLUX from any format to any other."
     )
-    parser.add_argument("source", type=Path, help="a file or folder of weights, of any format")
-    parser.add_argument("target", type=Path, help="what is made: a folder, or a .safetensors file")
-    parser.add_argument("--to", required=True, choices=TARGET_FORMATS, help="format to write")
-    parser.add_argument("--dtype", choices=_DTYPES, help="element type (that of the source)")
-    parser.add_argument("--flavor", choices=FLAVORS, help="where the source does not say it all")
-    parser.add_argument(
-        "--guidance_weights",
-        choices=("match", "drop", "initialize"),
-        default="match",
-        help="leave guidance weights out, or begin with new ones that change nothing yet",
-    )
-    parser.add_argument(
-        "--unknown_weights",
-        choices=("refuse", "drop"),
-        default="refuse",
-        help="what to do with tensors that no FLUX.1 transformer has",
-    )
-    parser.add_argument(
-        "--ema",
-        metavar="DECAY",
-        nargs="?",
-        const="",
-        help="take the average of the weights; its decay, where the checkpoint has several",
-    )
-    parser.add_argument("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
-    parser.add_argument("--verify", action="store_true", help="read back, compare every tensor")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--t5", type=Path, help="T5 folder, for --to pipeline")
-    parser.add_argument("--clip", type=Path, help="CLIP folder, for --to pipeline")
-    parser.add_argument(
-        "--autoencoder", type=Path, help="ae.safetensors or vae folder, for --to pipeline"
-    )
+    add = parser.add_argument
+    add("source", type=Path, help="a file or folder of weights, of any format")
+    add("target", type=Path, help="what is made: a folder, or a .safetensors file")
+    add("--to", required=True, choices=TARGET_FORMATS, help="format to write")
+    add("--dtype", choices=_DTYPES, help="element type (that of the source)")
+    add("--flavor", choices=FLAVORS, help="where the source does not say it all")
+    what = "leave guidance weights out, or begin with new ones that change nothing yet"
+    add("--guidance_weights", choices=get_args(Guidance), default="match", help=what)
+    what = "what to do with tensors that no FLUX.1 transformer has"
+    add("--unknown_weights", choices=get_args(Unknown), default="refuse", help=what)
+    what = "take the average of the weights; its decay, where the checkpoint has several"
+    add("--ema", metavar="DECAY", nargs="?", const="", help=what)
+    add("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
+    add("--verify", action="store_true", help="read back, compare every tensor")
+    add("--overwrite", action="store_true", help="replace an earlier export")
+    add("--t5", type=Path, help="T5 folder, for --to pipeline")
+    add("--clip", type=Path, help="CLIP folder, for --to pipeline")
+    add("--autoencoder", type=Path, help="ae.safetensors or vae folder, for --to pipeline")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Convert; exit status 2 with one message where that cannot be done."""
-    options = parse(argv)
+    given = parse(argv)
     init_logger()
-    dtype = _DTYPES.get(options.dtype)
+    dtype = _DTYPES.get(given.dtype)
     with exit_on_sigterm(), one_message("Cannot convert"):
-        if is_autoencoder(options.source):
-            if options.to not in ("bfl", "diffusers"):
-                raise TargetRefused(
-                    f"{options.source} is an autoencoder; --to bfl or --to diffusers, not "
-                    f"{options.to}"
-                )
+        if is_autoencoder(given.source):
             convert_autoencoder(
-                options.source, options.target, options.to, dtype, options.overwrite, options.verify
+                given.source, given.target, given.to, dtype, given.overwrite, given.verify
             )
             return
         convert(
             open_as(
-                options.source,
-                options.flavor,
-                options.guidance_weights,
-                options.unknown_weights,
-                options.ema,
+                given.source, given.flavor, given.guidance_weights, given.unknown_weights, given.ema
             ),
-            options.target,
-            options.to,
+            given.target,
+            given.to,
             dtype=dtype,
-            max_shard_size=options.max_shard_size,
-            overwrite=options.overwrite,
-            verify=options.verify,
-            parts=PipelineParts(options.t5, options.clip, options.autoencoder),
+            max_shard_size=given.max_shard_size,
+            overwrite=given.overwrite,
+            verify=given.verify,
+            parts=PipelineParts(given.t5, given.clip, given.autoencoder),
         )
 
 
@@ -108,18 +85,13 @@ def open_as(
 
     Widths that follow the encoders are taken from the weights, unless the flavor fixes them.
     """
-    if flavor is None:
-        return open_weights(path, guidance=guidance, unknown=unknown, average=average)
-    args = FLAVORS[flavor]
-    if flavor not in FIXED_WIDTH_FLAVORS:
-        return open_weights(path, guidance=guidance, alike=args, unknown=unknown, average=average)
-    if guidance == ("drop" if args.guidance_embed else "initialize"):
-        raise ValueError(
-            f"--guidance_weights {guidance} contradicts --flavor {flavor}; leave one of them out"
-        )
-    return open_weights(
-        path, with_blocks_of(path, args), guidance, unknown=unknown, average=average
-    )
+    args = FLAVORS[flavor] if flavor else None
+    fixed = None
+    if args is not None and flavor in FIXED_WIDTH_FLAVORS:
+        if guidance == ("drop" if args.guidance_embed else "initialize"):
+            raise ValueError(f"--guidance_weights {guidance} contradicts --flavor {flavor}")
+        args, fixed = None, with_blocks_of(path, args)
+    return open_weights(path, fixed, guidance, alike=args, unknown=unknown, average=average)
 
 
 @contextmanager

@@ -20,12 +20,7 @@ def exported(checkpoint: Path) -> Path:
 def export_beside(checkpoint: Path, args: FluxModelArgs) -> str:
     """Write that folder, complete or not at all: rank 0, tensor by tensor; collective.
 
-    The others wait in a group of their own, since writing takes minutes at 12B, which is longer
-    than any step may take.
-
-    Args:
-        checkpoint: on the disk already; keeps its element type.
-        args: of the model.
+    The others wait in a group of their own: writing 12B takes longer than any step may take.
 
     Returns:
         what went wrong, on every rank; empty when nothing did.

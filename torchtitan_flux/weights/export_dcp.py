@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,8 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan_flux.checkpoint.manifest import file_facts
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import Manifest, file_facts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, Written, causes_of
 from torchtitan_flux.tensor_files.safetensors_writer import Specs
 
@@ -30,56 +28,47 @@ def write_checkpoint(
     folder: Path,
     specs: Specs,
     read: Callable[[str], Tensor],
-    step: int,
-    facts: RunFacts,
-    beside: Mapping[str, bytes],
+    manifest: Manifest,
+    companions: Mapping[str, bytes],
 ) -> None:
     """A checkpoint that `checkpoint.initial_load_path` takes, written by this process alone.
 
     Args:
         folder: what the checkpoint will be called; does not exist.
-        specs: element type and shape of each parameter, by our name.
-        read: a parameter as it is to be stored; called once for each.
-        step, facts: for the manifest.
-        beside: further files, covered by the manifest as the weights are.
-
-    Raises:
-        whatever `read` raises; OSError.
+        specs, read: of each parameter, by our name; `read` is called once for each.
+        manifest: but for its files, to which `companions` belong too.
     """
     empty = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (dtype, shape) in specs.items()
     }
-    writer = _LazyWriter(folder, step, facts, beside)
+    writer = _StreamingWriter(folder, manifest, companions)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(empty, storage_writer=writer, planner=_LazyPlanner(read), no_dist=True)
+            dcp.save(empty, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
     except CheckpointException as error:  # no Exception; what went wrong in here is inside
         causes = [cause for cause, _ in error.failures.values()]
         raise (causes[0] if len(causes) == 1 else OSError(causes_of(error))) from None
 
 
-class _LazyPlanner(DefaultSavePlanner):
+class _StreamingPlanner(DefaultSavePlanner):
     """Asks for a value when it is written."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
         self._read = read
 
-    def resolve_data(self, write_item: WriteItem) -> Any:
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
         return self._read(write_item.index.fqn)
 
 
-class _LazyWriter(ManifestWriter):
-    """Holds one tensor at a time, and adds files to the checkpoint before its manifest is written.
+class _StreamingWriter(ManifestWriter):
+    """Holds one tensor at a time; DCP's own `write_data` keeps all until the last is written."""
 
-    DCP's own `write_data` keeps every tensor that it was given until the last one is written.
-    """
-
-    def __init__(self, folder: Path, step: int, facts: RunFacts, beside: Mapping[str, bytes]):
-        super().__init__(folder, step, "model", facts, {}, replaces_damaged=False)
-        self._beside = beside
+    def __init__(self, folder: Path, manifest: Manifest, companions: Mapping[str, bytes]):
+        super().__init__(folder, manifest)
+        self._companions = companions
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
         written, files, waiting = Written(), {}, list(reversed(plan.items))
@@ -101,8 +90,8 @@ class _LazyWriter(ManifestWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        folder = Path(self.path)
-        for name, content in self._beside.items():
-            (folder / name).write_bytes(content)
-            results[0].files[name] = file_facts(folder / name)  # type: ignore[attr-defined]
+        for name, content in self._companions.items():
+            path = Path(self.path) / name
+            path.write_bytes(content)
+            results[0].files[name] = file_facts(path)  # type: ignore[attr-defined]
         super().finish(metadata, results)

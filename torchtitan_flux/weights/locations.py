@@ -9,6 +9,7 @@ from typing import Literal
 from torchtitan_flux.checkpoint.folder import verify
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Damaged, Manifest
 from torchtitan_flux.checkpoint.storage import METADATA
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.tensor_files.file_sets import (
     WeightFiles,
@@ -27,7 +28,6 @@ from torchtitan_flux.tensor_files.safetensors_file import (
     PICKLES,
     TensorsFile,
     UnreadableWeights,
-    listed,
     refuse_pickle,
 )
 from torchtitan_flux.tensor_files.weight_kinds import kind_of

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
 from torchtitan_flux.tensor_files.element_types import BeyondRange
 from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_integers
-from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, listed
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, check_keys
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.paths import absence
 from torchtitan_flux.tensor_files.file_sets import WeightFiles
 from torchtitan_flux.tensor_files.safetensors_file import (
     TensorsFile,
     UnreadableWeights,
-    listed,
     read_weight_map,
 )
 

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from data_files import png_of
 from PIL import Image, ImageCms
 
 from torchtitan_flux.data.colours import in_srgb
@@ -135,15 +136,8 @@ def png_of_16_bits(pixels: np.ndarray) -> Image.Image:
     height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     kind = {3: 2, 4: 6}[channels]
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    for name, body in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ):
-        crc = struct.pack(">I", zlib.crc32(name + body))
-        parts += [struct.pack(">I", len(body)), name, body, crc]
-    return Image.open(io.BytesIO(b"".join(parts)))
+    data = png_of(width, height, (b"IDAT", zlib.compress(rows)), depth=16, kind=kind)
+    return Image.open(io.BytesIO(data))
 
 
 def refusal(image: Image.Image) -> str:

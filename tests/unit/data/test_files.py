@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from data_files import refusing_scandir
 
 from torchtitan_flux.data.sources.listing import expand_braces, matches, walk
 
@@ -64,14 +65,7 @@ def test_what_cannot_be_listed_is_an_error_or_said(tmp_path, monkeypatch):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("")
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.fspath(path) == str(tmp_path / "a"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    refusing_scandir(monkeypatch, tmp_path / "a")
     found = list(walk(tmp_path))
     assert [(d.name, d.files, d.error is None) for d in found] == [
         ("", [], True),

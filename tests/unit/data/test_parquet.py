@@ -1,5 +1,7 @@
-"""Tables of pictures: every way they are stored, columns, splits, damage, workers."""
+"""Tables of pictures: every way they are stored, columns, splits, damage, the index, workers."""
 
+import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -9,242 +11,464 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_files import png, write_parquet
+from data_files import (
+    captions,
+    indexed,
+    notes,
+    png,
+    refuses,
+    refusing_scandir,
+    rows,
+    write_parquet,
+)
+from PIL import Image
 
+from torchtitan_flux.data.decode import header_size
+from torchtitan_flux.data.sources import index_cache
+from torchtitan_flux.data.sources.captions import NO_CAPTION
+from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, UnreadableItem
+from torchtitan_flux.data.sources.split import SourcePart
 
 
 @pytest.fixture(autouse=True)
 def quiet(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
-    monkeypatch.setenv(
-        "HOME", str(tmp_path / "home")
-    )  # where the index of tables in memory is kept
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where the index of the hub's tables is
 
 
-def rows(first: int, last: int, **columns) -> dict:
-    return {
-        "image": [{"bytes": png(i), "path": None} for i in range(first, last)],
-        "text": [f"number {i}" for i in range(first, last)],
-    } | columns
+def columns(first: int, last: int, **more) -> dict:
+    pictures = [{"bytes": png(i), "path": None} for i in range(first, last)]
+    return {"image": pictures, "text": [f"number {i}" for i in range(first, last)]} | more
 
 
-def contents(source: Source) -> list[tuple[int, tuple[str, ...]]]:
-    items = [source[i] for i in range(len(source))]
-    return [(np.asarray(item.image).max(), item.captions) for item in items]
+def source(path, split="train", name="parquet", **options) -> IndexedSource:
+    return indexed(name, path, split, **options)
+
+
+def item(found: Source, index: int) -> tuple | str:
+    """(shade, captions), or the reason why there are none."""
+    try:
+        read = found[index]
+    except UnreadableItem as error:
+        return error.reason
+    return np.asarray(read.image).max(), read.captions
+
+
+def items(found: Source) -> list[tuple | str]:
+    return [item(found, index) for index in range(len(found))]
 
 
 def numbers(first: int, last: int) -> list:
     return [(i, (f"number {i}",)) for i in range(first, last)]
 
 
-def source_of(path, split="train", name="parquet", **options) -> Source:
-    return build_source(name, split, SourceOptions(path=str(path), **options))
-
-
 def as_dataset(first: int, last: int) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    return datasets.Dataset.from_dict(rows(first, last), features)
+    return datasets.Dataset.from_dict(columns(first, last), features)
+
+
+PICTURES = [png(i) for i in range(3)]
+STRUCTS = [{"bytes": data, "path": None} for data in PICTURES]
+TEXTS = ["a", "b", "c"]
+WANTED = [(0, ("a",)), (1, ("b",)), (2, ("c",))]
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+VIEWS = pa.struct([("path", pa.string_view()), ("bytes", pa.binary_view())])
+IMAGES = {
+    "binary": pa.array(PICTURES, pa.binary()),
+    "large_binary": pa.array(PICTURES, pa.large_binary()),
+    "binary_view": pa.array(PICTURES, pa.binary_view()),
+    "struct": pa.array(STRUCTS, STRUCT),
+    "struct of views": pa.array(STRUCTS, VIEWS),
+    "struct of bytes": pa.array(STRUCTS, pa.struct([("bytes", pa.large_binary())])),
+    "list of one": pa.array([[data] for data in PICTURES], pa.list_(pa.binary())),
+    "large list of one": pa.array([[s] for s in STRUCTS], pa.large_list(STRUCT)),
+    "fixed list of one": pa.array([[data] for data in PICTURES], pa.list_(pa.binary(), 1)),
+}
+CAPTIONS = {
+    "string": pa.array(TEXTS, pa.string()),
+    "large_string": pa.array(TEXTS, pa.large_string()),
+    "string_view": pa.array(TEXTS, pa.string_view()),
+    "dictionary": pa.array(TEXTS).dictionary_encode(),
+    "list": pa.array([[text] for text in TEXTS], pa.list_(pa.string_view())),
+    "large_list": pa.array([[text] for text in TEXTS], pa.large_list(pa.large_string())),
+}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [*((image, "string") for image in IMAGES), *(("binary", text) for text in CAPTIONS)],
+)
+def test_every_type_that_stores_the_same(tmp_path, image, text, suffix):
+    table = pa.table({"image": IMAGES[image], "text": CAPTIONS[text]})
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    found = source(path)
+    assert items(found) == WANTED
+    wanted = [(f"a.{suffix}/{i}", len(PICTURES[i]), 5, 3) for i in range(3)]
+    assert [(row.item_id, row.length, row.width, row.height) for row in rows(found)] == wanted
+
+
+def test_names_in_another_case(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"Image": PICTURES, "TEXT": TEXTS, "URL": TEXTS})
+    assert items(source(path)) == WANTED
+    assert items(source(path, image_column="image", caption_column="url")) == WANTED
+    exact = {"IMAGE": [b""] * 3, "image": PICTURES, "Text": ["x"] * 3, "caption": TEXTS}
+    assert items(source(write_parquet(tmp_path / "b.parquet", exact))) == WANTED
+    unclear = {"IMAGE": PICTURES, "Image": PICTURES, "text": TEXTS}
+    path = write_parquet(tmp_path / "c.parquet", unclear)
+    refuses("parquet", path, "data.image_column: one of IMAGE, Image has to be named")
+
+
+NESTED = {
+    "sample": [{"jpg": data, "n": 1} for data in PICTURES],
+    "json": [{"caption": text, "alt": [{"Text": text}, {"Text": "also"}]} for text in TEXTS],
+    "raw": [json.dumps({"deep": {"caption": text}}) for text in TEXTS],
+    "broken": ["{", "[]", '{"caption": "c"}'],
+    "ratio": [0.1, 0.2, 0.3],
+}
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted"),
+    [
+        ("json.caption", WANTED),
+        ("JSON.Caption", WANTED),
+        ("json.alt.text", [(i, (text, "also")) for i, text in enumerate(TEXTS)]),
+        ("raw.deep.caption", WANTED),
+        ("broken.caption", ["its record is no JSON", NO_CAPTION, WANTED[2]]),
+        ("json.url", "data.caption_column: there is no column 'json.url'; the columns are sample"),
+        ("ratio", "data.caption_column: column 'ratio' holds no text"),
+        ("", "data.caption_column: no column is called text, .*json.caption, json.alt"),
+    ],
+)
+def test_fields_within_columns(tmp_path, named, wanted):
+    path = write_parquet(tmp_path / "a.parquet", NESTED)
+    options = {"image_column": "sample.jpg", "caption_column": named}
+    if isinstance(wanted, str):
+        refuses("parquet", path, wanted, **options)
+    else:
+        assert items(source(path, **options)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("table", "named", "message"),
+    [
+        (NESTED, "", "no column holds images; .*sample.jpg"),
+        (NESTED, "sample.n", "column 'sample.n' holds no encoded images"),
+        (NESTED, "jpg", "there is no column 'jpg'; the columns are sample"),
+        (NESTED, "raw.jpg", "column 'raw.jpg' holds no encoded images"),
+        ({"a": PICTURES, "b": PICTURES, "text": TEXTS}, "", "one of a, b has to be named"),
+    ],
+)
+def test_columns_of_pictures_that_cannot_be_found(tmp_path, table, named, message):
+    path = write_parquet(tmp_path / "a.parquet", table)
+    refuses("parquet", path, f"data.image_column: {message}", image_column=named)
+
+
+def test_a_column_with_a_dot_in_its_name(tmp_path):
+    table = {"image": PICTURES, "json": [{"caption": "x"}] * 3, "json.caption": TEXTS}
+    path = write_parquet(tmp_path / "b.parquet", table)
+    assert items(source(path, caption_column="json.caption")) == WANTED
+
+
+def test_a_list_of_several_pictures_is_unreadable(tmp_path):
+    lists = {"images": [PICTURES[:1], PICTURES[:2], [], None], "text": [*TEXTS, "d"]}
+    found = source(write_parquet(tmp_path / "a.parquet", lists))
+    reasons = ["holds a list of 2 images, not one", "has no image", "has no image"]
+    assert items(found) == [WANTED[0], *reasons]
+    assert [row.reason for row in rows(found)] == ["", *reasons]
+    both = lists | {"photo": [*PICTURES, PICTURES[0]]}  # one that is no list is preferred
+    assert items(source(write_parquet(tmp_path / "b.parquet", both)))[1] == WANTED[1]
+
+
+def test_several_captions_and_none(tmp_path):
+    texts = [["a", " ", "b\nc"], ["d"], None]
+    table = {"image": PICTURES, "text": texts, "label": [7, 8, 9]}
+    path = write_parquet(tmp_path / "a.parquet", table)
+    assert items(source(path)) == [(0, ("a", "b\nc")), (1, ("d",)), NO_CAPTION]
+    assert items(source(path, captions_by_line=True))[0] == (0, ("a", "b", "c"))
+    assert items(source(path, default_caption="none"))[2] == (2, ("none",))
+    without = write_parquet(tmp_path / "b.parquet", {"image": PICTURES, "label": [7, 8, 9]})
+    found = source(without, default_caption="")
+    assert items(found) == [(i, ("",)) for i in range(3)]
+    assert found.usable_rows.all()
+    refuses("parquet", without, "no column 'text'", default_caption="", caption_column="text")
+    assert items(source(without, caption_column="label"))[2] == (2, ("9",))
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_mnist(tmp_path, monkeypatch, from_hub):
+    """The layout of ylecun/mnist: captions are the names of the classes."""
+    label = datasets.ClassLabel(names=[*"0123456", "seven", "8", "9"])
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    parts = {}
+    for part, first in (("train", 0), ("test", 3)):
+        table = columns(first, first + 3, label=[7, 0, 9])
+        del table["text"]
+        parts[part] = datasets.Dataset.from_dict(table, features)
+        parts[part].to_parquet(tmp_path / "mnist" / f"{part}-00000-of-00001.parquet")
+    path = tmp_path
+    if from_hub:
+        path = None
+        monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(parts))
+    for split, first in (("train", 0), ("held_out", 3)):
+        found = build_source("mnist", split, SourceOptions(path=path and str(path)))
+        words = [f"a handwritten digit {name}" for name in ("seven", "0", "9")]
+        assert items(found) == [(first + i, (text,)) for i, text in enumerate(words)]
+    monkeypatch.undo()
+    assert item(source(tmp_path, caption_column="label"), 0) == (0, ("seven",))
+
+
+def test_pictures_beside_the_table_stay_within_its_folder(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(png(9))
+    data = tmp_path / "data"
+    (data / "deep").mkdir(parents=True)
+    (data / "deep" / "beside.png").write_bytes(png(8))
+    os.mkfifo(data / "pipe.png")
+    (data / "zero.png").symlink_to("/dev/zero")
+    reasons = {
+        "deep/../deep/beside.png": "",
+        "deep\\beside.png": "",
+        str(outside): "not relative",
+        "../outside.png": "is outside of the folder",
+        "pipe.png": "is a pipe",
+        "zero.png": "is a device",
+        "deep": "is a folder",
+        "missing.png": "missing.png: does not exist",
+        "": "has no image",
+    }
+    paths = pa.array([{"bytes": None, "path": path} for path in reasons], STRUCT)
+    found = source(write_parquet(data / "a.parquet", {"image": paths, "text": ["x"] * 9}))
+    for number, (path, reason) in enumerate(reasons.items()):
+        assert item(found, number) == (8, ("x",)) if not reason else reason in item(found, number)
+        assert reason in found.index[number].reason, path
+    assert list(found.usable_rows) == [True, True] + [False] * 7
+    with pytest.raises(IndexError):
+        found[9]
+
+
+def test_headers_are_what_they_are_in_files(tmp_path):
+    pictures = [b"", b"<html>", b"no image"]
+    for format in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "TGA", "ICO", "PPM"):
+        file = io.BytesIO()
+        sizes = {"sizes": [(32, 20)]} if format == "ICO" else {}
+        Image.new("RGB", (32, 20)).save(file, format, **sizes)
+        pictures += [file.getvalue(), file.getvalue()[:40]]
+    long = io.BytesIO()  # its header ends beyond what is read first
+    Image.new("RGB", (32, 20)).save(long, "TIFF", tiffinfo={270: "x" * 2**17})
+    Image.effect_noise((300, 300), 99).save(file, "TIFF")  # and so does this one
+    pictures += [long.getvalue(), file.getvalue()]
+    expected = [header_size(io.BytesIO(data)) for data in pictures]
+    table = {"image": pictures, "text": ["x"] * len(pictures)}
+    found = source(write_parquet(tmp_path / "a.parquet", table))
+    assert [(row.width, row.height, row.reason) for row in rows(found)] == expected
+    assert sum(size[0] >= 32 for size in expected) >= 11
+
+
+def test_text_that_is_not_utf8_is_the_row_s_own_trouble(tmp_path):
+    texts = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    read = items(source(write_parquet(tmp_path / "a.parquet", {"image": PICTURES, "text": texts})))
+    assert read[::2] == WANTED[::2]
+    assert "UnicodeDecodeError" in read[1]
 
 
 def test_folder_of_parquet_files(tmp_path):
-    write_parquet(tmp_path / "b.parquet", rows(3, 7))
-    write_parquet(tmp_path / "a" / "0.parquet", rows(7, 9))
-    write_parquet(tmp_path / "a.parquet", rows(0, 3))
-    source = source_of(tmp_path)
-    assert source.name == "parquet"
-    assert contents(source) == numbers(0, 9)
-    ids = [source[i].item_id for i in (0, 3, 6, 8)]
-    assert ids == ["a.parquet/0", "b.parquet/0", "b.parquet/3", "a/0.parquet/1"]
+    write_parquet(tmp_path / "b.parquet", columns(3, 7))
+    write_parquet(tmp_path / "a" / "0.parquet", columns(7, 9))
+    write_parquet(tmp_path / "A.PARQUET", columns(0, 3, width=[1, 2, 3]))  # which is not read
+    nulls = {"text": pa.nulls(1), "n": ["x"], "image": [STRUCTS[0]]}
+    write_parquet(tmp_path / "z" / "0.parquet", nulls)
+    found = source(tmp_path)
+    assert items(found) == [*numbers(0, 9), NO_CAPTION]
+    names = [rows(found)[i].item_id for i in (0, 3, 6, 8)]
+    assert names == ["A.PARQUET/0", "b.parquet/0", "b.parquet/3", "a/0.parquet/1"]
     assert os.listdir(tmp_path / ".flux-index")
-    assert contents(source_of(tmp_path)) == numbers(0, 9)  # from the cache, which is no data
-    write_parquet(tmp_path / "b.parquet", rows(3, 5))
+    assert items(source(tmp_path)) == items(found)  # from the cache, which is no data
+    write_parquet(tmp_path / "b.parquet", columns(3, 5))
     os.utime(tmp_path / "b.parquet", (1, 1))
-    assert len(source_of(tmp_path)) == 7
+    assert len(source(tmp_path)) == 8
 
 
 def test_one_file_and_an_index_folder(tmp_path):
-    file = write_parquet(tmp_path / "data" / "a.parquet", rows(0, 3))
-    source = source_of(file, index_folder=tmp_path / "index")
-    assert contents(source) == numbers(0, 3)
+    file = write_parquet(tmp_path / "data" / "a.parquet", columns(0, 3))
+    assert items(source(file, index_folder=tmp_path / "index")) == numbers(0, 3)
     assert os.listdir(file.parent) == ["a.parquet"]
-    assert source[1].item_id == "a.parquet/1"
+    with pytest.raises(ValueError, match=r"^data\.index_folder: .* cannot be written to"):
+        source(file, index_folder=file)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_data_use_the_user_s_cache(tmp_path, monkeypatch):
-    file = write_parquet(tmp_path / "data" / "a.parquet", rows(0, 3))
-    file.parent.chmod(0o555)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(source_of(file)) == 3
-
-
-def test_an_index_folder_that_is_none(tmp_path):
-    file = write_parquet(tmp_path / "a.parquet", rows(0, 3))
-    with pytest.raises(ValueError, match=r"data\.index_folder: .* cannot be written to"):
-        source_of(file, index_folder=file)
-
-
-def test_image_features_saved_folders_and_arrow_files(tmp_path):
-    as_dataset(0, 4).to_parquet(tmp_path / "parquet" / "0.parquet")
-    assert contents(source_of(tmp_path / "parquet")) == numbers(0, 4)
+def test_saved_folders_and_arrow_files(tmp_path):
     as_dataset(0, 4).save_to_disk(tmp_path / "saved")
-    source = source_of(tmp_path / "saved")
-    assert contents(source) == numbers(0, 4)
-    assert source[2].item_id == "saved/2"
+    found = source(tmp_path / "saved")
+    assert items(found) == numbers(0, 4)
+    assert found[2].item_id == "saved/2"
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
-    assert contents(source_of(arrow)) == numbers(0, 4)
-    parts = datasets.DatasetDict({"train": as_dataset(0, 4), "validation": as_dataset(4, 6)})
-    parts.save_to_disk(tmp_path / "dict")
-    assert contents(source_of(tmp_path / "dict")) == numbers(0, 4)
-    assert contents(source_of(tmp_path / "dict", "held_out")) == numbers(4, 6)
+    assert items(source(arrow)) == numbers(0, 4)
+    parts = {"train": as_dataset(0, 4), "unsupervised": as_dataset(0, 1), "test": as_dataset(4, 6)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
+    found = source(tmp_path / "dict")
+    assert items(pickle.loads(pickle.dumps(found))) == numbers(0, 4)
+    assert items(source(tmp_path / "dict", "held_out")) == numbers(4, 6)
+    assert ("unsupervised",) in notes(found).values()
+    assert source(tmp_path / "dict").index.identity == found.index.identity
 
 
 def test_parts_named_as_on_the_hub(tmp_path):
-    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", rows(0, 3))
-    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", rows(3, 5))
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows(5, 6))
-    train = source_of(tmp_path, held_out_share=0.5)
-    assert contents(train) == numbers(0, 5)
-    assert contents(source_of(tmp_path, "held_out", held_out_share=0.5)) == numbers(5, 6)
-    write_parquet(tmp_path / "validation" / "0.parquet", rows(6, 8))
-    assert contents(source_of(tmp_path, "held_out")) == numbers(6, 8)
+    names = {
+        "data/train-00000-of-2": (0, 3),
+        "data/train-00001-of-2": (3, 5),
+        "data/test-0": (5, 6),
+    }
+    for name, bounds in names.items():
+        write_parquet(tmp_path / f"{name}.parquet", columns(*bounds))
+    write_parquet(tmp_path / "extra.parquet", columns(0, 1))
+    pq.write_table(pa.table(columns(0, 1)).slice(0, 0), tmp_path / "train-2.parquet")
+    found = source(tmp_path, held_out_share=0.5)
+    assert items(found) == numbers(0, 5)
+    assert sorted(notes(found).values()) == [("extra.parquet",), ("train-2.parquet",)]
+    assert items(source(tmp_path, "held_out", held_out_share=0.5)) == numbers(5, 6)
+    write_parquet(tmp_path / "validation" / "0.parquet", columns(6, 8))
+    assert items(source(tmp_path, "held_out")) == numbers(6, 8)
+    assert ("data/test-0.parquet",) in notes(source(tmp_path)).values()
 
 
-def test_a_share_is_held_out_where_no_part_is(tmp_path):
-    write_parquet(tmp_path / "train.parquet", rows(0, 20))
-    train = contents(source_of(tmp_path, held_out_share=0.25))
-    held_out = contents(source_of(tmp_path, "held_out", held_out_share=0.25))
-    assert (len(train), len(held_out)) == (15, 5)
-    assert sorted(train + held_out) == numbers(0, 20)
+def test_a_share_of_what_can_be_read_is_held_out_where_no_part_is(tmp_path):
+    table = columns(0, 20)
+    table["image"][1], table["text"][2] = {"bytes": b"", "path": None}, ""
+    write_parquet(tmp_path / "train.parquet", table)
+    options = SourceOptions(path=str(tmp_path), held_out_share=0.6)
+    train, held_out = (build_source("parquet", split, options) for split in ("train", "held_out"))
+    assert isinstance(held_out, SourcePart)
+    assert (len(train), len(held_out)) == (8, 12)
+    assert not {"the file is empty", NO_CAPTION} & set(items(held_out))
+    numbered = [one for one in items(train) + items(held_out) if isinstance(one, tuple)]
+    assert sorted(numbered) == [numbers(0, 20)[i] for i in range(20) if i not in (1, 2)]
+    message = "has no validation or test part"
+    refuses("parquet", tmp_path, message, "held_out", validates_training_data=True)
 
 
 def test_only_a_held_out_part(tmp_path):
-    write_parquet(tmp_path / "validation.parquet", rows(0, 2))
-    assert len(source_of(tmp_path, "held_out")) == 2
-    with pytest.raises(ValueError, match=r"training\.dataset_path: .* no train part, only valid"):
-        source_of(tmp_path)
+    write_parquet(tmp_path / "validation.parquet", columns(0, 2))
+    assert len(source(tmp_path, "held_out")) == 2
+    refuses("parquet", tmp_path, r"training\.dataset_path: .* no train part, only valid")
 
 
-def test_columns(tmp_path):
-    files = {
-        "photo": [png(i) for i in range(4)],  # plain bytes
-        "ratio": [0.1, 0.2, 0.3, 0.4],
-        "captions": [["a", " ", "b\nc"], ["d"], [], None],
-        "title": ["x"] * 4,
-    }
-    file = write_parquet(tmp_path / "a.parquet", files)
-    source = source_of(file)
-    assert source[0].captions == ("a", "b\nc")
-    assert source_of(file, captions_by_line=True)[0].captions == ("a", "b", "c")
-    assert np.asarray(source[1].image).max() == 1
-    for row in 2, 3:
-        with pytest.raises(UnreadableItem, match=f"a.parquet/{row}: has no caption"):
-            source[row]
-    assert source_of(file, caption_column="title")[3].captions == ("x",)
-    assert source_of(file, image_column="photo")[1].item_id == "a.parquet/1"
-    listed = "the columns are photo, ratio, captions, title"
-    for options, message in (
-        ({"image_column": "jpg"}, "data.image_column: there is no column 'jpg'; " + listed),
-        ({"image_column": "title"}, "data.image_column: column 'title' holds no encoded images"),
-        ({"caption_column": "text"}, "data.caption_column: there is no column 'text'; " + listed),
-        ({"caption_column": "ratio"}, "data.caption_column: column 'ratio' holds no text"),
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"image": STRUCTS[:1], "caption": ["x"]}, r"b\.parquet has no column 'text'"),
+        ({"image": STRUCTS[:1], "text": [3]}, r"column 'text' is int64 in b\.parquet, string in a"),
+        ({"image": ["x"], "text": ["y"]}, r"column 'image' is string in b\.parquet, struct"),
+    ],
+)
+def test_a_used_column_that_differs_is_named_with_its_file(tmp_path, second, message):
+    write_parquet(tmp_path / "a.parquet", columns(0, 1))
+    write_parquet(tmp_path / "b.parquet", second)
+    refuses("parquet", tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer, run `git lfs"),
+        (b"\x1f\x8b\x08\0", "is gzip under another name: unpack"),
+        (b"<!doctype html>", "is a web page"),
+        (b"ARROW1\0\0", r"is an Arrow file for random access \(Feather\)"),
+        (b"PAR1 and nothing", "(cannot be read as a table|is a parquet file under another name)"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_what_is_no_table_is_named(tmp_path, content, message, suffix):
+    write_parquet(tmp_path / "0.parquet", columns(0, 1))
+    (tmp_path / f"1.{suffix}").write_bytes(content)
+    for path in (tmp_path, tmp_path / f"1.{suffix}"):
+        refuses("parquet", path, rf"/1\.{suffix} {message}")
+
+
+def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    for path, split, message in (
+        (tmp_path / "nowhere", "train", r"nowhere does not exist"),
+        (tmp_path / ("x" * 300), "train", "File name too long"),
+        (None, "held_out", "not set"),
+        (tmp_path, "train", r"holds no \.parquet or"),
     ):
-        with pytest.raises(ValueError, match=message):
-            source_of(file, **options)
-
-
-def test_columns_that_cannot_be_found(tmp_path):
-    no_caption = write_parquet(tmp_path / "a.parquet", {"image": [png(1)], "label": [3]})
-    with pytest.raises(ValueError, match=r"caption_column: no column is called text, .*label"):
-        source_of(no_caption)
-    no_image = write_parquet(tmp_path / "b.parquet", {"url": ["x"], "text": ["a"]})
-    with pytest.raises(ValueError, match=r"image_column: no column holds images; .*url, text"):
-        source_of(no_image)
-    two = write_parquet(tmp_path / "c.parquet", {"a": [png(1)], "b": [png(2)], "text": ["a"]})
-    with pytest.raises(ValueError, match=r"data\.image_column: one of a, b has to be named"):
-        source_of(two)
-
-
-def test_rows_that_cannot_be_read(tmp_path):
-    (tmp_path / "beside.png").write_bytes(png(9))
-    images = [
-        {"bytes": None, "path": "beside.png"},
-        {"bytes": None, "path": "missing.png"},
-        {"bytes": None, "path": None},
-        {"bytes": b"no image", "path": None},
-        None,
-    ]
-    file = write_parquet(tmp_path / "a.parquet", {"image": images, "text": list("abcde")})
-    source = source_of(file)
-    assert np.asarray(source[0].image).max() == 9
-    for row, reason in (
-        (1, "missing.png: does not exist"),
-        (2, "has no image"),
-        (3, "no image in a known format"),
-        (4, "has no image"),
+        refuses("parquet", path, message, split)
+    file = write_parquet(tmp_path / "a" / "0.parquet", columns(0, 1))
+    for name, make, message in (
+        ("1.parquet", os.mkfifo, "1.parquet .*it is a pipe"),
+        ("2.parquet", lambda path: path.symlink_to("nowhere"), "cannot be opened: No such file"),
+        ("3.parquet.gz", lambda path: path.touch(), "3.parquet.gz is compressed: unpack it"),
     ):
-        with pytest.raises(UnreadableItem, match=f"a.parquet/{row}: {reason}"):
-            source[row]
-    with pytest.raises(IndexError):
-        source[5]
-
-
-def test_damaged_and_missing_files(tmp_path):
-    with pytest.raises(ValueError, match=r"training\.dataset_path: .*nowhere does not exist"):
-        source_of(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"validation\.dataset_path: not set"):
-        build_source("parquet", "held_out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"training\.dataset_path: .* holds no \.parquet or"):
-        source_of(tmp_path / "empty")
-    said = {"a.parquet": "cannot be read as a table", "b.arrow": r"is a parquet file .* rename it"}
-    for name, what in said.items():
-        (tmp_path / name).write_bytes(b"PAR1 and nothing more")
-        with pytest.raises(ValueError, match=rf"dataset_path: .*{name} {what}"):
-            source_of(tmp_path / name)
+        make(tmp_path / "a" / name)
+        refuses("parquet", tmp_path, message)
+        (tmp_path / "a" / name).unlink()
+    pq.write_table(pa.table(columns(0, 1)).slice(0, 0), file)
+    refuses("parquet", tmp_path, "holds no row")
     as_dataset(0, 2).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).unlink()
-    with pytest.raises(ValueError, match=r"saved cannot be opened: .*\.arrow: No such file"):
-        source_of(tmp_path / "saved")
-    write_parquet(tmp_path / "none" / "0.parquet", rows(0, 1)).touch()
-    pq.write_table(pa.table(rows(0, 1)).slice(0, 0), tmp_path / "none" / "0.parquet")
-    with pytest.raises(ValueError, match="holds no row"):
-        source_of(tmp_path / "none")
+    refuses("parquet", tmp_path / "saved", r"saved cannot be opened: .*\.arrow: No such file")
+    refusing_scandir(monkeypatch, tmp_path / "a")
+    refuses("parquet", tmp_path, "/a cannot be opened: Permission denied")
 
 
 def test_groups_without_rows(tmp_path):
-    table = pa.table(rows(0, 3))
+    table = pa.table(columns(0, 3))
     with pq.ParquetWriter(tmp_path / "0.parquet", table.schema) as writer:
         for part in table.slice(0, 0), table.slice(0, 2), table.slice(0, 0), table.slice(2, 1):
             writer.write_table(part)
-    assert contents(source_of(tmp_path)) == numbers(0, 3)
+    assert items(source(tmp_path)) == numbers(0, 3)
+
+
+def test_a_kept_index_is_used_until_a_file_changes(tmp_path, monkeypatch):
+    file = write_parquet(tmp_path / "a.parquet", columns(0, 3))
+    first = source(tmp_path)
+    by_line = source(tmp_path, captions_by_line=True)
+    assert by_line.index.identity != first.index.identity
+    assert source(tmp_path).index.identity == first.index.identity  # one does not replace the other
+    os.utime(write_parquet(file, columns(0, 3)), ns=(1, 1))
+    again = source(tmp_path)
+    assert again.index.identity != first.index.identity
+    assert again.digest == first.digest  # the same ids
+    monkeypatch.setattr(index_cache, "formats", lambda: ("HEIF",))
+    assert source(tmp_path).index.identity != again.index.identity
+    write_parquet(file, columns(0, 4))
+    assert source(tmp_path).digest != first.digest
 
 
 def test_no_bars_of_datasets_are_shown(tmp_path, capfd):
     datasets.enable_progress_bars()
-    source_of(write_parquet(tmp_path / "0.parquet", rows(0, 3)))
+    source(write_parquet(tmp_path / "0.parquet", columns(0, 3)))
     assert "examples/s" not in "".join(capfd.readouterr())
     assert not datasets.are_progress_bars_disabled()
 
 
 def _count(arguments) -> int:
     path, index_folder = arguments
-    return len(source_of(path, index_folder=index_folder))
+    return len(source(path, index_folder=index_folder))
 
 
 def test_several_processes_at_once(tmp_path):
-    file = write_parquet(tmp_path / "a.parquet", rows(0, 200))
+    file = write_parquet(tmp_path / "a.parquet", columns(0, 200))
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(_count, [(file, tmp_path / "index")] * 4) == [200] * 4
 
 
-def test_can_be_sent_to_a_worker(tmp_path):
-    source = source_of(write_parquet(tmp_path / "a.parquet", rows(0, 2000)))
-    sent = pickle.dumps(source)
-    assert len(sent) < 20_000  # the rows are not in it
-    assert contents(pickle.loads(sent)) == contents(source)
+def test_the_hub(monkeypatch):
+    parts = datasets.DatasetDict({"train": as_dataset(0, 4), "test": as_dataset(4, 6)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: parts)
+    assert items(source("someone/pictures")) == numbers(0, 4)
+    held_out = source("someone/pictures", "held_out")
+    assert list(captions(held_out)) == ["test/0", "test/1"]
+    assert items(held_out) == numbers(4, 6)
 
 
 def test_the_hub_cannot_be_reached(monkeypatch):
@@ -252,33 +476,16 @@ def test_the_hub_cannot_be_reached(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = (
-        r"training\.dataset_path: someone/pictures is neither here nor available from the hub "
-        r"\(Couldn't reach the Hub\); download it with `hf download someone/pictures "
-        r"--repo-type dataset --local-dir pictures`"
-    )
-    with pytest.raises(ValueError, match=message):
-        source_of("someone/pictures")
+    message = r"neither here nor available .*reach the Hub\); download it with `hf download someone"
+    refuses("parquet", "someone/pictures", message)
 
 
-def test_the_hub(monkeypatch):
-    parts = datasets.DatasetDict({"train": as_dataset(0, 4), "test": as_dataset(4, 6)})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: parts)
-    assert contents(source_of("someone/pictures")) == numbers(0, 4)
-    held_out = source_of("someone/pictures", "held_out")
-    assert contents(held_out) == numbers(4, 6)
-    assert held_out[1].item_id == "test/1"
-
-
-@pytest.mark.parametrize(("split", "key"), [("train", "training"), ("held_out", "validation")])
-def test_coco(tmp_path, split, key):
-    with pytest.raises(ValueError, match=rf"{key}\.dataset_path: .*download howard-hou/COCO-Text"):
-        build_source("coco-validation", split)
-    columns = rows(0, 3, caption=[[f"first {i}", f"second {i}"] for i in range(3)])
-    del columns["text"]
-    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", columns)
-    write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", columns)
-    source = source_of(tmp_path, split, "coco-validation")
-    assert source[1].captions == ("first 1", "second 1")
-    part = "train" if split == "train" else "validation"
-    assert source[1].item_id == f"data/{part}-00000-of-00001.parquet/1"
+@pytest.mark.parametrize(("split", "part"), [("train", "train"), ("held_out", "validation")])
+def test_coco(tmp_path, split, part):
+    refuses("coco-validation", None, r"dataset_path: .*download howard-hou/COCO-Text", split)
+    table = columns(0, 3, caption=[[f"first {i}", f"second {i}"] for i in range(3)])
+    del table["text"]
+    for name in ("train", "validation"):
+        write_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet", table)
+    found = captions(source(tmp_path, split, "coco-validation"))
+    assert found[f"data/{part}-00000-of-00001.parquet/1"] == ("first 1", "second 1")

@@ -20,9 +20,9 @@ from torchtitan_flux.encoders.autoencoder import (
     autoencoder_geometry,
     load_autoencoder,
 )
+from torchtitan_flux.encoders.autoencoder_keys import from_diffusers, to_bfl
 from torchtitan_flux.startup.encoder_checks import encoder_problems
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
-from torchtitan_flux.weights.autoencoder_maps import from_diffusers, to_bfl
 from torchtitan_flux.weights.convert_autoencoder import (
     convert_autoencoder,
     is_autoencoder,

@@ -5,14 +5,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs
-from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
-from torchtitan_flux.weights.autoencoder_maps import (
+from torchtitan_flux.encoders.autoencoder_keys import (
     from_bfl,
     from_diffusers,
     to_bfl,
     to_diffusers,
 )
+from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 
 ARGS = AutoencoderArgs(ch=32, ch_mult=(1, 3, 1), num_res_blocks=1, z_channels=5)
 

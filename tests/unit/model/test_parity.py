@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, nonzero_model, relative_l2
 
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.weights import from_diffusers, to_diffusers
+from torchtitan_flux.weights.key_maps import from_diffusers, to_diffusers
 
 ARGS = FluxModelArgs(
     in_channels=12,

@@ -32,7 +32,7 @@ from torchtitan_flux.sampling.generate import (
     to_pil,
 )
 from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
-from torchtitan_flux.weights import to_diffusers
+from torchtitan_flux.weights.key_maps import to_diffusers
 
 TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = FLAVORS["flux-tiny"]

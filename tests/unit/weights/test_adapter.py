@@ -16,8 +16,8 @@ from torchtitan.protocols.train_spec import get_train_spec
 import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
-from torchtitan_flux.weights import to_diffusers
 from torchtitan_flux.weights.adapter import FluxStateDictAdapter
+from torchtitan_flux.weights.key_maps import to_diffusers
 
 ARGS = replace(FLAVORS["flux-tiny"], guidance_embed=True)
 

@@ -8,16 +8,9 @@ from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from helpers import nonzero_model
 
-from torchtitan_flux.encoders.autoencoder import AutoencoderArgs
-from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
-from torchtitan_flux.weights import (
-    KeyMismatch,
-    from_bfl,
-    from_diffusers,
-    to_bfl,
-    to_diffusers,
-)
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
+from torchtitan_flux.weights.key_maps import from_bfl, from_diffusers, to_bfl, to_diffusers
 
 HIDDEN, HEADS, HEAD_DIM, MLP = 40, 5, 8, 120
 TINY = FluxModelArgs(
@@ -216,23 +209,6 @@ def test_layouts_do_not_pass_for_one_another():
 
 
 # ---- one door for transformer and autoencoder ----------------------------------------------
-
-AE = AutoencoderArgs(in_channels=3, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=5)
-
-
-def test_the_arguments_say_which_model_is_meant():
-    rng = torch.Generator().manual_seed(0)
-    ae = {name: torch.randn(shape, generator=rng) for name, shape in parameter_shapes(AE).items()}
-    assert_bit_equal(from_bfl(to_bfl(ae, AE), AE), ae)
-    diffusers = to_diffusers(ae, AE)
-    assert "decoder.up_blocks.0.resnets.0.conv1.weight" in diffusers
-    assert_bit_equal(from_diffusers(diffusers, AE), ae)
-    transformer = nonzero_model(TINY).state_dict()
-    for convert in (from_bfl, to_bfl, from_diffusers, to_diffusers):
-        with pytest.raises(KeyMismatch, match="transformer"):
-            convert(ae, TINY)
-        with pytest.raises(KeyMismatch, match="autoencoder"):
-            convert(transformer, AE)
 
 
 @pytest.mark.parametrize("layout", MAPS)

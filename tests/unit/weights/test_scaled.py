@@ -15,8 +15,9 @@ from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
-from torchtitan_flux.weights import architecture, from_bfl, from_diffusers, to_bfl, to_diffusers
+from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.convert import convert
+from torchtitan_flux.weights.key_maps import from_bfl, from_diffusers, to_bfl, to_diffusers
 from torchtitan_flux.weights.load import import_weights
 from torchtitan_flux.weights.open import open_weights
 

@@ -27,8 +27,8 @@ from torchtitan_flux.checkpoint.folder import verify
 from torchtitan_flux.checkpoint.storage import SafeReader
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
-from torchtitan_flux.weights import architecture, to_bfl
-from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
+from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes, to_bfl
 from torchtitan_flux.weights.open import open_weights
 from torchtitan_flux.weights.tensor_sources import DcpSource
 

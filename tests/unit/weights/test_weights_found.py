@@ -21,13 +21,14 @@ from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.tensor_files import hub_cache
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
-from torchtitan_flux.weights import (
-    architecture,
-    convert_command,
+from torchtitan_flux.weights import architecture, convert_command
+from torchtitan_flux.weights.key_maps import (
+    Layout,
+    foreign_shapes,
+    layout_entries,
     to_bfl,
     to_diffusers,
 )
-from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.weights.open import open_weights
 from torchtitan_flux.weights.pipeline_folder import pipeline_plan
 

@@ -123,7 +123,7 @@ CONTENTS = {
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(90), "is an HDF5 file"),
     "picture": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(90), "is a PNG picture, not weights"),
     "noise": (lambda: bytes(range(200, 256)), "is no safetensors file, or was cut off"),
-    "nothing": (lambda: b"", r"is too short for a safetensors file \(0 bytes\)"),
+    "nothing": (lambda: b"", r"damaged \(header too small\)"),
 }
 
 

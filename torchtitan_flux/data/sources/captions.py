@@ -105,15 +105,9 @@ class Uncaptioned(ValueError):
 def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str, Any]]:
     """Rows of a metadata file: (path of a picture relative to `root`, what stands for captions).
 
-    Args:
-        root: folder of the data.
-        name: path of the file relative to it, metadata.jsonl or metadata.csv.
-        column: where captions stand; "" for the first of CAPTION_NAMES.
-
-    Raises:
-        OSError: the file cannot be opened.
-        ValueError: it, or a line of it, says something else.
-        Uncaptioned: after all rows, where none of them has a field that captions may stand in.
+    `name` is the file's path relative to `root`, `column` where captions stand, "" for the first of
+    CAPTION_NAMES. ValueError where a line says something else; Uncaptioned, after all rows, where
+    none of them has a field that captions may stand in.
     """
     folder, path, number = name.rpartition("/")[0], root / name, 0
     wanted = (column,) if column else CAPTION_NAMES

@@ -11,7 +11,6 @@ from torchtitan_flux.randomness import Stream, generator
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN_ITEMS = 1437
-HELD_OUT_ITEMS = 360
 MAX_VALUE = 16.0  # scikit-learn's pixel values are 0..16
 
 _SPLIT_SEED = 0  # the split is fixed for good: held-out scores of different runs must compare
@@ -25,30 +24,23 @@ def _arrays() -> tuple[Float32[np.ndarray, "n 8 8"], Int64[np.ndarray, " n"]]:
     return np.asarray(values, np.float32).reshape(-1, 8, 8), np.asarray(labels, np.int64)
 
 
-def _train_counts(class_counts: Int64[np.ndarray, " classes"]) -> Int64[np.ndarray, " classes"]:
-    """Items of each class that go to train, by largest remainder: exactly TRAIN_ITEMS in all."""
-    scaled = class_counts * TRAIN_ITEMS
-    counts = scaled // class_counts.sum()
-    remainders = scaled % class_counts.sum()
-    missing = TRAIN_ITEMS - counts.sum()
-    counts[np.argsort(-remainders, kind="stable")[:missing]] += 1
-    return counts
-
-
 @functools.cache
 def split_rows(split: Split) -> Int64[np.ndarray, " n"]:
-    """Rows of scikit-learn's array that belong to the split, ascending."""
+    """Rows of scikit-learn's array that belong to the split, ascending.
+
+    Of each class as many go to train as its share is, by largest remainder: TRAIN_ITEMS in all.
+    """
     labels = _arrays()[1]
-    counts = _train_counts(np.bincount(labels, minlength=len(DIGIT_WORDS)))
+    counts, remainders = np.divmod(np.bincount(labels) * TRAIN_ITEMS, len(labels))
+    missing = TRAIN_ITEMS - counts.sum()
+    counts[np.argsort(-remainders, kind="stable")[:missing]] += 1
     rows = []
     for label, count in enumerate(counts):
         of_class = np.flatnonzero(labels == label)
         # Raw output, since numpy promises a fixed stream for bit generators but not for
         # Generator.permutation.
-        draws = generator(_SPLIT_SEED, Stream.ORDER, f"digits/{label}").bit_generator.random_raw(
-            len(of_class)
-        )
-        shuffled = of_class[np.argsort(draws, kind="stable")]
+        bits = generator(_SPLIT_SEED, Stream.ORDER, f"digits/{label}").bit_generator
+        shuffled = of_class[np.argsort(bits.random_raw(len(of_class)), kind="stable")]
         rows.append(shuffled[:count] if split == "train" else shuffled[count:])
     return np.sort(np.concatenate(rows))
 

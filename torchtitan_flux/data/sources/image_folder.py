@@ -1,6 +1,7 @@
 """Pictures in folders, with captions in text files beside them or in metadata files."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,13 +33,7 @@ from torchtitan_flux.data.sources.listing import (
     walk,
 )
 from torchtitan_flux.data.sources.pairing import Pairs, composed, is_picture
-from torchtitan_flux.data.sources.parts import (
-    NO_PART,
-    are_parts,
-    not_read,
-    own_parts,
-    part_of_folder,
-)
+from torchtitan_flux.data.sources.parts import NO_PART, own_part, part_of_folder
 from torchtitan_flux.data.sources.source import CAPTIONS, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.formatting import listed
 
@@ -68,10 +63,6 @@ class FolderSource(IndexedSource):
     A picture's captions are what the metadata files say that name it, in order; without any, what
     the text file of its stem says. Where folders directly below the root are named after parts,
     only those of the split are read.
-
-    Raises:
-        OSError, ValueError: there is no folder, no picture in it, or a metadata file cannot be
-            understood.
     """
 
     name = "folder"
@@ -86,17 +77,16 @@ class FolderSource(IndexedSource):
             raise ValueError(f"{self.place} {what}{hint if self.place.suffix == '.tar' else ''}")
         folders = next(walk(self.place, options.index_folder)).folders
         parts = {name: part_of_folder(name) for name in folders}
-        if are_parts(parts.values()):
+        if {"train"} < set(parts.values()) - {""}:
             parts = {name: part for name, part in parts.items() if self._holds_pictures(name)}
-        own = own_parts(parts.values(), split, self.title) if are_parts(parts.values()) else None
-        self._part, self.shared = own[0] if own else "", own is None
-        self._only = {name for name in parts if parts[name] == self._part} if own else None
-        self.left_out = not_read(parts, own)
+        own = own_part(parts, split, self.title, both=True)
+        self._part, self.shared, self.left_out = own.part, own.shared, own.left_out
+        self._only = set(own.names) if own.part else None
         self.identity = json.dumps([options.caption_column, options.captions_by_line, self._part])
         super().__init__(self.name, self.title, open_index(self, options.index_folder), options)
 
     def _holds_pictures(self, name: str) -> bool:
-        _, *below = walk(self.place, self.options.index_folder, {name})
+        below = itertools.islice(walk(self.place, self.options.index_folder, {name}), 1, None)
         return any(d.error or any(map(is_picture, d.files)) for d in below)
 
     def _walk(self) -> Iterator[Directory]:
@@ -127,12 +117,8 @@ class FolderSource(IndexedSource):
         return " ".join(map(stamp, (folder, *(folder / file for file in METADATA_FILES))))
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
-        metadata = _Metadata(self.place, self.options.caption_column)
-        bar.total = 0
-        for directory in self._walk():
-            metadata.read(directory, writer)
-            bar.total += sum(map(is_picture, directory.files))
-        metadata.join_spellings(self._walk())
+        named = self._metadata(writer)
+        bar.total = sum(sum(map(is_picture, directory.files)) for directory in self._walk())
         suffixes = set()
         for directory in self._walk():
             if directory.error:
@@ -140,11 +126,11 @@ class FolderSource(IndexedSource):
             writer.note(NOT_UTF8, *[directory.name or "."] * directory.unnameable)
             if "/" in directory.name and part_of_folder(os.path.basename(directory.name)):
                 writer.note(DEEPER_PARTS, directory.name)
-            self._add(directory, metadata, writer, bar)
+            self._add(directory, named, writer, bar)
             suffixes |= {os.path.splitext(file)[1].lower() for file in directory.files}
-        for path in sorted(metadata.captions):  # missing, hidden, or of a suffix of their own
+        for path in sorted(named):  # missing, hidden, or of a suffix of their own
             if self._is_read(path):
-                self._add_row(path, self._captions(path, metadata, None, writer), writer)
+                self._add_row(path, self._captions(path, named, None, writer), writer)
             elif "/" not in path:
                 writer.note(NO_PART, path)
         if not writer.rows:
@@ -157,35 +143,66 @@ class FolderSource(IndexedSource):
             why += [f"{note.text}: {listed(note.examples, 3)}" for note in writer.notes.values()]
             raise ValueError("; ".join([f"{self.place}{part} holds no pictures", *why]))
 
+    def _metadata(self, writer: IndexWriter) -> dict[str, list[Any]]:
+        """Path of a picture -> what metadata files say of it.
+
+        Where they name it in another of Unicode's spellings, and one file alone can be meant, that
+        is the picture.
+        """
+        found: dict[str, list[Any]] = {}
+        for path in (path for directory in self._walk() for path in directory.paths()):
+            if os.path.basename(path) not in METADATA_FILES:
+                continue
+            if os.path.exists(self.place / path) and not_regular(self.place / path):
+                writer.note(NOT_REGULAR, path)
+                continue
+            try:
+                for name, value in metadata_captions(self.place, path, self.options.caption_column):
+                    values = value if isinstance(value, list) else [value]
+                    found.setdefault(name, []).extend(values)
+            except Uncaptioned as error:
+                if self.options.caption_column:
+                    raise
+                writer.note("metadata files without captions", str(error))
+        spelled = {path: composed(path) for path in found if not path.isascii()}
+        there: dict[str, set[str]] = {spelling: set() for spelling in spelled.values()}
+        for directory in self._walk() if spelled else ():
+            for path in directory.paths():
+                there.get(composed(path), set()).add(path)
+        for path, spelling in spelled.items():
+            spellings = there[spelling]
+            if len(spellings) == 1 and path not in spellings:
+                found.setdefault(*spellings, []).extend(found.pop(path))  # pyright: ignore
+        return found
+
     def _add(
-        self, directory: Directory, metadata: "_Metadata", writer: IndexWriter, bar: tqdm
+        self, directory: Directory, named: dict[str, list[Any]], writer: IndexWriter, bar: tqdm
     ) -> None:
         """Rows of one directory."""
         pairs = Pairs(directory.files)
-        within = f"{directory.name}/" if directory.name else ""
         for file in filter(is_picture, directory.files):
             bar.update()
-            if self._is_read(path := within + file):
-                self._add_row(path, self._captions(path, metadata, pairs, writer), writer)
+            path = os.path.join(directory.name, file)
+            if self._is_read(path):
+                self._add_row(path, self._captions(path, named, pairs, writer), writer)
             else:
-                metadata.captions.pop(path, None)
+                named.pop(path, None)
                 writer.note(NO_PART, path)
         for text, file in pairs.remarks():
-            if within + file not in metadata.captions:
-                writer.note(text, within + file)
+            if (path := os.path.join(directory.name, file)) not in named:
+                writer.note(text, path)
 
     def _captions(
-        self, path: str, metadata: "_Metadata", pairs: Pairs | None, writer: IndexWriter
+        self, path: str, named: dict[str, list[Any]], pairs: Pairs | None, writer: IndexWriter
     ) -> Captions:
         """What metadata files say of a picture, else what the first of its texts does that speaks.
 
         Where the operating system refuses a text, there is neither a caption nor a reason.
         """
-        by_line = self.options.captions_by_line
-        captions, reason = captions_of(metadata.captions.pop(path, None), by_line)
+        captions, reason = captions_of(named.pop(path, None), self.options.captions_by_line)
         if captions or pairs is None:
             return captions, reason
-        folder, _, file = path.rpartition("/")
+        folder, file = os.path.split(path)
         texts = pairs.texts(file)
         for text in texts:
             captions, why = self._text(os.path.join(folder, text), writer)
@@ -196,12 +213,7 @@ class FolderSource(IndexedSource):
                 if text != texts[-1]:
                     writer.note(SECOND_TEXT, path)
                 return captions, ""
-        if pairs.is_unclear(file):
-            return (), UNCLEAR
-        complaint = metadata.complaints.get(path)
-        if complaint and self.options.default_caption is None:
-            raise complaint
-        return (), reason
+        return (), UNCLEAR if pairs.is_unclear(file) else reason
 
     def _text(self, path: str, writer: IndexWriter) -> Captions:
         file, suffix = self.place / path, os.path.splitext(path)[1].lower()
@@ -245,53 +257,3 @@ class FolderSource(IndexedSource):
             return path.read_bytes()
         except FileNotFoundError as error:
             raise UnreadableItem(row.item_id, missing(path)) from error
-
-
-class _Metadata:
-    """What metadata files say.
-
-    Attributes:
-        captions: path of a picture -> what stands for its captions.
-        complaints: pictures whose metadata file has no captions at all -> what to say if they
-            have none elsewhere.
-    """
-
-    def __init__(self, root: Path, column: str):
-        self.captions: dict[str, list[Any]] = {}
-        self.complaints: dict[str, Uncaptioned] = {}
-        self._root = root
-        self._column = column
-
-    def read(self, directory: Directory, writer: IndexWriter) -> None:
-        """Read the metadata files of a directory."""
-        for path in directory.paths():
-            if os.path.basename(path) not in METADATA_FILES:
-                continue
-            if os.path.exists(self._root / path) and not_regular(self._root / path):
-                writer.note("metadata files that are a pipe, a socket or a device", path)
-                continue
-            pictures = []
-            try:
-                for picture, value in metadata_captions(self._root, path, self._column):
-                    values = value if isinstance(value, list) else [value]
-                    self.captions.setdefault(picture, []).extend(values)
-                    pictures.append(picture)
-            except Uncaptioned as complaint:
-                if self._column:
-                    raise
-                self.complaints |= dict.fromkeys(pictures, complaint)
-
-    def join_spellings(self, directories: Iterator[Directory]) -> None:
-        """Give captions to the pictures whose names are spelled otherwise in Unicode.
-
-        Where several pictures differ in nothing else, none of them is taken.
-        """
-        named = {path: composed(path) for path in self.captions if not path.isascii()}
-        there: dict[str, set[str]] = {spelling: set() for spelling in named.values()}
-        for directory in directories if named else ():
-            for path in directory.paths():
-                there.get(composed(path), set()).add(path)
-        for path, spelling in named.items():
-            spellings = there[spelling]
-            if len(spellings) == 1 and path not in spellings:
-                self.captions.setdefault(spellings.pop(), []).extend(self.captions.pop(path))

@@ -32,14 +32,12 @@ class Row(NamedTuple):
     """What is known of an item without decoding it.
 
     Attributes:
-        item_id: name of the item, unique within the data set.
-        shard: which file of the data set holds the image; meaningless where each has its own.
-        offset, length: where the file's bytes are the image's, in bytes.
+        item_id: unique within the data set.
+        shard, offset, length: which of the data's files holds the image, and where, in bytes.
         width, height: of the upright image in pixels; 0 when its header cannot be read.
-        captions: canonical first; empty where there are none, and for an item that is not read.
-        reason: why there are no captions, or what is wrong with the image by its header; "" when
-            nothing is, and where the operating system refused, which can be over tomorrow. An image
-            is tried again whatever is said here.
+        captions: canonical first; empty where there are none.
+        reason: why there are no captions, or what is wrong with the image by its header; "" also
+            where the operating system refused, which can be over tomorrow.
     """
 
     item_id: str
@@ -80,13 +78,7 @@ class DamagedIndex(Exception):
 class IndexWriter:
     """Writes an index from its first row to its last, a batch at a time, within `with`.
 
-    Args:
-        path: file to write, over what is there.
-        facts: what the rows are made from, for whoever asks whether that still holds.
-
-    Attributes:
-        rows: number of rows so far.
-        notes: what was noted so far, by its text.
+    `facts` are what the rows are made from, for whoever asks whether that still holds.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, str]):
@@ -131,16 +123,10 @@ class IndexWriter:
             self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
 
     def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
-        """Note a file or folder that the operating system refused.
+        """Note a file or folder that the operating system refused to open, or to read at a byte.
 
-        The index is built anew as soon as it can be opened: what is said of it today is not stored
-        as if it were so for good.
-
-        Args:
-            path: of the file or folder.
-            error: what was said.
-            at: byte at which a file that could be opened could not be read.
-            lost: items that are lost by it.
+        The index is built anew as soon as it does not: what is said of it today is not stored as
+        if it were so for good.
         """
         cannot = "opened" if at is None else "read"
         text = f"files or folders that cannot be {cannot}: {error.strerror}"
@@ -168,9 +154,7 @@ class Index:
             file could not be read.
         digest: of the item ids, in their order.
 
-    Raises:
-        DamagedIndex: the file is no index of this format.
-        FileNotFoundError: there is none.
+    Raises DamagedIndex where the file is no index of this format, FileNotFoundError without one.
     """
 
     def __init__(self, path: Path):
@@ -211,7 +195,7 @@ class Index:
         return row._replace(captions=tuple(row.captions))
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows, many at a time and in order, for what is computed over all of them."""
+        """The rows, many at a time and in order."""
         return iter(self._batches)
 
     def __reduce__(self):

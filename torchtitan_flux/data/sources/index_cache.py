@@ -61,10 +61,8 @@ class Recipe(Protocol):
 def open_index(recipe: Recipe, folder: Path | None = None) -> Index:
     """The index of a data set, built first where there is none that holds.
 
-    Processes that open the same index at once agree: one builds it, the others wait.
-
-    Raises:
-        ValueError: it cannot be written, or nobody can train on the data.
+    Processes that open the same index at once agree: one builds it, the others wait. ValueError
+    where it cannot be written, or nobody can train on the data.
     """
     folders = places(folder, recipe.place)
     for place in folders:

@@ -20,14 +20,8 @@ from torchtitan_flux.data.sources.source import Item, SourceOptions, UnreadableI
 class IndexedSource(ABC):
     """Items of an index.
 
-    Args:
-        name: the sort of source.
-        title: the data, for people.
-        index: rows of the items.
-        options: default_caption, caption_prefix, min_size, max_pixels.
-
-    Attributes:
-        shared: both splits see all items, since none is named for a split.
+    `name` is the sort of source, `title` the data, for people. Where `shared`, both splits see all
+    items, since none is named for a split.
     """
 
     shared = True
@@ -40,12 +34,7 @@ class IndexedSource(ABC):
 
     @abstractmethod
     def read(self, row: Row) -> bytes:
-        """The file of a row's picture.
-
-        Raises:
-            UnreadableItem: it is damaged.
-            OSError: it cannot be opened or read.
-        """
+        """The file of a row's picture; raises UnreadableItem or OSError."""
 
     @property
     def digest(self) -> str:

@@ -29,11 +29,9 @@ _COMPRESSED = {
 class Directory:
     """What a walk met in one directory.
 
-    Attributes:
-        name: path relative to the root, "" for the root itself, "/" between the parts.
-        files, folders: names, sorted by their UTF-8 bytes.
-        unnameable: files whose names are not UTF-8, and therefore left out.
-        error: what the operating system said when it refused to list the directory.
+    `name` is its path relative to the root, "" for the root itself; `files` and `folders` are
+    sorted; `unnameable` ones, whose names are not UTF-8, are left out; `error` is what the
+    operating system said when it refused to list the directory.
     """
 
     name: str
@@ -54,11 +52,8 @@ def walk(
 
     Hidden files and directories are ignored. Symbolic links are followed, except to a directory
     that is being walked already; a broken link counts as a file, and so does a pipe or a device.
-
-    Args:
-        root: an existing directory; OSError where it cannot be listed.
-        without: a directory that is left out, with all below it.
-        only: names of the directories directly below the root that are walked; None for all.
+    The folder `without` is left out, and directly below the root those that are not in `only`.
+    OSError where the root cannot be listed.
     """
     skipped = _identity(without) if without and without.is_dir() else None
     stack = [("", frozenset[tuple[int, int]]())]

@@ -35,7 +35,7 @@ from torchtitan_flux.data.sources.columns import (
 )
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.parts import not_read, own_parts, part_of
+from torchtitan_flux.data.sources.parts import own_part, part_of
 from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
 
 logger = logging.getLogger(__name__)
@@ -52,14 +52,8 @@ class ParquetSource(IndexedSource):
     Tables that are named after a part (train-00000.parquet, test/0.parquet, parts of a
     `save_to_disk` folder) belong to it; "held_out" is the validation part, else the test part.
 
-    Args:
-        split: "train" or "held_out".
-        options: path (a folder, a file, or owner/name of the hub), image_column, caption_column,
-            default_caption, …
-
-    Raises:
-        OSError, ValueError: there is nothing to read, or it is damaged, a column is missing or of
-            another type, or tables differ in one.
+    The path is a folder, a file, or owner/name of the hub. ValueError where there is nothing to
+    read, or it is damaged, a column is missing or of another type, or tables differ in one.
     """
 
     name = "parquet"
@@ -83,11 +77,9 @@ class ParquetSource(IndexedSource):
         parted = isinstance(found, dict)
         found = {str(name): of for name, of in found.items()} if parted else {local.name: found}
         parts = {name: part_of(name) if parted else "" for name in found}
-        own = own_parts(parts.values(), split, path)
-        part, self.shared = own or ("", True)
-        names = [name for name in found if own is None or parts[name] == part]
+        part, self.shared, names, left_out = own_part(parts, split, path)
         tables = {name: _opened(found[name]) for name in names}
-        self.left_out = not_read(parts, own) | {
+        self.left_out = left_out | {
             "tables without rows": [name for name, table in tables.items() if not table.count],
             listing.NOT_UTF8: nameless,
         }
@@ -227,11 +219,7 @@ def _merged(schemas: list[pa.Schema]) -> pa.Schema:
 
 
 def _common_columns(tables: Mapping[str, _Table], merged: pa.Schema, names: list[str]) -> pa.Schema:
-    """The columns that are read, which all tables must have alike; a column of nulls is like any.
-
-    Raises:
-        ValueError: a table lacks one or has it of another type; names both.
-    """
+    """The columns that are read, which all tables must have alike; one of nulls is like any."""
     columns = {name: plain_type(merged.field(name).type) for name in names}
     for table, (schema, *_) in tables.items():
         for column, of in columns.items():
@@ -251,6 +239,8 @@ def _damage_is_named(file: Path) -> Iterator[None]:
     """pyarrow and datasets raise sorts of their own: what is said is what the file is instead."""
     try:
         yield
+    except SettingError:
+        raise
     except Exception as error:
         what = ""
         with suppress(OSError):
@@ -318,12 +308,7 @@ def _from_hub(name: str) -> DatasetDict | Dataset:
 
 
 def _beside(root: Path, path: str, item_id: str) -> Path:
-    """The file that a path in a table names, within the folder of the data.
-
-    Raises:
-        UnreadableItem: it is outside of that folder, not there, or no regular file.
-        OSError: the operating system refuses it.
-    """
+    """The file that a path in a table names, within the folder of the data."""
     spellings = (path, path.replace("\\", "/"))  # a path may have been written on Windows
     spellings += tuple(normalize(form, path) for form in ("NFC", "NFD") for path in spellings)
     try:

@@ -1,7 +1,8 @@
 """Which part of a data set, for training or held out, files and folders are named after."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torchtitan_flux.data.sources.source import Split
 
@@ -40,50 +41,38 @@ def part_of_folder(name: str) -> str:
     return next((part for part, known in PARTS.items() if words and words <= set(known)), "")
 
 
-def are_parts(parts: Iterable[str]) -> bool:
-    """Whether a train part and a held-out one are there; a lone "train" may be a class."""
-    there = set(parts)
-    return "train" in there and _held_out(there) is not None
+class OwnPart(NamedTuple):
+    """What a split reads: names of `part` ("" where none is named); `shared` by both splits."""
+
+    part: str
+    shared: bool
+    names: list[str]
+    left_out: dict[str, list[str]]
 
 
-def _held_out(parts: Iterable[str]) -> str | None:
-    there = set(parts)
-    return next((part for part in ("validation", "test") if part in there), None)
-
-
-def own_parts(parts: Iterable[str], split: Split, path: str) -> tuple[str, bool] | None:
-    """(part of a split, whether both splits share it); None where no part is named at all.
+def own_part(parts: Mapping[str, str], split: Split, path: str, both: bool = False) -> OwnPart:
+    """What a split reads: training the train part, else the validation part, else the test part.
 
     Args:
-        parts: that are there.
-        split: "held_out" reads the validation part, else the test part.
+        parts: file or folder -> its part, "" for none.
+        split: "train" or "held_out".
         path: of the data, for the message.
+        both: parts are meant only where a train part and another one are there.
 
     Raises:
         ValueError: the train part is wanted, and only others are there.
     """
-    there = set(parts) - {""}
-    held_out = _held_out(there)
-    if split == "held_out" and held_out:
-        return held_out, False
-    if "train" in there:
-        return "train", held_out is None
-    if held_out:
+    there = set(parts.values()) - {""}
+    held_out = next((part for part in ("validation", "test") if part in there), None)
+    if not there or (both and not (held_out and "train" in there)):
+        return OwnPart("", True, list(parts), {})
+    part = held_out if split == "held_out" and held_out else "train"
+    if part not in there:
         raise ValueError(f"{path} has no train part, only {', '.join(sorted(there))}")
-    return None
-
-
-def not_read(parts: Mapping[str, str], own: tuple[str, bool] | None) -> dict[str, list[str]]:
-    """What neither split reads, in words -> names.
-
-    Args:
-        parts: file or folder -> its part, "" for none.
-        own: as of `own_parts`.
-    """
-    found: dict[str, list[str]] = {}
-    for name, part in parts.items() if own else ():
-        if not part:
-            found.setdefault(NO_PART, []).append(name)
-        elif part not in ("train", _held_out(parts.values())):
-            found.setdefault(f"files of a {part} part are left out", []).append(name)
-    return found
+    left_out: dict[str, list[str]] = {}
+    for name, other in parts.items():
+        if other not in ("train", held_out):
+            why = f"files of a {other} part are left out" if other else NO_PART
+            left_out.setdefault(why, []).append(name)
+    names = [name for name in parts if parts[name] == part]
+    return OwnPart(part, held_out is None, names, left_out)

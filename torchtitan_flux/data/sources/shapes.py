@@ -27,8 +27,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 
 RADII = {"small": 0.08, "medium": 0.115, "large": 0.15}
 """Radius of the circle that encloses a shape, in units of the image's shorter side."""
 
-ROW_WORDS = ("top", "middle", "bottom")
-COLUMN_WORDS = ("left", "middle", "right")
+_ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 _OVERSAMPLING = 4  # drawn so many times larger, then averaged: PIL draws hard edges
 _BORDER = 0.02  # distance of every shape from the edge of the image, on either axis
@@ -82,15 +81,7 @@ class Scene:
     @property
     def place(self) -> str:
         """The third in each direction that holds the centre: "top left", "left", "center", ..."""
-        words = [
-            word
-            for word, index in (
-                (ROW_WORDS[self.row], self.row),
-                (COLUMN_WORDS[self.column], self.column),
-            )
-            if index != 1
-        ]
-        return " ".join(words) or "center"
+        return " ".join(filter(None, (_ROWS[self.row], _COLUMNS[self.column]))) or "center"
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -126,15 +117,10 @@ def draw_scene(scene: Scene, size: ImageSize) -> Image.Image:
 
 
 class ShapesSource:
-    """Items drawn on demand; ids are "shapes/<split>/<index>".
+    """Items drawn on demand at a size in pixels; ids are "shapes/<split>/<index>".
 
     What item i shows is a function of (the data set, split, i): the same at every image size and
-    in every run.
-
-    Args:
-        split: "train" or "held_out".
-        image_size: size in pixels at which pictures are drawn.
-        length: number of items; 100,000 to train and 1,000 held out when None.
+    in every run. There are 100,000 to train and 1,000 held out unless `length` says otherwise.
     """
 
     name = "shapes"
@@ -152,20 +138,13 @@ class ShapesSource:
         rng = generator(_DATA_SEED, Stream.SHAPES, f"{self.split}/{index}")
         pick = rng.random(8).tolist()
 
-        def choose(options, draw: float):
-            return list(options)[int(draw * len(options))]
-
-        size = choose(RADII, pick[2])
-        row, column = int(pick[4] * 3), int(pick[5] * 3)
-        return Scene(
-            color=choose(COLORS, pick[0]),
-            shape=choose(POLYGONS, pick[1]),
-            size=size,
-            background=choose(BACKGROUNDS, pick[3]),
-            row=row,
-            column=column,
-            center=(_coordinate(column, size, pick[6]), _coordinate(row, size, pick[7])),
+        color, shape, size, background = (
+            list(names)[int(draw * len(names))]
+            for names, draw in zip((COLORS, POLYGONS, RADII, BACKGROUNDS), pick[:4], strict=True)
         )
+        row, column = int(pick[4] * 3), int(pick[5] * 3)
+        center = _coordinate(column, size, pick[6]), _coordinate(row, size, pick[7])
+        return Scene(color, shape, size, background, row, column, center)
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < self._length:

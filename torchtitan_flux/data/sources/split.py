@@ -28,17 +28,8 @@ class SourcePart:
     the first of its images that can be read are held out, the others are for training. It is a
     function of the number of items and of which cannot be read, and of nothing in the run.
 
-    Args:
-        source: what is split.
-        split: which part this is.
-        share: share of the items that is held out, in (0, 1); at least one item that can be read
-            goes either way.
-
-    Attributes:
-        held_out: number of held-out items, whichever part this is.
-
-    Raises:
-        ValueError: `share` is not in (0, 1), or fewer than two items can be read.
+    `held_out` is their number, whichever part this is: `share` of the items, in (0, 1), but at
+    least one item that can be read goes either way.
     """
 
     def __init__(self, source: Source, split: Split, share: float):
@@ -99,11 +90,7 @@ def whole_of(source: Source) -> Source:
 
 
 def part_or_share(source: Source, split: Split, options: SourceOptions) -> Source:
-    """A split's own part of the data, or its share of data that both splits see.
-
-    Raises:
-        ValueError: nothing is held out, and validation is to read it; or as `SourcePart`.
-    """
+    """A split's own part of the data, or its share of data that both splits see."""
     if not (isinstance(source, IndexedSource) and source.shared):
         return source
     if options.held_out_share:

@@ -21,7 +21,7 @@ from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import composed, is_picture
-from torchtitan_flux.data.sources.parts import not_read, own_parts, part_of
+from torchtitan_flux.data.sources.parts import own_part, part_of
 from torchtitan_flux.data.sources.source import SourceOptions, Split, UnreadableItem
 from torchtitan_flux.formatting import listed
 
@@ -47,14 +47,8 @@ class TarSource(IndexedSource):
     order in which a shard first names them. The second sample of a key that a shard repeats is
     "<shard>/<key>#2".
 
-    Args:
-        split: which part is read.
-        options: path (a folder, a tar file or a pattern), image_column (the suffix of pictures, ""
-            for any), caption_column (a key of the samples' .json; "" prefers their .txt), …
-
-    Raises:
-        OSError, ValueError: there are no shards, or no pictures in them, or they are something
-            else.
+    The path is a folder, a tar file or a pattern; `image_column` the suffix of pictures, "" for
+    any; `caption_column` a key of the samples' .json, "" prefers their .txt.
     """
 
     name = "webdataset"
@@ -64,12 +58,10 @@ class TarSource(IndexedSource):
         self.options = options
         self.place, names, nameless, self._refused = _files(given, options.index_folder)
         parts = {name: part_of(name) for name in names}
-        there = set(parts.values()) - {""}
-        own = own_parts(there, split, given) if "train" in there and len(there) > 1 else None
-        part, self.shared = own[0] if own else "", own is None
-        self.left_out = not_read(parts, own) | {listing.NOT_UTF8: nameless}
+        part, self.shared, names, left_out = own_part(parts, split, given, both=True)
+        self.left_out = left_out | {listing.NOT_UTF8: nameless}
         self._shards: list[str] = []
-        for name in (name for name in names if own is None or parts[name] == part):
+        for name in names:
             what = ""
             with suppress(OSError):  # told of when the shard is read
                 what = listing.not_regular(self.place / name)
@@ -352,20 +344,15 @@ def _samples(members: list[tuple[str, str, Any]]) -> list[_Sample]:
 
 
 def _each_is_whole(runs: list[_Sample]) -> bool:
-    """Whether runs of one key are a sample each, with no text that may belong to another one.
-
-    Where one of them lacks a text, a text that comes before its picture may be that one's.
-    """
+    """Whether runs of one key are a sample each. Where one of them lacks a text, a text that comes
+    before its picture may be that one's."""
     pictures_first = all(run.members[0][0] == _PICTURE for run in runs)
     texts = all(len(run.members) > 1 for run in runs)
     return all(run.is_plain() and run.pictures() for run in runs) and (pictures_first or texts)
 
 
 def _joined_spellings(samples: list[_Sample]) -> list[_Sample]:
-    """A picture whose only text has its key in another of Unicode's spellings is one with it.
-
-    macOS writes é as two characters (NFD), most others as one (NFC).
-    """
+    """A picture whose only text has its key in another of Unicode's spellings is one with it."""
     by_spelling: defaultdict[str, list[_Sample]] = defaultdict(list)
     for sample in samples:
         by_spelling[composed(sample.key)].append(sample)

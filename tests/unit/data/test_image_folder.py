@@ -1,0 +1,620 @@
+"""Pictures in folders: which, in what order, with what captions, never guessed, never lost."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import unicodedata
+from pathlib import Path
+
+import pytest
+from data_files import (
+    captions,
+    ids,
+    indexed,
+    notes,
+    png,
+    refuses,
+    refusing_scandir,
+    rows,
+    unreadable,
+)
+from PIL import Image
+
+from torchtitan_flux.data.formats import IMAGE_SUFFIXES
+from torchtitan_flux.data.sources import image_folder, index_cache, pairing
+from torchtitan_flux.data.sources.indexed import IndexedSource
+from torchtitan_flux.data.sources.pairing import SPELLED_TWICE, TABLES, UNCLEAR, UNUSED, Pairs
+from torchtitan_flux.data.sources.parts import own_part, part_of, part_of_folder
+from torchtitan_flux.data.sources.registry import build_source
+from torchtitan_flux.data.sources.source import SourceOptions
+from torchtitan_flux.data.sources.split import SourcePart
+
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF"}
+
+
+def picture(path: Path, text: str | None = None, shade: int = 99) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = path.suffix[1:].lower()
+    path.write_bytes(png(shade, (11, 9), FORMATS.get(suffix, suffix.upper())))
+    if text is not None:
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
+def source(root: Path, **options) -> IndexedSource:
+    return indexed("folder", root, **options)
+
+
+def metadata(folder: Path, *records: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "metadata.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+
+
+def test_all_pictures_in_order_with_their_pixels_and_captions(tmp_path):
+    names = ["b.png", "a.jpg", "sub/ü ñ.JPEG", "sub/c.webp", "z/10.bmp", "z/9.gif", "t.tif"]
+    for number, name in enumerate(names):
+        picture(tmp_path / name, f"no. {name}", 10 * number)
+    for other in ("notes.md", ".hidden.jpg", ".git/x.jpg", "x.jpg.part"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "a.jpg", tmp_path / other)
+    items = source(tmp_path)
+    expected = ["a.jpg", "b.png", "t.tif", "sub/c.webp", "sub/ü ñ.JPEG", "z/10.bmp", "z/9.gif"]
+    assert ids(items) == expected
+    for index, name in enumerate(expected):
+        item, row = items[index], items.index[index]
+        assert item.captions == (f"no. {name}",)
+        assert item.image.tobytes() == Image.open(tmp_path / name).tobytes()
+        assert row[3:6] == ((tmp_path / name).stat().st_size, 11, 9)
+
+
+@pytest.mark.parametrize(
+    ("files", "pairs", "remarks"),
+    [
+        ("a.JPG a.TXT", {"a.JPG": ["a.TXT"]}, {}),
+        ("a.jpg a.txt a.TXT", {"a.jpg": ["a.txt"]}, {"a.TXT": SPELLED_TWICE}),
+        ("a.TXT a.jpg a.txt", {"a.jpg": ["a.txt"]}, {"a.TXT": SPELLED_TWICE}),
+        ("a.jpg A.txt", {"a.jpg": []}, {"A.txt": UNUSED}),
+        ("a.jpg a.txt a.Caption", {"a.jpg": ["a.txt", "a.Caption"]}, {}),
+        ("a.jpg a.b.txt a.b.png", {"a.jpg": [], "a.b.png": ["a.b.txt"]}, {}),
+        ("a.jpg a.png a.txt", {"a.jpg": ["a.txt"], "a.png": ["a.txt"]}, {}),
+        (f"{NFC}.jpg {NFD}.txt", {f"{NFC}.jpg": [f"{NFD}.txt"]}, {}),
+        (f"{NFD}.jpg {NFC}.txt", {f"{NFD}.jpg": [f"{NFC}.txt"]}, {}),
+        (
+            f"{NFC}.jpg {NFD}.jpg {NFC}.txt {NFD}.txt",
+            {f"{NFC}.jpg": [f"{NFC}.txt"], f"{NFD}.jpg": [f"{NFD}.txt"]},
+            {},
+        ),
+        # The text is one picture's own; the other picture has none.
+        (f"{NFC}.jpg {NFD}.jpg {NFC}.txt", {f"{NFC}.jpg": [f"{NFC}.txt"], f"{NFD}.jpg": []}, {}),
+        ("a.jpg a.txt a.npz", {"a.jpg": ["a.txt"]}, {}),
+        ("a.jpg a.json", {"a.jpg": []}, {"a.json": ".json files beside pictures are not read"}),
+        ("a.jpg Metadata.csv l.tsv n.md", {}, {"Metadata.csv": TABLES, "l.tsv": TABLES}),
+        ("b.mp4 b.txt c.mp4", {}, {"b.mp4": ".mp4 files with a caption beside them are not read"}),
+        ("metadata.jsonl readme.txt", {}, {"readme.txt": UNUSED}),
+    ],
+)
+def test_texts_and_their_pictures(files, pairs, remarks):
+    found = Pairs(files.split())
+    assert {name: found.texts(name) for name in pairs} == pairs
+    assert {file: text for text, file in found.remarks()} == remarks
+
+
+def test_of_three_spellings_none_is_guessed(tmp_path):
+    # Two marks on one letter, in three ways to write them: ấ
+    whole, half, apart = "\u1ea5", "\u00e2\u0301", "a\u0302\u0301"
+    picture(tmp_path / f"{whole}.png")
+    picture(tmp_path / f"{half}.png")
+    (tmp_path / f"{apart}.txt").write_text("whose?")
+    items = source(tmp_path)
+    assert set(captions(items).values()) == {image_folder.UNCLEAR}
+    assert list(notes(items)) == [UNCLEAR]
+
+
+def test_pictures_that_are_not_read_are_noted_by_suffix(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png", "read")
+    for name in ("b.heic", "b.txt", "c.HEIC", "d.mp4", "d.txt", "e.svg"):
+        (tmp_path / name).write_bytes(b"?")
+    without = IMAGE_SUFFIXES - {".heic"}
+    monkeypatch.setattr(pairing, "IMAGE_SUFFIXES", without)
+    monkeypatch.setattr("torchtitan_flux.data.formats.IMAGE_SUFFIXES", without)
+    reads = "(`pip install pillow-heif` reads them)"
+    assert notes(source(tmp_path)) == {
+        f".heic files with a caption beside them are not read {reads}": ("b.heic",),
+        f".heic files are not read {reads}": ("c.HEIC",),
+        ".mp4 files with a caption beside them are not read": ("d.mp4",),
+    }
+
+
+def test_every_suffix_that_pillow_decodes(tmp_path):
+    wanted = {".jfif", ".jpe", ".jp2", ".j2k", ".ppm", ".pgm", ".tga", ".psd", ".ico", ".mpo"}
+    assert wanted <= IMAGE_SUFFIXES
+    assert not {".eps", ".ps", ".pdf", ".wmf", ".emf", ".h5", ".mpg", ".txt"} & IMAGE_SUFFIXES
+    saved = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.jp2": "JPEG2000", "d.tga": "TGA", "e.dib": "DIB"}
+    saved |= {"f.pcx": "PCX", "g.qoi": "QOI", "h.sgi": "SGI", "i.apng": "PNG", "j.ppm": "PPM"}
+    for name, format in saved.items():
+        if format in Image.SAVE:
+            Image.new("RGB", (11, 9), (99, 99, 99)).save(tmp_path / name, format)
+            (tmp_path / name).with_suffix(".txt").write_text(name)
+    items = source(tmp_path)
+    assert len(items) >= 9
+    for item in (items[i] for i in range(len(items))):
+        assert item.captions == (item.item_id,)
+        assert item.image.convert("RGB").getpixel((5, 5)) == pytest.approx((99, 99, 99), abs=2)
+
+
+@pytest.mark.parametrize(
+    ("package", "format", "suffix"),
+    [("pillow_heif", "HEIF", ".HEIC"), ("pillow_jxl", "JXL", ".jxl")],
+)
+def test_formats_of_plug_ins(tmp_path, package, format, suffix):
+    pytest.importorskip(package)
+    Image.new("RGB", (11, 9), (99, 99, 99)).save(tmp_path / f"a{suffix}", format)
+    (tmp_path / "a.txt").write_text("a")
+    items = source(tmp_path)
+    assert rows(items)[0][4:6] == (11, 9)
+    assert items[0].image.convert("RGB").getpixel((5, 5)) == pytest.approx((99, 99, 99), abs=3)
+
+
+def test_a_caption_is_one_unless_lines_are_said_to_be(tmp_path):
+    strange = "one\u2028line\x85that\x0bnever\x0cends"
+    picture(tmp_path / "a.png", strange)
+    picture(tmp_path / "b.png", "\ufefffirst\rsecond\r\n \r\nthird\n\n")
+    picture(tmp_path / "c.png")
+    metadata(
+        tmp_path, {"file_name": "c.png", "text": ["a", "b"]}, {"file_name": "./c.png", "text": "c"}
+    )
+    listed = {"a.png": (strange,), "c.png": ("a", "b", "c")}
+    items = source(tmp_path)
+    assert captions(items) == listed | {"b.png": ("first\rsecond\r\n \r\nthird",)}
+    assert notes(items) == {image_folder.SEVERAL_LINES: ("b.txt",)}
+    items = source(tmp_path, captions_by_line=True)
+    assert captions(items) == listed | {"b.png": ("first", "second", "third")}
+    assert not notes(items)
+
+
+def test_of_texts_the_first_counts_that_says_anything(tmp_path):
+    picture(tmp_path / "a.png", " \n")
+    (tmp_path / "a.caption").write_text("from .caption")
+    picture(tmp_path / "b.png", "from .txt")
+    (tmp_path / "b.caption").write_text("not read")
+    picture(tmp_path / "c.png", "shared")
+    picture(tmp_path / "c.gif")
+    items = source(tmp_path)
+    assert captions(items) == {
+        "a.png": ("from .caption",),
+        "b.png": ("from .txt",),
+        "c.gif": ("shared",),
+        "c.png": ("shared",),
+    }
+    assert notes(items)[image_folder.SHARED] == ("c.gif", "c.png")
+    assert "b.png" in notes(items)[image_folder.SECOND_TEXT]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_in_any_directory_names_files_relative_to_it(tmp_path, kind):
+    for name in ("a.png", "in/b.png", "in/deep/c.jpg"):
+        picture(tmp_path / name)
+    shutil.copy(tmp_path / "a.png", tmp_path / "in/kept.data")
+    (tmp_path / "in/b.txt").write_text("the metadata say it better")
+    top = [("a.png", "über"), ("missing.png", "x")]
+    inner = [("b.png", 'with "quotes",\nand lines'), ("deep/c.jpg", "c"), ("kept.data", "k")]
+    inner += [("../in/deep/../deep/c.jpg", "c again")]
+    for folder, pairs in ((tmp_path, top), (tmp_path / "in", inner)):
+        if kind == "jsonl":
+            metadata(folder, *({"file_name": name, "caption": text} for name, text in pairs))
+        else:
+            quoted = [",".join('"' + s.replace('"', '""') + '"' for s in row) for row in pairs]
+            text = "\ufefffile_name,caption\n" + "\n".join(quoted)
+            (folder / "metadata.csv").write_text(text, encoding="utf-8")
+    items = source(tmp_path)
+    assert captions(items) == {
+        "a.png": ("über",),
+        "in/b.png": ('with "quotes",\nand lines',),
+        "in/deep/c.jpg": ("c", "c again"),
+        "in/kept.data": ("k",),
+        "missing.png": ("x",),
+    }
+    assert rows(items)[-1].reason == unreadable(items, 4) == "does not exist"
+
+
+def test_the_caption_column_is_the_one_named_or_the_first_known(tmp_path):
+    picture(tmp_path / "a.png")
+    metadata(tmp_path, {"file_name": "a.png", "prompt": "p", "caption": "c", "alt": "other"})
+    indexes = {source(tmp_path).index.path}
+    for options, wanted in (({}, "c"), ({"caption_column": "alt"}, "other"), ({}, "c")):
+        items = source(tmp_path, **options)
+        assert items[0].captions == (wanted,)
+        indexes.add(items.index.path)
+    assert len(indexes) == 2
+    refuses("folder", tmp_path, r"no line has 'url'.*data\.caption_column", caption_column="url")
+
+
+@pytest.mark.parametrize("row", [{"width": 9}, {"text": ""}, {"text": None}, {"text": []}])
+@pytest.mark.parametrize("others", [True, False])
+def test_a_row_without_a_caption_hides_no_text(tmp_path, row, others):
+    picture(tmp_path / "a.png", "from .txt")
+    picture(tmp_path / "b.png")
+    named = [{"file_name": "b.png", "text": "from metadata"}] if others else []
+    metadata(tmp_path, {"file_name": "a.png"} | row, *named)
+    assert captions(source(tmp_path))["a.png"] == ("from .txt",)
+
+
+def test_metadata_of_other_things_are_noted(tmp_path):
+    picture(tmp_path / "a.png")
+    metadata(tmp_path, {"file_name": "a.png", "width": 9})
+    items = source(tmp_path)
+    assert captions(items) == {"a.png": "has no caption"}
+    (said,) = notes(items)["metadata files without captions"]
+    assert "no line has 'text' or 'caption' or" in said
+    assert "only 'file_name', 'width'" in said
+    assert source(tmp_path, default_caption="")[0].captions == ("",)
+    (tmp_path / "a.txt").write_text("a")
+    assert captions(source(tmp_path)) == {"a.png": ("a",)}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "file_name,text\n{},a fox\n",
+        "file_name;text\n{};a fox\n",
+        "file_name\ttext\n{}\ta fox\n",
+        "file_name, text\n{}, a fox\n",
+        "file_name ; text\n{} ; a fox\n",
+        "File_Name,Caption\n{},a fox\n",
+        "\ufefffile_name;number;text\r\n{};3;a fox\r\n",
+    ],
+)
+def test_tables_of_spreadsheets(tmp_path, table):
+    picture(tmp_path / "in" / "a b.png")
+    for name in ("a b.png", ".\\a b.png"):
+        (tmp_path / "in" / "metadata.csv").write_text(table.format(name), encoding="utf-8")
+        assert captions(source(tmp_path)) == {"in/a b.png": ("a fox",)}
+
+
+CSV = "file_name,text\na.png,x\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("jsonl", b'{"file_name": "a.png", "text": "x"}\n{"file', "line 2: Unterm"),
+        ("jsonl", b"\n[1]", "line 2: is no JSON object"),
+        ("jsonl", b'{"text": "x"}', "line 1: no name stands in 'file_name': .'text'"),
+        ("jsonl", b'{"file_name": 3}', "line 1: no name stands in"),
+        ("jsonl", b'{"file_name": "../a.png", "text": "x"}', "line 1: .* outside"),
+        ("jsonl", b'{"file_name": "/a.png", "text": "x"}', "line 1: .* not relative"),
+        ("jsonl", b'{"file_name": "\\ud800", "text": "x"}', "line 1: .* cannot be"),
+        ("jsonl", b'{"n": ' + b"1" * 5000 + b"}", "line 1: Exceeds"),
+        ("jsonl", b"[" * 100_000, "line 1: .*recursion"),
+        ("jsonl", '{"file_name": "a.png"}'.encode("utf-16-be"), "line 1: is not UTF-8"),
+        ("csv", b"file,text\na.png,x\n", "line 2: no name stands in 'file_name': .'file'"),
+        ("csv", b"file_name|text\na.png|x\n", "line 2: no name stands in .*file_name.text"),
+        ("csv", b"file_name,text\n,x\n", "line 2: no name stands in"),
+        ("csv", b'file_name,text\na.png,"x\nb.png,y\n', "unexpected end .* begins in line 2"),
+        ("csv", CSV.encode() + b"b.png,red, green\n", "line 3: has more fields than line 1"),
+        ("csv", b"file_name;text\na.png;red; green\n", "line 2: has more fields.*with ';' in it"),
+        ("csv", b"file_name,text,Text\na.png,x,y\n", "line 1: has two columns called 'text'"),
+        ("csv", CSV.encode() + b"b.png,\xff\n", "line 3: is not UTF-8"),
+        ("csv", CSV.encode("utf-16"), "line 1: is not UTF-8"),
+        ("csv", CSV.encode("utf-16-le"), "line 1: is not UTF-8"),
+        ("csv", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, run `git"),
+    ],
+)
+def test_metadata_that_cannot_be_understood_are_named(tmp_path, kind, content, message):
+    picture(tmp_path / "a.png")
+    (tmp_path / f"metadata.{kind}").write_bytes(content)
+    refuses("folder", tmp_path, rf"/metadata\.{kind}.*{message}")
+
+
+def test_metadata_name_pictures_in_any_spelling(tmp_path):
+    for name in (f"{NFD}/{NFD}", "plain", "back\\slash"):
+        picture(tmp_path / f"{name}.png")
+    texts = {f"{NFC}\\{NFC}": "composed", "plain": "plain", "back\\slash": "one file, on Linux"}
+    metadata(tmp_path, *({"file_name": f"{name}.png", "text": t} for name, t in texts.items()))
+    assert captions(source(tmp_path)) == {
+        "back\\slash.png": ("one file, on Linux",),
+        "plain.png": ("plain",),
+        f"{NFD}/{NFD}.png": ("composed",),
+    }
+    picture(tmp_path / NFC / f"{NFD}.png")  # two pictures now: neither is taken for what is named
+    items = source(tmp_path)
+    found = captions(items)
+    assert found[f"{NFC}/{NFD}.png"] == found[f"{NFD}/{NFD}.png"] == "has no caption"
+    assert rows(items)[-1].reason == "does not exist"
+
+
+def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path):
+    for name, text in (("bare", None), ("blank", " \n"), ("bytes", ""), ("zeros", "")):
+        picture(tmp_path / f"{name}.png", text)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "zeros.txt").write_bytes("a cat".encode("utf-16-le"))  # which is valid UTF-8
+    for name, content in (("empty", b""), ("noise", b"noise" * 100), ("gone", png())):
+        picture(tmp_path / f"{name}.png", "x")
+        (tmp_path / f"{name}.png").write_bytes(content)
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    picture(tmp_path / "text.png")
+    (tmp_path / "text.txt").symlink_to("nowhere")
+    items = source(tmp_path)
+    reasons = {
+        "bare": "has no caption",
+        "blank": "has no caption",
+        "bytes": "its .txt is not UTF-8",
+        "empty": "the file is empty",
+        "gone": "",
+        "link": "is a broken link",
+        "noise": "no image in a known format",
+        "text": "its .txt is a broken link",
+        "zeros": "its .txt is not UTF-8: it has zero bytes",
+    }
+    assert items.usable_rows.tolist() == [name == "gone" for name in reasons]
+    (tmp_path / "gone.png").unlink()
+    for index, (name, reason) in enumerate(reasons.items()):
+        assert items.index[index].item_id == f"{name}.png"
+        assert items.index[index].reason.startswith(reason), name
+        assert unreadable(items, index).startswith(reason or "does not exist"), name
+    assert items.index[3].captions == ("x",)  # whoever reads it tries again
+    with pytest.raises(IndexError):
+        items[9]
+
+
+def test_pipes_sockets_and_links_to_themselves_never_block(tmp_path):
+    picture(tmp_path / "a.png", "a")
+    picture(tmp_path / "b.png")
+    for name in ("b.txt", "c.png", "sub/metadata.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    there = os.getcwd()
+    os.chdir(tmp_path)  # the path of a socket has to be short
+    try:
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind("d.png")
+    finally:
+        os.chdir(there)
+    (tmp_path / "e.png").symlink_to("/dev/zero")
+    (tmp_path / "f.png").symlink_to("f.png")
+    items = source(tmp_path)
+    found = captions(items)
+    assert found.pop("f.png") in ("is a broken link", "has no caption")
+    assert found == {"a.png": ("a",), "b.png": "has no caption"}
+    assert set(notes(items)[image_folder.NOT_REGULAR]) == {
+        "b.txt",
+        "c.png",
+        "d.png",
+        "e.png",
+        "sub/metadata.jsonl",
+    }
+    (tmp_path / "a.png").unlink()
+    os.mkfifo(tmp_path / "a.png")
+    assert unreadable(items, 0) == "is a pipe, not a file"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("0.TAR", 'holds no pictures.*read by training.dataset = "webdataset"'),
+        ("0.parquet", 'holds no pictures.*read by training.dataset = "parquet"'),
+        ("0.arrow", 'holds no pictures.*read by training.dataset = "parquet"'),
+        ("nowhere", "nowhere does not exist"),
+        ("file.tar", 'is not a folder; training.dataset = "webdataset"'),
+        (None, "not set; name the data"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_what_is_no_folder_of_pictures_is_refused(tmp_path, file, message, split):
+    if file and file != "nowhere":
+        (tmp_path / file).touch()
+    path = tmp_path / file if file in ("nowhere", "file.tar") else file and tmp_path
+    refuses("folder", path, message, split)
+
+
+@pytest.mark.parametrize("watched", ["files", "directories"])
+def test_changes_are_noticed(tmp_path, caplog, monkeypatch, watched):
+    def rebuilt() -> bool:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            source(tmp_path)
+        return "built anew" in caplog.text
+
+    if watched == "directories":
+        monkeypatch.setattr(image_folder, "WATCHED_FILES", 2)
+    picture(tmp_path / "a.png", "a")
+    picture(tmp_path / "sub" / "b.png", "b")
+    table = tmp_path / "sub" / "metadata.csv"
+    table.write_text("file_name,text\nb.png,bee\n")
+    source(tmp_path)
+    for change in (
+        lambda: picture(tmp_path / "sub" / "c.png", "c"),
+        lambda: (tmp_path / "a.png").unlink(),
+        lambda: picture(tmp_path / "new" / "d.png", "d"),
+        lambda: table.write_text("file_name,text\nb.png,boo\n"),
+        lambda: shutil.rmtree(tmp_path / "new"),
+        lambda: monkeypatch.setattr(index_cache, "formats", lambda: ("PNG", "NEW")),
+    ):
+        assert not rebuilt()
+        change()
+        assert rebuilt()
+    assert captions(source(tmp_path)) == {"sub/b.png": ("boo",), "sub/c.png": ("c",)}
+    # Of more than 200,000 files, edits in place are not looked for.
+    (tmp_path / "sub" / "c.txt").write_text("sea")
+    assert rebuilt() == (watched == "files")
+    os.utime(tmp_path / "sub" / "c.png", ns=(1, 1))
+    assert rebuilt() == (watched == "files")
+    assert not rebuilt()
+
+
+@pytest.mark.parametrize("watched", [200_000, 0])
+@pytest.mark.parametrize("where", [".", "index", "../index"])
+def test_an_index_folder_inside_of_the_data_is_no_change_of_theirs(
+    tmp_path, monkeypatch, where, watched
+):
+    monkeypatch.setattr(image_folder, "WATCHED_FILES", watched)
+    root = tmp_path / "data"
+    picture(root / "a.png", "a")
+    first, second = (source(root, index_folder=root / where) for _ in range(2))
+    assert list(tmp_path.rglob("*.arrow"))
+    assert first.index.identity == second.index.identity
+    assert ids(second) == ["a.png"]
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Names of files that the operating system does not open: root may read everything."""
+    names: set[str] = set()
+
+    def refusing(real):
+        def call(path, *args, **options):
+            if os.path.basename(path) in names:
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return real(path, *args, **options)
+
+        return call
+
+    can_open = index_cache.can_open
+    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    for method in ("open", "read_bytes"):
+        monkeypatch.setattr(Path, method, refusing(getattr(Path, method)))
+    monkeypatch.setattr(
+        index_cache,
+        "can_open",
+        lambda path, *args: os.path.basename(path) not in names and can_open(path, *args),
+    )
+    return names
+
+
+def test_what_the_system_refuses_today_is_read_tomorrow(tmp_path, refused):
+    for name in ("a.png", "b.png", "closed/c.png"):
+        picture(tmp_path / name, name)
+    refused |= {"a.png", "b.txt", "closed"}
+    items = source(tmp_path)
+    found = [(row.item_id, row.captions, row.width, row.reason) for row in rows(items)]
+    assert found == [("a.png", ("a.png",), 0, ""), ("b.png", (), 11, "")]
+    paths = {str(tmp_path / "b.txt"), str(tmp_path / "closed")}
+    assert {path for path, _ in items.index.refused} == paths
+    text = "files or folders that cannot be opened: Permission denied"
+    assert set(notes(items)[text]) == paths
+    assert unreadable(items, 0) == "Permission denied"
+    assert source(tmp_path).index.identity == items.index.identity
+    refused.discard("a.png")
+    assert items[0].captions == ("a.png",)
+    refused.clear()
+    assert list(captions(source(tmp_path))) == ["a.png", "b.png", "closed/c.png"]
+
+
+def test_a_root_or_metadata_that_cannot_be_opened_is_refused(tmp_path, refused):
+    picture(tmp_path / "a.png", "a")
+    metadata(tmp_path, {"file_name": "a.png", "text": "x"})
+    for name in ("metadata.jsonl", tmp_path.name):
+        refused.add(name)
+        refuses("folder", tmp_path, f"{name} cannot be opened: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *[("train", "train"), ("Train2017", "train"), ("training_set", "train"), ("trains", "")],
+        *[("val", "validation"), ("val_2017", "validation"), ("VALID", "validation")],
+        *[("dev", "validation"), ("test-images", "test"), ("evaluation", "test")],
+        *[("test cars", ""), ("2017", ""), ("images", ""), ("train_val", "")],
+    ],
+)
+def test_names_of_folders_that_are_parts(name, part):
+    assert part_of_folder(name) == part
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *[("data/train-00000-of-00005.parquet", "train"), ("val/0.tar", "validation")],
+        *[("train/test.tar", "test"), ("0.tar", ""), ("strain.tar", "")],
+    ],
+)
+def test_names_of_files_of_parts(name, part):
+    assert part_of(name) == part
+
+
+@pytest.mark.parametrize(
+    ("parts", "split", "both", "part", "shared", "left_out"),
+    [
+        ("train validation test -", "train", False, "train", False, [["test"], ["-"]]),
+        ("train validation test -", "held_out", True, "validation", False, [["test"], ["-"]]),
+        ("train test", "held_out", False, "test", False, []),
+        ("train -", "held_out", False, "train", True, [["-"]]),
+        ("train -", "held_out", True, "", True, []),
+        ("-", "train", False, "", True, []),
+    ],
+)
+def test_which_part_is_whose(parts, split, both, part, shared, left_out):
+    names = {name: name.removeprefix("-") for name in parts.split()}
+    own = own_part(names, split, "x", both)
+    assert (own.part, own.shared) == (part, shared)
+    assert own.names == ([part] if part else list(names))
+    assert list(own.left_out.values()) == left_out
+    with pytest.raises(ValueError, match="x has no train part, only test"):
+        own_part({"test": "test"}, "train", "x")
+
+
+def test_a_folder_of_parts(tmp_path):
+    for name in ("train/cat/0", "train/1", "val/2", "test/3", "other/4", "5"):
+        picture(tmp_path / f"{name}.png", name)
+    (tmp_path / "labels").mkdir()
+    for share in (0.0, 0.5):  # not used
+        train = source(tmp_path, held_out_share=share)
+        assert ids(train) == ["train/1.png", "train/cat/0.png"]
+        options = {"held_out_share": share, "validates_training_data": True}
+        assert ids(indexed("folder", tmp_path, "held_out", **options)) == ["val/2.png"]
+    assert sorted(notes(train).values()) == [("other", "5.png"), ("test",)]
+    picture(tmp_path / "val/6.png", "")  # noticed by the part that it belongs to
+    assert len(indexed("folder", tmp_path, "held_out")) == 2
+
+
+def test_parts_that_lie_deeper_are_told(tmp_path):
+    for name in ("images/train/0", "images/val/a/1", "b/2"):
+        picture(tmp_path / f"{name}.png", name)
+    items = source(tmp_path)
+    assert len(items) == 3
+    assert notes(items) == {image_folder.DEEPER_PARTS: ("images/train", "images/val")}
+
+
+def test_metadata_at_the_root_caption_each_part(tmp_path):
+    names = ("train/0.png", "test/1.png")
+    for name in names:
+        picture(tmp_path / name)
+    metadata(tmp_path, *({"file_name": name, "text": name} for name in names))
+    for split, name in zip(("train", "held_out"), names, strict=True):
+        assert captions(indexed("folder", tmp_path, split)) == {name: (name,)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train/0", "cars/1", "planes/2"),  # a class of trains
+        ("test/0", "test/1"),
+        ("train/0", "train/1", "2"),
+        ("a/train/0", "a/val/1"),
+    ],
+)
+def test_a_folder_without_both_parts_is_read_whole(tmp_path, names):
+    for name in names:
+        picture(tmp_path / f"{name}.png", name)
+    (tmp_path / "val" / "empty").mkdir(parents=True)
+    everything = sorted(f"{name}.png" for name in names)
+    assert sorted(ids(source(tmp_path))) == everything
+    options = SourceOptions(path=str(tmp_path), held_out_share=0.3)
+    parts = [build_source("folder", split, options) for split in ("train", "held_out")]
+    assert all(isinstance(part, SourcePart) for part in parts)
+    assert sorted(ids(parts[0]) + ids(parts[1])) == everything
+    message = "has no validation or test part"
+    refuses("folder", tmp_path, message, "held_out", validates_training_data=True)
+
+
+def test_a_folder_that_is_not_listed_is_noted(tmp_path, monkeypatch):
+    picture(tmp_path / "a" / "0.png", "x")
+    picture(tmp_path / "b" / "0.png", "x")
+    refusing_scandir(monkeypatch, tmp_path / "a")
+    monkeypatch.setattr(index_cache, "can_open", lambda path, at: False)
+    items = source(tmp_path)
+    assert ids(items) == ["b/0.png"]
+    assert (str(tmp_path / "a"),) in notes(items).values()

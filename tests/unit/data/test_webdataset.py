@@ -1,0 +1,528 @@
+"""Tar shards read at random: which members are a sample, what is said of those that are none."""
+
+import errno
+import io
+import logging
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import pytest
+from data_files import (
+    captions,
+    ids,
+    indexed,
+    notes,
+    png,
+    refuses,
+    refusing_scandir,
+    rows,
+    unreadable,
+    write_tar,
+)
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from torchtitan_flux.data.order import Order
+from torchtitan_flux.data.sources import index_cache
+from torchtitan_flux.data.sources.captions import NO_CAPTION
+from torchtitan_flux.data.sources.indexed import IndexedSource
+from torchtitan_flux.data.sources.registry import build_source
+from torchtitan_flux.data.sources.source import SourceOptions
+from torchtitan_flux.data.sources.webdataset import CUT, UNCLEAR
+
+ROOT = Path(__file__).parents[3]
+ASSETS = ROOT / "tests" / "assets"
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def numbered(path: Path, count: int, start: int = 0) -> bytes:
+    """A shard of samples with a .png and a .txt each."""
+    members = []
+    for n in range(start, start + count):
+        members += [(f"{n:04d}.png", png(n)), (f"{n:04d}.txt", f"no. {n}")]
+    return write_tar(path, members).read_bytes()
+
+
+def source(path: Path | str, **options) -> IndexedSource:
+    return indexed("webdataset", path, **options)
+
+
+def of(folder: Path, *members: tuple[str, bytes | str], **options) -> IndexedSource:
+    return source(write_tar(folder / "x.tar", members), **options)
+
+
+def lost(items: IndexedSource) -> int:
+    return sum(note.lost for note in items.index.notes)
+
+
+def offsets(shard: Path) -> list[int]:
+    with tarfile.open(shard) as tar:
+        return [member.offset for member in tar]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_random_access_equals_sequential_reading(tmp_path, format):
+    rng = random.Random(0)
+    expected = []
+    for shard in range(3):
+        members = []
+        for number in range(7):
+            # Long and non-ASCII names take extra headers.
+            key = f"fold.er/{'long' * 40 * (number % 2)}ü{shard}{number}"
+            suffix, kind = rng.choice([("jpg", "JPEG"), ("PNG", "PNG"), ("webp", "WEBP")])
+            data = png(20 * number, (9 + shard, 5 + number), kind)
+            members += [
+                (f"{key}.{suffix}", data),
+                (f"{key}.txt", f"caption {shard} {number}\nmore"),
+            ]
+            members.append((f"{key}.npy.gz", b"of no use"))
+            expected.append((f"{shard:02d}.tar/{key}", data, (f"caption {shard} {number}\nmore",)))
+        write_tar(tmp_path / f"{shard:02d}.tar", members, format)
+    items = source(tmp_path)
+    assert len(items) == len(expected) == 21
+    order = Order(1, len(items))
+    for index in (order.item(position) for position in range(len(items))):
+        item_id, data, texts = expected[index]
+        item, row, image = items[index], items.index[index], Image.open(io.BytesIO(data))
+        assert (item.item_id, item.captions) == (item_id, texts)
+        assert item.image.tobytes() == image.tobytes()
+        assert row[3:6] == (len(data), *image.size)
+
+
+def test_captions_come_from_text_or_json_in_any_case_and_spelling(tmp_path):
+    both = '{"caption": "from json", "alt": "other"}'
+    samples = {
+        "both": ({"TXT": "from txt", "json": both}, ("from txt",)),
+        "blank": ({"txt": " ", "JSON": both}, ("from json",)),
+        "json": ({"json": '{"prompt": "p", "captions": ["a", "b"], "text": ""}'}, ("a", "b")),
+        "txt": ({"txt": "\ufefftwo\nlines"}, ("two\nlines",)),
+        "caption": ({"caption": "c"}, ("c",)),
+        "second": ({"caption": "not this", "json": '{"caption": "this"}'}, ("this",)),
+        "width": ({"json": '{"width": 3}', "txt": "the text counts"}, ("the text counts",)),
+        "none": ({"txt": "", "json": "{"}, "its .json is no JSON"),
+        NFD: ({}, ("coffee",)),
+    }
+    members = [(f"{NFC}.txt", "coffee")]
+    for key, (files, _) in samples.items():
+        members += [(f"{key}.PNG", png()), *((f"{key}.{end}", text) for end, text in files.items())]
+    items = of(tmp_path, *members)
+    assert captions(items) == {f"x.tar/{key}": texts for key, (_, texts) in samples.items()}
+    assert not notes(items)
+    items = source(tmp_path, caption_column="alt")
+    found = captions(items)
+    assert found["x.tar/both"] == found["x.tar/blank"] == ("other",)
+    assert found["x.tar/json"] == "its .json has no 'alt'"
+    assert found["x.tar/txt"] == ("two\nlines",)
+    assert captions(source(tmp_path, captions_by_line=True))["x.tar/txt"] == ("two", "lines")
+
+
+def test_two_spellings_of_one_name_are_two_samples(tmp_path):
+    members = ((f"{NFC}.png", png(1)), (f"{NFD}.png", png(2)), (f"{NFC}.txt", "c"))
+    one = {f"x.tar/{NFC}": ("c",), f"x.tar/{NFD}": NO_CAPTION}
+    assert captions(of(tmp_path / "one text", *members)) == one
+    two = one | {f"x.tar/{NFD}": ("d",)}
+    assert captions(of(tmp_path / "two texts", *members, (f"{NFD}.txt", "d"))) == two
+
+
+def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path):
+    texts = {
+        "0": ("", "", NO_CAPTION),
+        "1": ("json", '{"caption": ', "its .json is no JSON"),
+        "2": ("json", "[" * 100_000, "its .json is no JSON"),
+        "3": ("json", '["a list"]', "its .json holds no object"),
+        "4": ("json", '{"caption": {"a": 3}}', NO_CAPTION),
+        "5": ("txt", b"\xff", "its .txt is not UTF-8"),
+        "6": ("txt", "x", "the file is empty"),
+        "7": ("txt", "x", "no image in a known format"),
+    }
+    members = [("only text.txt", "x"), ("only json.json", "{}"), ("z.xyz", ""), ("z.txt", "")]
+    for key, (end, text, _) in texts.items():
+        members += [
+            (f"{key}.png", {"6": b"", "7": b"noise"}.get(key, png())),
+            (f"{key}.{end}", text),
+        ]
+    members += [("8.png", png()), ("8.json", '{"caption": "half \\ud800 a pair"}')]
+    items = of(tmp_path, *members)
+    for index, (key, (*_, reason)) in enumerate(texts.items()):
+        assert items.index[index].item_id == f"x.tar/{key}"
+        assert unreadable(items, index).startswith(reason), key
+    assert items[8].captions == ("half ? a pair",)
+    assert notes(items) == {
+        "samples without a picture": ("x.tar/only text", "x.tar/only json"),
+        "samples without a picture: .xyz is not read": ("x.tar/z",),
+    }
+    with pytest.raises(IndexError):
+        items[9]
+
+
+def test_a_key_ends_at_the_first_dot_and_what_follows_is_counted(tmp_path):
+    dotted = ("2024.05.17.png", "2024.05.17.txt", "Mr. Fox.PNG", "Mr. Fox.txt")
+    plain = {"plain": ("p",), "fold.er/deep": ("d",)}
+    members = [(name, png() if name[-3:].lower() == "png" else "q") for name in dotted]
+    for key, (text,) in plain.items():
+        members += [(f"./{key}.png", png()), (f"{key}.txt", text)]
+    items = of(tmp_path, *members, (".hidden.txt", ""), ("README", ""))
+    assert captions(items) == {f"x.tar/{key}": texts for key, texts in plain.items()}
+    (note,) = items.index.notes
+    assert note.text.startswith("members with a further dot in their names")
+    assert note[1:] == (4, 2, tuple(f"x.tar/{name}" for name in dotted))
+
+
+def test_further_pictures_of_a_sample_are_no_samples(tmp_path):
+    pictures = {"000.seg": 7, "000": 1, "000.depth": 8, "001.seg": 9}
+    members = [(f"{name}.png", png(shade)) for name, shade in pictures.items()]
+    items = of(tmp_path, *members, ("000.txt", "a"), ("001.txt", "b"))
+    assert captions(items) == {"x.tar/000": ("a",)}
+    assert items[0].image.getpixel((0, 0)) == 1
+    further = next(note for note in items.index.notes if note.text.startswith("further pictures"))
+    assert further[1:] == (2, 0, ("x.tar/000.seg.png", "x.tar/000.depth.png"))
+    assert lost(items) == 1  # 001
+
+
+FIRST, AGAIN = (("0.png", png(1)), ("0.txt", "a")), (("0.txt", "c"), ("0.png", png(3)))
+BETWEEN = (("1.png", png(2)), ("1.txt", "b"))
+
+
+def test_a_repeated_key_is_a_sample_each_time_where_each_is_whole(tmp_path):
+    apart = (FIRST[0], BETWEEN[0], FIRST[1], BETWEEN[1])
+    assert list(captions(of(tmp_path / "sorted by suffix", *apart)).values()) == [("a",), ("b",)]
+    named_so = (("0#2.png", png(4)), ("0#2.txt", "d"))
+    items = of(tmp_path / "each whole", *FIRST, *BETWEEN, *named_so, *AGAIN)
+    found = {"x.tar/0": ("a",), "x.tar/1": ("b",), "x.tar/0#2": ("d",), "x.tar/0#3": ("c",)}
+    assert list(captions(items).items()) == list(found.items())
+    assert [items[i].image.getpixel((0, 0)) for i in range(4)] == [1, 2, 4, 3]
+    assert list(notes(items).values()) == [("x.tar/0#3",)]
+    items = of(tmp_path / "one without a text", *FIRST, *BETWEEN, ("0.png", png(3)))
+    assert captions(items) == {"x.tar/0": ("a",), "x.tar/1": ("b",), "x.tar/0#2": NO_CAPTION}
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        (*FIRST, *AGAIN),  # neighbours
+        (FIRST[0], *BETWEEN, *AGAIN),  # texts apart
+        (*FIRST, *BETWEEN, ("0.txt", "c")),  # two texts
+        (("0.jpg", png(1)), ("0.png", png(2)), ("0.txt", "a")),  # two pictures
+        (FIRST[0], AGAIN[1], FIRST[1], AGAIN[0]),  # pictures, then texts
+    ],
+)
+def test_a_repeated_key_is_never_paired_wrongly(tmp_path, members):
+    items = of(tmp_path, *members)
+    count = sum(name in ("0.png", "0.jpg") for name, _ in members)
+    wanted = {"x.tar/0": UNCLEAR, "x.tar/0#2": UNCLEAR} if count == 2 else {"x.tar/0": UNCLEAR}
+    found = captions(items)
+    assert found.pop("x.tar/1", ("b",)) == ("b",)
+    assert found == wanted
+    assert sum(note.count for note in items.index.notes) == count
+
+
+def test_the_suffix_of_pictures_can_be_named(tmp_path):
+    of(tmp_path, ("0.jpg", png(1)), ("0.png", png(2)), ("0.seg.PNG", png(3)), ("0.txt", "a"))
+    for number, suffix in enumerate(("jpg", ".PNG", "seg.png"), 1):
+        items = source(tmp_path, image_column=suffix)
+        assert captions(items) == {"x.tar/0": ("a",)}
+        assert items[0].image.getpixel((0, 0)) == number
+    message = r"hold no pictures; samples without a picture: \.png is"
+    refuses("webdataset", tmp_path, message, image_column="webp")
+
+
+def test_links_and_names_that_are_not_utf8_are_noted(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("0.png", png()), ("0.txt", "a")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("2.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("\udcff.png"))
+    items = source(path)
+    assert captions(items) == {"x.tar/0": ("a",)}
+    assert [(note.text, note.lost, note.examples) for note in items.index.notes] == [
+        ("members that are links or sparse files", 1, ("x.tar/2.png",)),
+        ("members whose names are not UTF-8", 1, ("x.tar/'\\udcff.png'",)),
+    ]
+
+
+def test_a_cut_shard_is_used_up_to_the_cut(tmp_path):
+    shard = tmp_path / "x.tar"
+    data = numbered(shard, 6)
+    at = offsets(shard)
+    for length, whole, cut, damage, missing in (
+        (at[4] + 512 + 20, 2, 1, "unexpected end of data", 1),
+        (at[4], 2, 0, "ends without the mark", 0),
+        (at[4] + 100, 2, 0, "ends without the mark", 1),
+        (at[-1] + 1024, 6, 0, "ends without the mark", 0),
+    ):
+        shard.write_bytes(data[:length])
+        items = source(tmp_path)
+        assert (items.index.notes[0].text, lost(items)) == ("damaged shards", missing)
+        assert damage in items.index.notes[0].examples[0]
+        assert [items[i].captions for i in range(whole)] == [(f"no. {i}",) for i in range(whole)]
+        assert [row.reason for row in rows(items)[whole:]] == [CUT] * cut
+    shard.write_bytes(data[: at[2] + 512 + 20])  # the shard shrinks while it is in use
+    assert unreadable(items, 1) == CUT
+    shard.unlink()
+    assert unreadable(items, 0) == "does not exist"
+
+
+def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
+    shard = tmp_path / "x.tar"
+    data = bytearray(numbered(shard, 4))
+    at = offsets(shard)[4]
+    header = bytearray(data[at : at + 512])
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)  # GNU's binary notation
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    for damaged, what in ((b"?" * 512, "no tar header at byte"), (header, "negative size at byte")):
+        data[at : at + 512] = damaged
+        shard.write_bytes(data)
+        items = source(tmp_path)
+        assert len(items) == 2
+        assert f"{what} {at}" in items.index.notes[0].examples[0]
+
+
+def test_lost_samples_of_damaged_shards_are_estimated(tmp_path):
+    data = numbered(tmp_path / "whole.tar", 40)
+    half = 20 * 4 * 512
+    damaged = {
+        "header": (data[:half] + b"?" * 512 + data[half + 512 :], 20),
+        "cut": (data[: half + 520], 19),
+        "joined": (data + data, 40),
+        "no mark": (data[: 2 * half], 0),
+        "empty": (b"", 40),
+        "noise": (b"?" * len(data), 40),
+    }
+    for name, (content, missing) in damaged.items():
+        write_tar(tmp_path / name / "b.tar", [])
+        (tmp_path / name / "b.tar").write_bytes(data)
+        (tmp_path / name / "a.tar").write_bytes(content)
+        items = source(tmp_path / name)
+        (note,) = items.index.notes
+        assert note.examples[0].startswith("a.tar: "), name
+        # Zeros that fill files up have the bytes of ten samples here.
+        assert 0 <= lost(items) - missing <= 10 * (name in ("header", "joined", "noise")), name
+
+
+def test_a_shard_of_zeros_is_an_empty_one(tmp_path):
+    numbered(tmp_path / "b.tar", 2)
+    (tmp_path / "a.tar").write_bytes(bytes(512 * 7))
+    items = source(tmp_path)
+    assert (len(items), lost(items)) == (2, 0)
+
+
+class Failing(io.BufferedReader):
+    """A file that the system does not read beyond a byte."""
+
+    limit = 2 * 4 * 512 + 100
+
+    def read(self, size=-1):
+        if self.tell() + max(size or 0, 0) > self.limit:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.name))
+        return super().read(size)
+
+
+def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch):
+    for shard in range(3):
+        numbered(tmp_path / f"{shard}.tar", 4)
+    whole = list(captions(source(tmp_path)))
+    (tmp_path / "1.tar").rename(tmp_path / "elsewhere")
+    (tmp_path / "1.tar").symlink_to(tmp_path / "nowhere")
+    items = source(tmp_path)
+    assert list(captions(items)) == whole[:4] + whole[8:]
+    (note,) = items.index.notes
+    assert (note.count, note.lost) == (1, 4)
+    assert "cannot be opened" in note.text
+    assert source(tmp_path).index.identity == items.index.identity
+    (tmp_path / "1.tar").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "1.tar")
+    assert list(captions(source(tmp_path))) == whole
+
+    opened = Path.open
+
+    def open_failing(path, *args, **options):
+        failing = path.name == "1.tar"
+        return Failing(io.FileIO(path)) if failing else opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_failing)
+    monkeypatch.setattr(index_cache, "can_open", lambda path, at: False)
+    os.utime(tmp_path / "1.tar", ns=(1, 1))
+    items = source(tmp_path)
+    assert list(captions(items)) == whole[:6] + whole[8:]
+    assert lost(items) >= 2
+    assert not any("Input" in row.reason for row in rows(items))
+    assert [bool(at) for _, at in items.index.refused] == [True]
+    assert source(tmp_path).index.identity == items.index.identity
+    monkeypatch.undo()
+    assert list(captions(source(tmp_path))) == whole
+
+
+def test_which_shards_a_path_means(tmp_path):
+    for number, name in enumerate(["00.tar", "01.tar", "02.tar", "deep/03.TAR", ".hid/04.tar"]):
+        numbered(tmp_path / name, 1, number)
+    for path, shards in {
+        "": ["00.tar", "01.tar", "02.tar", "deep/03.TAR"],
+        "/01.tar": ["01.tar"],
+        "/{02..00}.tar": ["02.tar", "01.tar", "00.tar"],
+        "/0[12].tar": ["01.tar", "02.tar"],
+        "/{deep/03.TAR,00.tar}": ["deep/03.TAR", "00.tar"],
+        "/*/*.TAR": ["03.TAR"],
+    }.items():
+        assert [name.rpartition("/")[0] for name in ids(source(f"{tmp_path}{path}"))] == shards
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.tar.gz", b"", r"x\.tar\.gz: compressed .* unpack"),
+        ("x.tgz", b"", r"x\.tgz: compressed .* unpack"),
+        ("X.TAR.ZST", b"", r"X\.TAR\.ZST: compressed .* unpack"),
+        ("x.tar", b"\x1f\x8b\x08", r"x\.tar is gzip under another name: unpack"),
+        ("x.tar", b"\x28\xb5\x2f\xfd", r"x\.tar is zstd under another name"),
+        ("x.tar", b"\xfd7zXZ\0", r"x\.tar is xz under another name"),
+        ("x.tar", b"BZh91AY&SY", r"x\.tar is bzip2 under another name"),
+        ("x.tar", LFS, "Git LFS pointer, .*git lfs pull"),
+        ("x.tar", b"\n<!DOCTYPE html><html>", r"x\.tar is a web page"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message, alone):
+    (tmp_path / name).write_bytes(content)
+    if not alone:
+        numbered(tmp_path / "0.tar", 1)
+    for path in (tmp_path, tmp_path / name):
+        refuses("webdataset", path, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "message"),
+    [
+        ("webdataset", None, "not set; name the data"),
+        ("webdataset", "no.tar", "no.tar does not exist$"),
+        ("webdataset", "https://x.org/{0..9}.tar", "0.tar and 9 more does not exist; .*download"),
+        ("webdataset", "{tmp}/*.tgz", "no file matches"),
+        ("webdataset", "{tmp}/empty", "holds no .tar files$"),
+        ("webdataset", "{tmp}/x.tar", "1 tar files .* hold no pictures; samples without .*/a"),
+        ("webdataset", "{tmp}/1.tar", r"1\.tar holds no shard: .*is a pipe"),
+        ("webdataset", "x" * 300, "File name too long"),
+        ("cc12m-wds", None, "hf download pixparse/cc12m-wds .* --local-dir"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_what_is_no_shard_is_refused(tmp_path, name, path, message, split):
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "1.tar")
+    write_tar(tmp_path / "x.tar", [("a.txt", "x")])
+    refuses(name, path and path.replace("{tmp}", str(tmp_path)), message, split)
+
+
+def test_what_is_left_out_of_a_folder_is_noted(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        numbered(tmp_path / name / "0.tar", 1)
+    os.mkfifo(tmp_path / "1.tar")
+    (tmp_path / os.fsdecode(b"\xff.tar")).write_bytes(b"")
+    refusing_scandir(monkeypatch, tmp_path / "b")
+    monkeypatch.setattr(index_cache, "can_open", lambda path, at: False)
+    items = source(tmp_path)
+    assert ids(items) == ["a/0.tar/0000"]
+    assert notes(items) == {
+        "files left out, each is a pipe": ("1.tar",),
+        "files whose names are not UTF-8 are left out": (str(tmp_path),),
+        "files or folders that cannot be opened: Permission denied": (str(tmp_path / "b"),),
+    }
+    monkeypatch.undo()
+    assert len(source(tmp_path)) == 2
+
+
+def test_changes_are_noticed(tmp_path, caplog, monkeypatch):
+    def why() -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            source(tmp_path)
+        found = re.search(r"built anew: (.*)", caplog.text)
+        return found[1] if found else ""
+
+    for number in range(2):
+        numbered(tmp_path / f"{number}.tar", 2, number)
+    source(tmp_path)
+    for change, what in (
+        (lambda: numbered(tmp_path / "2.tar", 1), "2.tar is new"),
+        ((tmp_path / "0.tar").unlink, "0.tar is gone"),
+        (lambda: os.utime(tmp_path / "1.tar", ns=(1, 1)), "1.tar has changed"),
+        (lambda: numbered(tmp_path / "1.tar", 5), "1.tar has changed"),
+        (lambda: (tmp_path / "unrelated").write_text(""), ""),
+    ):
+        assert why() == ""
+        change()
+        assert why() == what
+    monkeypatch.setattr(index_cache, "formats", lambda: ("HEIF",))
+    assert why() == "what formats can be read has changed"
+
+
+def test_shards_are_parted_as_tables_are(tmp_path):
+    for name in ("train-0", "train-1", "val/0", "test-0", "extra"):
+        numbered(tmp_path / f"{name}.tar", 1)
+    train = source(tmp_path, held_out_share=0.5)
+    assert ids(train) == ["train-0.tar/0000", "train-1.tar/0000"]
+    assert sorted(notes(train).values()) == [("extra.tar",), ("test-0.tar",)]
+    for shard in ("val/0.tar", "test-0.tar"):
+        assert ids(indexed("webdataset", tmp_path, "held_out")) == [f"{shard}/0000"]
+        (tmp_path / shard).unlink()
+    assert len(source(tmp_path)) == 3  # no held-out part: nothing is left out
+    options = {"validates_training_data": True}
+    refuses("webdataset", tmp_path, "has no validation or test part: name", "held_out", **options)
+    shared = SourceOptions(path=str(tmp_path), held_out_share=0.3, **options)
+    assert len(build_source("webdataset", "held_out", shared)) == 1
+
+
+def test_the_torchtitan_name_reads_the_committed_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = SourceOptions(index_folder=tmp_path)
+    items = build_source("cc12m-test", "train", options)
+    assert len(items) == 32
+    assert items[31].item_id == "cc12m-train-0000.tar/000000031"
+    assert len({items[i].image.size for i in range(32)}) == 4
+    assert all(len(items[i].captions) == 1 for i in range(32))
+    options = SourceOptions(index_folder=tmp_path, caption_column="captions", held_out_share=0.1)
+    parts = [build_source("cc12m-test", split, options) for split in ("train", "held_out")]
+    assert [len(part) for part in parts] == [29, 3]
+    assert len(parts[1][0].captions) == 5
+
+    numbered(tmp_path / "mine" / "tests/assets/cc12m_test" / "x.tar", 2)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert len(build_source("cc12m-test", "train")) == 2
+    path = str(ASSETS / "cc12m_test")
+    options = SourceOptions(path=path, index_folder=tmp_path)
+    assert len(build_source("cc12m-wds", "train", options)) == 32
+
+
+def test_the_assets_are_written_again_byte_for_byte(tmp_path):
+    subprocess.run(
+        [sys.executable, ROOT / "scripts" / "make_test_assets.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    written = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}
+    assert {str(file) for file in written} == {
+        "cc12m_test/cc12m-train-0000.tar",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
+    for file in written:
+        assert (tmp_path / file).read_bytes() == (ASSETS / file).read_bytes(), file
+    assert sum((ASSETS / file).stat().st_size for file in written) < 300_000
+
+
+def test_the_tokenizer_loads_both_ways():
+    folder = ASSETS / "tokenizer"
+    caption = "a red circle at the top left"
+    tokens = AutoTokenizer.from_pretrained(folder)(caption).input_ids
+    assert tokens == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(caption).ids
+    assert len(tokens) == len(caption.split()) + 1
