@@ -70,8 +70,8 @@ def choose_checkpoint(folder: Path, load_step: int = -1) -> Choice:
 def verify(checkpoint: Path) -> tuple[Manifest | None, str]:
     """The manifest of a checkpoint whose every byte was checked, or None and what is wrong.
 
-    Collective where ranks are joined. They wait for each other in a group of their own, since
-    reading a file takes minutes at 12B, which is longer than any step may take.
+    Collective where ranks are joined, which wait in a group of their own: reading 12B takes longer
+    than any step may take.
     """
     manifest, problem = agree(lambda: _read(checkpoint))
     if manifest is None:
@@ -86,10 +86,9 @@ def verify(checkpoint: Path) -> tuple[Manifest | None, str]:
         problem = ""
     except Damaged as error:
         problem = str(error)
-    problems = [problem]
+    problems = [problem] * ranks
     if group is not None:
         assert isinstance(group, dist.ProcessGroup)
-        problems = [""] * ranks
         dist.all_gather_object(problems, problem, group=group)
         dist.destroy_process_group(group)
     problem = "; ".join(sorted({one for one in problems if one}))

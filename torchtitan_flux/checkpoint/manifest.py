@@ -22,7 +22,7 @@ Kind = Literal["full", "model"]
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what its manifest says, or has none; the message says why."""
+    """A checkpoint is not what its manifest says, or has none."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,9 @@ class Manifest:
     """Everything known about one checkpoint.
 
     Attributes:
-        step: optimizer steps done.
         kind: "full" continues a run; "model" holds weights alone.
-        facts: what the run is tied to.
         created: seconds since 1970, when it was complete.
-        files: facts of each file by its name in the folder; the manifest itself is not among them.
+        files: by name in the folder; the manifest itself is not among them.
         settings: what the run was trained with; empty in manifests from before there were any.
     """
 

@@ -1,7 +1,6 @@
-"""What a run that goes on takes from a checkpoint of its optimizer and of its schedule.
+"""What a resumed run loads of its optimizer and schedule: moments and numbers of steps.
 
-Moments and numbers of steps come from the checkpoint. Rates, betas, weight decay and the shape of
-the schedule are the configuration's, as for a run that begins.
+Rates, betas, weight decay and the shape of the schedule are the configuration's, as in a new run.
 """
 
 from typing import Any
@@ -22,7 +21,7 @@ PART_LEFT_OUT = {
     "dataloader": "the data begin again at position 0, with the samples, times and noise of the "
     "first steps",
 }
-"""Parts of a checkpoint that a run can go on without -> what that means."""
+"""Parts of a checkpoint that a run can resume without -> what that means."""
 
 
 class OptimizerStates(Stateful):

@@ -1,4 +1,4 @@
-"""What a run is tied to, stored with its checkpoints and read before the next part is built."""
+"""What a run is tied to, stored with its checkpoints and read before anything is built."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -6,13 +6,12 @@ from typing import Any
 from torchtitan_flux.randomness import RANDOMNESS_VERSION
 
 Settings = dict[str, str]
-"""Keys of the configuration that may change while a run goes on -> their values as TOML writes
-them."""
+"""Keys of the configuration that may change when a run is resumed -> their values as in TOML."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts that must not change while a run goes on.
+    """Facts that must not change when a run is resumed.
 
     Attributes:
         seed: the run's seed.

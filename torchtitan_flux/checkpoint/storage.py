@@ -3,7 +3,7 @@
 import pickle
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -54,15 +54,24 @@ class ManifestWriter(FileSystemWriter):
         folder: what the checkpoint will be called.
         manifest: but for its files.
         replaces_damaged: one that lies there is known to be damaged, and set aside.
+        companions: further files that the manifest covers.
+        file_per_tensor: and only one tensor is held; else a file for each rank.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, replaces_damaged: bool = False):
-        super().__init__(partial_of(folder))
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        replaces_damaged: bool = False,
+        companions: Mapping[str, bytes] | None = None,
+        file_per_tensor: bool = False,
+    ):
+        super().__init__(partial_of(folder), single_file_per_rank=not file_per_tensor)
+        self.companions = companions or {}
         self.folder = folder
         self.manifest = manifest
         self.replaces_damaged = replaces_damaged
         self.checksum_seconds = 0.0
-        """Time this rank spent on checksums."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled in the process that saves in the background: it is needed until the ranks end
@@ -101,7 +110,9 @@ class ManifestWriter(FileSystemWriter):
         with self._full_disk_named():
             super().finish(metadata, results)
             folder = Path(self.path)
-            files = {METADATA: file_facts(folder / METADATA)}
+            for name, content in self.companions.items():
+                (folder / name).write_bytes(content)
+            files = {name: file_facts(folder / name) for name in (METADATA, *self.companions)}
             for of_rank in results:
                 assert isinstance(of_rank, Written)
                 files |= of_rank.files
@@ -176,10 +187,8 @@ class _SafePlanner(DefaultLoadPlanner):
 def load_states(states: dict[str, Any], model_keys: set[str], folder: Path) -> None:
     """Fill `states` from a checkpoint, in place; collective.
 
-    `model_keys` says which of them are weights; a pipeline rank has its own.
-
     Raises:
-        KeyMismatch: the checkpoint's weights are not exactly those of all ranks; names each one.
+        KeyMismatch: the weights (`model_keys`) of all ranks are not exactly the checkpoint's.
         RuntimeError: something else is missing or cannot be read.
     """
     reader = SafeReader(folder)

@@ -1,7 +1,6 @@
 """torchtitan's state dict adapter: our state dict <-> diffusers' FluxTransformer2DModel's.
 
-torchtitan asks for one wherever its configuration names Hugging Face weights. This project itself
-reads and writes such weights without whole tensors (load.py, convert.py).
+This project itself reads and writes such weights without whole tensors (load.py, convert.py).
 """
 
 from pathlib import Path
@@ -20,10 +19,7 @@ from torchtitan_flux.weights.key_maps import from_diffusers, to_diffusers
 
 
 class FluxStateDictAdapter(BaseStateDictAdapter):
-    """Maps whole state dicts of the transformer; DTensors are gathered, which is collective.
-
-    Raises KeyMismatch, which names every key that does not fit.
-    """
+    """Maps whole state dicts, or raises KeyMismatch; gathers DTensors, which is collective."""
 
     fqn_to_index_mapping = None  # files are cut by size, not as they were found
 

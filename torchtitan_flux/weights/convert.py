@@ -3,8 +3,8 @@
 The peak of memory is three tensors in the written element type, whatever the size of the model.
 """
 
-import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -14,19 +14,24 @@ from typing import Literal, get_args
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, write_json
 from torchtitan_flux.tensor_files.safetensors_writer import Specs, TensorsWriter, total_bytes
 from torchtitan_flux.weights import architecture
-from torchtitan_flux.weights.export_dcp import write_checkpoint
 from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.weights.model_card import companion_files, license_and_card
 from torchtitan_flux.weights.open import COMFYUI_PREFIX, WEIGHTS_NAME, Weights, open_weights
@@ -88,7 +93,7 @@ def convert(
     outdated = []
     if format in ("bfl", "comfyui"):  # companions of an earlier file of this name
         names = [*license_and_card(target), *companions, CHECKSUMS]
-        outdated = [target.with_name(f"{target.stem}.{name}") for name in names]
+        outdated = [f"{target.stem}.{name}" for name in names]
     needed = job.bytes + (plan.bytes if plan else 0)
     reads = [source.path, *(plan.reads if plan else ())]
     logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")
@@ -163,9 +168,33 @@ def _write_dcp(job: _Job, folder: Path) -> None:
     manifest = Manifest(0, "model", facts)
     if job.weights.format == "dcp":
         manifest = replace(Manifest.read(job.weights.path), kind="model", settings={})
-    stated = json.dumps(asdict(args), indent=1).encode()
-    companions = {**job.companions, architecture.ARGS_FILE: stated}
-    write_checkpoint(folder, job.specs, job.read, manifest, companions)
+    stated = {architecture.ARGS_FILE: json.dumps(asdict(args), indent=1).encode()}
+    writer = ManifestWriter(
+        folder, manifest, companions={**job.companions, **stated}, file_per_tensor=True
+    )
+    planner = _StreamingPlanner(job.read)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(_empty(job.specs), storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:  # no Exception; what went wrong in here is inside
+        causes = [cause for cause, _ in error.failures.values()]
+        raise (causes[0] if len(causes) == 1 else OSError(causes_of(error))) from None
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Asks for a value when it is written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._read(write_item.index.fqn)
+
+
+def _empty(specs: Specs) -> dict[str, Tensor]:
+    return {name: torch.empty(s, dtype=t, device="meta") for name, (t, s) in specs.items()}
 
 
 def _write_file(job: _Job, path: Path, prefix: str = "") -> None:
@@ -200,11 +229,10 @@ def _write_transformer(job: _Job, folder: Path) -> None:
     """What FluxTransformer2DModel opens."""
     config = architecture.to_diffusers_config(job.weights.args)
     specs = job.foreign_specs("diffusers")
-    empty = {name: torch.empty(s, dtype=t, device="meta") for name, (t, s) in specs.items()}
     pattern = f"{WEIGHTS_NAME}{{suffix}}.safetensors"
     try:
         shards = split_torch_state_dict_into_shards(
-            empty, filename_pattern=pattern, max_shard_size=job.max_shard_size
+            _empty(specs), filename_pattern=pattern, max_shard_size=job.max_shard_size
         )
     except ValueError as error:
         raise ValueError(f"--max_shard_size: {error}") from None
@@ -227,16 +255,10 @@ def _write_companions(job: _Job, folder: Path, prefix: str = "") -> None:
     for name, content in job.companions.items():
         (folder / f"{prefix}{name}").write_bytes(content)
     files = sorted(one for one in folder.rglob("*") if one.is_file())
-    lines = [f"{_sha256(one)}  {one.relative_to(folder)}\n" for one in files]
-    (folder / f"{prefix}{CHECKSUMS}").write_text("".join(lines))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**23):
-            digest.update(block)
-    return digest.hexdigest()
+    with (folder / f"{prefix}{CHECKSUMS}").open("w") as sums:
+        for one in files:
+            with one.open("rb") as file:
+                sums.write(f"{sha_fileobj(file).hex()}  {one.relative_to(folder)}\n")
 
 
 # ---- verification --------------------------------------------------------------------------

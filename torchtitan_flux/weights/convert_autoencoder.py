@@ -1,6 +1,5 @@
 """The autoencoder alone: BFL's `ae.safetensors` to diffusers' `vae` folder, and back."""
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from torchtitan_flux.weights.open import WEIGHTS_NAME
 from torchtitan_flux.weights.staging import TargetRefused, check_suffix, staged
 
 
-@dataclass(frozen=True)
-class AutoencoderWeights:
-    """An autoencoder under our names, on the pages of its file: not to be written to."""
-
-    path: Path
-    args: AutoencoderArgs
-    tensors: dict[str, Tensor]
-
-
 def is_autoencoder(path: Path) -> bool:
     """Whether a path holds an autoencoder and no transformer; False where it cannot be told."""
     if path.is_dir():
@@ -44,8 +34,11 @@ def is_autoencoder(path: Path) -> bool:
     return "encoder.conv_in.weight" in keys.without_prefix(TensorsFile.open(path).shapes)
 
 
-def open_autoencoder(path: Path) -> AutoencoderWeights:
-    """BFL's file or a diffusers `vae` folder; UnreadableWeights or KeyMismatch."""
+def open_autoencoder(path: Path) -> tuple[AutoencoderArgs, dict[str, Tensor]]:
+    """BFL's file or a diffusers `vae` folder under our names, on the pages of its file.
+
+    Raises UnreadableWeights or KeyMismatch.
+    """
     refuse_pickle(path)
     try:
         args, file = read_args(path)
@@ -56,8 +49,7 @@ def open_autoencoder(path: Path) -> AutoencoderWeights:
         raise UnreadableWeights(f"{path} {error}") from None
     except (ValueError, FileNotFoundError) as error:
         raise UnreadableWeights(str(error).removeprefix("encoder.autoencoder_path: ")) from None
-    from_theirs = keys.from_bfl if path.is_file() else keys.from_diffusers
-    return AutoencoderWeights(path, args, from_theirs(found, args))
+    return args, (keys.from_bfl if path.is_file() else keys.from_diffusers)(found, args)
 
 
 def convert_autoencoder(
@@ -73,46 +65,44 @@ def convert_autoencoder(
     if format not in writers:
         raise TargetRefused(f"{path} is an autoencoder; --to bfl or --to diffusers, not {format}")
     check_suffix(target, format)
-    source = open_autoencoder(path)
-    if dtype is not None:
-        tensors = {name: cast(tensor, dtype, name) for name, tensor in source.tensors.items()}
-        source = replace(source, tensors=tensors)
-    needed = sum(tensor.nbytes for tensor in source.tensors.values())
+    args, tensors = open_autoencoder(path)
+    tensors = {name: cast(one, dtype or one.dtype, name) for name, one in tensors.items()}
+    needed = sum(tensor.nbytes for tensor in tensors.values())
     with staged(target, needed, overwrite, [path]) as stage:
-        writers[format](source, stage / target.name)
+        writers[format](args, tensors, stage / target.name)
         if verify:
-            verify_vae(source, stage / target.name)
+            verify_vae(tensors, stage / target.name)
 
 
-def _write_file(source: AutoencoderWeights, path: Path) -> None:
+def _write_file(args: AutoencoderArgs, tensors: dict[str, Tensor], path: Path) -> None:
     """BFL's layout, which holds neither scale nor shift: they must be FLUX.1's."""
-    usual, args = AutoencoderArgs(), source.args
+    usual = AutoencoderArgs()
     if (args.scale_factor, args.shift_factor) != (usual.scale_factor, usual.shift_factor):
         raise ValueError(
-            f"{source.path} has scaling_factor {args.scale_factor} and shift_factor "
+            f"the autoencoder has scaling_factor {args.scale_factor} and shift_factor "
             f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
             f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
         )
-    _save(keys.to_bfl(source.tensors, args), path)
+    _save(keys.to_bfl(tensors, args), path)
 
 
-def write_vae(source: AutoencoderWeights, folder: Path) -> None:
+def write_vae(args: AutoencoderArgs, tensors: dict[str, Tensor], folder: Path) -> None:
     """A folder that AutoencoderKL opens; it must not exist."""
     folder.mkdir()
-    _save(keys.to_diffusers(source.tensors, source.args), folder / f"{WEIGHTS_NAME}.safetensors")
-    write_json(folder / "config.json", vae_config(source.args))
+    _save(keys.to_diffusers(tensors, args), folder / f"{WEIGHTS_NAME}.safetensors")
+    write_json(folder / "config.json", vae_config(args))
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: one.contiguous() for name, one in tensors.items()}, path, {"format": "pt"})
 
 
-def verify_vae(source: AutoencoderWeights, written: Path) -> None:
+def verify_vae(tensors: dict[str, Tensor], written: Path) -> None:
     """Read an autoencoder back; UnreadableWeights names the first tensor that differs."""
-    found = open_autoencoder(written)
-    for name, tensor in source.tensors.items():
-        if not torch.equal(found.tensors[name], tensor):
-            raise UnreadableWeights(f"what was written differs from {source.path}: {name}")
+    _, found = open_autoencoder(written)
+    for name, tensor in tensors.items():
+        if not torch.equal(found[name], tensor):
+            raise UnreadableWeights(f"what was written differs from what was read: {name}")
 
 
 def vae_config(args: AutoencoderArgs, sample_size: int = 1024) -> dict[str, Any]:

@@ -64,14 +64,11 @@ def companion_files(weights: Weights, name: str, diffusers: bool) -> dict[str, b
         "pipeline_tag": "text-to-image",
         PROVENANCE: cards[0].get(PROVENANCE) or _provenance(weights),
     }
-    args = weights.args
+    about = f"`{PROVENANCE}` above" + f", and {FOREIGN_CARD}" * (FOREIGN_CARD in files)
     files[CARD] = (
         f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n# {name}\n\n"
-        f"A FLUX transformer of {sum(map(prod, weights.shapes.values())):,} parameters, "
-        f"{'with' if args.guidance_embed else 'without'} guidance input: {args.depth} double and "
-        f"{args.depth_single_blocks} single blocks of width {args.hidden_size}, {args.num_heads} "
-        f"heads. What it comes from: `{PROVENANCE}` above"
-        f"{f', and {FOREIGN_CARD}' if FOREIGN_CARD in files else ''}.\n"
+        f"A FLUX transformer of {sum(map(prod, weights.shapes.values())):,} parameters. "
+        f"What it comes from: {about}.\n"
     ).encode()
     return files
 
@@ -106,24 +103,24 @@ def _origins(path: Path) -> list[Path]:
     """The source, what the run that made it began with, what made that, and so on."""
     found = [path]
     while named := (_run_section(found[-1]) or {}).get("initial_load_path"):
-        begun = locate(str(named))
-        if begun is None or begun in found:
+        origin = locate(str(named))
+        if origin is None or origin in found:
             break
-        found.append(begun)
+        found.append(origin)
     return found
 
 
 def _run_section(path: Path) -> dict[str, Any] | None:
     """Section `checkpoint` of the run that made a checkpoint; None for anything else."""
     config = architecture.run_config(path) if (path / METADATA).is_file() else None
-    return None if config is None else config.get("checkpoint", {})
+    return config and config.get("checkpoint", {})
 
 
 def _derives_from_dev(weights: Weights, origin: Path) -> bool:
-    """Whether the first of its origins has FLUX.1-dev's architecture as it is stored.
+    """Whether the first of its origins is stored in FLUX.1-dev's architecture, of any depth.
 
-    Not if the run that made it began with nothing. Of what a run began with, and which is not there
-    any more, is known what the run did about guidance.
+    Not if its run began with nothing. Where what a run began with is gone, what the run did about
+    guidance tells.
     """
     run = _run_section(origin)
     if run is not None and not run.get("initial_load_path"):
@@ -136,7 +133,7 @@ def _derives_from_dev(weights: Weights, origin: Path) -> bool:
     if guided is not None:
         stored = replace(stored, guidance_embed=guided)
     depths = {"depth": stored.depth, "depth_single_blocks": stored.depth_single_blocks}
-    return stored == replace(FLAVORS["flux-dev"], **depths)  # of which blocks may have been taken
+    return stored == replace(FLAVORS["flux-dev"], **depths)
 
 
 def _provenance(weights: Weights) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class PipelinePlan:
         for name, path in self.copies.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        write_vae(open_autoencoder(self.autoencoder), folder / "vae")
+        write_vae(*open_autoencoder(self.autoencoder), folder / "vae")
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / SCHEDULER_FILE).write_bytes(self.scheduler.text.encode())
         index = {**_INDEX, "scheduler": ["diffusers", self.scheduler.name]}
@@ -101,7 +101,7 @@ class PipelinePlan:
         for name, path in self.copies.items():
             if not filecmp.cmp(path, folder / name, shallow=False):
                 raise UnreadableWeights(f"the copy {name} differs from {path}; nothing was kept")
-        verify_vae(open_autoencoder(self.autoencoder), folder / "vae")
+        verify_vae(open_autoencoder(self.autoencoder)[1], folder / "vae")
 
 
 def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan:
@@ -126,7 +126,7 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
             copies |= _encoder_files(name, found[name])
         except (ValueError, OSError) as error:
             raise UnreadableWeights(f"--{name}: {error}") from None
-    autoencoder = open_autoencoder(found["autoencoder"]).args
+    autoencoder, _ = open_autoencoder(found["autoencoder"])
     for name, what, has, needs in (
         ("t5", "features", _width(found["t5"]), args.context_in_dim),
         ("clip", "features", _width(found["clip"]), args.vec_in_dim),
@@ -142,26 +142,28 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
 def _find(name: str, given: Path | None, weights: Weights) -> Path:
     """Where a part lies: as given, else beside the source, else as its run names it."""
     root = weights.path if (weights.path / PIPELINE_INDEX).is_file() else weights.path.parent
-    beside = root / _FOLDERS[name] if (root / PIPELINE_INDEX).is_file() else None
+    beside = root / _FOLDERS[name]
     config = architecture.run_config(weights.path) if weights.format == "dcp" else None
     section, key = _KEYS[name].split(".")
     named = (config or {}).get(section, {}).get(key)
     tiny = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
-    needed = (weights.args.context_in_dim, weights.args.vec_in_dim)
-    if given is not None and not given.exists():
-        raise UnreadableWeights(f"--{name}: there is no {given}; download it first")
-    if given is not None:
-        return given
-    if beside is not None and beside.is_dir():
-        return beside
-    if named and (path := locate(named)):
-        return path
-    if (_width(tiny / "t5"), _width(tiny / "clip")) == needed:
-        return tiny / {"autoencoder": "vae"}.get(name, name)
-    raise UnreadableWeights(
-        f"nothing beside {weights.path} says where the pipeline's {_FOLDERS[name]} is; name it by "
-        f"--{name}"
+    widths = (weights.args.context_in_dim, weights.args.vec_in_dim)
+    fits_tiny = widths == (_width(tiny / "t5"), _width(tiny / "clip"))
+    places = (
+        given,
+        beside if (root / PIPELINE_INDEX).is_file() and beside.is_dir() else None,
+        locate(named) if named else None,
+        tiny / {"autoencoder": "vae"}.get(name, name) if fits_tiny else None,
     )
+    found = next(filter(None, places), None)
+    if found is None:
+        raise UnreadableWeights(
+            f"nothing beside {weights.path} says where the pipeline's {beside.name} is; name it by "
+            f"--{name}"
+        )
+    if not found.exists():
+        raise UnreadableWeights(f"--{name}: there is no {found}; download it first")
+    return found
 
 
 def _encoder_files(name: str, folder: Path) -> dict[str, Path]:

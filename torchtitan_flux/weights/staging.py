@@ -25,9 +25,7 @@ def check_suffix(target: Path, format: str) -> None:
     """Raise TargetRefused where a single file has a folder's name, or a folder a file's."""
     single = format in ("bfl", "comfyui")
     if single != (target.suffix in SAFETENSORS) or target.suffix == ".sft":
-        what = (
-            "a single file: name it *.safetensors" if single else "a folder: leave the suffix out"
-        )
+        what = "a file: name it *.safetensors" if single else "a folder: leave the suffix out"
         raise TargetRefused(f"{target}: format {format} is {what}")
 
 
@@ -37,7 +35,7 @@ def staged(
     needed: int,
     overwrite: bool,
     reads: Collection[Path],
-    outdated: Collection[Path] = (),
+    outdated: Collection[str] = (),
 ) -> Iterator[Path]:
     """A new folder beside `target`, whose contents move next to it when all went well.
 
@@ -47,9 +45,8 @@ def staged(
     Args:
         target: the file or folder to be made, as `<the yielded folder>/<target's name>`.
         needed: bytes that will be written.
-        overwrite: whether an earlier export may be replaced.
-        reads: what the export is made from; never replaced.
-        outdated: files that an earlier export left beside it; they go, unless made again.
+        overwrite: whether an earlier export may be replaced, but for what is in `reads`.
+        outdated: names of what an earlier export left beside it; goes, unless made again.
 
     Raises:
         TargetRefused: something is there already, or the disk is too small.
@@ -58,9 +55,11 @@ def staged(
     parent = target.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise TargetRefused(f"{target} cannot be made: {error.filename} is a file") from None
-    _check_replaceable([target, *outdated], overwrite, reads)
+    except (FileExistsError, NotADirectoryError):
+        file = next(one for one in target.parents if one.exists())
+        raise TargetRefused(f"{target} cannot be made: {file} is a file") from None
+    old = {parent / name for name in outdated}
+    _check_replaceable([target, *old], overwrite, reads)
     needed, free = needed + _SLACK, shutil.disk_usage(parent).free
     if needed > free:
         raise TargetRefused(
@@ -74,10 +73,10 @@ def staged(
             sync_folder(one)
         names = [parent / one.name for one in stage.iterdir()]
         _check_replaceable(names, overwrite, reads)  # somebody may have been faster
-        for one in outdated:
-            one.unlink(missing_ok=True)
         for one in sorted(names, key=target.__eq__):
             _move_in(stage / one.name, one)
+        for one in old.difference(names):
+            one.unlink(missing_ok=True)
         sync_folder(parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -115,11 +114,11 @@ def _move_in(made: Path, target: Path) -> None:
     if not made.is_dir() and not target.is_dir():
         os.replace(made, target)
         return
-    if os.path.lexists(target):
-        target.rename(old)
     try:
+        if os.path.lexists(target):
+            target.rename(old)
         made.rename(target)
     except BaseException:
-        if os.path.lexists(old):
+        if os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)
         raise

@@ -164,7 +164,7 @@ def test_names_behind_a_prefix(kl, vae_folder, bfl_file, tmp_path: Path, prefix:
         assert is_autoencoder(path)
     for name, value in load_autoencoder(single).state_dict().items():
         assert torch.equal(value, expected[name]), name
-    converted = open_autoencoder(single).tensors
+    _, converted = open_autoencoder(single)
     assert all(torch.equal(converted[name], value) for name, value in expected.items())
     for name, value in load_autoencoder(folder).state_dict().items():
         assert torch.equal(value, unprefixed[name]), name

@@ -97,7 +97,7 @@ def test_what_is_read_is_not_replaced(tmp_path):
 
 def test_files_beside_a_single_one(tmp_path):
     target, names = tmp_path / "a.safetensors", ("a.README.md", "a.SHA256SUMS")
-    outdated = [tmp_path / name for name in (*names, "a.LICENSE", "a.gone")]
+    outdated = (*names, "a.LICENSE", "a.gone")
     (tmp_path / "a.README.md").write_text("written by hand")
     with pytest.raises(TargetRefused, match=r"a\.README\.md exists; .* --overwrite"):
         export(target, beside=names, outdated=outdated)
