@@ -1,6 +1,6 @@
 """A process that ends with the one that started it, also when that one is killed.
 
-A rank whose launcher is gone would train on beside the run that was started again; a loader worker
+A rank whose launcher is gone would keep training next to the restarted run; a loader worker
 whose rank is gone would wait for ever, since workers ignore SIGTERM.
 """
 

@@ -41,7 +41,7 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC
 """Variables that set torch's allocator: its newer name, and those of CUDA and ROCm."""
 
 TAIL = 60
-"""Lines shown of what a failed rank that is not shown said last."""
+"""Last lines shown of the output of a failed rank that is not in LOG_RANK."""
 
 
 class EndNow(BaseException):
@@ -73,7 +73,7 @@ class Job:
         self._killed_in: dict[int, str] = {}  # state letter of a rank's process at that time
 
     def run(self) -> int:
-        """Start the ranks and wait for their end; what happened is said on stderr.
+        """Start the ranks and wait for their end; stderr gets a report.
 
         Returns:
             exit status: 0 when every rank left with 0, 2 for a configuration that a rank refused,
@@ -125,11 +125,11 @@ class Job:
             **os.environ, **unset(os.environ, s.ranks_per_node, sys.platform), **address,
             FOLDER: str(folder), LAUNCHER: str(os.getpid()), "WORLD_SIZE": str(s.ranks),
             "LOCAL_WORLD_SIZE": str(s.ranks_per_node), "TORCHELASTIC_RUN_ID": "torchtitan-flux",
-            # the launcher's store is there already, rank 0 makes none
+            # rank 0 uses the launcher's store instead of serving one
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         command = [sys.executable, "-u", "-m", "torchtitan_flux.launching.rank", self.module]
-        # The ranks begin with these held back, until somebody can act on them (StopSignals).
+        # The ranks start with these blocked, until StopSignals handles them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             for local, rank in enumerate(range(first, first + s.ranks_per_node)):
@@ -169,7 +169,7 @@ class Job:
                     if left[rank] is None:  # else it was ending by itself
                         self._killed_in.setdefault(rank, _process_state(self._ranks[rank].pid))
                     _kill(self._ranks[rank])
-                    if now - killed_at > PATIENCE:  # the kernel does not let go of it
+                    if now - killed_at > PATIENCE:  # uninterruptible in the kernel
                         ended_after[rank] = now
             looked = now
             time.sleep(PERIOD)
@@ -192,7 +192,7 @@ class Job:
         refused.sort(key=lambda one: one.rank not in s.shown)
         cause = refused[0] if refused else root_cause(exits)
         if logs is not None and cause.rank not in s.shown and not cause.traceback:
-            # a refused configuration, a fault handler's stack: said where nobody looks
+            # a refused configuration or a fault handler's stack, in a log nobody looks at
             text = (logs / f"rank-{cause.rank}.err").read_text(errors="replace")
             sys.stderr.write("".join(text.splitlines(keepends=True)[-TAIL:]))
         if refused:

@@ -1,5 +1,5 @@
-"""Several launchers meet at one store before any rank starts: what is missing is said, and the wait
-has an end. The ranks join at the same store."""
+"""The launchers of several machines rendezvous at one store before any rank starts, with a timeout
+and a line about who is missing. The ranks use the same store."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from torchtitan_flux.launching.settings import Settings
 
 PERIOD = 0.5
 INTERVAL = 30.0
-"""Seconds between two lines about who is there."""
+"""Seconds between two lines about who is missing."""
 
 
 class NotJoined(RuntimeError):

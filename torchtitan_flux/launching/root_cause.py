@@ -61,7 +61,7 @@ def report(
         exits: of this machine's ranks.
         ranks: of the whole run.
         failed_at: when the first failure was seen.
-        grace: given where ranks were killed because they had not saved within so many seconds.
+        grace: set where ranks were killed for not saving within this many seconds.
     """
     cause = root_cause(exits)
     place = cause.beat.place
@@ -85,6 +85,6 @@ def report(
                  "No rank of this machine failed first; see the other launchers."]  # fmt: skip
     elif cause.traceback:
         lines = [f"{cause} failed {place}:", cause.traceback.rstrip(), *others]
-    else:  # it has said itself what was wrong
+    else:  # it has logged its error itself
         lines = [f"{cause} failed {place}", *others]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ def main() -> None:
         description=__doc__, epilog="further arguments: --section.key value, as for run_train.sh"
     )
     parser.add_argument("--mesh", help="degrees, such as replicate=8,shard=8,cp=1,tp=1,pp=1")
-    parser.add_argument("--gpus", type=int, help="list meshes of so many cards that fit")
+    parser.add_argument("--gpus", type=int, help="list the meshes of N cards that fit")
     parser.add_argument("--memory", type=float, default=80, help="GiB of a card (80)")
     parser.add_argument("--keep", type=int, default=5, help="how many proposals (5)")
     options, argv = parser.parse_known_args()
@@ -89,7 +89,7 @@ def plan_text(
     run: DryRun,
     memory: float,
 ) -> str:
-    """Memory and messages of one mesh, on cards of so many bytes of memory."""
+    """Memory and messages of one mesh, on cards with `memory` bytes."""
     t, ac, frozen = config.training, config.activation_checkpoint, found.frozen
     img, text = tokens_of(config, args)
     option = f" {ac.selective_ac_option}" if ac.mode == "selective" else ""

@@ -1,8 +1,7 @@
 """A training step of the real model through the real `parallelize_flux`, on fake tensors.
 
 Nothing is allocated and nothing is sent: one process stands for rank 0 of any number of ranks.
-Blocks of a kind are alike, so three of each tell what any number of them needs: what the one in
-the middle does is repeated.
+Blocks of a kind do the same, so three of each are run, and the middle one stands for the others.
 """
 
 import functools
@@ -187,7 +186,7 @@ def model_inputs(
 
 def mark_blocks(model: FluxModel, tracker: MemoryTracker) -> None:
     """Mark where blocks begin: in the forward pass at the call, in the backward pass when the
-    gradient of a block's result is there; each time before FSDP gathers and prefetches."""
+    gradient of a block's result arrives; each time before FSDP gathers and prefetches."""
 
     def forward_begins(label: tuple[str, int], _: nn.Module, args: tuple[Any, ...]) -> None:
         tracker.mark("forward", *label)
@@ -208,7 +207,7 @@ def mark_blocks(model: FluxModel, tracker: MemoryTracker) -> None:
 
 
 def _mark_once(tracker: MemoryTracker, label: tuple[Any, ...], tensors: Any) -> None:
-    """Mark when the first gradient of these tensors is there."""
+    """Mark when the first gradient of these tensors arrives."""
     marked = []
 
     def begins(_: Tensor) -> None:

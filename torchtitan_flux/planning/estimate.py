@@ -1,4 +1,4 @@
-"""Memory of one rank, from a dry run and what stands beside the model."""
+"""Memory of one rank, from a dry run, optimizer states and frozen parts."""
 
 import functools
 import math
@@ -53,12 +53,12 @@ class Estimate:
 
     @property
     def resident(self) -> int:
-        """Bytes that are there all the time."""
+        """Bytes allocated through all phases."""
         return self.parameters + self.optimizer + self.averages + self.frozen.weights
 
     @property
     def phases(self) -> dict[str, int]:
-        """Most bytes of each phase of a step, beyond what is there all the time."""
+        """Most bytes of each phase of a step, beyond what is resident."""
         return {
             "encoding": self.frozen.encoding,
             "forward and backward": self.step,
@@ -87,7 +87,7 @@ def parameter_bytes(config: FluxJobConfig) -> int:
 
 
 def state_bytes(config: FluxJobConfig, count: int) -> dict[str, int]:
-    """What so many parameters and their states take; nearly all are in large matrices."""
+    """Bytes of `count` parameters and their states; nearly all are in large matrices."""
     shape = (4096, 4096)
     kind, element = OPTIMIZERS[config.optimizer.name], parameter_bytes(config)
     return {
@@ -148,7 +148,7 @@ def estimate(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> tuple[Es
 
 
 def estimate_of(run: DryRun, config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> Estimate:
-    """From what a whole model does on this mesh, its stages not yet told apart."""
+    """From what a whole model does on this mesh, before it is split into stages."""
     parameters, step, blocks = run.parameters, run.step, blocks_of(args)
     shards = {kind: parameters[kind] // max(1, blocks[kind]) for kind in KINDS}
     if mesh.pp > 1:
@@ -176,8 +176,8 @@ def _whole_bytes(config: FluxJobConfig) -> int:
 
 
 def _shifted(step: Timeline, more: dict[str, int], replicated: float = 1.0) -> Timeline:
-    """The step with more gradients of each kind of block left behind by the last backward pass, and
-    all-reduces over replicas of so many times the bytes."""
+    """The step with `more` bytes of gradients of each kind of block left by the last backward pass,
+    and all-reduces over replicas scaled by `replicated`."""
     *before, last = step.microbatches
     segments = [segment for part in before for segment in part]
     for segment in last:
@@ -223,7 +223,7 @@ def _bottleneck_stage(
 
 
 def _stage(segments: Sequence[Segment], phase: str, blocks: dict[str, int]) -> list[Segment]:
-    """Typical segments of so many blocks; what embeds and what comes last is small beside them."""
+    """Typical segments for these numbers of blocks; embedders and final layer are negligible."""
     found: list[Segment] = []
     for kind in KINDS if phase == "forward" else reversed(KINDS):
         of_kind = [s for s in segments if s.phase == phase and s.kind == kind]

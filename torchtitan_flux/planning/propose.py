@@ -76,7 +76,7 @@ def with_checkpointing(config: FluxJobConfig, mode: str) -> FluxJobConfig:
 
 
 def meshes(args: FluxModelArgs, ranks: int) -> Iterator[Mesh]:
-    """Meshes of so many ranks that the model can be cut by, tensor groups within a node."""
+    """Meshes of `ranks` ranks that the model can be split over, tensor groups within a node."""
     for pp in _divisors(ranks, min(8, args.depth + args.depth_single_blocks)):
         for tp in _divisors(ranks // pp, NODE):
             for cp in _divisors(ranks // pp // tp, args.num_heads):

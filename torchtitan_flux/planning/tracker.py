@@ -88,7 +88,7 @@ class Timeline:
         return sum(s.kept for s in self.microbatches[-1] if s.phase == "forward")
 
     def messages(self, microbatches: int = 1) -> Messages:
-        """Of a step of so many microbatches, where the timeline has two of them or the one."""
+        """Of a step of this many microbatches; the timeline has two of them, or the only one."""
         each = [sum((s.messages for s in part), Counter()) for part in self.microbatches]
         total = sum(each, Counter())
         for (kind, dimension), size in each[-1].items():
@@ -98,7 +98,7 @@ class Timeline:
         return total
 
     def repeated(self, counts: Mapping[str, int]) -> "Timeline":
-        """As if there were so many blocks of each kind; where three were run, the one in the middle
+        """The same step with `counts` blocks of each kind: where three were run, the middle one
         stands for all but the first and the last."""
         run = Counter(kind for kind, _ in {(s.kind, s.number) for s in self.segments})
         segments: list[Segment] = []

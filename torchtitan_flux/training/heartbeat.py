@@ -65,7 +65,7 @@ class Heartbeat:
 
 def read_beat(folder: Path, rank: int) -> Beat:
     """The last beat of a rank."""
-    with contextlib.suppress(OSError, struct.error):  # it has not begun
+    with contextlib.suppress(OSError, struct.error):  # not started yet
         when, step, status, phase = _RECORD.unpack((folder / f"rank-{rank}").read_bytes())
         text = phase.rstrip(b"\0").decode()
         return Beat(when, step, text, None if status == _RUNNING else status)

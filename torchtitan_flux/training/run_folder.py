@@ -42,7 +42,7 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
     """Take `folder` for this process; called by one process of a run.
 
     Returns:
-        the lock, to be kept; None where the file system knows no locks (said in the log).
+        the lock, to be kept; None where the file system has no locks (logged).
 
     Raises:
         ConfigError: another live process has it.
@@ -57,9 +57,9 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
         return RunFolderLock(descriptor)
     os.close(descriptor)
     if locked is None:
-        logger.warning(f"{path}: this file system knows no locks; start no second run there")
+        logger.warning(f"{path}: this file system has no locks; start no second run there")
         return None
-    holder = path.read_text().strip() or "a process that has not said who it is"
+    holder = path.read_text().strip() or "an unknown process"
     raise ConfigError(
         [
             f"job.dump_folder = {str(folder)!r} is being written by another run ({holder}); wait "

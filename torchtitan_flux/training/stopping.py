@@ -38,7 +38,7 @@ class StopSignals:
         self._wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         self._before: dict[signal.Signals, Any] = {s: signal.signal(s, noted) for s in SIGNALS}
         threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
-        # The launcher starts its ranks with them held back until somebody listens.
+        # The launcher starts its ranks with them blocked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def uninstall(self) -> None:
@@ -68,4 +68,4 @@ class StopSignals:
 
 
 def noted(number: int, frame: FrameType | None) -> None:
-    """Handler that does nothing: the interpreter has told the wakeup socket, if there is one."""
+    """Handler that does nothing: the interpreter writes to the wakeup socket, if there is one."""
