@@ -35,7 +35,7 @@ LEVELS = {
     "parallel": 6,
     "downloads": 6,
     "report": 10,
-    "planning": 8,
+    "planning": 10,
     "training": 9,
     "inference": 10,
     "evaluation": 8,

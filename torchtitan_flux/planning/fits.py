@@ -31,6 +31,7 @@ from torchtitan_flux.planning.frozen import frozen_parts
 from torchtitan_flux.planning.mesh import mesh_of
 from torchtitan_flux.planning.tracker import MemoryTracker, Timeline
 from torchtitan_flux.startup.model_args import resolve_model_args
+from torchtitan_flux.training.out_of_memory import training_remedies
 
 
 def fits(config: FluxJobConfig, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:
@@ -51,8 +52,7 @@ def fits(config: FluxJobConfig, ranks: int, ranks_per_machine: int, device: int 
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)
     return (
         f"the run needs at least {sum(need.values()) / GIB:.1f} GiB on each rank ({parts}); there "
-        f"are {memory / GIB:.1f}: {_remedy(need, config)}; `python scripts/plan.py` with the same "
-        "arguments and --gpus N --memory GB lists meshes that fit"
+        f"are {memory / GIB:.1f}. What helps: {'; '.join(training_remedies(config))}"
     )
 
 
@@ -107,17 +107,3 @@ def activations_of(config: FluxJobConfig, args: FluxModelArgs) -> int:
         tracker.mark("end")
         del velocity
     return Timeline(tracker.segments[1:]).repeated(blocks_of(args)).activations
-
-
-def _remedy(need: dict[str, int], config: FluxJobConfig) -> str:
-    largest = max(need, key=need.__getitem__)
-    if largest == "activations":
-        lower = "a smaller training.local_batch_size, or parallelism.context_parallel_degree"
-        recomputed = config.activation_checkpoint.mode not in ("none", "selective")
-        return f"set {lower}" if recomputed else f'set activation_checkpoint.mode = "full", {lower}'
-    if largest == "gradients of microbatches":
-        return (
-            "raise training.local_batch_size so that training.global_batch_size takes one "
-            "microbatch, or shard by parallelism.tensor_parallel_degree"
-        )
-    return "use more ranks with parallelism.data_parallel_shard_degree, or a smaller model.flavor"

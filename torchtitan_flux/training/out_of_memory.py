@@ -79,10 +79,11 @@ def training_remedies(config: FluxJobConfig) -> list[str]:
     remedies = {
         f"a smaller training.local_batch_size (now {t.local_batch_size})": t.local_batch_size > 1,
         f'activation_checkpoint.mode = "full" (now "{ac.mode}")': ac.mode != "full",
+        "a training.global_batch_size of one microbatch": t.global_batch_size > t.local_batch_size,
         "activation_checkpoint.offload_inputs = true": ac.mode == "full" and not ac.offload_inputs,
         "training.enable_cpu_offload = true": offload,
-        f"smaller pictures: training.img_size (now {t.image_size})": True,
-        "more ranks with parallelism.data_parallel_shard_degree = -1": True,
+        f"smaller images: training.img_size (now {t.image_size})": True,
+        "more ranks: parallelism.data_parallel_shard_degree = -1, or context_parallel_degree": True,
         f"if it was a grid: sampling.local_batch_size (now {grids})": grids > 1,
         "scripts/plan.py with the same arguments says what fits": True,
     }
