@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.pathsep.join(sys.path)}")
     monkeypatch.setattr("torchtitan_flux.launching.job.PATIENCE", 0.3)
 
-    def make(what: str, **settings: int) -> Job:
+    def make(what: str, **settings: Any) -> Job:
         saves = what in ("save", "stuck")
         return Job(Settings(2, **settings), "told", [what], tmp_path / "logs", saves, 10)
 
