@@ -20,11 +20,11 @@ from torch import nn
 
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
-from torchtitan_flux.planning.communication import Mesh
 from torchtitan_flux.planning.dry_run import model_inputs
-from torchtitan_flux.planning.estimate import tokens_of, with_mesh
+from torchtitan_flux.planning.mesh import Mesh, with_mesh
 from torchtitan_flux.startup.load_config import load_config
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -67,10 +67,10 @@ def measured_peak(mode: str) -> int:
         model.to_empty(device="cpu")
         model.init_weights()  # type: ignore[operator]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        inputs = model_inputs(ARGS, 4, *tokens_of(config, ARGS), torch.float32)
-        inputs = {name: torch.rand_like(value) for name, value in inputs.items()}
+        inputs = model_inputs(config, ARGS, 4, torch.float32)
+        inputs = FluxInputs(*(None if x is None else torch.zeros_like(x) for x in inputs))  # type: ignore[arg-type]
         for _ in range(2):
-            velocity = model(**inputs)
+            velocity = model(*inputs)
             squared_errors(velocity, torch.rand_like(velocity)).sum().backward()
             del velocity
             optimizer.step()

@@ -1,6 +1,6 @@
 """A process that ends with the one that started it, also when that one is killed.
 
-A rank whose launcher is gone would train on beside the run that was started again; a loader worker
+A rank whose launcher is gone would keep training next to the restarted run; a loader worker
 whose rank is gone would wait for ever, since workers ignore SIGTERM.
 """
 
@@ -16,18 +16,14 @@ PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int | None = None) -> None:
     """Be killed when the parent ends. Only Linux can; elsewhere this does nothing.
 
-    The kernel looks at the *thread* that started this process: it must live as long as the parent.
-    The order is lost on fork, so every process asks for itself.
+    The kernel looks at the *thread* that started this process, and forgets on fork.
 
     Args:
-        parent: its process id, from the parent itself; by default the one that multiprocessing
-            knows, as in a loader worker.
+        parent: its process id, from the parent itself; None: of a multiprocessing worker.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    if parent is None:
+    if sys.platform.startswith("linux"):
         process = multiprocessing.parent_process()
-        parent = os.getppid() if process is None else process.pid
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before we could ask
-        os.kill(os.getpid(), signal.SIGKILL)
+        parent = parent or (process.pid if process else os.getppid())
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before we could ask
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_flux.training.stopping import ONE_REQUEST
+
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -278,15 +280,6 @@ def test_stopped_and_continued_is_the_uninterrupted_run(tmp_path):
 
 
 @pytest.mark.long
-def test_one_rank_that_is_asked_stops_all(tmp_path):
-    run = Run(tmp_path, *ENDLESS, NGPU=2)
-    run.until("step: +2 ")
-    os.kill(run.rank(1), signal.SIGTERM)
-    assert run.ended() == 0, run.output
-    assert "stopped at step" in run.output
-
-
-@pytest.mark.long
 def test_a_stop_while_ranks_are_starting_waits_for_the_first_step(tmp_path):
     """Python takes seconds to import torch; until then a signal would end a rank."""
     run = Run(tmp_path, *ENDLESS, NGPU=2)
@@ -304,22 +297,11 @@ def test_a_second_signal_ends_all_ranks_at_once(tmp_path):
     os.kill(run.rank(1), signal.SIGSTOP)  # or the ranks would be gone too soon
     run.process.send_signal(signal.SIGTERM)
     run.until("a second signal ends them")
-    time.sleep(0.5)
+    time.sleep(ONE_REQUEST + 0.2)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGTERM)
     assert run.ended(5) == 1
     time.sleep(0.5)
-    assert run.pids() == []
-
-
-@pytest.mark.long
-def test_ranks_that_do_not_save_in_time_are_ended(tmp_path):
-    run = Run(tmp_path, *ENDLESS, NGPU=2, GRACE=2)
-    run.until("step: +2 ")
-    os.kill(run.rank(1), signal.SIGSTOP)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.ended() == 1
-    assert re.search(r"not saved within GRACE = 2 s: last sign of rank 1 .*is stopped", run.output)
     assert run.pids() == []
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from torchtitan_flux.launch import check, launch
 from torchtitan_flux.planning import fits as fits_module
-from torchtitan_flux.planning.fits import least
+from torchtitan_flux.planning.fits import lower_bound
 from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 CONFIG = ["--job.config_file", "train_configs/debug_model.toml"]
@@ -12,7 +12,7 @@ CONFIG = ["--job.config_file", "train_configs/debug_model.toml"]
 
 def test_check_judges_memory_with_the_ranks_of_a_machine(monkeypatch, capsys):
     """Two of them fit, four share what two need; the environment of ranks says nothing here."""
-    need = sum(least(load_config(CONFIG), 1).values())
+    need = sum(lower_bound(load_config(CONFIG), 1).values())
 
     class Machine:
         total_memory = 3 * need

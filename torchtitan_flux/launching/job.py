@@ -1,43 +1,61 @@
-"""Runs torchrun's own code in this process and turns its end into a report and an exit status."""
+"""Starts the ranks of this machine with torchrun's environment, and reports how they ended.
 
-import logging
+torchrun itself signals whole process groups, loader workers included, gives ranks 30 s to save and
+waits for other machines in silence.
+"""
+
+import contextlib
+import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
-import uuid
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
+from torch.distributed import TCPStore
 
-from torchtitan_flux.launching.joining import NotJoined, join
-from torchtitan_flux.launching.output import RankOutput
-from torchtitan_flux.launching.rank import LAUNCHER, traceback_path
+from torchtitan_flux.launching.joining import NotJoined, join, leave_together
+from torchtitan_flux.launching.rank import LAUNCHER
+from torchtitan_flux.launching.root_cause import RankExit, report, root_cause
 from torchtitan_flux.launching.settings import Settings
-from torchtitan_flux.launching.verdict import DONE, FAILED, MISCONFIGURED, End, judge
-from torchtitan_flux.launching.watch import Watch
-from torchtitan_flux.training.heartbeat import FOLDER, read_beats
+from torchtitan_flux.training.heartbeat import FOLDER, read_beat
+from torchtitan_flux.training.stopping import ONE_REQUEST
+
+DONE, FAILED, MISCONFIGURED = 0, 1, 2
+"""Exit statuses of the launcher, and of a rank."""
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask for a stop; the last is what a lost connection sends."""
+
+PERIOD = 0.1
+PATIENCE = 5.0
+"""Seconds after the first failure in which the other ranks may leave a traceback of their own.
+Those that wait for the failed one on a GPU never would."""
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Variables that set torch's allocator: its newer name, and those of CUDA and ROCm."""
 
 TAIL = 60
-"""Lines shown of what a failed rank that is not shown said last."""
+"""Last lines shown of the output of a failed rank that is not in LOG_RANK."""
 
 
-@dataclass(frozen=True)
+class EndNow(BaseException):
+    """A signal after which nothing is waited for."""
+
+
+@dataclass
 class Job:
     """What every rank runs.
 
-    Args:
-        settings: how many ranks, and where.
-        module: entry point of a rank.
-        arguments: its command line.
+    Attributes:
+        module: entry point of a rank, with `arguments` for its command line.
         logs: folder for the output of ranks that are not shown.
-        saves: whether the ranks save and leave when they are asked to.
+        saves: whether the ranks save and leave when they are asked to; otherwise they are killed.
         join_timeout: seconds that machines wait for each other.
     """
 
@@ -48,125 +66,212 @@ class Job:
     saves: bool
     join_timeout: int
 
+    def __post_init__(self) -> None:
+        self._ranks: dict[int, subprocess.Popen] = {}
+        self._signals: list[tuple[signal.Signals, float]] = []
+        self._requested_at: float | None = None
+        self._killed_in: dict[int, str] = {}  # state letter of a rank's process at that time
+
     def run(self) -> int:
-        """Start the ranks and wait for their end.
+        """Start the ranks and wait for their end; stderr gets a report.
 
         Returns:
             exit status: 0 when every rank left with 0, 2 for a configuration that a rank refused,
-            1 for anything else. What happened is said on stderr.
+            1 for anything else.
         """
-        with tempfile.TemporaryDirectory(prefix="torchtitan-flux-") as name:
-            signs = Path(name)
-            output = RankOutput(self.settings.shown, self.logs, signs)
-            with Watch(signs, output, self.settings.grace, self.saves) as watch:
-                try:
-                    self._launch(output, signs)
-                    return DONE
-                except ChildFailedError as error:
-                    failed = error
-                except NotJoined as error:
-                    _say(f"the ranks were not started: {error}")
-                    return FAILED
-                except Exception as error:
-                    _say(f"the ranks were not started: {type(error).__name__}: {error}")
-                    return FAILED
-            return self._report(failed, watch, output, signs)
+        before = {number: signal.getsignal(number) for number in STOPS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._on_signal)
+        folder = tempfile.TemporaryDirectory(prefix="torchtitan-flux-", ignore_cleanup_errors=True)
+        try:
+            with folder:
+                return self._run(Path(folder.name))
+        except (NotJoined, OSError) as error:
+            say(f"the ranks were not started: {error}")
+        except EndNow as leaving:
+            say(str(leaving))
+        finally:
+            for process in self._ranks.values():
+                _kill(process)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return FAILED
 
-    def _launch(self, output: RankOutput, signs: Path) -> None:
-        os.environ.update({FOLDER: str(signs), LAUNCHER: str(os.getpid())})
-        os.environ.update(unset(os.environ, self.settings.ranks_per_node, sys.platform))
-        if "LOGLEVEL" not in os.environ:  # torchrun's own; the report says what it would
-            logging.getLogger("torch.distributed.elastic").propagate = False
-            logging.getLogger("torch.distributed.elastic").addHandler(logging.NullHandler())
-        arguments = [*self._torchrun_arguments(), self.module, *self.arguments]
-        config, entry, arguments = config_from_args(parse_args(arguments))
-        config.logs_specs = output
-        # kept: its server is the one that torchrun meets at
-        _store = (
-            join(self.settings, float(self.join_timeout), _say) if self.settings.nodes > 1 else None
-        )
-        elastic_launch(config, entry)(*arguments)
-
-    def _torchrun_arguments(self) -> list[str]:
+    def _run(self, folder: Path) -> int:
         s = self.settings
-        if s.nodes == 1:
-            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-                       "--rdzv-id", uuid.uuid4().hex, "--local-addr", "localhost"]  # fmt: skip
-        elif s.node_rank is None:
-            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", s.endpoint,
-                       "--rdzv-id", "torchtitan-flux"]  # fmt: skip
+        if s.nodes > 1:
+            store, node = join(s, float(self.join_timeout), say)
+            host, _, port = s.endpoint.rpartition(":")
         else:
-            meeting = ["--rdzv-backend", "static", "--rdzv-endpoint", s.endpoint,
-                       "--rdzv-id", "torchtitan-flux", "--node-rank", str(s.node_rank)]  # fmt: skip
-        return [
-            *("--nnodes", str(s.nodes), "--nproc-per-node", str(s.ranks_per_node), *meeting),
-            # the one name is static's, the other c10d's
-            *("--rdzv-conf", f"timeout={self.join_timeout},join_timeout={self.join_timeout}"),
-            *("--max-restarts", "0", "--log-dir", os.devnull),
-            # the launcher's own watch handles the others
-            *("--signals-to-handle", "SIGQUIT"),
-            *("-m", "torchtitan_flux.launching.rank"),
-        ]
+            store, node = TCPStore("localhost", 0, is_master=True, wait_for_workers=False), 0
+            host, port = "localhost", str(store.port)
+        first = node * s.ranks_per_node
+        hidden = set(range(first, first + s.ranks_per_node)) - s.shown
+        logs = _new_folder(self.logs) if hidden else None
+        self._start(first, {"MASTER_ADDR": host, "MASTER_PORT": port}, folder, logs)
+        ended_after, failed_at = self._wait(folder)
+        exits = [self._exit(rank, after, folder) for rank, after in ended_after.items()]
+        exits = [one for one in exits if one.status != 0]
+        if exits:
+            return self._report(exits, failed_at, logs)
+        if s.nodes > 1:
+            leave_together(store, s.nodes)
+        return DONE
 
-    def _report(
-        self, error: ChildFailedError, watch: Watch, output: RankOutput, signs: Path
-    ) -> int:
-        beats = read_beats(signs)
-        ends = [
-            End(
-                rank,
-                failure.pid,
-                failure.exitcode,
-                beats.get(rank),
-                watch.states.get(rank, "?"),
-                rank in watch.killed,
-                _text(traceback_path(signs, rank)),
-            )
-            for rank, failure in error.failures.items()
-        ]
-        first = min(failure.timestamp for failure in error.failures.values())
-        verdict = judge(
-            ends,
-            watch.failed_at or first,
-            self.settings.ranks,
-            self.settings.grace if watch.overdue else None,
-        )
-        told = [end for end in ends if end.status == MISCONFIGURED and end.rank in output.shown]
-        hidden = output.path(verdict.culprit.rank, "err")
-        if hidden is not None and not verdict.culprit.traceback and not told:
-            # a refused configuration, a fault handler's stack: said where nobody looks
-            sys.stderr.write("".join(_text(hidden).splitlines(keepends=True)[-TAIL:]))
-        if verdict.lines:
-            _say("\n".join(line for line in verdict.lines if line))
-        if verdict.status == FAILED and output.hidden_ones_in is not None:
-            _say(f"output of the ranks that were not shown: {output.hidden_ones_in}")
-        return verdict.status
+    def _start(self, first: int, address: dict[str, str], folder: Path, logs: Path | None) -> None:
+        s = self.settings
+        common = {
+            **os.environ, **unset(os.environ, s.ranks_per_node, sys.platform), **address,
+            FOLDER: str(folder), LAUNCHER: str(os.getpid()), "WORLD_SIZE": str(s.ranks),
+            "LOCAL_WORLD_SIZE": str(s.ranks_per_node), "TORCHELASTIC_RUN_ID": "torchtitan-flux",
+            # rank 0 uses the launcher's store instead of serving one
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        }  # fmt: skip
+        command = [sys.executable, "-u", "-m", "torchtitan_flux.launching.rank", self.module]
+        # The ranks start with these blocked, until StopSignals handles them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            for local, rank in enumerate(range(first, first + s.ranks_per_node)):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(local),
+                       "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{rank}.json")}  # fmt: skip
+                to = None if rank in s.shown else logs
+                with _stream(to, f"rank-{rank}.out") as out, _stream(to, f"rank-{rank}.err") as err:
+                    self._ranks[rank] = subprocess.Popen(
+                        [*command, *self.arguments], env={**common, **own},
+                        stdout=out, stderr=err, start_new_session=True,
+                    )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _wait(self, folder: Path) -> tuple[dict[int, float], float]:
+        """Until all ranks have ended, those that have to be killed too.
+
+        Returns:
+            (for each rank a moment before its end, when the first failure was seen).
+        """
+        ended_after: dict[int, float] = {}
+        failed_at = killed_at = None
+        looked = time.monotonic()
+        while len(ended_after) < len(self._ranks):
+            now = time.monotonic()
+            left = {rank: read_beat(folder, rank).exit_status for rank in self._ranks}
+            for rank, process in self._ranks.items():
+                if process.poll() is not None:
+                    ended_after.setdefault(rank, looked)
+                if failed_at is None and (process.returncode or left[rank]):
+                    failed_at = now
+            self._handle_signals()
+            late = self._requested_at is not None and now - self._requested_at > self.settings.grace
+            if late or (failed_at is not None and now - failed_at > PATIENCE):
+                killed_at = killed_at or now
+                for rank in self._ranks.keys() - ended_after.keys():
+                    if left[rank] is None:  # else it was ending by itself
+                        self._killed_in.setdefault(rank, _process_state(self._ranks[rank].pid))
+                    _kill(self._ranks[rank])
+                    if now - killed_at > PATIENCE:  # uninterruptible in the kernel
+                        ended_after[rank] = now
+            looked = now
+            time.sleep(PERIOD)
+        return ended_after, failed_at or time.monotonic()
+
+    def _exit(self, rank: int, ended_after: float, folder: Path) -> RankExit:
+        process, beat, traceback = self._ranks[rank], read_beat(folder, rank), ""
+        status = -signal.SIGKILL if process.returncode is None else process.returncode
+        if beat.exit_status:
+            status, ended_after = beat.exit_status, beat.time
+        with contextlib.suppress(OSError, ValueError):
+            recorded = json.loads((folder / f"error-{rank}.json").read_text())
+            traceback = recorded["message"]["extraInfo"]["py_callstack"]
+        killed_in = self._killed_in.get(rank)
+        return RankExit(rank, process.pid, status, ended_after, beat, traceback, killed_in)
+
+    def _report(self, exits: list[RankExit], failed_at: float, logs: Path | None) -> int:
+        s = self.settings
+        refused = [one for one in exits if one.status == MISCONFIGURED]
+        refused.sort(key=lambda one: one.rank not in s.shown)
+        cause = refused[0] if refused else root_cause(exits)
+        if logs is not None and cause.rank not in s.shown and not cause.traceback:
+            # a refused configuration or a fault handler's stack, in a log nobody looks at
+            text = (logs / f"rank-{cause.rank}.err").read_text(errors="replace")
+            sys.stderr.write("".join(text.splitlines(keepends=True)[-TAIL:]))
+        if refused:
+            return MISCONFIGURED
+        overdue = self._requested_at is not None and len(exits) == len(self._killed_in)
+        say(report(exits, s.ranks, failed_at, s.grace if overdue else None))
+        if logs is not None:
+            say(f"output of the ranks that were not shown: {logs}")
+        return FAILED
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append((signal.Signals(number), time.monotonic()))
+        if not self._ranks:  # other machines are waited for
+            self._handle_signals()
+
+    def _handle_signals(self) -> None:
+        """Ask the ranks to save and leave.
+
+        Raises:
+            EndNow: they cannot, or this was asked for before.
+        """
+        while self._signals:
+            number, at = self._signals.pop(0)
+            if self._requested_at is None:
+                if not self.saves or not self._ranks:
+                    raise EndNow(f"{number.name}: ended")
+                self._requested_at = at
+                say(
+                    f"{number.name}: the ranks finish their step and save, {self.settings.grace} s "
+                    "at most; a second signal ends them at once"
+                )
+                for process in self._ranks.values():  # not their loader workers
+                    process.send_signal(signal.SIGTERM)
+            # a terminal signals the whole group, and what stands between (uv, make, timeout) again
+            elif at - self._requested_at >= ONE_REQUEST:
+                raise EndNow(f"{number.name} again: ending all ranks; the last checkpoint stays")
 
 
 def unset(environment: Mapping[str, str], ranks_per_node: int, platform: str) -> dict[str, str]:
-    """Variables that the ranks get beyond `environment`, which keeps what it says.
-
-    Args:
-        environment: of the launcher.
-        ranks_per_node: how many ranks share a machine.
-        platform: sys.platform.
-    """
+    """What the ranks get beyond the launcher's `environment`, which keeps what it says."""
     # c10d's warnings about peers that left would bury the one report that matters
     wanted = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     if ranks_per_node > 1:
-        wanted["OMP_NUM_THREADS"] = "1"  # torchrun does, in six lines
+        wanted["OMP_NUM_THREADS"] = "1"
     if platform == "linux" and not any(name in environment for name in ALLOCATOR):
         # a GPU's memory would else be cut into pieces that fit nothing: 4 of 44 GiB
         wanted[ALLOCATOR[0]] = "expandable_segments:True"
     return {name: value for name, value in wanted.items() if name not in environment}
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A message of the launcher's own."""
     print(f"torchtitan-flux: {text}", file=sys.stderr, flush=True)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """A rank and its loader workers."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _stream(folder: Path | None, name: str) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if folder is None else open(folder / name, "wb")
+
+
+def _process_state(pid: int) -> str:
+    """State letter of a process, as in ps; "?" where the system does not tell."""
+    try:  # the name, in brackets, may hold anything
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "?"
+
+
+def _new_folder(parent: Path) -> Path:
+    """One for this start; nodes that start in the same second share it, rank numbers differ."""
+    path = parent / time.strftime("%Y%m%d-%H%M%S")
+    with contextlib.suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    return Path(tempfile.mkdtemp(prefix="torchtitan-flux-"))

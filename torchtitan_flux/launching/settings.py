@@ -8,18 +8,21 @@ from torchtitan_flux.startup.load_config import ConfigError
 
 @dataclass(frozen=True)
 class Settings:
-    """How many ranks, where, and what is shown of them."""
+    """How many ranks, where, and what is shown of them.
+
+    Attributes:
+        node_rank: None where the nodes are to number themselves.
+        endpoint: host:port at which several nodes meet.
+        shown: ranks whose output is shown.
+        grace: seconds that ranks get to save.
+    """
 
     ranks_per_node: int = 1
     nodes: int = 1
     node_rank: int | None = None
-    """None where the nodes are to number themselves."""
     endpoint: str = ""
-    """host:port at which several nodes meet."""
     shown: frozenset[int] = frozenset({0})
-    """Ranks whose output is shown."""
     grace: int = 600
-    """Seconds that ranks get to save."""
     config_file: str = "train_configs/flux_digits.toml"
 
     @property
@@ -46,39 +49,25 @@ class Settings:
             found.append(f"{name} = {text!r} must be a whole number, at least {least}")
             return default
 
-        per_node, nodes = whole("NGPU", 1, 1), whole("NNODES", 1, 1)
+        per_node, nodes, grace = whole("NGPU", 1, 1), whole("NNODES", 1, 1), whole("GRACE", 600, 0)
         node_rank = whole("NODE_RANK", 0, 0) if "NODE_RANK" in value else None
         if node_rank is not None and node_rank >= nodes:
             found.append(f"NODE_RANK = {node_rank}: with NNODES = {nodes} it is below {nodes}")
         endpoint = value.get("RDZV_ENDPOINT", "")
-        if nodes > 1:
-            found += _endpoint_problems(endpoint, nodes)
-        ranks = value.get("LOG_RANK", "0").split(",")
-        if not all(rank.strip().isdecimal() for rank in ranks):
-            found.append(f"LOG_RANK = {','.join(ranks)!r} must list ranks, e.g. 0 or 0,1")
-            ranks = ["0"]
-        shown = frozenset(int(rank) for rank in ranks)
-        if not found and max(shown) >= per_node * nodes:
+        host, _, port = endpoint.rpartition(":")
+        if nodes > 1 and not (host and port.isdecimal() and 0 < int(port) < 65536):
             found.append(
-                f"LOG_RANK = {','.join(ranks)}: the ranks are 0 to {per_node * nodes - 1} "
-                f"(NGPU = {per_node}, NNODES = {nodes})"
+                f"RDZV_ENDPOINT = {endpoint!r} must be host:port of the first node, e.g. "
+                f"node0:29500, the same on all {nodes}"
             )
-        grace = whole("GRACE", 600, 0)
+        ranks = value.get("LOG_RANK", "0").split(",")
+        shown = frozenset(int(rank) for rank in ranks if rank.strip().isdecimal())
+        if len(shown) < len(set(ranks)) or max(shown) >= per_node * nodes:
+            found.append(
+                f"LOG_RANK = {','.join(ranks)!r} must list ranks from 0 to {per_node * nodes - 1} "
+                f"(NGPU = {per_node}, NNODES = {nodes}), e.g. 0 or 0,1"
+            )
         if found:
             raise ConfigError(found)
-        return cls(
-            per_node, nodes, node_rank, endpoint, shown, grace,
-            value.get("CONFIG_FILE", cls.config_file),
-        )  # fmt: skip
-
-
-def _endpoint_problems(endpoint: str, nodes: int) -> list[str]:
-    if not endpoint:
-        return [
-            f"RDZV_ENDPOINT is not set: with NNODES = {nodes} every node needs the same host:port, "
-            "that of the first node"
-        ]
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        return [f"RDZV_ENDPOINT = {endpoint!r} must be host:port, e.g. node0:29500"]
-    return []
+        config_file = value.get("CONFIG_FILE", cls.config_file)
+        return cls(per_node, nodes, node_rank, endpoint, shown, grace, config_file)

@@ -1,11 +1,9 @@
 """A training step of the real model through the real `parallelize_flux`, on fake tensors.
 
 Nothing is allocated and nothing is sent: one process stands for rank 0 of any number of ranks.
-Blocks of a kind are alike, so three of each tell what any number of them needs: what the one in
-the middle does is repeated.
+Blocks of a kind do the same, so three of each are run, and the middle one stands for the others.
 """
 
-import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -29,14 +27,17 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model.inputs import FluxInputs, TextConditioning, flux_inputs
 from torchtitan_flux.parallel import context
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux, sync_gradients
-from torchtitan_flux.planning.timeline import KINDS, Timeline, blocks_of
-from torchtitan_flux.planning.tracker import MemoryTracker
+from torchtitan_flux.planning.mesh import Mesh, with_mesh
+from torchtitan_flux.planning.tracker import MemoryTracker, Timeline
 
-SHOWN = 3
-"""Blocks of a kind that show how many behave: the first, one of many, the last."""
+KINDS = ("double_blocks", "single_blocks")
+
+PROBE_BLOCKS = 3
+"""Blocks of a kind that are run: the first, one for all between, the last."""
 
 
 @dataclass(frozen=True)
@@ -55,58 +56,51 @@ class DryRun:
 def dry_run(
     config: FluxJobConfig,
     args: FluxModelArgs,
-    batch: int,
-    img_tokens: int,
-    text_tokens: int,
-    whole: bool = False,
+    mesh: Mesh,
     microbatches: int = 1,
+    all_blocks: bool = False,
 ) -> DryRun:
-    """One step on the configured mesh, of a model that is not cut into pipeline stages.
+    """One step on a mesh, of a model that is not cut into pipeline stages.
 
     Args:
-        config: job configuration; its degrees make the ranks.
+        config: job configuration; its degrees are not looked at.
         args: of the model.
-        batch: samples of one rank and microbatch.
-        img_tokens, text_tokens: of a sample.
-        whole: run all blocks, instead of three of each kind.
-        microbatches: gradients are summed over as many, as the trainer does.
+        mesh: the degrees; for a pipeline one of its microbatches is run.
+        microbatches: whose gradients are summed; two show what more of them do.
+        all_blocks: run all of them, instead of three of each kind where that tells the same.
     """
-    config = copy.deepcopy(config)
-    p = config.parallelism
-    if p.pipeline_parallel_degree > 1:
+    config = with_mesh(config, replace(mesh, pp=1))
+    p, ac = config.parallelism, config.activation_checkpoint
+    batch = config.training.local_batch_size
+    if mesh.pp > 1:
+        batch, microbatches = p.pipeline_parallel_microbatch_size, 1
         # weights of a stage stay gathered; planning/estimate.py adds them, for it knows the stages
         p.fsdp_reshard_after_forward = "always"
-    p.pipeline_parallel_degree = 1
     config.compile.enable = False
     config.debug.seed = 0
     config.training.enable_cpu_offload = False
-    config.activation_checkpoint.offload_inputs = False
-    shown = args if whole else shown_of(args)
-    world = (
-        p.data_parallel_replicate_degree
-        * p.data_parallel_shard_degree
-        * p.context_parallel_degree
-        * p.tensor_parallel_degree
-    )
+    ac.offload_inputs = False
+    by_number = ac.mode == "selective" and ac.selective_ac_option != "op"
+    probe = args if all_blocks or by_number else probe_args(args)
+    world = mesh.ranks // mesh.pp
     with fake_ranks(world), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP, of views
         dims = FluxParallelDims.of(p, world)
         dims.build_mesh()
         with torch.device("meta"):
-            model = FluxModel(shown)
+            model = FluxModel(probe)
         parallelize_flux(model, dims, config)
         tracker = MemoryTracker(_dimensions(dims))
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             model.to_empty(device="cpu")
             parameters = _note_parameters(model, tracker)
             dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
-            inputs = model_inputs(args, batch, img_tokens, text_tokens, dtype)
+            inputs = model_inputs(config, args, batch, dtype)
             mark_blocks(model, tracker)
-            for number in range(microbatches):
-                last = number == microbatches - 1
-                sync_gradients(model, last)
+            for left in reversed(range(min(2, microbatches))):
+                sync_gradients(model, left == 0)
                 tracker.mark("forward")
-                velocity = model(**inputs)
+                velocity = model(*inputs)
                 target = torch.empty_like(velocity, dtype=torch.float32)
                 errors = squared_errors(velocity, target)
                 tracker.mark("backward")
@@ -115,17 +109,26 @@ def dry_run(
             tracker.mark("end")
         context._real_places.cache_clear()  # it keeps tensors, here fake ones
     counts = blocks_of(args)
-    for kind, number in blocks_of(shown).items():
+    for kind, number in blocks_of(probe).items():
         parameters[kind] = parameters[kind] // max(1, number) * counts[kind]
     return DryRun(parameters, Timeline(tracker.segments[1:]).repeated(counts))
 
 
-def shown_of(args: FluxModelArgs) -> FluxModelArgs:
-    """The model with few blocks of a kind."""
+def tokens_of(config: FluxJobConfig, args: FluxModelArgs) -> tuple[int, int]:
+    """(image, text) tokens of a sample."""
+    return args.geometry.grid(config.training.image_size).tokens, config.encoder.max_t5_encoding_len
+
+
+def blocks_of(args: FluxModelArgs) -> dict[str, int]:
+    """Blocks of each kind."""
+    return dict(zip(KINDS, (args.depth, args.depth_single_blocks), strict=True))
+
+
+def probe_args(args: FluxModelArgs) -> FluxModelArgs:
+    """The model with three blocks of a kind at most."""
+    n = PROBE_BLOCKS
     return replace(
-        args,
-        depth=min(args.depth, SHOWN),
-        depth_single_blocks=min(args.depth_single_blocks, SHOWN),
+        args, depth=min(args.depth, n), depth_single_blocks=min(args.depth_single_blocks, n)
     )
 
 
@@ -168,51 +171,43 @@ def _note_parameters(model: nn.Module, tracker: MemoryTracker) -> dict[str, int]
 
 
 def model_inputs(
-    args: FluxModelArgs, batch: int, img_tokens: int, text_tokens: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Arguments of the model's forward; what comes from the text encoders is in their dtype."""
-    axes = len(args.axes_dim)
-    inputs = {
-        "img": torch.empty(batch, img_tokens, args.in_channels),
-        "img_ids": torch.empty(batch, img_tokens, axes),
-        "txt": torch.empty(batch, text_tokens, args.context_in_dim, dtype=dtype),
-        "txt_ids": torch.empty(batch, text_tokens, axes),
-        "timesteps": torch.empty(batch),
-        "y": torch.empty(batch, args.vec_in_dim, dtype=dtype),
-    }
-    if args.guidance_embed:
-        inputs["guidance"] = torch.empty(batch)
-    return inputs
+    config: FluxJobConfig, args: FluxModelArgs, batch: int, dtype: torch.dtype
+) -> FluxInputs:
+    """Arguments of the model's forward; what comes from the text encoders has this dtype."""
+    img, txt = tokens_of(config, args)
+    text = TextConditioning(
+        torch.empty(batch, txt, args.context_in_dim, dtype=dtype),
+        torch.empty(batch, args.vec_in_dim, dtype=dtype),
+    )
+    guidance = 0.0 if args.guidance_embed else None
+    tokens, size = torch.empty(batch, img, args.in_channels), config.training.image_size
+    return flux_inputs(tokens, torch.empty(batch), text, args.geometry, size, guidance)
 
 
 def mark_blocks(model: FluxModel, tracker: MemoryTracker) -> None:
     """Mark where blocks begin: in the forward pass at the call, in the backward pass when the
-    gradient of a block's result is there; each time before FSDP gathers and prefetches."""
+    gradient of a block's result arrives; each time before FSDP gathers and prefetches."""
+
+    def forward_begins(label: tuple[str, int], _: nn.Module, args: tuple[Any, ...]) -> None:
+        tracker.mark("forward", *label)
+        if label == ("double_blocks", 0):
+            _mark_once(tracker, ("backward",), args)
+
+    def forward_ends(label: tuple[str, int], _: nn.Module, args: Any, result: Any) -> None:
+        _mark_once(tracker, ("backward", *label), result)
+
     for kind in KINDS:
         for number, block in enumerate(getattr(model, kind).values()):
-            begins = functools.partial(_forward_begins, tracker, kind, number)
+            begins, ends = (
+                functools.partial(f, (kind, number)) for f in (forward_begins, forward_ends)
+            )
             block.register_forward_pre_hook(begins, prepend=True)
-            watch = functools.partial(_watch_backward, tracker, kind, number)
-            block.register_forward_hook(watch, prepend=True)
+            block.register_forward_hook(ends, prepend=True)
     model.final_layer.register_forward_pre_hook(lambda *_: tracker.mark("forward"), prepend=True)
 
 
-def _forward_begins(
-    tracker: MemoryTracker, kind: str, number: int, _: nn.Module, args: tuple[Any, ...]
-) -> None:
-    tracker.mark("forward", kind, number)
-    if (kind, number) == ("double_blocks", 0):
-        _mark_once(tracker, ("backward",), args)
-
-
-def _watch_backward(
-    tracker: MemoryTracker, kind: str, number: int, _: nn.Module, args: Any, result: Any
-) -> None:
-    _mark_once(tracker, ("backward", kind, number), result)
-
-
 def _mark_once(tracker: MemoryTracker, label: tuple[Any, ...], tensors: Any) -> None:
-    """Mark when the first gradient of these tensors is there."""
+    """Mark when the first gradient of these tensors arrives."""
     marked = []
 
     def begins(_: Tensor) -> None:

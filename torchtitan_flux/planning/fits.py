@@ -16,21 +16,22 @@ from torchtitan.tools import utils
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
-from torchtitan_flux.planning.dry_run import mark_blocks, model_inputs, shown_of
+from torchtitan_flux.planning.dry_run import (
+    blocks_of,
+    mark_blocks,
+    model_inputs,
+    probe_args,
+)
 from torchtitan_flux.planning.estimate import (
     GIB,
-    average_bytes,
-    mesh_of,
-    microbatches_of,
-    optimizer_bytes,
-    parameter_bytes,
     parameters_of,
-    tokens_of,
+    state_bytes,
 )
-from torchtitan_flux.planning.frozen import frozen_weights
-from torchtitan_flux.planning.timeline import Timeline, blocks_of
-from torchtitan_flux.planning.tracker import MemoryTracker
+from torchtitan_flux.planning.frozen import frozen_parts
+from torchtitan_flux.planning.mesh import mesh_of
+from torchtitan_flux.planning.tracker import MemoryTracker, Timeline
 from torchtitan_flux.startup.model_args import resolve_model_args
+from torchtitan_flux.training.out_of_memory import training_remedies
 
 
 def fits(config: FluxJobConfig, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:
@@ -45,47 +46,41 @@ def fits(config: FluxJobConfig, ranks: int, ranks_per_machine: int, device: int 
     memory = utils.device_module.get_device_properties(device).total_memory
     if utils.device_type == "cpu":
         memory //= ranks_per_machine
-    need = least(config, ranks)
+    need = lower_bound(config, ranks)
     if sum(need.values()) <= memory:
         return None
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)
     return (
         f"the run needs at least {sum(need.values()) / GIB:.1f} GiB on each rank ({parts}); there "
-        f"are {memory / GIB:.1f}: {_remedy(need, config)}; `python scripts/plan.py` with the same "
-        "arguments and --gpus N --memory GB lists meshes that fit"
+        f"are {memory / GIB:.1f}. What helps: {'; '.join(training_remedies(config))}"
     )
 
 
-def least(config: FluxJobConfig, ranks: int) -> dict[str, int]:
+def lower_bound(config: FluxJobConfig, ranks: int) -> dict[str, int]:
     """Bytes that a rank holds at once at the very least, by what they are."""
     args = resolve_model_args(config)
-    mesh = mesh_of(config.parallelism, ranks)
+    t, mesh = config.training, mesh_of(config.parallelism, ranks)
     elements = parameters_of(args) // mesh.tp // mesh.pp
-    count = elements // mesh.fsdp
-    own = count * parameter_bytes(config)
+    count = 0 if t.enable_cpu_offload else elements // mesh.fsdp
+    states = state_bytes(config, count)
+    own = states["parameters"]
     kept = activations_of(config, args) // (mesh.cp * mesh.tp * mesh.pp)
-    t = config.training
     whole = 0
-    if microbatches_of(config, mesh) > 1 and mesh.fsdp > 1:
+    if mesh.microbatches(t) > 1 and mesh.fsdp > 1:
         # FSDP2 sums gradients that it does not communicate yet in whole tensors
         whole = elements * TORCH_DTYPE_MAP[t.mixed_precision_reduce].itemsize
-    if t.enable_cpu_offload:
-        own = count = 0
-    dtype = TORCH_DTYPE_MAP[t.mixed_precision_param]
     return {
-        "parameters": own,
-        "optimizer": optimizer_bytes(config, count),
-        "averages": average_bytes(config, count),
+        **states,
         "gradients of microbatches": whole,
         # the one shrinks while the other grows
         "activations" if kept > own else "gradients": max(kept, own),
-        "encoders": frozen_weights(config, args, mesh.fsdp, dtype.itemsize),
+        "encoders": frozen_parts(config, args, mesh.fsdp, work=False).weights,
     }
 
 
 def activations_of(config: FluxJobConfig, args: FluxModelArgs) -> int:
     """Bytes that all blocks keep for a microbatch of one rank, before they are shared out."""
-    ac, t = config.activation_checkpoint, config.training
+    ac, p = config.activation_checkpoint, config.parallelism
     mode, option = ac.mode, ac.selective_ac_option
     if ac.offload_inputs:
         return 0
@@ -94,38 +89,21 @@ def activations_of(config: FluxJobConfig, args: FluxModelArgs) -> int:
     elif config.compile.enable and mode == "none":
         mode, option = "selective", "op"  # a compiled block keeps no more
     by_number = mode == "selective" and option != "op"
-    shown = args if by_number else shown_of(args)
-    dtype = TORCH_DTYPE_MAP[t.mixed_precision_param]
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     with torch.device("meta"):
-        model = FluxModel(shown)
+        model = FluxModel(args if by_number else probe_args(args))
     apply_activation_checkpoint(model, mode, option)
-    batch = t.local_batch_size
-    if config.parallelism.pipeline_parallel_degree > 1:
-        batch = config.parallelism.pipeline_parallel_microbatch_size
+    pipeline = p.pipeline_parallel_degree > 1
+    batch = p.pipeline_parallel_microbatch_size if pipeline else config.training.local_batch_size
     tracker = MemoryTracker()
     with FakeTensorMode(), tracker:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
-        inputs = model_inputs(args, batch, *tokens_of(config, args), dtype)
+        inputs = model_inputs(config, args, batch, dtype)
         mark_blocks(model, tracker)
         tracker.mark("forward")
-        velocity = model(**inputs)
+        velocity = model(*inputs)
         tracker.mark("end")
         del velocity
     return Timeline(tracker.segments[1:]).repeated(blocks_of(args)).activations
-
-
-def _remedy(need: dict[str, int], config: FluxJobConfig) -> str:
-    largest = max(need, key=need.__getitem__)
-    if largest == "activations":
-        lower = "a smaller training.local_batch_size, or parallelism.context_parallel_degree"
-        if config.activation_checkpoint.mode in ("none", "selective"):
-            return f'set activation_checkpoint.mode = "full", {lower}'
-        return f"set {lower}"
-    if largest == "gradients of microbatches":
-        return (
-            "raise training.local_batch_size so that training.global_batch_size takes one "
-            "microbatch, or shard by parallelism.tensor_parallel_degree"
-        )
-    return "use more ranks with parallelism.data_parallel_shard_degree, or a smaller model.flavor"

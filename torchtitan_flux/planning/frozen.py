@@ -1,13 +1,8 @@
 """What the frozen encoders and the codec need on one rank.
 
 Sizes come from what is configured. Where it has not been downloaded yet they are those of the parts
-that FLUX.1 was published with:
-
-| part | parameters | source |
-|---|---|---|
-| T5-XXL v1.1, encoder | 4,762,310,656 | config.json of google/t5-v1_1-xxl |
-| CLIP-L/14, text model | 123,060,480 | text_config of openai/clip-vit-large-patch14 |
-| autoencoder | 83,819,683 | Black Forest Labs' reference, `AutoencoderArgs` |
+that FLUX.1 was published with: T5-XXL v1.1 (config.json of google/t5-v1_1-xxl), CLIP-L/14
+(text_config of openai/clip-vit-large-patch14), the autoencoder of Black Forest Labs' reference.
 """
 
 import functools
@@ -20,6 +15,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -33,22 +29,13 @@ from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.planning.tracker import MemoryTracker
 
 T5_XXL = T5Config(
-    d_model=4096,
-    d_ff=10240,
-    d_kv=64,
-    num_heads=64,
-    num_layers=24,
-    vocab_size=32128,
+    d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
     feed_forward_proj="gated-gelu",
-)
+)  # fmt: skip
 CLIP_L = CLIPTextConfig(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    vocab_size=49408,
-    max_position_embeddings=77,
-)
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    vocab_size=49408, max_position_embeddings=77,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,26 +43,26 @@ class Frozen:
     """Bytes on one rank.
 
     Attributes:
-        t5, clip, codec: weights, T5's of this rank's shard.
+        t5, clip, autoencoder: weights, T5's of this rank's shard.
         encoding: most that is needed beside the weights while a batch is encoded.
-        drawing: the same while pictures are decoded; 0 where none are drawn.
-        known: names of the parts that were taken from the table above.
+        sampling: the same while samples are decoded; 0 where none are made.
+        published: names of the parts that are not here and count as FLUX.1's own.
     """
 
     t5: int
     clip: int
-    codec: int
-    encoding: int
-    drawing: int
-    known: tuple[str, ...] = ()
+    autoencoder: int
+    encoding: int = 0
+    sampling: int = 0
+    published: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
-        return self.t5 + self.clip + self.codec
+        return self.t5 + self.clip + self.autoencoder
 
 
 def frozen_parts(
-    config: FluxJobConfig, args: FluxModelArgs, shard: int, dtype: torch.dtype
+    config: FluxJobConfig, args: FluxModelArgs, shard: int, work: bool = True
 ) -> Frozen:
     """Sizes of the configured encoders and codec.
 
@@ -83,73 +70,57 @@ def frozen_parts(
         config: job configuration.
         args: resolved model arguments.
         shard: ranks that T5 is sharded over; 1 keeps it whole.
-        dtype: of the weights and the computation.
+        work: whether to count what is needed beside the weights too.
     """
-    t5, clip, shape, known = configured_parts(config, args)
+    encoder, sampling, published = config.encoder, config.sampling, []
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     size = dtype.itemsize
-    t5_all, t5_block = _t5_parameters(t5.to_json_string())
-    batch, tokens = config.training.local_batch_size, config.encoder.max_t5_encoding_len
-    # gathered: the embedding, a block, and the next one
-    gathered = (t5.vocab_size * t5.d_model + 2 * t5_block) * size if shard > 1 else 0
-    encoding = gathered + t5_work(t5, batch, tokens, size)
-    codec = drawing = 0
-    if shape is not None:
-        codec = _autoencoder_parameters(shape) * size
-        image = config.training.image_size
-        encoding = max(encoding, _codec_work(shape, "encode", batch, image, dtype))
-        if config.sampling.enable:
-            drawn = config.sampling.local_batch_size
-            drawing = _codec_work(shape, "decode", drawn, image, dtype)
-    clip_all = clip_parameters(clip.to_json_string())
-    return Frozen(
-        math.ceil(t5_all / shard) * size, clip_all * size, codec, encoding, drawing, tuple(known)
-    )
-
-
-def frozen_weights(config: FluxJobConfig, args: FluxModelArgs, shard: int, size: int) -> int:
-    """Bytes of their weights alone; `size` of an element."""
-    t5, clip, shape, _ = configured_parts(config, args)
-    codec = 0 if shape is None else _autoencoder_parameters(shape)
-    t5_all, _ = _t5_parameters(t5.to_json_string())
-    return (t5_all // shard + clip_parameters(clip.to_json_string()) + codec) * size
-
-
-def configured_parts(
-    config: FluxJobConfig, args: FluxModelArgs
-) -> tuple[T5Config, CLIPTextConfig, AutoencoderArgs | None, list[str]]:
-    """What is configured, or FLUX.1's own, and the names of the latter; no codec in pixel space."""
-    encoder = config.encoder
-    t5, clip, shape, known = T5_XXL, CLIP_L, None, []
     try:
         t5 = read_t5_config(resolved_path(encoder.t5_encoder))
     except (OSError, ValueError):
-        known.append("T5-XXL")
+        t5 = T5_XXL
+        published.append("T5-XXL")
     try:
         clip = read_clip_config(resolved_path(encoder.clip_encoder))
     except (OSError, ValueError):
-        known.append("CLIP-L")
+        clip = CLIP_L
+        published.append("CLIP-L")
+    codec = None
     if not args.pixel_space:
         try:
-            shape, _ = read_args(Path(resolved_path(encoder.autoencoder_path)))
+            codec, _ = read_args(Path(resolved_path(encoder.autoencoder_path)))
         except (OSError, ValueError):
-            shape = AutoencoderArgs()
-            known.append("autoencoder")
-    return t5, clip, shape, known
-
-
-def t5_work(t5: T5Config, batch: int, tokens: int, size: int) -> int:
-    """Most bytes beside the weights while captions are encoded; `size` of an element.
-
-    A block's activations or, as T5 attends without flash attention, its scores in float32.
-    """
-    worked = batch * tokens * (2 * t5.d_model + 3 * t5.d_ff) * size
-    scores = 3 * batch * t5.num_heads * tokens * tokens * 4
-    return max(worked, scores)
+            codec = AutoencoderArgs()
+            published.append("autoencoder")
+    t5_all, t5_block = _t5_parameters(t5.to_json_string())
+    encoding = decoding = codec_size = 0
+    if work:
+        # gathered: the embedding, a block, and the next one
+        gathered = (t5.vocab_size * t5.d_model + 2 * t5_block) * size if shard > 1 else 0
+        batch, tokens = config.training.local_batch_size, encoder.max_t5_encoding_len
+        activations = batch * tokens * (2 * t5.d_model + 3 * t5.d_ff) * size
+        scores = 3 * batch * t5.num_heads * tokens * tokens * 4  # float32, no flash attention
+        encoding = gathered + max(activations, scores)
+    if codec is not None:
+        codec_size = size * sum(math.prod(shape) for shape in parameter_shapes(codec).values())
+    if work and codec is not None:
+        image, batch = config.training.image_size, config.training.local_batch_size
+        encoding = max(encoding, _codec_work(codec, "encode", batch, image, dtype))
+        if sampling.enable:
+            decoding = _codec_work(codec, "decode", sampling.local_batch_size, image, dtype)
+    return Frozen(
+        t5=math.ceil(t5_all / shard) * size,
+        clip=_clip_parameters(clip.to_json_string()) * size,
+        autoencoder=codec_size,
+        encoding=encoding,
+        sampling=decoding,
+        published=tuple(published),
+    )
 
 
 @functools.lru_cache
 def _t5_parameters(config: str) -> tuple[int, int]:
-    """(all, in one block) of T5's encoder."""
+    """(all, in one block) of T5's encoder, by its configuration as JSON."""
     with torch.device("meta"):
         model = T5EncoderModel(T5Config.from_dict(json.loads(config)))
     block = sum(p.numel() for p in model.encoder.block[-1].parameters())
@@ -157,32 +128,25 @@ def _t5_parameters(config: str) -> tuple[int, int]:
 
 
 @functools.lru_cache
-def clip_parameters(config: str) -> int:
-    """Of CLIP's text model, by its configuration as JSON."""
+def _clip_parameters(config: str) -> int:
     with torch.device("meta"):
         model = CLIPTextModel(CLIPTextConfig.from_dict(json.loads(config)))
     return sum(p.numel() for p in model.parameters())
 
 
 @functools.lru_cache
-def _autoencoder_parameters(shape: AutoencoderArgs) -> int:
-    return sum(math.prod(size) for size in parameter_shapes(shape).values())
-
-
-@functools.lru_cache
 def _codec_work(
-    shape: AutoencoderArgs, what: str, batch: int, image: ImageSize, dtype: torch.dtype
+    args: AutoencoderArgs, what: str, batch: int, image: ImageSize, dtype: torch.dtype
 ) -> int:
     """Most bytes alive beside the weights, on fake tensors."""
-    height, width = image.height, image.width
     tracker = MemoryTracker()
     with FakeTensorMode(), torch.device("cpu"), utils.set_default_dtype(dtype):
-        codec = Autoencoder(shape)
+        codec = Autoencoder(args)
         with tracker:
             if what == "encode":
-                images = torch.empty(batch, shape.in_channels, height, width, dtype=torch.float32)
-                codec.encode(images)
+                shape = batch, args.in_channels, image.height, image.width
+                codec.encode(torch.empty(shape, dtype=torch.float32))
             else:
-                cells = height // shape.downscale, width // shape.downscale
-                codec.decode(torch.empty(batch, shape.z_channels, *cells))
+                cells = image.height // args.downscale, image.width // args.downscale
+                codec.decode(torch.empty(batch, args.z_channels, *cells))
     return tracker.peak

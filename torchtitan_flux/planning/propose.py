@@ -1,23 +1,19 @@
 """Meshes that fit, by what they need and what they send."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
-
-from torchtitan.config import TORCH_DTYPE_MAP
+from dataclasses import dataclass, replace
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.planning.communication import Mesh, Message, messages
+from torchtitan_flux.planning.dry_run import DryRun, dry_run
 from torchtitan_flux.planning.estimate import (
     Estimate,
-    Fitted,
-    microbatches_of,
-    parameters_of,
-    tokens_of,
-    with_mesh,
+    estimate_of,
+    resharded,
+    sent_bytes,
 )
+from torchtitan_flux.planning.mesh import Mesh
 
 CHECKPOINTING = ("none", "op", "full")
 NODE = 8
@@ -28,13 +24,12 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class Proposal:
-    """A mesh that fits."""
+    """A mesh that fits; `sent` are bytes of a rank in a step."""
 
     mesh: Mesh
     checkpointing: str
     estimate: Estimate
     sent: int
-    """Bytes that a rank sends in a step."""
 
 
 def propose(
@@ -49,28 +44,31 @@ def propose(
         memory: bytes of each.
         keep: how many to return.
     """
-    fitted: dict[tuple[str, int, bool], Fitted] = {}
+    runs: dict[tuple[str, int, Mesh], DryRun] = {}
     found: list[Proposal] = []
-    batch = config.training.local_batch_size
+    microbatch = config.parallelism.pipeline_parallel_microbatch_size
     for mesh in meshes(args, ranks):
-        if batch % config.parallelism.pipeline_parallel_microbatch_size and mesh.pp > 1:
+        if config.training.local_batch_size % microbatch and mesh.pp > 1:
             continue
+        # replicas and shards follow from one run, whatever their numbers
+        probe = replace(mesh, replicate=2, shard=2, pp=min(mesh.pp, 2))
         for mode in CHECKPOINTING:
-            plan = with_checkpointing(with_mesh(config, mesh), mode)
-            kind = mode, mesh.tp, mesh.cp > 1
-            if kind not in fitted:
-                fitted[kind] = Fitted(plan, args, mesh)
-            estimate = fitted[kind].estimate(mesh, batch)
+            plan = with_checkpointing(config, mode)
+            key = mode, min(2, mesh.microbatches(config.training)), probe
+            if key not in runs:
+                runs[key] = dry_run(plan, args, probe, key[1])
+            run = resharded(runs[key], probe.fsdp / mesh.fsdp, args)
+            estimate = estimate_of(run, plan, args, mesh)
             if estimate.reserved <= memory * USABLE:
-                own = parameters_of(args) // (mesh.tp * mesh.pp)
-                sent = sum(m.sent for m in step_messages(plan, args, mesh, own))
+                sent = sum(sent_bytes(run, plan, args, mesh).values())
                 found.append(Proposal(mesh, mode, estimate, sent))
                 break
     return sorted(found, key=lambda one: (one.estimate.reserved, one.sent))[:keep]
 
 
 def with_checkpointing(config: FluxJobConfig, mode: str) -> FluxJobConfig:
-    """The configuration, changed: "op" is mode "selective" with that option."""
+    """A copy of the configuration with a mode: "op" is "selective" with that option."""
+    config = copy.deepcopy(config)
     ac = config.activation_checkpoint
     ac.mode = "selective" if mode == "op" else mode  # type: ignore[assignment]
     ac.selective_ac_option, ac.offload_inputs = "op", False
@@ -78,50 +76,16 @@ def with_checkpointing(config: FluxJobConfig, mode: str) -> FluxJobConfig:
 
 
 def meshes(args: FluxModelArgs, ranks: int) -> Iterator[Mesh]:
-    """Meshes of so many ranks that the model can be cut by, tensor groups within a node."""
-    blocks = args.depth + args.depth_single_blocks
-    for pp in _divisors(ranks):
-        if pp > min(8, blocks):
-            continue
-        for tp in _divisors(ranks // pp):
-            if tp > NODE or args.num_heads % tp:
-                continue
-            for cp in _divisors(ranks // pp // tp):
+    """Meshes of `ranks` ranks that the model can be split over, tensor groups within a node."""
+    for pp in _divisors(ranks, min(8, args.depth + args.depth_single_blocks)):
+        for tp in _divisors(ranks // pp, NODE):
+            for cp in _divisors(ranks // pp // tp, args.num_heads):
                 # the heads of a rank are shared out among its context group
-                if (args.num_heads // tp) % cp:
-                    continue
-                rest = ranks // pp // tp // cp
-                for shard in _divisors(rest):
-                    yield Mesh(rest // shard, shard, cp, tp, pp)
+                if args.num_heads % (tp * cp) == 0:
+                    rest = ranks // pp // tp // cp
+                    for shard in _divisors(rest, rest):
+                        yield Mesh(rest // shard, shard, cp, tp, pp)
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def step_messages(
-    config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh, own: int
-) -> list[Message]:
-    """What a rank of this plan sends in a step.
-
-    Args:
-        config: with the plan's batch and checkpointing.
-        args: resolved model arguments.
-        mesh: the degrees.
-        own: parameters of a rank and those that share them, before they are sharded.
-    """
-    t, ac = config.training, config.activation_checkpoint
-    img, text = tokens_of(config, args)
-    return messages(
-        args,
-        mesh,
-        parameters=own,
-        batch=t.local_batch_size,
-        img_tokens=img,
-        text_tokens=text,
-        recomputed=float(ac.mode == "full"),
-        microbatches=microbatches_of(config, mesh),
-        compute_bytes=TORCH_DTYPE_MAP[t.mixed_precision_param].itemsize,
-        reduce_bytes=TORCH_DTYPE_MAP[t.mixed_precision_reduce].itemsize,
-        reshard=config.parallelism.fsdp_reshard_after_forward != "never" and mesh.pp == 1,
-    )
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]

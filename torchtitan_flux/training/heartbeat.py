@@ -1,11 +1,9 @@
-"""Where each rank is: its step, phase and the time, left where the launcher can read them.
+"""Where each rank is: its step, phase and the time, in a file that outlives it.
 
-They lie in a file mapped into memory, so that a beat costs a microsecond and the last one outlives
-the process, however it ended.
+The only clock is CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 import contextlib
-import mmap
 import os
 import struct
 import time
@@ -15,26 +13,28 @@ from pathlib import Path
 FOLDER = "FLUX_HEARTBEATS"
 """Environment variable in which the launcher names the folder."""
 
-_RECORD = struct.Struct("=qqqd24s")  # pid, status it left with, step, time, phase
+_RECORD = struct.Struct("=dqq24s")  # time, step, exit status, phase
 _RUNNING = -1
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The last sign of a rank."""
+    """The last sign of a rank, without a phase before its first one.
 
-    rank: int
-    pid: int
-    step: int
-    phase: str
-    time: float
-    """Seconds since the epoch."""
-    left: int | None
-    """Status that the rank was about to end with, None when it did not get that far."""
+    Attributes:
+        exit_status: what it is about to end with, None until then.
+    """
+
+    time: float = 0.0
+    step: int = 0
+    phase: str = ""
+    exit_status: int | None = None
 
     @property
     def place(self) -> str:
         """For reports: "in step 12 (data)"."""
+        if not self.phase:
+            return "before its first sign"
         return f"in step {self.step} ({self.phase})" if self.step else f"while {self.phase}"
 
 
@@ -42,44 +42,31 @@ class Heartbeat:
     """Writes this rank's beats; does nothing where no launcher asked for them."""
 
     def __init__(self) -> None:
-        self._map: mmap.mmap | None = None
-        self._pid = os.getpid()
-        folder = os.environ.get(FOLDER)
-        if not folder:
-            return
-        path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}"
-        with contextlib.suppress(OSError):  # the launcher is gone, and its folder with it
-            with open(path, "ab") as file:
-                file.truncate(_RECORD.size)
-            with open(path, "r+b") as file:
-                self._map = mmap.mmap(file.fileno(), _RECORD.size)
+        self._file: int | None = None
+        if folder := os.environ.get(FOLDER):
+            with contextlib.suppress(OSError):  # the launcher is gone, and its folder with it
+                path = Path(folder) / f"rank-{os.environ['RANK']}"
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
     def beat(self, step: int, phase: str) -> None:
         """Say that `phase` of `step` begins."""
-        self._write(step, phase, _RUNNING)
+        self._write(step, phase.encode(), _RUNNING)
 
     def leave(self, status: int) -> None:
         """Say that the process ends with this status; step and phase stay as they are."""
-        if self._map is not None:
-            _, _, step, _, phase = _RECORD.unpack_from(self._map)
-            self._write(step, phase.rstrip(b"\0").decode(), status)
+        if self._file is not None:
+            _, step, _, phase = _RECORD.unpack(os.pread(self._file, _RECORD.size, 0))
+            self._write(step, phase, status)
 
-    def _write(self, step: int, phase: str, status: int) -> None:
-        if self._map is not None:
-            _RECORD.pack_into(self._map, 0, self._pid, status, step, time.time(), phase.encode())
+    def _write(self, step: int, phase: bytes, status: int) -> None:
+        if self._file is not None:
+            os.pwrite(self._file, _RECORD.pack(time.monotonic(), step, status, phase), 0)
 
 
-def read_beats(folder: Path) -> dict[int, Beat]:
-    """The last beat of every rank that has begun, by rank."""
-    beats = {}
-    for path in folder.glob("rank-*"):
-        name = path.name.removeprefix("rank-")
-        if not name.isdecimal():
-            continue
-        with contextlib.suppress(struct.error, OSError, UnicodeDecodeError):
-            pid, status, step, when, phase = _RECORD.unpack(path.read_bytes())
-            if pid:
-                left = None if status == _RUNNING else status
-                text = phase.rstrip(b"\0").decode()
-                beats[int(name)] = Beat(int(name), pid, step, text, when, left)
-    return beats
+def read_beat(folder: Path, rank: int) -> Beat:
+    """The last beat of a rank."""
+    with contextlib.suppress(OSError, struct.error):  # not started yet
+        when, step, status, phase = _RECORD.unpack((folder / f"rank-{rank}").read_bytes())
+        text = phase.rstrip(b"\0").decode()
+        return Beat(when, step, text, None if status == _RUNNING else status)
+    return Beat()

@@ -1,6 +1,5 @@
 """One run writes a dump folder at a time."""
 
-import contextlib
 import fcntl
 import os
 import socket
@@ -43,7 +42,7 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
     """Take `folder` for this process; called by one process of a run.
 
     Returns:
-        the lock, to be kept; None where the file system knows no locks (said in the log).
+        the lock, to be kept; None where the file system has no locks (logged).
 
     Raises:
         ConfigError: another live process has it.
@@ -51,20 +50,19 @@ def lock_run_folder(folder: str | Path) -> RunFolderLock | None:
     path = Path(folder) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    taken = try_lock(descriptor)
-    if taken is False:
-        with contextlib.closing(os.fdopen(descriptor)) as file:
-            holder = file.read().strip() or "a process that has not said who it is"
-        raise ConfigError(
-            [
-                f"job.dump_folder = {str(folder)!r} is being written by another run ({holder}); "
-                "wait for it, stop it, or set another job.dump_folder"
-            ]
-        )
-    if taken is None:
-        os.close(descriptor)
-        logger.warning(f"{path}: this file system knows no locks; start no second run there")
+    locked = try_lock(descriptor)
+    if locked:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
+        return RunFolderLock(descriptor)
+    os.close(descriptor)
+    if locked is None:
+        logger.warning(f"{path}: this file system has no locks; start no second run there")
         return None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
-    return RunFolderLock(descriptor)
+    holder = path.read_text().strip() or "an unknown process"
+    raise ConfigError(
+        [
+            f"job.dump_folder = {str(folder)!r} is being written by another run ({holder}); wait "
+            "for it, stop it, or set another job.dump_folder"
+        ]
+    )

@@ -43,13 +43,13 @@ class StepFlags:
 class FlagExchange:
     """One small sum over all ranks in each step.
 
-    A GPU is a step behind the host. To read the sum at once would be to let it run dry in every
-    step, so it is read one step later: by then it has been there for long.
+    A GPU runs a step behind the host. Reading the sum at once would stall it in every step, so it
+    is read one step later.
 
     Args:
         device: where the ranks communicate.
-        late: whether the newest step is left unread until the next one is flags, or all is asked
-            for. Every rank asks in the same step, and so hears the same.
+        late: whether the newest step is left unread until the next one is sent, or everything is
+            asked for. Every rank asks in the same step, and so gets the same.
     """
 
     def __init__(self, device: torch.device, late: bool):

@@ -21,25 +21,24 @@ every process of a job, a terminal every one of its group, and launchers and wra
 
 
 class StopSignals:
-    """Handlers of this process's SIGTERM and SIGINT, until `uninstall`.
+    """Handlers of this process's SIGTERM and SIGINT, until `uninstall`; made in the main thread.
 
     A thread of its own reads the signals: Python's handlers wait for the main thread, which may
     stand in a collective that never ends.
 
-    Must be made in the main thread.
+    Attributes:
+        requested: whether somebody asked for a stop. The trainer asks all ranks at every step.
     """
 
-    requested: bool = False
-    """Whether somebody asked for a stop. The trainer asks all ranks at every step."""
-
     def __init__(self) -> None:
+        self.requested = False
         self._first = 0.0
         self._read, self._written = socket.socketpair()
         self._written.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
         self._before: dict[signal.Signals, Any] = {s: signal.signal(s, noted) for s in SIGNALS}
         threading.Thread(target=self._listen, name="stop-signals", daemon=True).start()
-        # The launcher's rank holds them back until somebody listens (launching/rank.py).
+        # The launcher starts its ranks with them blocked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def uninstall(self) -> None:
@@ -69,4 +68,4 @@ class StopSignals:
 
 
 def noted(number: int, frame: FrameType | None) -> None:
-    """Handler that does nothing: the interpreter has told the wakeup socket, if there is one."""
+    """Handler that does nothing: the interpreter writes to the wakeup socket, if there is one."""

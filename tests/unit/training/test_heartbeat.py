@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from torchtitan_flux.training.heartbeat import FOLDER, Heartbeat, read_beats
+from torchtitan_flux.training.heartbeat import FOLDER, Beat, Heartbeat, read_beat
 
 
 @pytest.fixture
@@ -14,39 +14,27 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_last_beat_is_read(folder):
-    heartbeat = Heartbeat()
-    assert read_beats(folder) == {}, "no sign yet"
-    begin = time.time()
-    heartbeat.beat(0, "starting")
-    assert read_beats(folder)[3].place == "while starting"
-    heartbeat.beat(12, "forward/backward")
-    beat = read_beats(folder)[3]
-    assert (beat.rank, beat.step, beat.phase, beat.left) == (3, 12, "forward/backward", None)
-    assert beat.place == "in step 12 (forward/backward)"
-    assert begin <= beat.time <= time.time()
-
-
-def test_the_trainer_goes_on_in_the_file_that_the_entry_began(folder):
-    first = Heartbeat()
+def test_the_last_beat_is_read_from_whoever_wrote_it(folder):
+    """The entry module starts the file, the trainer goes on in it, the entry module ends it."""
+    first, begin = Heartbeat(), time.monotonic()
+    assert read_beat(folder, 3) == Beat()
+    assert read_beat(folder, 3).place == "before its first sign"
     first.beat(0, "starting")
     second = Heartbeat()
-    assert read_beats(folder)[3].phase == "starting"
-    second.beat(7, "data")
+    assert read_beat(folder, 3).place == "while starting"
+    second.beat(12, "forward/backward")
+    beat = read_beat(folder, 3)
+    assert (beat.place, beat.exit_status) == ("in step 12 (forward/backward)", None)
+    assert begin <= beat.time <= time.monotonic()
     first.leave(2)
-    beat = read_beats(folder)[3]
-    assert (beat.step, beat.phase, beat.left) == (7, "data", 2)
+    beat = read_beat(folder, 3)
+    assert (beat.place, beat.exit_status) == ("in step 12 (forward/backward)", 2)
 
 
-def test_without_a_launcher_it_does_nothing(monkeypatch, tmp_path):
-    monkeypatch.delenv(FOLDER, raising=False)
+def test_without_a_launcher_it_does_nothing(monkeypatch, folder):
+    monkeypatch.setenv(FOLDER, str(folder / "gone"))
+    Heartbeat().beat(1, "data")
+    monkeypatch.delenv(FOLDER)
     Heartbeat().beat(1, "data")
     Heartbeat().leave(0)
-    monkeypatch.setenv(FOLDER, str(tmp_path / "gone"))
-    Heartbeat().beat(1, "data")
-
-
-def test_other_files_of_the_folder_are_passed_over(folder):
-    (folder / "rank-x").write_text("")
-    (folder / "rank-1").write_text("short")
-    assert read_beats(folder) == {}
+    assert list(folder.iterdir()) == []

@@ -15,7 +15,7 @@ from torchtitan_flux.training.stopping import StopSignals
 
 def wait_for(told: Callable[[], bool]) -> None:
     """Until the thread that reads signals has done so."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not told():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -50,7 +50,7 @@ assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_signal_that_was_held_back_until_now_counts():
-    subprocess.run([sys.executable, "-c", HELD_BACK], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", HELD_BACK], check=True, timeout=300)
 
 
 STUCK = """
@@ -78,6 +78,6 @@ def test_a_second_signal_leaves_at_once_even_out_of_a_stuck_call(number, status)
         assert process.stdout.readline() == "requested\n"
         time.sleep(stopping.ONE_REQUEST + 0.2)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == status
     assert errors.splitlines()[-1] == f"{number.name}: left without saving"
