@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
-from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.model import FluxModelArgs
