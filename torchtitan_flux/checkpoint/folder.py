@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torchtitan_flux.checkpoint.manifest import Damaged, Manifest
 from torchtitan_flux.collectives import from_rank_0, gather, own_share, patient_group
+from torchtitan_flux.files import sync_folder
 
 LEFTOVERS = re.compile(r"step-\d+\.(partial|deleting)")
 
@@ -107,11 +108,18 @@ def clear_leftovers(folder: Path) -> list[str]:
     return done
 
 
-def make_room(checkpoint: Path, damaged: bool) -> None:
-    """Free this name: a good checkpoint goes, one that is (known to be) damaged is set aside."""
-    if checkpoint.exists():
-        good = not damaged and _read(checkpoint)[0] is not None
-        rename_over(checkpoint, "deleting" if good else "damaged")
+def put_in_place(partial: Path, checkpoint: Path, damaged: bool) -> None:
+    """Give a new checkpoint its name, durably.
+
+    A good one that has it is deleted; one that is damaged, or known to be, is set aside.
+    """
+    good = not damaged and _read(checkpoint)[0] is not None
+    there = checkpoint.exists()
+    old = rename_over(checkpoint, "deleting" if good else "damaged") if there else None
+    partial.rename(checkpoint)
+    sync_folder(checkpoint.parent)
+    if good and old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def abandon_after(folder: Path, step: int) -> list[Path]:

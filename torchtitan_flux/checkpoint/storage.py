@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan_flux.checkpoint.folder import make_room
+from torchtitan_flux.checkpoint.folder import put_in_place
 from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest, file_facts
 from torchtitan_flux.collectives import gather
-from torchtitan_flux.files import DiskFull, disk_full, sync_folder
+from torchtitan_flux.files import DiskFull, disk_full
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
@@ -117,9 +117,7 @@ class ManifestWriter(FileSystemWriter):
                 assert isinstance(of_rank, Written)
                 files |= of_rank.files
             replace(self.manifest, created=time.time(), files=files).write(folder)
-            make_room(self.folder, self.replaces_damaged)
-            folder.rename(self.folder)
-            sync_folder(self.folder.parent)
+            put_in_place(folder, self.folder, self.replaces_damaged)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

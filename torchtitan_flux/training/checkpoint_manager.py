@@ -47,7 +47,6 @@ from torchtitan_flux.files import DiskFull
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files.element_types import overflows
 from torchtitan_flux.training.resume import ResumePlan
-from torchtitan_flux.weights.adapter import FluxStateDictAdapter
 from torchtitan_flux.weights.export import export_beside, exported
 from torchtitan_flux.weights.load import import_weights
 
@@ -79,7 +78,8 @@ class FluxCheckpointManager(CheckpointManager):
 
     def __init__(self, *arguments: Any, plan: ResumePlan, **more: Any):
         self.save_future: Future | None = None
-        super().__init__(*arguments, **more)
+        # torchtitan asks for an adapter of state dicts where it exports; this class does it itself
+        super().__init__(*arguments, **{**more, "sd_adapter": self})
         self.plan = plan
         self.on_save_error = plan.config.checkpoint.on_save_error
         self.damaged = set(plan.choice.damaged)
@@ -244,7 +244,7 @@ class FluxCheckpointManager(CheckpointManager):
         writer, begin = self._saving
         seconds, checksums = time.monotonic() - begin, writer.checksum_seconds
         took = f" in {seconds:.2f} s, {checksums:.2f} s of it for checksums"
-        logger.info(f"Saved {writer.folder}" + took * (self.async_mode == AsyncMode.DISABLED))
+        logger.info(f"Saved {writer.folder}{took if self.async_mode == AsyncMode.DISABLED else ''}")
         self._saved_step = writer.manifest.step
         self.damaged.discard(self._saved_step)
         give_back_freed_memory()
@@ -256,12 +256,7 @@ class FluxCheckpointManager(CheckpointManager):
         try:
             for step in stale_steps(folder, self.keep_latest_k, self.damaged):
                 # renamed first: half a checkpoint must not bear the name of a whole one
-                rename_over(step_folder(folder, step), "deleting")
-            for going in folder.glob("step-*.deleting"):
-                if self.purge_thread is None:
-                    shutil.rmtree(going, ignore_errors=True)
-                else:
-                    self.purge_queue.put(str(going))
+                self.purge_queue.put(str(rename_over(step_folder(folder, step), "deleting")))
         except OSError as error:  # the checkpoint itself is good
             logger.warning(f"Old checkpoints in {folder} could not be deleted: {error}")
 
@@ -289,9 +284,8 @@ class FluxCheckpointManager(CheckpointManager):
 
     def _export(self, step: int) -> None:
         """The weights of a step, on the disk already, as a diffusers folder too."""
-        assert isinstance(self.sd_adapter, FluxStateDictAdapter)
         checkpoint = step_folder(Path(self.folder), step)
-        if problem := export_beside(checkpoint, self.sd_adapter.model_args):
+        if problem := export_beside(checkpoint, self.plan.model_args):
             target = exported(checkpoint)
             raise CheckpointNotSaved(
                 f"{checkpoint} is saved, but {target} could not be written ({problem}); the same "

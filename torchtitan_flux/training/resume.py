@@ -60,6 +60,7 @@ class ResumePlan:
 
     Attributes:
         config: the configuration with its seed.
+        model_args: resolved.
         settings: what may change when the run is resumed.
         choice: the run's own checkpoint that it continues from; empty when it begins.
         initial: the weights that it begins with, or the folder of another run's checkpoint that it
@@ -68,6 +69,7 @@ class ResumePlan:
     """
 
     config: FluxJobConfig
+    model_args: FluxModelArgs
     facts: RunFacts
     settings: Settings
     choice: Choice
@@ -136,7 +138,7 @@ def plan_resume(job_config: FluxJobConfig) -> ResumePlan:
         ]
         if changed and manifest.kind == "full" and manifest.step < config.training.steps:
             logger.info(f"From step {manifest.step + 1} on: {', '.join(changed)}")
-    return ResumePlan(config, facts, settings, choice, initial, lock)
+    return ResumePlan(config, args, facts, settings, choice, initial, lock)
 
 
 def checkpoint_folder(config: FluxJobConfig) -> Path:
