@@ -22,7 +22,7 @@ import torch
 from peak_memory import PeakMemory
 
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
-from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter, total_bytes
+from torchtitan_flux.tensor_files.safetensors_writer import total_bytes, write_tensors
 from torchtitan_flux.weights.architecture import to_metadata
 from torchtitan_flux.weights.convert import TargetFormat, convert
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries
@@ -95,11 +95,13 @@ def _synthetic(path: Path, at_least: int) -> tuple[FluxModelArgs, int, int]:
             break
         blocks += 1
     pool = torch.randint(0, 0x3F80, (2**24,), dtype=torch.int16).view(torch.bfloat16)
-    with TensorsWriter(path.parent, {path.name: specs}, to_metadata(args)) as writer:
-        for i, (name, (_, shape)) in enumerate(specs.items()):
-            count = torch.Size(shape).numel()
-            values = pool.roll(i * 4099).repeat(-(-count // len(pool)))[:count]
-            writer.write(name, values.view(shape))
+
+    def values(i: int, shape: tuple[int, ...]) -> torch.Tensor:
+        count = torch.Size(shape).numel()
+        return pool.roll(i * 4099).repeat(-(-count // len(pool)))[:count].view(shape)
+
+    tensors = ((name, values(i, shape)) for i, (name, shape) in enumerate(shapes.items()))
+    write_tensors(path.parent, {path.name: specs}, to_metadata(args), tensors)
     largest = max(total_bytes({name: spec}) for name, spec in specs.items())
     return args, total_bytes(specs), largest
 

@@ -28,7 +28,7 @@ from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import shard_model
-from torchtitan_flux.tensor_files.safetensors_writer import TensorsWriter
+from torchtitan_flux.tensor_files.safetensors_writer import write_tensors
 from torchtitan_flux.weights.architecture import to_diffusers_config
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
 from torchtitan_flux.weights.load import import_weights
@@ -78,9 +78,8 @@ def write(folder: Path, args: FluxModelArgs) -> None:
     shapes = foreign_shapes(args, layout_entries("diffusers", args))
     specs = {name: (torch.float32, shape) for name, shape in shapes.items()}
     name = f"{WEIGHTS_NAME}.safetensors"
-    with TensorsWriter(folder, {name: specs}, {"format": "pt"}) as writer:
-        for name, shape in shapes.items():
-            writer.write(name, torch.randn(shape))
+    tensors = ((name, torch.randn(shape)) for name, shape in shapes.items())
+    write_tensors(folder, {name: specs}, {"format": "pt"}, tensors)
     (folder / "config.json").write_text(json.dumps(to_diffusers_config(args)))
 
 

@@ -13,8 +13,7 @@ from helpers import nonzero_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.weights import architecture

@@ -16,6 +16,7 @@ LEVELS = {
     "latents": 0,
     "lifetime": 0,
     "files": 0,
+    "collectives": 0,
     "formatting": 0,
     "paths": 0,
     "image_file": 0,

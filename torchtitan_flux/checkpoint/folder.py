@@ -7,20 +7,12 @@
 
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from torchtitan_flux.checkpoint.manifest import Damaged, Manifest
-
-T = TypeVar("T")
-
-WAITING = timedelta(hours=2)
-"""How long ranks wait for one that reads or writes a checkpoint; 48 GB at 7 MB/s."""
+from torchtitan_flux.collectives import from_rank_0, gather, own_share, patient_group
+from torchtitan_flux.files import sync_folder
 
 LEFTOVERS = re.compile(r"step-\d+\.(partial|deleting)")
 
@@ -46,18 +38,17 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def list_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, complete or not, newest first."""
-    names = (path.name for path in (folder.iterdir() if folder.is_dir() else ()))
-    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
-    return sorted((int(match.group(1)) for match in found if match), reverse=True)
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def choose_checkpoint(folder: Path, load_step: int = -1) -> Choice:
     """The newest checkpoint that is what its manifest says, or the one of `load_step`.
 
-    Collective where ranks are joined: rank 0 looks for all, also where a file system lags behind
-    on some node, and every rank reads its share of the files.
+    Collective: rank 0 looks for all, also where a file system lags behind on some node, and every
+    rank reads its share of the files.
     """
-    steps = agree(lambda: list_steps(folder)) if load_step == -1 else [load_step]
+    steps = from_rank_0(lambda: list_steps(folder)) if load_step == -1 else [load_step]
     damaged: dict[int, str] = {}
     for step in steps:
         manifest, problem = verify(step_folder(folder, step))
@@ -70,80 +61,65 @@ def choose_checkpoint(folder: Path, load_step: int = -1) -> Choice:
 def verify(checkpoint: Path) -> tuple[Manifest | None, str]:
     """The manifest of a checkpoint whose every byte was checked, or None and what is wrong.
 
-    Collective where ranks are joined, which wait in a group of their own: reading 12B takes longer
-    than any step may take.
+    Collective where ranks are joined.
     """
-    manifest, problem = agree(lambda: _read(checkpoint))
+    manifest, problem = from_rank_0(lambda: _read(checkpoint))
     if manifest is None:
         return None, problem
-    joined = dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    group = dist.new_group(backend="gloo", timeout=WAITING) if joined else None
     # the largest first, so that the shares come out even
     names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    try:
-        manifest.check_contents(checkpoint, names[rank::ranks])
-        problem = ""
-    except Damaged as error:
-        problem = str(error)
-    problems = [problem] * ranks
-    if group is not None:
-        assert isinstance(group, dist.ProcessGroup)
-        dist.all_gather_object(problems, problem, group=group)
-        dist.destroy_process_group(group)
-    problem = "; ".join(sorted({one for one in problems if one}))
+    with patient_group() as group:
+        try:
+            manifest.check_contents(checkpoint, own_share(names))
+        except Damaged as error:
+            problem = str(error)
+        problem = "; ".join(sorted(set(filter(None, gather(problem, group)))))
     return (None, problem) if problem else (manifest, "")
 
 
 def complete_steps(folder: Path) -> dict[int, Manifest]:
     """Checkpoints with a manifest whose files are there in full size; reads no contents."""
-    found = {}
-    for step in list_steps(folder):
-        manifest, _ = _read(step_folder(folder, step))
-        if manifest is not None:
-            found[step] = manifest
-    return found
+    found = {step: _read(step_folder(folder, step))[0] for step in list_steps(folder)}
+    return {step: manifest for step, manifest in found.items() if manifest is not None}
 
 
 def stale_steps(folder: Path, keep: int, damaged: set[int]) -> list[int]:
-    """Complete checkpoints beyond the `keep` newest good ones; 0 keeps all.
-
-    `damaged` are steps known to be so although all their files are there; they are not counted.
-    """
+    """Complete checkpoints beyond the `keep` newest that are not known as damaged; 0 keeps all."""
     good = [step for step in complete_steps(folder) if step not in damaged]  # newest first
     return good[keep:] if keep else []
 
 
 def clear_leftovers(folder: Path) -> list[str]:
-    """Tidy up after a killed run: what it left half-written or half-deleted goes.
+    """Remove what a killed run left half-written or half-deleted; a line for each.
 
-    One that was complete but for its name gets it. Only for the one process that holds the run's
-    folder. Returns what was done, a line for each.
+    One that was complete but for its name gets it. Only for the process that holds the run's lock.
     """
     done = []
-    for path in sorted(folder.glob("step-*.*")):
-        if not LEFTOVERS.fullmatch(path.name):
-            continue
+    for path in sorted(one for one in folder.glob("step-*.*") if LEFTOVERS.fullmatch(one.name)):
         named = path.with_name(path.stem)
         manifest, _ = _read(path)
         complete = manifest is not None and f"step-{manifest.step}" == path.stem
         if complete and path.suffix == ".partial" and not named.exists():
             path.rename(named)
             done.append(f"{named} was complete but for its name")
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        done.append(f"Removed {path}, which a killed run left unfinished")
+        else:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            done.append(f"Removed {path}, which a killed run left unfinished")
     return done
 
 
-def make_room(checkpoint: Path, damaged: bool) -> None:
-    """Let a new checkpoint have this name: a good one goes, a damaged one is set aside.
+def put_in_place(partial: Path, checkpoint: Path, damaged: bool) -> None:
+    """Give a new checkpoint its name, durably.
 
-    `damaged` says that it is known to be so, also where all its files are there.
+    A good one that has it is deleted; one that is damaged, or known to be, is set aside.
     """
-    if checkpoint.exists():
-        good = not damaged and _read(checkpoint)[0] is not None
-        rename_over(checkpoint, "deleting" if good else "damaged")
+    good = not damaged and _read(checkpoint)[0] is not None
+    there = checkpoint.exists()
+    old = rename_over(checkpoint, "deleting" if good else "damaged") if there else None
+    partial.rename(checkpoint)
+    sync_folder(checkpoint.parent)
+    if good and old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def abandon_after(folder: Path, step: int) -> list[Path]:
@@ -169,19 +145,3 @@ def _read(checkpoint: Path) -> tuple[Manifest | None, str]:
     except Damaged as error:
         return None, str(error)
     return manifest, ""
-
-
-def agree(find: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; so is an OSError that it raises."""
-    if not dist.is_initialized():
-        return find()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = find()
-        except OSError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise OSError(box[1])
-    return box[0]

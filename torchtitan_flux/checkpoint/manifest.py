@@ -5,24 +5,55 @@ read without unpickling anything.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
-from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
 from torchtitan_flux.files import replacing
+from torchtitan_flux.randomness import RANDOMNESS_VERSION
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_BLOCK = 8 * 2**20
 
 Kind = Literal["full", "model"]
+
+Settings = dict[str, str]
+"""Keys of the configuration that may change when a run is resumed -> their values as in TOML."""
 
 
 class Damaged(Exception):
     """A checkpoint is not what its manifest says, or has none."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts that must not change when a run is resumed.
+
+    Attributes:
+        global_batch_size: positions of one step.
+        context_in_dim, vec_in_dim, in_channels: widths that followed the encoders and the codec.
+        depth, depth_single_blocks: None in checkpoints from before they were stored.
+    """
+
+    seed: int
+    global_batch_size: int
+    context_in_dim: int
+    vec_in_dim: int
+    in_channels: int
+    randomness_version: int = RANDOMNESS_VERSION
+    depth: int | None = None
+    depth_single_blocks: int | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "RunFacts":
+        """From a dictionary; KeyError where one is missing that may not be None."""
+        given: dict[str, Any] = {}
+        for one in fields(cls):
+            value = state.get(one.name) if one.default is None else state[one.name]
+            given[one.name] = None if value is None else int(value)
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -52,7 +83,7 @@ class Manifest:
     settings: Settings = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Put the manifest into a folder, durably and at once."""
+        """Durably and at once."""
         with replacing(folder / MANIFEST) as unfinished:
             unfinished.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
@@ -101,10 +132,8 @@ class Manifest:
 
 def file_facts(path: Path) -> FileFacts:
     """Size and checksum of a file."""
-    digest, size = xxhash.xxh3_128(), 0
-    buffer = memoryview(bytearray(_BLOCK))
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-            size += count
-    return FileFacts(size, digest.hexdigest())
+        return FileFacts(file.tell(), digest.hexdigest())

@@ -13,16 +13,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.lr_scheduler import LRSchedulersContainer
 from torchtitan.components.optimizer import OptimizersContainer
 
-PART_LEFT_OUT = {
-    "model": "the weights are initialised anew, while the optimizer keeps its moments unless it "
-    "is left out too",
-    "optimizer": "the optimizer's moments begin at zero",
-    "lr_scheduler": "the learning rate's schedule begins again, warm-up included",
-    "dataloader": "the data begin again at position 0, with the samples, times and noise of the "
-    "first steps",
-}
-"""Parts of a checkpoint that a run can resume without -> what that means."""
-
 
 class OptimizerStates(Stateful):
     """Saves all of a torchtitan optimizer; loads its moments and counts, and keeps its settings."""
@@ -35,11 +25,8 @@ class OptimizerStates(Stateful):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # exchanged beforehand: torch decides by these settings where it puts the loaded states
-        settings = {
-            name: value
-            for name, value in self._optimizers.state_dict().items()
-            if name.startswith("param_groups.")
-        }
+        now = self._optimizers.state_dict().items()
+        settings = {name: value for name, value in now if name.startswith("param_groups.")}
         self._optimizers.load_state_dict({**state_dict, **settings})
 
 

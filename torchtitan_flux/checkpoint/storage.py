@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,9 +20,11 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan_flux.checkpoint.folder import make_room
+from torchtitan_flux.checkpoint.folder import put_in_place
 from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest, file_facts
-from torchtitan_flux.files import DiskFull, disk_full, sync_folder
+from torchtitan_flux.collectives import gather
+from torchtitan_flux.files import DiskFull, disk_full
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys
 
 METADATA = ".metadata"
@@ -45,10 +46,10 @@ class Written(list[WriteResult]):
 
 
 class ManifestWriter(FileSystemWriter):
-    """Writes `<folder>.partial`; the coordinator adds the manifest and gives it its name.
+    """Writes `<folder>.partial`; `finish` adds the manifest and renames it.
 
-    DCP calls `finish` on one rank, after every rank has written: a checkpoint has its name only
-    when all of it is on the disk. The facts of the files travel with DCP's own results.
+    DCP calls that on one rank, after every rank has written: a checkpoint has its name only when
+    all of it is on the disk. The facts of the files travel with DCP's own results.
 
     Args:
         folder: what the checkpoint will be called.
@@ -67,10 +68,9 @@ class ManifestWriter(FileSystemWriter):
         file_per_tensor: bool = False,
     ):
         super().__init__(partial_of(folder), single_file_per_rank=not file_per_tensor)
-        self.companions = companions or {}
-        self.folder = folder
-        self.manifest = manifest
+        self.folder, self.manifest = folder, manifest
         self.replaces_damaged = replaces_damaged
+        self.companions = companions or {}
         self.checksum_seconds = 0.0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ class ManifestWriter(FileSystemWriter):
         vars(self).update(state)
 
     @contextmanager
-    def _full_disk_named(self) -> Iterator[None]:
-        """On the rank that met it, while all that it wrote is there: later some room is free."""
+    def _names_full_disk(self) -> Iterator[None]:
+        """On the rank that met it, and at once: what it wrote is removed later."""
         try:
             yield
         except Exception as error:
@@ -91,11 +91,11 @@ class ManifestWriter(FileSystemWriter):
             raise
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        with self._full_disk_named():
+        with self._names_full_disk():
             return super().prepare_local_plan(plan)
 
     def write_data(self, plan: Any, planner: Any) -> Future:
-        with self._full_disk_named():
+        with self._names_full_disk():
             results = super().write_data(plan, planner).wait()
         begin = time.perf_counter()
         written = Written(results)
@@ -107,7 +107,7 @@ class ManifestWriter(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with self._full_disk_named():
+        with self._names_full_disk():
             super().finish(metadata, results)
             folder = Path(self.path)
             for name, content in self.companions.items():
@@ -117,9 +117,7 @@ class ManifestWriter(FileSystemWriter):
                 assert isinstance(of_rank, Written)
                 files |= of_rank.files
             replace(self.manifest, created=time.time(), files=files).write(folder)
-            make_room(self.folder, self.replaces_damaged)
-            folder.rename(self.folder)
-            sync_folder(self.folder.parent)
+            put_in_place(folder, self.folder, self.replaces_damaged)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -127,15 +125,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     CLASSES = (
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "StorageMeta",
+        *("Metadata", "MetadataIndex", "StorageMeta", "_StorageInfo", "TensorProperties"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
         "_MEM_FORMAT_ENCODING",
-        "_StorageInfo",
     )
 
     def find_class(self, module: str, name: str) -> Any:
@@ -169,8 +161,7 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / METADATA).open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -179,7 +170,7 @@ class _SafePlanner(DefaultLoadPlanner):
     """DCP's planner, with values (steps, rates) that cannot run code."""
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        torch.load(value, weights_only=True)  # DCP's own method would unpickle anything
+        torch.load(value, weights_only=True)  # DCP's would unpickle anything
         value.seek(0)
         super().load_bytes(read_item, value)
 
@@ -198,47 +189,32 @@ def load_states(states: dict[str, Any], model_keys: set[str], folder: Path) -> N
         for name, entry in stored.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith(NOT_MODEL)
     }
-    wanted = {name: tuple(states[name].shape) for name in model_keys}
     if model_keys:
-        check_keys(found, _of_all_ranks(wanted, found.keys() == wanted.keys()), str(folder))
+        wanted = {name: tuple(states[name].shape) for name in model_keys}
+        if not all(gather(found.keys() == wanted.keys())):  # stages of a pipeline have a part each
+            wanted = {name: shape for of_rank in gather(wanted) for name, shape in of_rank.items()}
+        check_keys(found, wanted, str(folder))
     try:
         dcp.load(states, storage_reader=reader, planner=_SafePlanner())
     except CheckpointException as error:  # no Exception, so that few would catch it
         raise RuntimeError(f"{folder} could not be loaded ({causes_of(error)})") from error
 
 
-def _of_all_ranks(own: dict[str, Any], complete: bool) -> dict[str, Any]:
-    """What any rank has; exchanged only where some rank's own is not complete."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    every = [False] * dist.get_world_size()
-    dist.all_gather_object(every, complete)
-    if all(every):
-        return own
-    gathered: list[dict[str, Any]] = [{} for _ in every]
-    dist.all_gather_object(gathered, own)
-    return {name: value for of_rank in gathered for name, value in of_rank.items()}
-
-
 def causes_of(error: CheckpointException) -> str:
     """What went wrong on which ranks, in a line."""
-    ranks: dict[str, list[str]] = {}
+    ranks: dict[str, list[int]] = {}
     for rank, (cause, _) in sorted(error.failures.items()):
         kind = "" if isinstance(cause, DiskFull) else f"{type(cause).__name__}: "
-        ranks.setdefault(f"{kind}{cause}", []).append(str(rank))
-    return "; ".join(
-        f"rank{'s' if len(of) > 1 else ''} {', '.join(of)}: {cause}" for cause, of in ranks.items()
-    )
+        ranks.setdefault(f"{kind}{cause}", []).append(rank)
+    return "; ".join(f"ranks {listed(of)}: {cause}" for cause, of in ranks.items())
 
 
 def read_states(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint by its flat name, in the memory of this process alone."""
     reader = SafeReader(folder)
-    states: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        if isinstance(entry, TensorStorageMetadata)
-        else None
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-    }
+    states: dict[str, Any] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        tensor = isinstance(entry, TensorStorageMetadata)
+        states[name] = torch.empty(entry.size, dtype=entry.properties.dtype) if tensor else None
     dcp.load(states, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
     return states

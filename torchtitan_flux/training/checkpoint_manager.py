@@ -32,20 +32,9 @@ from torchtitan.components.checkpoint import (
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
-from torchtitan_flux.checkpoint.folder import (
-    Choice,
-    agree,
-    rename_over,
-    stale_steps,
-    step_folder,
-)
+from torchtitan_flux.checkpoint.folder import rename_over, stale_steps, step_folder
 from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.optimizer_states import (
-    PART_LEFT_OUT,
-    OptimizerStates,
-    ScheduleState,
-)
-from torchtitan_flux.checkpoint.run_facts import RunFacts, Settings
+from torchtitan_flux.checkpoint.optimizer_states import OptimizerStates, ScheduleState
 from torchtitan_flux.checkpoint.storage import (
     ManifestWriter,
     SafeReader,
@@ -53,13 +42,23 @@ from torchtitan_flux.checkpoint.storage import (
     load_states,
     partial_of,
 )
+from torchtitan_flux.collectives import from_rank_0, gather
 from torchtitan_flux.files import DiskFull
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files.element_types import overflows
-from torchtitan_flux.weights.adapter import FluxStateDictAdapter
+from torchtitan_flux.training.resume import ResumePlan
 from torchtitan_flux.weights.export import export_beside, exported
 from torchtitan_flux.weights.load import import_weights
-from torchtitan_flux.weights.open import Weights
+
+_LEFT_OUT = {
+    "model": "the weights are initialised anew, while the optimizer keeps its moments unless it "
+    "is left out too",
+    "optimizer": "the optimizer's moments begin at zero",
+    "lr_scheduler": "the learning rate's schedule begins again, warm-up included",
+    "dataloader": "the data begin again at position 0, with the samples, times and noise of the "
+    "first steps",
+}
+"""Parts of a checkpoint that a run can resume without -> what that means."""
 
 
 class CheckpointNotSaved(RuntimeError):
@@ -69,41 +68,24 @@ class CheckpointNotSaved(RuntimeError):
 class FluxCheckpointManager(CheckpointManager):
     """Saves with a manifest, keeps complete checkpoints, loads what was chosen beforehand.
 
-    Args:
-        facts: what the run is tied to; stored with every checkpoint.
-        settings: what it may change when it goes on; stored, too.
-        choice: the run's own checkpoint to continue from, verified; empty to begin.
-        initial: the weights to begin with, or the verified folder of another run's checkpoint to
-            go on from, or None.
-        on_save_error: "continue" reports a checkpoint of the interval that could not be written
-            and trains on; "stop" raises. The last one, and one that a stop asked for, always raise.
-        arguments: torchtitan's.
+    Every method that saves or waits raises CheckpointNotSaved: for a checkpoint of the interval
+    where `checkpoint.on_save_error` is "stop"; always for the last one and what `save_now` saves.
 
-    Raises:
-        CheckpointNotSaved: by every method that saves or waits.
+    Args:
+        plan: what to load, and what is stored with every checkpoint.
+        arguments: torchtitan's.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        facts: RunFacts,
-        settings: Settings,
-        choice: Choice,
-        initial: Weights | Path | None,
-        on_save_error: str,
-        **more: Any,
-    ):
+    def __init__(self, *arguments: Any, plan: ResumePlan, **more: Any):
         self.save_future: Future | None = None
-        super().__init__(*arguments, **more)
-        self.facts = facts
-        self.settings = settings
-        self.choice = choice
-        self.initial = initial
-        self.on_save_error = on_save_error
-        self.damaged = set(choice.damaged)
-        self._of_hooks: dict[str, Stateful] = {}
-        self._saved_step: int | None = None  # known complete, in this process
-        self._saving: tuple[int, ManifestWriter, float] | None = None
+        # torchtitan asks for an adapter of state dicts where it exports; this class does it itself
+        super().__init__(*arguments, **{**more, "sd_adapter": self})
+        self.plan = plan
+        self.on_save_error = plan.config.checkpoint.on_save_error
+        self.damaged = set(plan.choice.damaged)
+        self._hook_states: dict[str, Stateful] = {}
+        self._saved_step: int | None = None  # known to be complete, by this process
+        self._saving: tuple[ManifestWriter, float] | None = None
         self._background = ThreadPoolExecutor(1, "save")  # a thread only once it is needed
         if self.enable:
             self.states[OPTIMIZER] = OptimizerStates(self.states[OPTIMIZER])
@@ -113,7 +95,7 @@ class FluxCheckpointManager(CheckpointManager):
         """What hooks keep in checkpoints, model-only ones too, each under its name."""
         if self.enable:
             self.states.update(states)
-            self._of_hooks.update(states)
+            self._hook_states.update(states)
 
     # ---- saving -----------------------------------------------------------------------------
 
@@ -122,15 +104,14 @@ class FluxCheckpointManager(CheckpointManager):
         """Save where the interval, the first or the last step asks for it (torchtitan's loop)."""
         if not self.saves_at(curr_step, last_step):
             return
-        if self._is_saved(curr_step):
-            pass
-        elif last_step or curr_step == 0:
-            model_only = self.last_save_model_only or curr_step == 0
-            self._save(curr_step, model_only, background=False, required=True)
-        else:
-            background = self.async_mode != AsyncMode.DISABLED
-            required = self.on_save_error == "stop"
-            self._save(curr_step, model_only=False, background=background, required=required)
+        if not self._is_saved(curr_step):
+            ends = last_step or curr_step == 0
+            self._save(
+                curr_step,
+                model_only=ends and (self.last_save_model_only or curr_step == 0),
+                background=not ends and self.async_mode != AsyncMode.DISABLED,
+                required=ends or self.on_save_error == "stop",
+            )
         if last_step and curr_step > 0 and self.last_save_in_hf:
             self._export(curr_step)
 
@@ -142,8 +123,7 @@ class FluxCheckpointManager(CheckpointManager):
     def save_now(self, step: int) -> bool:
         """A full checkpoint of this step, on the disk when this returns.
 
-        Returns:
-            whether there is one: not where checkpoints are switched off or only loaded.
+        False where checkpoints are switched off or only loaded.
         """
         if not self.enable or self.load_only:
             return False
@@ -153,8 +133,7 @@ class FluxCheckpointManager(CheckpointManager):
 
     def _is_saved(self, step: int) -> bool:
         """Whether this process has seen the checkpoint of a step through to its name."""
-        saving = self._saving is not None and self._saving[0] == step
-        if saving:
+        if self._saving is not None and self._saving[0].manifest.step == step:
             self.wait(required=False)
         return self._saved_step == step
 
@@ -167,16 +146,14 @@ class FluxCheckpointManager(CheckpointManager):
             self.wait()
 
     def wait(self, required: bool | None = None) -> None:
-        """Until a save in the background has ended; reports it when it failed.
+        """Until a save in the background has ended.
 
         Args:
-            required: raise when it failed; None does what `on_save_error` says.
+            required: raise when it failed, else report it; None does what `on_save_error` says.
         """
         future, self.save_future = self.save_future, None
         if future is None:
             return
-        assert self._saving is not None
-        step, writer, _ = self._saving
         try:
             future.result()
         except (CheckpointException, Exception) as error:
@@ -184,8 +161,7 @@ class FluxCheckpointManager(CheckpointManager):
                 # the process or thread that saves is gone, and with it the others' collective
                 logger.error("Saving in the background broke; from here on it is done in place")
                 self.async_mode = AsyncMode.DISABLED
-            stop = self.on_save_error == "stop" if required is None else required
-            self._failed(step, writer, error, stop)
+            self._failed(error, self.on_save_error == "stop" if required is None else required)
         else:
             self._complete()
 
@@ -193,18 +169,18 @@ class FluxCheckpointManager(CheckpointManager):
         # in the foreground this save makes up for one that failed in the background
         self.wait(required=None if background else False)
         GarbageCollection.collect("GC collection invoked by checkpointer.")
-        states = self.states[MODEL].state_dict()
         folder = step_folder(Path(self.folder), step)
         if model_only:
-            states = {**self._in_export_dtype(states, folder), **self._of_hooks}
+            weights = self._in_export_dtype(self.states[MODEL].state_dict(), folder)
+            states = {**weights, **self._hook_states}
         else:
             states = self._flattened_model_states_sd()
         kind = "model" if model_only else "full"
-        manifest = Manifest(step, kind, self.facts, settings=self.settings)
+        manifest = Manifest(step, kind, self.plan.facts, settings=self.plan.settings)
         writer = ManifestWriter(folder, manifest, step in self.damaged)
         if dist.get_rank() == 0:
             shutil.rmtree(partial_of(folder), ignore_errors=True)
-        self._saving = step, writer, time.monotonic()
+        self._saving = writer, time.monotonic()
         try:
             if background:
                 self._save_in_background(states, writer)
@@ -212,9 +188,9 @@ class FluxCheckpointManager(CheckpointManager):
                 return
             dcp.save(states, storage_writer=writer)
         except CheckpointException as error:
-            self._failed(step, writer, error, required)
-            return
-        self._complete()
+            self._failed(error, required)
+        else:
+            self._complete()
 
     def _in_export_dtype(self, weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         """Weights in `checkpoint.export_dtype`, or as they are where one is beyond it; collective.
@@ -223,14 +199,10 @@ class FluxCheckpointManager(CheckpointManager):
         """
         if self.export_dtype == torch.float32:
             return weights
-        found, beyond = {}, []
-        for name, value in weights.items():
-            found[name] = value.to(self.export_dtype)
-            if overflows(_local(value), _local(found[name])):
-                beyond.append(name)
-        every: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, beyond)  # a rank sees its own shards, or stages, alone
-        names = sorted({name for of_rank in every for name in of_rank})
+        found = {name: value.to(self.export_dtype) for name, value in weights.items()}
+        beyond = [n for n, value in weights.items() if overflows(_local(value), _local(found[n]))]
+        # a rank sees its own shards, or stages, alone
+        names = sorted({name for of_rank in gather(beyond) for name in of_rank})
         if not names:
             return found
         given = str(self.export_dtype).removeprefix("torch.")
@@ -242,9 +214,10 @@ class FluxCheckpointManager(CheckpointManager):
         return weights
 
     def _save_in_background(self, states: dict[str, Any], writer: ManifestWriter) -> None:
-        if self.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
-            if self.stager is None:
-                self.stager = DefaultStager(StagingOptions(True, True, True, True))
+        pinned = self.async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
+        if self.stager is None:
+            self.stager = DefaultStager(StagingOptions(pinned, pinned, pinned, pinned))
+        if pinned:
             response = dcp.async_save(
                 states,
                 storage_writer=writer,
@@ -255,35 +228,25 @@ class FluxCheckpointManager(CheckpointManager):
             assert isinstance(response, AsyncSaveResponse)
             self.staging_future, self.staging = response.staging_completion, True
             self.save_future = response.upload_completion
-        else:
-            # One thread for all saves: with dcp.async_save each has a thread of its own, whose end
-            # leaves 10 MB of its heap with the C library, which malloc_trim does not give back.
-            if self.stager is None:
-                self.stager = DefaultStager(StagingOptions(False, False, False, False))
-            states = {
-                name: value.state_dict() if isinstance(value, Stateful) else value
-                for name, value in states.items()
-            }
-            staged = self.stager.stage(states)
-            assert isinstance(staged, dict)  # not a future: staging is not in the background
-            self.save_future = self._background.submit(
-                dcp.save, staged, storage_writer=writer, process_group=self.pg
-            )
+            return
+        # One thread for all saves: with dcp.async_save each has a thread of its own, whose end
+        # leaves 10 MB of its heap with the C library, which malloc_trim does not give back.
+        values = {n: s.state_dict() if isinstance(s, Stateful) else s for n, s in states.items()}
+        staged = self.stager.stage(values)
+        assert isinstance(staged, dict)  # not a future: staging is not in the background
+        self.save_future = self._background.submit(
+            dcp.save, staged, storage_writer=writer, process_group=self.pg
+        )
 
     def _complete(self) -> None:
         """A checkpoint has its name: say so, and let the oldest go."""
         assert self._saving is not None
-        step, writer, begin = self._saving
-        if self.async_mode == AsyncMode.DISABLED:
-            seconds = time.monotonic() - begin
-            logger.info(
-                f"Saved {writer.folder} in {seconds:.2f} s, {writer.checksum_seconds:.2f} s of it "
-                "for checksums"
-            )
-        else:
-            logger.info(f"Saved {writer.folder}")
-        self._saved_step = step
-        self.damaged.discard(step)
+        writer, begin = self._saving
+        seconds, checksums = time.monotonic() - begin, writer.checksum_seconds
+        took = f" in {seconds:.2f} s, {checksums:.2f} s of it for checksums"
+        logger.info(f"Saved {writer.folder}{took if self.async_mode == AsyncMode.DISABLED else ''}")
+        self._saved_step = writer.manifest.step
+        self.damaged.discard(self._saved_step)
         give_back_freed_memory()
         if dist.get_rank() == 0:
             self._purge_stale_checkpoints()
@@ -293,29 +256,25 @@ class FluxCheckpointManager(CheckpointManager):
         try:
             for step in stale_steps(folder, self.keep_latest_k, self.damaged):
                 # renamed first: half a checkpoint must not bear the name of a whole one
-                rename_over(step_folder(folder, step), "deleting")
-            for going in folder.glob("step-*.deleting"):
-                if self.purge_thread is None:
-                    shutil.rmtree(going, ignore_errors=True)
-                else:
-                    self.purge_queue.put(str(going))
+                self.purge_queue.put(str(rename_over(step_folder(folder, step), "deleting")))
         except OSError as error:  # the checkpoint itself is good
             logger.warning(f"Old checkpoints in {folder} could not be deleted: {error}")
 
-    def _failed(
-        self, step: int, writer: ManifestWriter, error: BaseException, required: bool
-    ) -> None:
+    def _failed(self, error: BaseException, required: bool) -> None:
         """Give back the space; then report, or raise where the run must not go on without it."""
+        assert self._saving is not None
+        folder, step = self._saving[0].folder, self._saving[0].manifest.step
         if dist.get_rank() == 0:
-            shutil.rmtree(partial_of(writer.folder), ignore_errors=True)
-        told = isinstance(error, CheckpointException)  # by each rank, to all of them
-        causes = causes_of(error) if told else f"{type(error).__name__}: {error}"
-        message = f"The checkpoint of step {step} could not be saved to {writer.folder} ({causes})"
-        if told and any(isinstance(cause, DiskFull) for cause, _ in error.failures.values()):
-            message += (
-                "; make room there, keep fewer (checkpoint.keep_latest_k), or go on in a copy on "
-                "another disk (job.dump_folder)"
-            )
+            shutil.rmtree(partial_of(folder), ignore_errors=True)
+        causes, remedy = f"{type(error).__name__}: {error}", ""
+        if isinstance(error, CheckpointException):
+            causes = causes_of(error)
+            if any(isinstance(cause, DiskFull) for cause, _ in error.failures.values()):
+                remedy = (
+                    "; make room there, keep fewer (checkpoint.keep_latest_k), or go on in a copy "
+                    "on another disk (job.dump_folder)"
+                )
+        message = f"The checkpoint of step {step} could not be saved to {folder} ({causes}){remedy}"
         if required:
             raise CheckpointNotSaved(f"{message}; those before it are intact") from error
         logger.error(
@@ -325,9 +284,8 @@ class FluxCheckpointManager(CheckpointManager):
 
     def _export(self, step: int) -> None:
         """The weights of a step, on the disk already, as a diffusers folder too."""
-        assert isinstance(self.sd_adapter, FluxStateDictAdapter)
         checkpoint = step_folder(Path(self.folder), step)
-        if problem := export_beside(checkpoint, self.sd_adapter.model_args):
+        if problem := export_beside(checkpoint, self.plan.model_args):
             target = exported(checkpoint)
             raise CheckpointNotSaved(
                 f"{checkpoint} is saved, but {target} could not be written ({problem}); the same "
@@ -342,26 +300,25 @@ class FluxCheckpointManager(CheckpointManager):
         """Load what was chosen before anything was built; False where the run begins anew.
 
         Args:
-            step: torchtitan's; which checkpoint it means was settled with `choice`.
+            step: torchtitan's; the plan says which checkpoint it means.
 
         Raises:
             KeyMismatch: the weights there are not this model's.
         """
-        if not self.enable:
+        choice, initial = self.plan.choice, self.plan.initial
+        if not self.enable or (choice.folder is None and initial is None):
             return False
         begin = time.monotonic()
-        if self.choice.folder is not None:
-            assert self.choice.manifest is not None
-            self._saved_step = self.choice.manifest.step
-            self._load_states(self.choice.folder, self.choice.manifest.kind == "model")
-        elif isinstance(self.initial, Path):
-            self._load_states(self.initial, model_only=False)
-        elif self.initial is not None:
-            logger.info(f"Reading {self.initial.path}")
-            import_weights(self.states[MODEL].state_dict(), self.initial)
+        if choice.folder is not None:
+            assert choice.manifest is not None
+            self._saved_step = choice.manifest.step
+            self._load_states(choice.folder, choice.manifest.kind == "model")
+        elif isinstance(initial, Path):
+            self._load_states(initial, model_only=False)
+        elif initial is not None:
+            logger.info(f"Reading {initial.path}")
+            import_weights(self.states[MODEL].state_dict(), initial)
             give_back_freed_memory()
-        else:
-            return False
         GarbageCollection.collect("GC collection for checkpoint loading.")
         logger.info(f"Loaded it in {time.monotonic() - begin:.2f} s")
         self._make_up_for_export()
@@ -369,16 +326,15 @@ class FluxCheckpointManager(CheckpointManager):
 
     def _load_states(self, folder: Path, model_only: bool) -> None:
         logger.info(f"Loading {folder}")
-        left_out = [part for part in PART_LEFT_OUT if part in self.exclude_from_loading]
-        if model_only:
-            left_out = [part for part in left_out if part == MODEL]
+        parts = (MODEL,) if model_only else _LEFT_OUT
+        left_out = [part for part in parts if part in self.exclude_from_loading]
         for part in left_out:
-            logger.warning(f"checkpoint.exclude_from_loading: {part}: {PART_LEFT_OUT[part]}")
+            logger.warning(f"checkpoint.exclude_from_loading: {part}: {_LEFT_OUT[part]}")
         if model_only and left_out:
             return  # there is nothing else in it
-        states = {**self._states_to_load(model_only), **self._of_hooks}
+        states = {**self._states_to_load(model_only), **self._hook_states}
         stored = SafeReader(folder).read_metadata().state_dict_metadata
-        for name in self._of_hooks:
+        for name in self._hook_states:
             if not any(entry.startswith(f"{name}.") for entry in stored):
                 logger.warning(f"{folder} has no {name}: it begins with the weights there")
                 del states[name]
@@ -389,11 +345,11 @@ class FluxCheckpointManager(CheckpointManager):
 
     def _make_up_for_export(self) -> None:
         """A finished run that was killed, or had no room, before its export was written."""
-        manifest = self.choice.manifest
-        if manifest is None or manifest.kind != "model" or not self.last_save_in_hf:
+        manifest = self.plan.choice.manifest
+        if manifest is None or manifest.kind != "model" or manifest.step == 0:
             return
         target = exported(step_folder(Path(self.folder), manifest.step))
-        if manifest.step > 0 and not self.load_only and not agree(target.exists):
+        if self.last_save_in_hf and not self.load_only and not from_rank_0(target.exists):
             self._export(manifest.step)
 
     def close(self) -> None:
@@ -410,16 +366,11 @@ def _local(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def checkpoint_manager_bound(**known: Any) -> Iterator[None]:
-    """torchtitan's Trainer, when built inside, gets this manager in place of its own.
-
-    Args:
-        known: FluxCheckpointManager's own arguments.
-    """
+def checkpoint_manager_bound(plan: ResumePlan) -> Iterator[None]:
+    """torchtitan's Trainer, when built inside, gets this manager in place of its own."""
     theirs = torchtitan.train.CheckpointManager
-    torchtitan.train.CheckpointManager = partial(  # type: ignore[misc]
-        FluxCheckpointManager, **known
-    )
+    ours = partial(FluxCheckpointManager, plan=plan)
+    torchtitan.train.CheckpointManager = ours  # type: ignore[misc]
     try:
         yield
     finally:

@@ -37,32 +37,26 @@ class Average(Stateful):
         self.parameters = dict(parameters)
         self.decay = decay
         self.values = {n: p.detach().float().clone() for n, p in self.parameters.items()}
-        self.begun = False
-        """Whether it is an average already, of this run or from its checkpoint."""
+        self.started = False  # whether it is an average already, of this run or a checkpoint
 
     @torch.no_grad()
     def update(self, averaging: bool) -> None:
         """Average the weights in; where not `averaging`, or nothing is averaged yet, copy them."""
-        weights, values = self._pairs()
-        weight = 1 - self.decay if averaging and self.begun else 1.0
-        torch._foreach_lerp_(values, [w.float() for w in weights], weight)
-        self.begun = True
+        weights = [w.float() for w in _local(self.parameters)]
+        weight = 1 - self.decay if averaging and self.started else 1.0
+        torch._foreach_lerp_(_local(self.values), weights, weight)
+        self.started = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters have the average's values while inside."""
-        weights, values = self._pairs()
+        weights = _local(self.parameters)
         kept = [w.clone() for w in weights]
-        _copy(values, weights)
+        torch._foreach_copy_(weights, _local(self.values))
         try:
             yield
         finally:
-            _copy(kept, weights)
-
-    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's shards of the weights and of the average: no communication."""
-        names = self.parameters
-        return [_local(names[n]) for n in names], [_local(self.values[n]) for n in names]
+            torch._foreach_copy_(weights, kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.values
@@ -70,7 +64,7 @@ class Average(Stateful):
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         for name, value in self.values.items():
             value.copy_(state_dict[name])
-        self.begun = True
+        self.started = True
 
 
 class EMA(Hook):
@@ -129,11 +123,7 @@ class EMA(Hook):
         return {"model": MODEL_ALONE, "ema": averages, "both": [*MODEL_ALONE, *averages]}[use_for]
 
 
-@torch.no_grad()
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value.detach()
+def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """This rank's shards: no communication."""
+    found = (one.to_local() if isinstance(one, DTensor) else one for one in tensors.values())
+    return [one.detach() for one in found]

@@ -3,13 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.collectives import gather
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.data.survey import MIN_ITEMS
@@ -27,7 +27,7 @@ class Quarantine:
     Rank 0 writes; all ranks count.
 
     Args:
-        path: the file; one that is there is gone on with.
+        path: the file; one that is there is appended to.
         max_share: of the items asked for, the share that may be unreadable.
     """
 
@@ -46,10 +46,8 @@ class Quarantine:
             local: replacements of this rank; ranks that read the same samples say the same.
             used_for: "training" or "validation"; only the former counts towards the limit.
         """
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, local)
         # context and tensor peers read the same samples; positions sort, whatever the ranks
-        found = sorted({one for of_rank in gathered for one in of_rank})
+        found = sorted({one for of_rank in gather(local) for one in of_rank})
         if used_for == "training":
             self.count += len(found)
             latest = {one.item_id: one for one in [*self._latest, *found]}
@@ -58,14 +56,8 @@ class Quarantine:
             self._append(found, used_for)
 
     def check(self, read: int) -> None:
-        """Raise when too many could not be read.
-
-        Args:
-            read: training samples that the run has had so far.
-
-        Raises:
-            TooManyUnreadable: the same on every rank.
-        """
+        """Raise TooManyUnreadable, on every rank, where too many of `read` samples and the
+        replaced ones could not be read."""
         asked = read + self.count
         if self.count <= self.max_share * max(asked, MIN_ITEMS):
             return
@@ -79,34 +71,24 @@ class Quarantine:
 
     def _append(self, found: list[Replacement], used_for: str) -> None:
         if self._listed is None:
-            self._listed = set(listed_items(self.path))
+            self._listed = _listed_items(self.path)
         new = {one.item_id: one for one in reversed(found) if one.item_id not in self._listed}
         if not new:
             return
         self._listed |= set(new)
         lines = [
-            json.dumps(
-                {
-                    "item": one.item_id,
-                    "reason": one.reason,
-                    "used_for": used_for,
-                    "position": one.position,
-                }
-            )
-            for one in sorted(new.values())
+            json.dumps({"item": item, "reason": why, "used_for": used_for, "position": position})
+            for position, item, why in sorted(new.values())
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
-                cut_short = file.tell() and not _ends_with_newline(file)
-                file.write(("\n" * bool(cut_short) + "\n".join(lines) + "\n").encode())
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    lines = [""] * (file.read() != b"\n") + lines  # a crash cut the last one short
+                file.write("".join(f"{line}\n" for line in lines).encode())
         except OSError as error:  # a full disk must not end the run here
             logger.warning(f"{self.path} cannot be written ({error}); it would say: {lines}")
-
-
-def _ends_with_newline(file: BinaryIO) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read() == b"\n"
 
 
 def take_replaced(loader: FluxDataLoader | ValidationLoader) -> list[Replacement]:
@@ -115,12 +97,12 @@ def take_replaced(loader: FluxDataLoader | ValidationLoader) -> list[Replacement
     return found
 
 
-def listed_items(path: Path) -> list[str]:
+def _listed_items(path: Path) -> set[str]:
     """Names in a quarantine file; a last line cut short by a crash is passed over."""
-    names = []
+    names = set()
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            names.append(json.loads(line)["item"])
+            names.add(json.loads(line)["item"])
         except ValueError:
             continue
     return names

@@ -21,7 +21,6 @@ from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.data import build_dataloader
 from torchtitan_flux.training.metrics import build_metrics_processor
-from torchtitan_flux.weights.adapter import FluxStateDictAdapter
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,5 @@ register_train_spec(
         build_loss_fn=build_mse_loss,
         build_validator_fn=no_validator_yet,  # type: ignore[arg-type]
         build_metrics_processor_fn=build_metrics_processor,
-        state_dict_adapter=FluxStateDictAdapter,  # type: ignore[arg-type]
     ),
 )

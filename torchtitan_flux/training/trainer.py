@@ -109,13 +109,7 @@ class FluxTrainer(Trainer):
             job_config.data.max_unreadable_share,
         )
         log_resolved(self.resume_plan.config)
-        with checkpoint_manager_bound(
-            facts=self.facts,
-            settings=self.resume_plan.settings,
-            choice=self.resume_plan.choice,
-            initial=self.resume_plan.initial,
-            on_save_error=job_config.checkpoint.on_save_error,
-        ):
+        with checkpoint_manager_bound(self.resume_plan):
             super().__init__(self.resume_plan.config)
         config = self.config
         self.device = device  # torchtitan numbers even the CPU by the local rank

@@ -17,6 +17,8 @@ from torchtitan_flux.weights.convert import same_bits
 from torchtitan_flux.weights.convert_command import one_message, open_as
 from torchtitan_flux.weights.open import Weights
 
+_BLOCK = re.compile(r"\w+_blocks\.\d+|[^.]+")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Print how two sets of weights differ; exit status 0, 1 where they do, 2 on errors."""
@@ -31,7 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     init_logger()
     with one_message("Cannot compare"):
         a, b = (open_as(one, options.flavor) for one in (options.first, options.second))
-        first, second = _described(a), _described(b)
+        first, second = (
+            {n: (shape, weights.dtypes[n]) for n, shape in weights.shapes.items()}
+            | {"rotary axes": weights.args.axes_dim}
+            for weights in (a, b)
+        )
         different = [
             f"{what}: {first.get(what, 'none')} and {second.get(what, 'none')}"
             for what in first | second
@@ -40,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(different) or "same names, shapes and element types")
         print(f"{'block':24} {'tensors':>8} {'unequal':>8} {'largest':>11} {'relative':>11}")
         both = [name for name in a.shapes if a.shapes[name] == b.shapes.get(name)]
-        for block, names in groupby(both, _block):
+        for block, names in groupby(both, lambda name: re.match(_BLOCK, name)[0]):  # type: ignore
             names = list(names)
             unequal, largest, relative = difference(a, b, names)
             print(f"{block:24} {len(names):8} {unequal:8} {largest:11.3e} {relative:11.3e}")
@@ -64,15 +70,3 @@ def difference(a: Weights, b: Weights, names: Iterable[str]) -> tuple[int, float
             reference += x.double().square().sum()
     relative = (squared / reference).sqrt() if squared != 0 else squared
     return unequal, float(largest), float(relative)
-
-
-def _described(weights: Weights) -> dict[str, object]:
-    """What can be told apart without reading values."""
-    tensors = {name: (shape, weights.dtypes[name]) for name, shape in weights.shapes.items()}
-    return {"rotary axes": weights.args.axes_dim, **tensors}
-
-
-def _block(name: str) -> str:
-    found = re.match(r"\w+_blocks\.\d+|[^.]+", name)
-    assert found is not None
-    return found[0]

@@ -24,24 +24,18 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
-from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, write_json
-from torchtitan_flux.tensor_files.safetensors_writer import Specs, TensorsWriter, total_bytes
+from torchtitan_flux.tensor_files.safetensors_writer import Specs, total_bytes, write_tensors
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.weights.model_card import companion_files, license_and_card
 from torchtitan_flux.weights.open import COMFYUI_PREFIX, WEIGHTS_NAME, Weights, open_weights
 from torchtitan_flux.weights.pipeline_folder import PipelineParts, PipelinePlan, pipeline_plan
-from torchtitan_flux.weights.scheduler import (
-    SCHEDULER_FILE,
-    SCHEDULER_KEY,
-    StatedScheduler,
-    stated_scheduler,
-)
+from torchtitan_flux.weights.scheduler import SCHEDULER_FILE, SCHEDULER_KEY, stated_scheduler
 from torchtitan_flux.weights.staging import check_suffix, staged
 
 TargetFormat = Literal["dcp", "bfl", "comfyui", "diffusers", "pipeline"]
@@ -86,14 +80,16 @@ def convert(
         source = open_weights(source, args, alone=True)
     plan = pipeline_plan(source, parts) if format == "pipeline" else None
     companions = companion_files(source, target.stem, format in ("diffusers", "pipeline"))
-    scheduler = stated_scheduler(source.path)
-    if scheduler is not None and format in ("dcp", "diffusers"):
-        companions[SCHEDULER_FILE] = scheduler.text.encode()
-    job = _Job(source, dtype, max_shard_size, plan, scheduler, companions)
-    outdated = []
-    if format in ("bfl", "comfyui"):  # companions of an earlier file of this name
+    metadata, scheduler, outdated = architecture.to_metadata(source.args), "", []
+    if stated := stated_scheduler(source.path):
+        scheduler = stated.text
+    if format in ("bfl", "comfyui"):
+        metadata |= {SCHEDULER_KEY: scheduler} if scheduler else {}
         names = [*license_and_card(target), *companions, CHECKSUMS]
-        outdated = [f"{target.stem}.{name}" for name in names]
+        outdated = [f"{target.stem}.{name}" for name in names]  # of an earlier file of this name
+    elif format != "pipeline" and scheduler:
+        companions[SCHEDULER_FILE] = scheduler.encode()
+    job = _Job(source, dtype, max_shard_size, plan, metadata, companions)
     needed = job.bytes + (plan.bytes if plan else 0)
     reads = [source.path, *(plan.reads if plan else ())]
     logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")
@@ -113,6 +109,7 @@ class _Job:
     """What is written, and in which element type.
 
     Attributes:
+        metadata: for headers.
         companions: licences, card and scheduler, by their names in a folder.
     """
 
@@ -120,7 +117,7 @@ class _Job:
     dtype: torch.dtype | None
     max_shard_size: str
     pipeline: PipelinePlan | None
-    scheduler: StatedScheduler | None
+    metadata: dict[str, str]
     companions: dict[str, bytes]
     bar: tqdm | None = None
 
@@ -142,17 +139,13 @@ class _Job:
             self.bar.update(value.nbytes)
         return value
 
-    def foreign_specs(self, layout: Layout, prefix: str = "") -> Specs:
+    def specs_in(self, layout: Layout) -> Specs:
         """By the names of a layout, in its order."""
         entries = layout_entries(layout, self.weights.args)
         shapes = foreign_shapes(self.weights.args, entries)
-        return {
-            f"{prefix}{name}": (self.specs[entry.ours][0], shapes[name])
-            for entry in entries
-            for name in entry.theirs
-        }
+        return {n: (self.specs[e.ours][0], shapes[n]) for e in entries for n in e.theirs}
 
-    def tensors(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    def tensors_in(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of a layout in its order; only one of ours is held, with its pieces."""
         for entry in layout_entries(layout, self.weights.args):
             yield from zip(entry.theirs, entry.split(self.read(entry.ours)), strict=True)
@@ -172,10 +165,10 @@ def _write_dcp(job: _Job, folder: Path) -> None:
     writer = ManifestWriter(
         folder, manifest, companions={**job.companions, **stated}, file_per_tensor=True
     )
-    planner = _StreamingPlanner(job.read)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            planner = _StreamingPlanner(job.read)
             dcp.save(_empty(job.specs), storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:  # no Exception; what went wrong in here is inside
         causes = [cause for cause, _ in error.failures.values()]
@@ -198,22 +191,40 @@ def _empty(specs: Specs) -> dict[str, Tensor]:
 
 
 def _write_file(job: _Job, path: Path, prefix: str = "") -> None:
-    metadata = architecture.to_metadata(job.weights.args)
-    if job.scheduler is not None:
-        metadata[SCHEDULER_KEY] = job.scheduler.text
-    specs = job.foreign_specs("bfl", prefix)
-    with TensorsWriter(path.parent, {path.name: specs}, metadata) as writer:
-        for name, tensor in job.tensors("bfl"):
-            writer.write(f"{prefix}{name}", tensor)
+    specs = {f"{prefix}{name}": spec for name, spec in job.specs_in("bfl").items()}
+    tensors = ((f"{prefix}{name}", tensor) for name, tensor in job.tensors_in("bfl"))
+    write_tensors(path.parent, {path.name: specs}, job.metadata, tensors)
     _write_companions(job, path.parent, f"{path.stem}.")
 
 
 def _write_folder(job: _Job, folder: Path) -> None:
     folder.mkdir()
-    if job.pipeline is not None:
+    if job.pipeline is None:
+        _write_transformer(job, folder)
+    else:
         job.pipeline.write(folder)
-    _write_transformer(job, folder if job.pipeline is None else folder / "transformer")
+        _write_transformer(job, folder / "transformer")
     _write_companions(job, folder)
+
+
+def _write_transformer(job: _Job, folder: Path) -> None:
+    """What FluxTransformer2DModel opens."""
+    config = architecture.to_diffusers_config(job.weights.args)
+    specs = job.specs_in("diffusers")
+    pattern = f"{WEIGHTS_NAME}{{suffix}}.safetensors"
+    try:
+        shards = split_torch_state_dict_into_shards(
+            _empty(specs), filename_pattern=pattern, max_shard_size=job.max_shard_size
+        )
+    except ValueError as error:
+        raise ValueError(f"--max_shard_size: {error}") from None
+    files = {f: {n: specs[n] for n in names} for f, names in shards.filename_to_tensors.items()}
+    folder.mkdir(exist_ok=True)
+    write_tensors(folder, files, job.metadata, job.tensors_in("diffusers"))
+    write_json(folder / "config.json", config)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / f"{WEIGHTS_NAME}.safetensors.index.json", index)
 
 
 _WRITERS: dict[TargetFormat, Callable[[_Job, Path], None]] = {
@@ -225,31 +236,6 @@ _WRITERS: dict[TargetFormat, Callable[[_Job, Path], None]] = {
 }
 
 
-def _write_transformer(job: _Job, folder: Path) -> None:
-    """What FluxTransformer2DModel opens."""
-    config = architecture.to_diffusers_config(job.weights.args)
-    specs = job.foreign_specs("diffusers")
-    pattern = f"{WEIGHTS_NAME}{{suffix}}.safetensors"
-    try:
-        shards = split_torch_state_dict_into_shards(
-            _empty(specs), filename_pattern=pattern, max_shard_size=job.max_shard_size
-        )
-    except ValueError as error:
-        raise ValueError(f"--max_shard_size: {error}") from None
-    files = {
-        file: {name: specs[name] for name in names}
-        for file, names in shards.filename_to_tensors.items()
-    }
-    folder.mkdir(exist_ok=True)
-    with TensorsWriter(folder, files, architecture.to_metadata(job.weights.args)) as writer:
-        for name, tensor in job.tensors("diffusers"):
-            writer.write(name, tensor)
-    write_json(folder / "config.json", config)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / f"{WEIGHTS_NAME}.safetensors.index.json", index)
-
-
 def _write_companions(job: _Job, folder: Path, prefix: str = "") -> None:
     """Licences and cards; and what `sha256sum -c` reads, of everything in `folder`."""
     for name, content in job.companions.items():
@@ -259,9 +245,6 @@ def _write_companions(job: _Job, folder: Path, prefix: str = "") -> None:
         for one in files:
             with one.open("rb") as file:
                 sums.write(f"{sha_fileobj(file).hex()}  {one.relative_to(folder)}\n")
-
-
-# ---- verification --------------------------------------------------------------------------
 
 
 def _verify(job: _Job, written: Path) -> None:

@@ -55,23 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     init_logger()
     dtype = _DTYPES.get(given.dtype)
     with exit_on_sigterm(), one_message("Cannot convert"):
+        common = {"dtype": dtype, "overwrite": given.overwrite, "verify": given.verify}
         if is_autoencoder(given.source):
-            convert_autoencoder(
-                given.source, given.target, given.to, dtype, given.overwrite, given.verify
-            )
+            convert_autoencoder(given.source, given.target, given.to, **common)
             return
-        convert(
-            open_as(
-                given.source, given.flavor, given.guidance_weights, given.unknown_weights, given.ema
-            ),
-            given.target,
-            given.to,
-            dtype=dtype,
-            max_shard_size=given.max_shard_size,
-            overwrite=given.overwrite,
-            verify=given.verify,
-            parts=PipelineParts(given.t5, given.clip, given.autoencoder),
-        )
+        g, u = given.guidance_weights, given.unknown_weights
+        weights = open_as(given.source, given.flavor, g, u, given.ema)
+        parts = PipelineParts(given.t5, given.clip, given.autoencoder)
+        size = given.max_shard_size
+        convert(weights, given.target, given.to, max_shard_size=size, parts=parts, **common)
 
 
 def open_as(
@@ -85,13 +77,12 @@ def open_as(
 
     Widths that follow the encoders are taken from the weights, unless the flavor fixes them.
     """
-    args = FLAVORS[flavor] if flavor else None
-    fixed = None
-    if args is not None and flavor in FIXED_WIDTH_FLAVORS:
-        if guidance == ("drop" if args.guidance_embed else "initialize"):
+    args, alike = None, FLAVORS[flavor] if flavor else None
+    if alike is not None and flavor in FIXED_WIDTH_FLAVORS:
+        if guidance == ("drop" if alike.guidance_embed else "initialize"):
             raise ValueError(f"--guidance_weights {guidance} contradicts --flavor {flavor}")
-        args, fixed = None, with_blocks_of(path, args)
-    return open_weights(path, fixed, guidance, alike=args, unknown=unknown, average=average)
+        args, alike = with_blocks_of(path, alike), None
+    return open_weights(path, args, guidance, alike=alike, unknown=unknown, average=average)
 
 
 @contextmanager

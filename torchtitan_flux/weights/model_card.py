@@ -17,7 +17,7 @@ from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.paths import locate
 from torchtitan_flux.weights import architecture
-from torchtitan_flux.weights.open import Weights, open_weights
+from torchtitan_flux.weights.open import Weights
 
 CARD = "README.md"
 FOREIGN_CARD = "SOURCE_README.md"
@@ -46,7 +46,7 @@ def companion_files(weights: Weights, name: str, diffusers: bool) -> dict[str, b
     `SOURCE_README.md`. A run's weights have the licence of what it began with. Derivatives of
     FLUX.1-dev name its licence.
     """
-    origins = _origins(weights.path)
+    origins, runs = _origins(weights.path)
     found = [license_and_card(path) for path in origins]
     files = {name: path.read_bytes() for one in reversed(found) for name, path in one.items()}
     files.pop(CARD, None)
@@ -56,7 +56,7 @@ def companion_files(weights: Weights, name: str, diffusers: bool) -> dict[str, b
     licenses = [{key: card[key] for key in _LICENSE_KEYS if key in card} for card in cards]
     license = next(filter(None, licenses), {})
     known = any(PROVENANCE in card for card in cards)  # a card of ours without a licence says: none
-    if not license and not known and _derives_from_dev(weights, origins[-1]):
+    if not license and not known and _derives_from_dev(weights, runs):
         license = _DEV_LICENSE
     data: dict[str, Any] = {
         **license,
@@ -76,10 +76,8 @@ def companion_files(weights: Weights, name: str, diffusers: bool) -> dict[str, b
 def license_and_card(path: Path) -> dict[str, Path]:
     """Card and licences that lie with weights, by the names that they have in a folder."""
     if path.is_dir():
-        files = _known(path)
-        if path.name == "transformer" and (path.parent / "model_index.json").is_file():
-            files = _known(path.parent) | files
-        return files
+        in_pipeline = path.name == "transformer" and (path.parent / "model_index.json").is_file()
+        return (_known(path.parent) if in_pipeline else {}) | _known(path)
     if own := _known(path.parent, f"{path.stem}."):
         return own
     files = _known(path.parent)  # of the weights, or of some project that they lie in
@@ -99,41 +97,33 @@ def _metadata(card: Path) -> dict[str, Any]:
     return {}
 
 
-def _origins(path: Path) -> list[Path]:
-    """The source, what the run that made it began with, what made that, and so on."""
-    found = [path]
-    while named := (_run_section(found[-1]) or {}).get("initial_load_path"):
-        origin = locate(str(named))
-        if origin is None or origin in found:
+def _origins(path: Path) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The source, what the run that made it began with, what made that, and so on; and [checkpoint]
+    of those runs."""
+    origins, runs = [path], []
+    while (origins[-1] / METADATA).is_file() and (config := architecture.run_config(origins[-1])):
+        runs.append(config.get("checkpoint", {}))
+        named = runs[-1].get("initial_load_path")
+        origin = locate(str(named)) if named else None
+        if origin is None or origin in origins:
             break
-        found.append(origin)
-    return found
+        origins.append(origin)
+    return origins, runs
 
 
-def _run_section(path: Path) -> dict[str, Any] | None:
-    """Section `checkpoint` of the run that made a checkpoint; None for anything else."""
-    config = architecture.run_config(path) if (path / METADATA).is_file() else None
-    return config and config.get("checkpoint", {})
+def _derives_from_dev(weights: Weights, runs: list[dict[str, Any]]) -> bool:
+    """Whether the first of its origins was stored in FLUX.1-dev's architecture, of any depth.
 
-
-def _derives_from_dev(weights: Weights, origin: Path) -> bool:
-    """Whether the first of its origins is stored in FLUX.1-dev's architecture, of any depth.
-
-    Not if its run began with nothing. Where what a run began with is gone, what the run did about
-    guidance tells.
+    Not if its run began with nothing. What runs did about guidance tells what they began with.
     """
-    run = _run_section(origin)
-    if run is not None and not run.get("initial_load_path"):
+    if runs and not runs[-1].get("initial_load_path"):
         return False
-    stored = weights.stored
-    if origin != weights.path:
-        with suppress(ValueError, OSError):
-            stored = open_weights(origin, alone=True, contents=False).stored
-    guided = {"drop": True, "initialize": False}.get((run or {}).get("guidance_weights", ""))
-    if guided is not None:
-        stored = replace(stored, guidance_embed=guided)
-    depths = {"depth": stored.depth, "depth_single_blocks": stored.depth_single_blocks}
-    return stored == replace(FLAVORS["flux-dev"], **depths)
+    guided = weights.stored.guidance_embed
+    for run in runs:
+        guided = {"drop": True, "initialize": False}.get(run.get("guidance_weights", ""), guided)
+    dev, stored = FLAVORS["flux-dev"], weights.stored
+    depths = {"depth": dev.depth, "depth_single_blocks": dev.depth_single_blocks}
+    return replace(stored, guidance_embed=guided, **depths) == dev
 
 
 def _provenance(weights: Weights) -> dict[str, Any]:

@@ -31,17 +31,23 @@ from torchtitan_flux.weights.scheduler import (
     stated_scheduler,
 )
 
-_KEYS = {"t5": T5_KEY, "clip": CLIP_KEY, "autoencoder": "encoder.autoencoder_path"}
-"""Option that names a part -> key of a run's configuration that does."""
-_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
-_TOKENIZERS = {"t5": "tokenizer_2", "clip": "tokenizer"}
-_TOKENIZER_FILES = (
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-)
+
+class _Part(NamedTuple):
+    """How a part is called: the key of a run's configuration that names it, its folder in a
+    pipeline, and that of its tokenizer."""
+
+    key: str
+    folder: str
+    tokenizer: str = ""
+
+
+_PARTS = {
+    "t5": _Part(T5_KEY, "text_encoder_2", "tokenizer_2"),
+    "clip": _Part(CLIP_KEY, "text_encoder", "tokenizer"),
+    "autoencoder": _Part("encoder.autoencoder_path", "vae"),
+}
+_MORE_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (*TOKENIZER_FILES, *_MORE_TOKENIZER_FILES, "merges.txt")
 _INDEX = {
     "_class_name": "FluxPipeline",
     "_diffusers_version": "0.30.0",
@@ -67,7 +73,8 @@ class PipelineParts(NamedTuple):
 class PipelinePlan:
     """A pipeline's folder without its transformer, checked and ready to be written.
 
-    `copies` has the file that lies under each name in it.
+    Attributes:
+        copies: name in the folder -> file.
     """
 
     copies: dict[str, Path]
@@ -119,54 +126,50 @@ def pipeline_plan(weights: Weights, parts: PipelineParts | None) -> PipelinePlan
         )
     architecture.raise_conditioned(weights.path, args.in_channels, args.out_channels)
     given = (parts or PipelineParts())._asdict()
-    found = {name: _find(name, path, weights) for name, path in given.items()}
+    t5, clip, vae = (_find(name, path, weights) for name, path in given.items())
     copies: dict[str, Path] = {}
-    for name in ("t5", "clip"):
+    for name, folder in (("t5", t5), ("clip", clip)):
         try:
-            copies |= _encoder_files(name, found[name])
+            copies |= _encoder_files(_PARTS[name], folder)
         except (ValueError, OSError) as error:
             raise UnreadableWeights(f"--{name}: {error}") from None
-    autoencoder, _ = open_autoencoder(found["autoencoder"])
+    autoencoder, _ = open_autoencoder(vae)
     for name, what, has, needs in (
-        ("t5", "features", _width(found["t5"]), args.context_in_dim),
-        ("clip", "features", _width(found["clip"]), args.vec_in_dim),
+        ("t5", "features", _width(t5), args.context_in_dim),
+        ("clip", "features", _width(clip), args.vec_in_dim),
         ("autoencoder", "latent channels", autoencoder.z_channels, args.geometry.channels),
         ("autoencoder", "pixels per latent cell", autoencoder.downscale, args.downscale),
     ):
         if has != needs:
             raise UnreadableWeights(f"--{name} has {has} {what}, the transformer needs {needs}")
     scheduler = stated_scheduler(weights.path) or flavor_scheduler(args.guidance_embed)
-    return PipelinePlan(copies, found["autoencoder"], scheduler)
+    return PipelinePlan(copies, vae, scheduler)
 
 
 def _find(name: str, given: Path | None, weights: Weights) -> Path:
     """Where a part lies: as given, else beside the source, else as its run names it."""
-    root = weights.path if (weights.path / PIPELINE_INDEX).is_file() else weights.path.parent
-    beside = root / _FOLDERS[name]
-    config = architecture.run_config(weights.path) if weights.format == "dcp" else None
-    section, key = _KEYS[name].split(".")
-    named = (config or {}).get(section, {}).get(key)
+    part, found, source = _PARTS[name], given, weights.path
+    root = next((one for one in (source, source.parent) if (one / PIPELINE_INDEX).is_file()), None)
+    if found is None and root and (root / part.folder).is_dir():
+        found = root / part.folder
+    if found is None and weights.format == "dcp":
+        section, key = part.key.split(".")
+        named = (architecture.run_config(source) or {}).get(section, {}).get(key)
+        found = locate(named) if named else None
     tiny = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
     widths = (weights.args.context_in_dim, weights.args.vec_in_dim)
-    fits_tiny = widths == (_width(tiny / "t5"), _width(tiny / "clip"))
-    places = (
-        given,
-        beside if (root / PIPELINE_INDEX).is_file() and beside.is_dir() else None,
-        locate(named) if named else None,
-        tiny / {"autoencoder": "vae"}.get(name, name) if fits_tiny else None,
-    )
-    found = next(filter(None, places), None)
+    if found is None and widths == (_width(tiny / "t5"), _width(tiny / "clip")):
+        found = tiny / ("vae" if name == "autoencoder" else name)
     if found is None:
         raise UnreadableWeights(
-            f"nothing beside {weights.path} says where the pipeline's {beside.name} is; name it by "
-            f"--{name}"
+            f"nothing beside {source} says where the {part.folder} is; name it by --{name}"
         )
     if not found.exists():
         raise UnreadableWeights(f"--{name}: there is no {found}; download it first")
     return found
 
 
-def _encoder_files(name: str, folder: Path) -> dict[str, Path]:
+def _encoder_files(part: _Part, folder: Path) -> dict[str, Path]:
     """A text encoder and its tokenizer: name in the pipeline -> file.
 
     A variant of the weights gets its plain name, which is what a pipeline looks for.
@@ -179,23 +182,20 @@ def _encoder_files(name: str, folder: Path) -> dict[str, Path]:
         )
     for one in weights:
         TensorsFile.open(one)
-    if TextWeights(_KEYS[name], folder).scaled:
+    if TextWeights(part.key, folder).scaled:
         raise ValueError(
             f"{folder} holds scaled float8, and a FluxPipeline leaves scales out; give the encoder "
             "that it was made from"
         )
-    model = {"config.json": folder / "config.json"}
-    model |= {one.name: one for one in weights} if index else {SINGLE: weights[0]}
-    model |= {INDEX: index} if index else {}
-    places = [folder, folder.parent / _TOKENIZERS[name]]
+    files = {one.name: one for one in weights} if index else {SINGLE: weights[0]}
+    files |= {"config.json": folder / "config.json"} | ({INDEX: index} if index else {})
+    places = [folder, folder.parent / part.tokenizer]
     place = next(filter(has_tokenizer, places), None)
     if place is None:
         raise ValueError(f"neither {places[0]} nor {places[1]} holds a tokenizer")
-    tokenizer = {one: place / one for one in _TOKENIZER_FILES if (place / one).is_file()}
-    return {
-        f"{inside}/{file}": path
-        for inside, files in ((_FOLDERS[name], model), (_TOKENIZERS[name], tokenizer))
-        for file, path in files.items()
+    tokenizer = [place / name for name in _TOKENIZER_FILES if (place / name).is_file()]
+    return {f"{part.folder}/{name}": path for name, path in files.items()} | {
+        f"{part.tokenizer}/{path.name}": path for path in tokenizer
     }
 
 

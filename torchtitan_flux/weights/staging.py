@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 from torchtitan_flux.files import sync_folder
@@ -37,10 +36,8 @@ def staged(
     reads: Collection[Path],
     outdated: Collection[str] = (),
 ) -> Iterator[Path]:
-    """A new folder beside `target`, whose contents move next to it when all went well.
-
-    What has the target's name comes last. When anything goes wrong the folder is removed, and
-    what was there before stays.
+    """A new folder beside `target`, whose contents move next to it when all went well, the target
+    last. When anything goes wrong the folder is removed, and what was there before stays.
 
     Args:
         target: the file or folder to be made, as `<the yielded folder>/<target's name>`.
@@ -83,13 +80,15 @@ def staged(
 
 
 def _check_replaceable(paths: Collection[Path], overwrite: bool, reads: Collection[Path]) -> None:
+    # single files of what is read may be links elsewhere; as deep as a pipeline
+    read = [one for path in reads for one in (path, *path.glob("*"), *path.glob("*/*"))]
     for path in filter(os.path.lexists, paths):
         if not overwrite:
             raise TargetRefused(f"{path} exists; name another target, or pass --overwrite")
-        for a, b in product(_locations(reads), _named_and_resolved(path)):
+        for one, a, b in ((o, a, b) for o in read for a in _places(o) for b in _places(path)):
             if a.is_relative_to(b) or b.is_relative_to(a):
                 raise TargetRefused(
-                    f"{path} holds what is read from, or lies in it ({a}); name another target"
+                    f"{path} holds what is read from, or lies in it ({one}); name another target"
                 )
         if path.is_dir() and any(path.iterdir()) and not any((path / m).exists() for m in _MARKS):
             raise TargetRefused(
@@ -98,22 +97,16 @@ def _check_replaceable(paths: Collection[Path], overwrite: bool, reads: Collecti
             )
 
 
-def _locations(reads: Collection[Path]) -> Iterator[Path]:
-    """Where all that is read lies: single files may be links elsewhere."""
-    for read in reads:
-        for one in (read, *read.glob("*"), *read.glob("*/*")):  # as deep as a pipeline
-            yield from _named_and_resolved(one)
-
-
-def _named_and_resolved(path: Path) -> tuple[Path, Path]:
+def _places(path: Path) -> tuple[Path, Path]:
+    """By its name, and where links lead."""
     return Path(os.path.abspath(path)), path.resolve()
 
 
 def _move_in(made: Path, target: Path) -> None:
-    old = made.with_name("replaced")
     if not made.is_dir() and not target.is_dir():
         os.replace(made, target)
         return
+    old = made.with_name("replaced")
     try:
         if os.path.lexists(target):
             target.rename(old)

@@ -14,8 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest, RunFacts
 from torchtitan_flux.training.environment import append_environment, environment
 
 HOSTILE = "</script><script>alert(1)</script> \" onerror='x' <b>&amp;"

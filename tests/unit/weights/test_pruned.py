@@ -10,7 +10,7 @@ import made_weights as made
 import pytest
 import torch
 
-from torchtitan_flux.checkpoint.run_facts import RunFacts
+from torchtitan_flux.checkpoint.manifest import RunFacts
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 from torchtitan_flux.planning.command import model_args
 from torchtitan_flux.startup.load_config import load_config, read_config
