@@ -18,7 +18,7 @@ LEVELS = {
     "files": 0,
     "formatting": 0,
     "paths": 0,
-    "image_file": 0,
+    "image_file": 1,
     "randomness": 0,
     "tensor_files": 1,
     "flow_matching": 1,

@@ -20,7 +20,7 @@ from torchtitan_flux.paths import locate
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.tensor_files.hub_cache import why_absent
 from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
-from torchtitan_flux.training.distributed_sampler import Painter
+from torchtitan_flux.training.image_sampler import ImageSampler
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.resume import checkpoint_folder
 from torchtitan_flux.weights.load import import_weights, open_for
@@ -38,7 +38,7 @@ class Session:
         args: resolved model arguments.
         model: the trained model, sharded over the ranks.
         parts: encoders and codec.
-        painter: draws with them.
+        sampler: draws with them.
         checkpoint: where the weights came from.
     """
 
@@ -46,7 +46,7 @@ class Session:
     args: FluxModelArgs
     model: FluxModel
     parts: FrozenParts
-    painter: Painter
+    sampler: ImageSampler
     checkpoint: Path
 
 
@@ -140,8 +140,8 @@ def load_model(context: InferenceContext, batch_size: int = 64) -> Session:
 
     tokenizer = build_tokenizer(context.config)
     parts = build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
-    painter = Painter(model, parts, args.geometry, dims, batch_size)
-    return Session(context.config, args, model, parts, painter, context.checkpoint)
+    sampler = ImageSampler(model, parts, args.geometry, dims, batch_size)
+    return Session(context.config, args, model, parts, sampler, context.checkpoint)
 
 
 def open_session(

@@ -69,7 +69,7 @@ def report(config: FluxJobConfig, count: int) -> None:
     print(f"reader on real held-out digits, 5-fold: {100 * own:.1f} %")
     prompts, labels = score_prompts(count)
     for cfg in (2.0, 1.0):
-        images = session.painter.draw(prompts, score_settings(config, session.args, cfg))
+        images = session.sampler.sample(prompts, score_settings(config, session.args, cfg))
         score = score_digits(images, labels)
         print(
             f"cfg {cfg:g}: {100 * score.read:.1f} % of {score.count} read as prompted · "

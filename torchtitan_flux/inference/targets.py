@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import features
 
-from torchtitan_flux.image_file import FORMATS, LONGEST, as_comment
+from torchtitan_flux.image_file import FORMATS, LONGEST, exif_comment
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.latents import ImageSize
 
@@ -73,7 +73,7 @@ def check_room(path: Path, size: ImageSize, facts: dict[str, str]) -> None:
         )
     if kind != "PNG":
         try:
-            as_comment(facts)
+            exif_comment(facts)
         except ValueError as error:
             raise ValueError(f"--out {path}: {error}; name a .png file") from None
 
@@ -105,7 +105,9 @@ def check_writable(paths: Sequence[Path]) -> None:
     for folder, path in longest.items():
         try:
             existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-            with tempfile.NamedTemporaryFile(dir=existing, prefix=f".{path.name}"):
+            with tempfile.NamedTemporaryFile(
+                dir=existing, prefix=f".{path.name}", suffix=".partial"
+            ):
                 pass
         except OSError as error:
             raise unwritable(folder, error) from None
