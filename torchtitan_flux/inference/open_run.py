@@ -8,6 +8,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config.job_config import Parallelism
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, step_folder
@@ -20,34 +21,12 @@ from torchtitan_flux.paths import locate
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.tensor_files.hub_cache import why_absent
 from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
-from torchtitan_flux.training.image_sampler import ImageSampler
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.resume import checkpoint_folder
 from torchtitan_flux.weights.load import import_weights, open_for
 from torchtitan_flux.weights.open import Weights
 from torchtitan_flux.weights.pruned import blocks_told
 from torchtitan_flux.weights.tensor_sources import DcpSource
-
-
-@dataclass
-class Session:
-    """What `open_session` returns.
-
-    Attributes:
-        config: the run's configuration.
-        args: resolved model arguments.
-        model: the trained model, sharded over the ranks.
-        parts: encoders and codec.
-        sampler: draws with them.
-        checkpoint: where the weights came from.
-    """
-
-    config: FluxJobConfig
-    args: FluxModelArgs
-    model: FluxModel
-    parts: FrozenParts
-    sampler: ImageSampler
-    checkpoint: Path
 
 
 @dataclass(frozen=True)
@@ -74,6 +53,22 @@ class InferenceContext:
     checkpoint: Path
     average: str | None = None
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What a picture names of what it is drawn with."""
+        encoder, own = self.config.encoder, self.weights is None
+        return {
+            "flavor": self.config.model.flavor,
+            "dtype": self.config.training.mixed_precision_param,
+            "text_tokens": str(encoder.max_t5_encoding_len),
+            "t5": encoder.t5_encoder,
+            "clip": encoder.clip_encoder,
+            "autoencoder": encoder.autoencoder_path,
+            "checkpoint" if own else "weights": str(self.checkpoint),
+            **({"step": self.checkpoint.name.removeprefix("step-")} if own else {}),
+            **({} if self.average is None else {"ema": self.average}),
+        }
+
     def open_weights(self) -> Weights:
         """Of whichever kind, to be read part by part."""
         return self.weights or Weights(
@@ -89,7 +84,7 @@ def open_run(
     Works under torchrun on any number of ranks, and in a plain process as one rank.
 
     Args:
-        config: from `load_config`.
+        config: of the run.
         weights: file or folder of any readable format, instead of the run's checkpoint.
         average: decay of the average of its weights to draw with, "" where there is one.
 
@@ -103,27 +98,16 @@ def open_run(
     checkpoint = find_checkpoint(config) if opened is None else opened.path
     if note := blocks_told(checkpoint, config.model.flavor, args):
         logger.warning(note)
-    world_size = torch.distributed.get_world_size()
-    return InferenceContext(
-        config,
-        args,
-        device,
-        TORCH_DTYPE_MAP[config.training.mixed_precision_param],
-        FluxParallelDims(1, world_size, 1, 1, 1, 1, 1, world_size),
-        opened,
-        checkpoint,
-        average,
-    )
+    ranks = torch.distributed.get_world_size()
+    dims = FluxParallelDims.of(Parallelism(), ranks)
+    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
+    return InferenceContext(config, args, device, dtype, dims, opened, checkpoint, average)
 
 
-def load_model(context: InferenceContext, batch_size: int = 64) -> Session:
-    """Load model, encoders and codec, all of them at once.
+def load_model(context: InferenceContext) -> tuple[FluxModel, FrozenParts]:
+    """Model, sharded over the ranks, encoders and codec, all of them at once.
 
     Nothing is trained, so that weights are kept in the type that they compute in.
-
-    Args:
-        context: from `open_run`.
-        batch_size: pictures that one rank draws at once.
     """
     args, device, dtype, dims = context.args, context.device, context.dtype, context.dims
     with torch.device("meta"):
@@ -137,18 +121,8 @@ def load_model(context: InferenceContext, batch_size: int = 64) -> Session:
         load_states(parameters, set(parameters), context.checkpoint)
         set_model_state_dict(model, parameters)
     model.eval().requires_grad_(False)
-
     tokenizer = build_tokenizer(context.config)
-    parts = build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
-    sampler = ImageSampler(model, parts, args.geometry, dims, batch_size)
-    return Session(context.config, args, model, parts, sampler, context.checkpoint)
-
-
-def open_session(
-    config: FluxJobConfig, batch_size: int = 64, weights: str | None = None
-) -> Session:
-    """`open_run` and `load_model`."""
-    return load_model(open_run(config, weights), batch_size)
+    return model, build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
 
 
 def _open(weights: str, args: FluxModelArgs, config: FluxJobConfig) -> Weights:

@@ -10,12 +10,13 @@ from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
 from torchtitan_flux.image_file import save_picture
-from torchtitan_flux.inference.command import Task
-from torchtitan_flux.inference.draw import assign, batches_of, draw, gathered, rounds_of
+from torchtitan_flux.inference import stages
+from torchtitan_flux.inference.draw import draw
 from torchtitan_flux.inference.open_run import InferenceContext, load_model
-from torchtitan_flux.inference.picture_settings import PictureSettings, names_of
-from torchtitan_flux.inference.stages import Loaded, OneAfterAnother, Stages
+from torchtitan_flux.inference.picture_settings import PictureSettings
 from torchtitan_flux.inference.targets import unwritable
+from torchtitan_flux.inference.task import Task
+from torchtitan_flux.parallel.replicated_rows import Peers
 from torchtitan_flux.sampling.generate import to_pil
 from torchtitan_flux.training.conditioning import build_tokenizer
 
@@ -24,61 +25,44 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
     """Draw and write.
 
     Args:
-        context: with what.
-        task: what.
+        context: what is drawn with.
+        task: what is drawn.
         low_memory: one part after another, blocks from CPU memory.
 
     Raises:
         ValueError: a picture cannot be written.
         NotFinite: a picture cannot be drawn; those before it are written.
     """
-    dims, first = context.dims, torch.distributed.get_rank() == 0
-    where = assign(len(task.requests), dims.data_degree, task.batch)
-    by_round = rounds_of(where)
-    names = names_of(context.config, context.checkpoint, context.weights is None)
-    if context.average is not None:
-        names["ema"] = context.average
+    ranks, first = Peers(context.dims.data_group), torch.distributed.get_rank() == 0
+    rounds = torch.arange(len(task.requests)).split(task.batch * context.dims.data_degree)
+    batches = [[task.requests[i] for i in ranks.own(one).tolist()] for one in rounds]
+    if low_memory:
+        weights, tokenizer = context.open_weights(), build_tokenizer(context.config)
+        loaded = stages.low_memory(
+            context.config, context.args, weights, tokenizer, context.device, context.dtype
+        )
+    else:
+        loaded = stages.all_loaded(*load_model(context))
     with tqdm(
-        total=len(where) * task.settings.steps,
+        total=sum(map(len, batches)) * task.settings.steps,
         unit="step",
         disable=not (first and sys.stderr.isatty()),
         dynamic_ncols=True,
     ) as bar:
         images = draw(
-            _stages(context, low_memory),
-            context.args.geometry,
-            task.requests,
-            batches_of(dims.data_rank, where),
-            task.settings,
-            task.negative,
-            on_step=lambda number: bar.update(len(by_round[number])),
+            loaded, context.args.geometry, batches, task.settings, task.negative, bar.update
         )
-        for numbers, batch in zip(by_round, images, strict=True):
-            every = gathered(batch, dims.data_group, context.device)
-            for number in numbers if first else ():
-                request, place = task.requests[number], where[number]
-                settings = replace(task.settings, seed=task.settings.seed + request.again)
+        for numbers, batch in zip(rounds, images, strict=True):
+            together = ranks.join(batch.to(context.device), len(numbers)).cpu()
+            for i, image in zip(numbers.tolist(), together, strict=True) if first else ():
+                request, path = task.requests[i], task.paths[i]
+                settings = replace(task.settings, seed=task.settings.seed + request.repeat)
                 drawn = PictureSettings(
-                    request.prompt, task.negative, settings, request.index, names
+                    request.prompt, task.negative, settings, request.index, context.names
                 )
-                path = task.paths[number]
                 try:
-                    save_picture(to_pil(every[place.rank][place.row]), path, drawn.facts())
+                    save_picture(to_pil(image), path, drawn.facts())
                 except OSError as error:
                     raise unwritable(path, error) from None
                 bar.clear()
                 logger.info(f"{request.prompt!r}, seed {settings.seed} -> {path}")
-
-
-def _stages(context: InferenceContext, low_memory: bool) -> Stages:
-    if not low_memory:
-        session = load_model(context)
-        return Loaded(session.model, session.parts)
-    return OneAfterAnother(
-        context.config,
-        context.args,
-        context.open_weights(),
-        build_tokenizer(context.config),
-        context.device,
-        context.dtype,
-    )

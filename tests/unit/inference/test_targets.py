@@ -10,7 +10,7 @@ import pytest
 from torchtitan_flux.image_file import FORMATS, LONGEST
 from torchtitan_flux.inference import targets as module
 from torchtitan_flux.inference.draw import Request
-from torchtitan_flux.inference.targets import check_free, check_room, check_writable, targets
+from torchtitan_flux.inference.targets import check_format, check_paths, targets
 from torchtitan_flux.latents import ImageSize
 
 CONFIG = Path("run/img.v1")
@@ -59,7 +59,7 @@ def test_other_formats_are_refused_with_those_there_are(name):
 
 def test_a_pillow_without_webp_is_known_before(monkeypatch):
     monkeypatch.setattr(module.features, "check", lambda name: False)
-    with pytest.raises(ValueError, match=r"writes no WebP; name a \.png"):
+    with pytest.raises(ValueError, match=r"no WebP; use \.png"):
         paths("a.webp")
 
 
@@ -74,28 +74,28 @@ def test_what_is_there_is_kept_unless_told_otherwise(tmp_path):
     folder.mkdir()
     link = tmp_path / "link.png"
     link.symlink_to("nowhere")
-    check_free([new], overwrite=False)
-    check_free([old, link], overwrite=True)
+    check_paths([new], overwrite=False)
+    check_paths([old, link], overwrite=True)
     with pytest.raises(ValueError, match=r"old\.png exists already: --overwrite .* --out"):
-        check_free([new, old], overwrite=False)
+        check_paths([new, old], overwrite=False)
     with pytest.raises(ValueError, match=r"exists already, and 1 more"):
-        check_free([old, link], overwrite=False)
+        check_paths([old, link], overwrite=False)
     for overwrite in (True, False):
         with pytest.raises(ValueError, match=r"folder\.png is a folder"):
-            check_free([folder], overwrite)
+            check_paths([folder], overwrite)
 
 
 def test_what_a_format_cannot_hold_is_known_before(tmp_path):
     large, long = ImageSize(16, 16_384), {"prompt": "x" * 66_000}
-    check_room(Path("a.png"), large, long)
-    check_room(Path("a.webp"), ImageSize(16, 16_383), {})
+    check_format(Path("a.png"), large, long)
+    check_format(Path("a.webp"), ImageSize(16, 16_383), {})
     with pytest.raises(ValueError, match=r"--out a\.webp: WEBP holds at most 16383 .* \.png"):
-        check_room(Path("a.webp"), large, {})
-    check_room(Path("a.jpg"), large, {})
+        check_format(Path("a.webp"), large, {})
+    check_format(Path("a.jpg"), large, {})
     with pytest.raises(ValueError, match="JPEG holds at most 65500"):
-        check_room(Path("a.jpg"), ImageSize(LONGEST["JPEG"] + 1, 8), {})
+        check_format(Path("a.jpg"), ImageSize(LONGEST["JPEG"] + 1, 8), {})
     with pytest.raises(ValueError, match=r"--out a\.jpg: its prompt .* name a \.png"):
-        check_room(Path("a.jpg"), ImageSize(8, 8), long)
+        check_format(Path("a.jpg"), ImageSize(8, 8), long)
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path):
@@ -104,9 +104,9 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     too_long = tmp_path / f"{'x' * 250}.png"
     for path in (plain / "x.png", plain / "deep" / "x.png", Path("/proc/seven.png"), too_long):
         with pytest.raises(ValueError, match=r"cannot be written \(.+\).* --out"):
-            check_writable([path])
+            check_paths([path], False)
     for out in (f"{tmp_path}/{'x' * 300}.png", f"{tmp_path}/{'x' * 300}/"):
         with pytest.raises(ValueError, match=r"cannot be written \(File name too long\).* --out"):
-            check_writable(paths(out))
-    check_writable([tmp_path / "new" / "deep" / "x.png", tmp_path / "y.png"])
+            check_paths(paths(out), False)
+    check_paths([tmp_path / "new" / "deep" / "x.png", tmp_path / "y.png"], False)
     assert list(tmp_path.iterdir()) == [plain], "nothing is left behind"
