@@ -1,4 +1,4 @@
-"""Judge the digits that a trained run draws: read as prompted, own or copied, spread, loss.
+"""Judge the digits that a trained run draws: read as prompted, own or copied, and their spread.
 
 python scripts/score_digits.py --count 1000
 python scripts/score_digits.py --count 1000 --job.dump_folder outputs/flux_digits

@@ -18,7 +18,7 @@ ROOM = 65_000
 """Bytes of facts that a JPEG or WebP can hold: EXIF ends at 64 KiB."""
 
 _CODE = b"ASCII\0\0\0"
-"""What EXIF wants in front of a comment of ASCII letters."""
+"""EXIF's prefix of a comment in ASCII."""
 
 
 def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:

@@ -28,7 +28,7 @@ from torchtitan_flux.inference.open_run import InferenceContext, open_run
 from torchtitan_flux.inference.options import FRESH_SEED, parse
 from torchtitan_flux.inference.render import render
 from torchtitan_flux.inference.targets import check_format, check_paths
-from torchtitan_flux.inference.task import Task, changed, task_of
+from torchtitan_flux.inference.task import Task, task_of
 from torchtitan_flux.startup.load_config import exit_on_config_error, load_config
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
@@ -105,8 +105,7 @@ def _with_fresh_seed(task: Task) -> Task:
 def _warn(options: argparse.Namespace, task: Task, context: InferenceContext) -> None:
     """What will not be as it was asked for, in the log."""
     if options.recorded is not None:
-        differences = options.recorded.differences(context.names)
-        for line in (*changed(options.recorded, task), *differences):
+        for line in options.recorded.differences(task.picture(task.requests[0], context.names)):
             logger.warning(f"Not the same picture: {line}")
     captions = [request.prompt for request in task.requests]
     if task.settings.cfg != 1.0:

@@ -126,8 +126,8 @@ def test_from_png_draws_the_picture_again(drawn):
 
 def test_what_the_command_line_says_outranks_the_picture_and_is_said(drawn):
     for name, path, line in (
-        ("other seed", "other.png", "--seed 12 (the picture: 11)"),
-        ("other words", "words.png", "--prompt (the picture: 'a blue square')"),
+        ("other seed", "other.png", "seed 12 (the picture: 11)"),
+        ("other words", "words.png", "prompt a red circle (the picture: a blue square)"),
     ):
         assert drawn.said[name].status == 0, drawn.said[name].text
         assert line in drawn.said[name].text

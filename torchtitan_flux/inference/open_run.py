@@ -6,13 +6,11 @@ from pathlib import Path
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.config.job_config import Parallelism
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.checkpoint.folder import choose_checkpoint, step_folder
-from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -34,10 +32,6 @@ class InferenceContext:
     """What is known before anything is loaded.
 
     Attributes:
-        config: the run's configuration.
-        args: resolved model arguments.
-        device: of this rank.
-        dtype: of weights and computation.
         dims: all ranks share the weights, whatever mesh the run was trained on.
         weights: opened, where they are not the run's own.
         checkpoint: where the weights are.
@@ -114,12 +108,7 @@ def load_model(context: InferenceContext) -> tuple[FluxModel, FrozenParts]:
         model = FluxModel(args).to(dtype)
     shard_model(model, dims.data_mesh, param_dtype=dtype)
     model.to_empty(device=device)
-    if context.weights is not None or context.average is not None:
-        import_weights(dict(model.named_parameters()), context.open_weights())
-    else:
-        parameters = get_model_state_dict(model)
-        load_states(parameters, set(parameters), context.checkpoint)
-        set_model_state_dict(model, parameters)
+    import_weights(dict(model.named_parameters()), context.open_weights())
     model.eval().requires_grad_(False)
     tokenizer = build_tokenizer(context.config)
     return model, build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
@@ -146,12 +135,11 @@ def find_checkpoint(config: FluxJobConfig) -> Path:
     choice = choose_checkpoint(folder, config.checkpoint.load_step)
     damaged = [f"{step_folder(folder, s)} is damaged: {why}" for s, why in choice.damaged.items()]
     if choice.folder is None:
-        listed = "".join(f"\n  - {line}" for line in damaged)
-        raise FileNotFoundError(
+        message = (
             f"no good checkpoint in {folder} (job.dump_folder, checkpoint.folder, "
-            f"checkpoint.load_step): train first with ./run_train.sh, or name the run's dump "
-            f"folder{listed}"
+            "checkpoint.load_step): train with ./run_train.sh, or name the run's dump folder"
         )
+        raise FileNotFoundError("\n  - ".join([message, *damaged]))
     for line in damaged:
         logger.warning(f"{line}; using {choice.folder.name}")
     return choice.folder

@@ -22,11 +22,8 @@ class PictureSettings:
     """How a picture was drawn.
 
     Attributes:
-        prompt, negative_prompt: captions.
-        settings: size, steps, guidance, schedule, seed.
-        index: of the picture; its noise is a function of (seed, index).
-        names: flavor, weights, encoders by their names. They are text: nothing that a picture names
-            is ever opened.
+        index: of the picture; its noise is a function of (settings.seed, index).
+        names: flavor, weights, encoders. They are text: nothing that a picture names is opened.
     """
 
     prompt: str
@@ -84,9 +81,10 @@ class PictureSettings:
         names = {name: value for name, value in text.items() if name not in found.facts()}
         return replace(found, names=names)
 
-    def differences(self, names: Mapping[str, str]) -> Iterator[str]:
-        """What of `names` is another than the picture's, an entry each."""
-        for name, now in names.items():
-            then = self.names.get(name, now)
-            if then != now:
+    def differences(self, other: "PictureSettings") -> Iterator[str]:
+        """What another picture has otherwise than this one, an entry each."""
+        known = self.facts()
+        for name, now in other.facts().items():
+            then = known.get(name, now)
+            if str(then) != str(now) and name != "version":
                 yield f"{name} {now} (the picture: {then})"

@@ -1,7 +1,6 @@
 """From a task to picture files, on all ranks; each picture is written as soon as it is there."""
 
 import sys
-from dataclasses import replace
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -13,7 +12,6 @@ from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference import stages
 from torchtitan_flux.inference.draw import draw
 from torchtitan_flux.inference.open_run import InferenceContext, load_model
-from torchtitan_flux.inference.picture_settings import PictureSettings
 from torchtitan_flux.inference.targets import unwritable
 from torchtitan_flux.inference.task import Task
 from torchtitan_flux.parallel.replicated_rows import Peers
@@ -55,14 +53,10 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
         for numbers, batch in zip(rounds, images, strict=True):
             together = ranks.join(batch.to(context.device), len(numbers)).cpu()
             for i, image in zip(numbers.tolist(), together, strict=True) if first else ():
-                request, path = task.requests[i], task.paths[i]
-                settings = replace(task.settings, seed=task.settings.seed + request.repeat)
-                drawn = PictureSettings(
-                    request.prompt, task.negative, settings, request.index, context.names
-                )
+                path, drawn = task.paths[i], task.picture(task.requests[i], context.names)
                 try:
                     save_picture(to_pil(image), path, drawn.facts())
                 except OSError as error:
                     raise unwritable(path, error) from None
                 bar.clear()
-                logger.info(f"{request.prompt!r}, seed {settings.seed} -> {path}")
+                logger.info(f"{drawn.prompt!r}, seed {drawn.settings.seed} -> {path}")

@@ -9,9 +9,6 @@ import torch
 from torchtitan.tools.logging import init_logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.data.loader import ValidationLoader
-from torchtitan_flux.data.sources.registry import build_source
-from torchtitan_flux.data.sources.source import Item, Source, Split
 from torchtitan_flux.evaluation.digits import (
     reader_accuracy,
     score_digits,
@@ -21,57 +18,19 @@ from torchtitan_flux.evaluation.digits import (
 from torchtitan_flux.inference.open_run import load_model, open_run
 from torchtitan_flux.startup.load_config import load_config_or_exit
 from torchtitan_flux.training.console import quieten_libraries
-from torchtitan_flux.training.data import validation_samples
 from torchtitan_flux.training.image_sampler import ImageSampler
-from torchtitan_flux.training.losses import encode_batch, flow_inputs, sample_losses
-from torchtitan_flux.training.validator import TIME_GRIDS, mean_loss
-
-
-class SameNoise:
-    """A source whose items go by their number modulo `period`.
-
-    Validation noise belongs to the item id: under equal ids, held-out and training items meet
-    the same noise.
-    """
-
-    def __init__(self, source: Source, period: int):
-        self.source = source
-        self.name = source.name
-        self.period = period
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Item:
-        item = self.source[index]
-        return Item(item.image, item.captions, str(index % self.period))
 
 
 def report(config: FluxJobConfig, count: int) -> None:
     """Print every figure of one run."""
     context = open_run(config)
-    args = context.args
     model, encoders = load_model(context)
-    sampler = ImageSampler(model, encoders, args.geometry, context.dims, batch_size=250)
-
-    def split_loss(split: Split, period: int) -> float:
-        """Mean loss over a split at all eight times, under noise shared between splits."""
-        source = SameNoise(build_source("digits", split), period)
-        samples = validation_samples(source, encoders.tokenizer, config)
-        loss, _ = mean_loss(
-            ValidationLoader(samples, batch_size=120),
-            lambda batch: encode_batch(encoders, args, batch),
-            lambda encoded, t: sample_losses(model, *flow_inputs(args, encoded, t, None)),
-            TIME_GRIDS["midpoints"](),
-            all_times=True,
-        )
-        return loss
-
+    sampler = ImageSampler(model, encoders, context.args.geometry, context.dims, batch_size=250)
     print(f"checkpoint: {context.checkpoint}")
     print(f"reader on real held-out digits, 5-fold: {100 * reader_accuracy():.1f} %")
     prompts, labels = score_prompts(count)
     for cfg in (2.0, 1.0):
-        images = sampler.sample(prompts, score_settings(config, args, cfg))
+        images = sampler.sample(prompts, score_settings(config, context.args, cfg))
         score = score_digits(images, labels)
         print(
             f"cfg {cfg:g}: {100 * score.read:.1f} % of {score.count} read as prompted · "
@@ -79,12 +38,6 @@ def report(config: FluxJobConfig, count: int) -> None:
             f"{score.nearest / score.nearest_real:.2f} of real unseen digits' · "
             f"spread within a class {score.spread / score.spread_real:.2f} of the real one"
         )
-    period = len(build_source("digits", "held_out"))
-    held_out, train = split_loss("held_out", period), split_loss("train", period)
-    print(
-        f"loss at the same noise: held out {held_out:.4f}, training {train:.4f}, "
-        f"ratio {held_out / train:.3f}"
-    )
 
 
 def main() -> None:

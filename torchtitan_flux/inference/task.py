@@ -1,6 +1,7 @@
 """What is to be drawn: captions, settings and files, from options and configuration."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,9 @@ class Task:
     """What is to be drawn.
 
     Attributes:
-        requests: each picture.
-        settings: of all of them.
+        settings: of all pictures.
         negative: caption to move away from; empty without guidance.
-        paths: where each goes.
+        paths: of the picture of each request.
         batch: pictures that a rank draws at once.
         overwrite: whether files may be there already.
     """
@@ -48,6 +48,11 @@ class Task:
     paths: list[Path]
     batch: int
     overwrite: bool = False
+
+    def picture(self, request: Request, names: Mapping[str, str]) -> PictureSettings:
+        """What a picture says of itself; `names` of what it is drawn with."""
+        settings = replace(self.settings, seed=self.settings.seed + request.repeat)
+        return PictureSettings(request.prompt, self.negative, settings, request.index, names)
 
 
 def task_of(options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs) -> Task:
@@ -82,12 +87,7 @@ def task_of(options: argparse.Namespace, config: FluxJobConfig, args: FluxModelA
 
 
 def read_prompts(options: argparse.Namespace, default: str) -> list[str]:
-    """Captions from the command line, the picture to repeat, or the file that is named.
-
-    Raises:
-        FileNotFoundError: naming the file that does not exist.
-        ValueError: when there is no caption at all.
-    """
+    """Captions from the command line, the picture to repeat, or the file that is named."""
     if options.prompt:
         if options.prompts:
             raise ValueError("--prompt and --prompts: give captions in one way")
@@ -169,17 +169,3 @@ def _of_published(
         shown = ", ".join(f"--{name} {value}" for name, value in scales.items())
         logger.info(f"{options.weights} is no checkpoint of a run: drawn with FLUX.1's {shown}")
     return scales
-
-
-def changed(recorded: PictureSettings, task: Task) -> list[str]:
-    """What a repeated picture will not have of the one it is made from, an entry each."""
-    found = [
-        f"--{name} {now} (the picture: {then})"
-        for name in ("size", "steps", "cfg", "guidance", "seed")
-        if (now := getattr(task.settings, name)) != (then := getattr(recorded.settings, name))
-    ]
-    if task.requests[0].prompt != recorded.prompt:
-        found.append(f"--prompt (the picture: {recorded.prompt!r})")
-    if task.negative != recorded.negative_prompt:
-        found.append(f"--negative (the picture: {recorded.negative_prompt!r})")
-    return found

@@ -12,7 +12,7 @@ from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference.options import parse
 from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
-from torchtitan_flux.inference.task import changed, task_of
+from torchtitan_flux.inference.task import task_of
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.planning.command import model_args
 from torchtitan_flux.sampling.generate import SampleSettings
@@ -130,11 +130,11 @@ def test_a_picture_is_repeated_by_its_settings(tmp_path, suffix):
     assert [(r.prompt, r.index) for r in found.requests] == [(DRAWN.prompt, 3)]
     _, rest = parse(["--from-png", str(path), "--seed", "10", *DIGITS])
     assert rest == DIGITS, "nothing that a picture names is opened"
-    assert changed(DRAWN, task("--from-png", str(path), "--seed", "10")) == [
-        "--seed 10 (the picture: 9)"
-    ]
-    assert list(DRAWN.differences({"weights": "mine", "flavor": "flux-digits"})) == [
-        "weights mine (the picture: elsewhere)"
+    other = task("--from-png", str(path), "--seed", "10")
+    names = {"weights": "mine", "flavor": "flux-digits"}
+    assert list(DRAWN.differences(other.picture(other.requests[0], names))) == [
+        "weights mine (the picture: elsewhere)",
+        "seed 10 (the picture: 9)",
     ]
     with pytest.raises(ConfigError, match="--count 2: --from-png draws one picture"):
         parse(["--from-png", str(path), "--count", "2", *DIGITS])

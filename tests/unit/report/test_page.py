@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from torchtitan_flux.files import try_lock
-from torchtitan_flux.report.command import main
+from torchtitan_flux.report.__main__ import main
 from torchtitan_flux.report.page import OTHERS, POINTS, figures, page, thinned, tiles
 from torchtitan_flux.report.run import (
     MAX_GRID_SIDE,
