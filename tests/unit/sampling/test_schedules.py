@@ -102,23 +102,15 @@ def test_published_schedules_have_names():
     assert written == PUBLISHED_DEV
 
 
-@pytest.mark.parametrize(
-    ("pixels", "expected"),
-    [
+def test_published_times_in_four_steps():
+    for pixels, expected in (
         (256, [1, 0.831824, 0.622459, 0.354661, 0]),
         (512, [1, 0.849235, 0.652489, 0.384945, 0]),
         (1024, [1, 0.904531, 0.759511, 0.512844, 0]),
-    ],
-)
-def test_dev_in_four_steps(pixels, expected):
-    found = DEV.times(4, tokens(pixels, pixels))
-    assert np.abs(found - expected).max() < 1e-6
-    assert (found[0], found[-1]) == (1.0, 0.0)
-
-
-def test_schnell_ignores_the_size():
-    assert SCHNELL.times(4, 256).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert SCHNELL.times(4, 4096).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    ):
+        assert np.abs(DEV.times(4, tokens(pixels, pixels)) - expected).max() < 1e-6
+    for length in (256, 4096):
+        assert SCHNELL.times(4, length).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_mu_goes_through_its_two_points_and_beyond():
@@ -127,26 +119,18 @@ def test_mu_goes_through_its_two_points_and_beyond():
     assert resolution_mu(16384) == pytest.approx(calculate_shift(16384))
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
-        DEV.times(steps, 256)
+def test_what_has_no_times_is_refused():
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
+            DEV.times(steps, 256)
+    for text in ("time_shift_type=linear,base_shift=-2", "max_shift=1e300"):
+        schedule = Schedule.parse(f"use_dynamic_shifting=true,{text}")
+        with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic"):
+            schedule.times(4, 300)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "use_dynamic_shifting=true,time_shift_type=linear,base_shift=-2",
-        "use_dynamic_shifting=true,max_shift=1e300",
-    ],
-)
-def test_a_shift_out_of_range_is_refused_at_the_size_that_makes_it(text):
-    with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic_shifting"):
-        Schedule.parse(text).times(4, 300)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"_class_name": "DDIMScheduler"}, "it is a DDIMScheduler; only FlowMatchEuler"),
         ({"use_karras_sigmas": True, "shift": 3.0}, "use_karras_sigmas = True: not computed here"),
@@ -169,8 +153,8 @@ def test_a_shift_out_of_range_is_refused_at_the_size_that_makes_it(text):
         ({"time_shift_type": "cosine"}, "time_shift_type = 'cosine': .*exponential"),
     ],
 )
-def test_what_is_not_computed_is_named(config, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_not_computed_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
         Schedule.of_config(config)
 
 
