@@ -1,11 +1,6 @@
 """Prompts -> pictures, with the newest checkpoint of a run or with any weights.
 
 ./run_infer.sh --prompt "a handwritten seven" --out seven.png
-./run_infer.sh --prompts prompts.txt --steps 28 --cfg 2 --seed 3 --sampling.schedule schnell
-./run_infer.sh --prompt "a handwritten seven" --count 4 --seed -1 --out sevens.jpg
-./run_infer.sh --from-png seven.png --out again.png
-CONFIG_FILE=train_configs/flux_dev_model.toml ./run_infer.sh --weights assets/hf/FLUX.1-dev \\
-    --prompt "a red fox"
 """
 
 import argparse
@@ -23,10 +18,9 @@ from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_flux.formatting import format_bytes
 from torchtitan_flux.inference.captions import cut_captions
-from torchtitan_flux.inference.draw import NotFinite
+from torchtitan_flux.inference.draw import NotFinite, render
 from torchtitan_flux.inference.open_run import InferenceContext, open_run
 from torchtitan_flux.inference.options import FRESH_SEED, parse
-from torchtitan_flux.inference.render import render
 from torchtitan_flux.inference.targets import check_format, check_paths
 from torchtitan_flux.inference.task import Task, task_of
 from torchtitan_flux.startup.load_config import exit_on_config_error, load_config

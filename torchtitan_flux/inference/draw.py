@@ -5,19 +5,36 @@ own request and the shape of the batch that the transformer saw.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torchtitan.tools.logging import logger
+from tqdm import tqdm
 
-from torchtitan_flux.inference.stages import Stages
+from torchtitan_flux.image_file import save_picture
+from torchtitan_flux.inference.open_run import InferenceContext, load_model
+from torchtitan_flux.inference.picture_settings import Request
+from torchtitan_flux.inference.stages import Stages, all_loaded, low_memory_stages
+from torchtitan_flux.inference.targets import unwritable
+from torchtitan_flux.inference.task import Task
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.model.inputs import TextConditioning
+from torchtitan_flux.parallel.replicated_rows import Peers
 from torchtitan_flux.sampling.euler import all_finite
-from torchtitan_flux.sampling.generate import SampleSettings, denoise, displayable, initial_noise
+from torchtitan_flux.sampling.generate import (
+    SampleSettings,
+    denoise,
+    displayable,
+    initial_noise,
+    to_pil,
+)
+from torchtitan_flux.training.conditioning import build_tokenizer
 
 MAX_IMAGES_PER_CHUNK = 32
 """Pictures of a rank that go together through sequential stages, so that memory does not grow with
@@ -28,19 +45,47 @@ class NotFinite(RuntimeError):
     """A picture has values that are infinite or no number; says which one, and at which step."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """A picture to draw; its noise is a function of (settings.seed + repeat, index).
+def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
+    """Draw and write.
 
-    Attributes:
-        prompt: its caption.
-        index: number of the caption.
-        repeat: how many pictures of the same caption come before it.
+    Args:
+        context: what is drawn with.
+        task: what is drawn.
+        low_memory: one part after another, blocks from CPU memory.
+
+    Raises:
+        ValueError: a picture cannot be written.
+        NotFinite: a picture cannot be drawn; those before it are written.
     """
-
-    prompt: str
-    index: int
-    repeat: int = 0
+    ranks, first = Peers(context.dims.data_group), torch.distributed.get_rank() == 0
+    rounds = torch.arange(len(task.requests)).split(task.batch * context.dims.data_degree)
+    batches = [[task.requests[i] for i in ranks.own(one).tolist()] for one in rounds]
+    if low_memory:
+        weights, tokenizer = context.open_weights(), build_tokenizer(context.config)
+        stages = low_memory_stages(
+            context.config, context.args, weights, tokenizer, context.device, context.dtype
+        )
+    else:
+        stages = all_loaded(*load_model(context))
+    with tqdm(
+        total=sum(map(len, batches)) * task.settings.steps,
+        unit="step",
+        disable=not (first and sys.stderr.isatty()),
+        dynamic_ncols=True,
+    ) as bar:
+        images = draw(
+            stages, context.args.geometry, batches, task.settings, task.negative, bar.update
+        )
+        for numbers, batch in zip(rounds, images, strict=True):
+            together = ranks.join(batch.to(context.device), len(numbers)).cpu()
+            for i, image in zip(numbers.tolist(), together, strict=True) if first else ():
+                path, drawn = task.paths[i], task.picture(task.requests[i], context.names)
+                try:
+                    save_picture(to_pil(image), path, drawn.facts())
+                except OSError as error:
+                    raise unwritable(path, error) from None
+                bar.clear()
+                logger.info(f"{drawn.prompt!r}, seed {drawn.settings.seed} -> {path}")
 
 
 def draw(

@@ -5,7 +5,7 @@ import difflib
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
@@ -56,25 +56,23 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 """Option -> its help, and other arguments of `add_argument`."""
 
 
-class Range(NamedTuple):
-    """Numbers that an option takes, both ends included; in words."""
-
-    least: int | float
-    most: int | float
-    words: str
-
-    def holds(self, value: int | float) -> bool:
-        # an int may be too large to be asked whether it is finite
-        return self.least <= value <= self.most and value != math.inf
-
-
 RANGES = {
-    "steps": Range(1, 10_000, "at least 1, at most 10000"),
-    "count": Range(1, 10_000, "at least 1, at most 10000"),
-    "cfg": Range(0, math.inf, "a finite number, 0 or more; 1 is off"),
-    "guidance": Range(0, math.inf, "a finite number, 0 or more"),
-    "seed": Range(-1, math.inf, "0 or more, or -1 for a fresh one"),
+    "steps": (1, 10_000),
+    "count": (1, 10_000),
+    "cfg": (0, 10_000),
+    "guidance": (0, 10_000),
+    "seed": (FRESH_SEED, math.inf),
 }
+"""The least and the highest value of an option."""
+
+
+def out_of_range(name: str, value: int | float | None) -> str | None:
+    """What is wrong with the value of an option."""
+    least, most = RANGES[name]
+    if value is None or least <= value <= most:
+        return None
+    return f"at least {least}, at most {most}"
+
 
 OF_OTHER_PROGRAMS = {
     "--size HEIGHTxWIDTH": "height width resolution image_size img_size",
@@ -165,10 +163,11 @@ def _invalid(options: argparse.Namespace) -> list[str]:
         for name in ("out", "prompts", "weights", "from_png", "size")
         if getattr(options, name) == ""
     ]
-    for name, allowed in RANGES.items():
-        value = getattr(options, name)
-        if value is not None and not allowed.holds(value):
-            problems.append(f"--{name} {value}: {allowed.words}")
+    problems += [
+        f"--{name} {getattr(options, name)}: {wrong}"
+        for name in RANGES
+        if (wrong := out_of_range(name, getattr(options, name)))
+    ]
     if options.ema is not None and options.weights is not None:
         problems.append(
             "--ema is of a run's own checkpoint; scripts/convert_checkpoint.py --ema makes weights "

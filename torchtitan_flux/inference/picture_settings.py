@@ -1,4 +1,4 @@
-"""What a picture of ours says of itself, and what of it is read again."""
+"""A picture to draw, and what a drawn one says of itself."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +15,21 @@ SOFTWARE = "torchtitan-flux"
 
 class NoPicture(ValueError):
     """A file that says nothing of how it was drawn; the message says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture to draw; its noise is a function of (settings.seed + repeat, index).
+
+    Attributes:
+        prompt: its caption.
+        index: number of the caption.
+        repeat: how many pictures of the same caption come before it.
+    """
+
+    prompt: str
+    index: int
+    repeat: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The three parts that a picture passes: text encoders, transformer, codec.
 
-`all_loaded` has them on the device. `low_memory` loads each when its turn comes and frees it before
-the next one; accelerate's hooks bring T5's and the transformer's blocks from CPU memory to the
-device one at a time.
+`all_loaded` has them on the device. `low_memory_stages` loads each when its turn comes and frees it
+before the next one; accelerate's hooks bring T5's and the transformer's blocks from CPU memory to
+the device one at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +57,7 @@ def all_loaded(model: nn.Module, encoders: FrozenParts) -> Stages:
     )
 
 
-def low_memory(
+def low_memory_stages(
     config: FluxJobConfig,
     args: FluxModelArgs,
     weights: Weights,

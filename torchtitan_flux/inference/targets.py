@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import features
 
 from torchtitan_flux.image_file import FORMATS, LONGEST, exif_comment
-from torchtitan_flux.inference.draw import Request
+from torchtitan_flux.inference.picture_settings import Request
 from torchtitan_flux.latents import ImageSize
 
 

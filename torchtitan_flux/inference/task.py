@@ -13,9 +13,8 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.inference.draw import Request
-from torchtitan_flux.inference.options import RANGES
-from torchtitan_flux.inference.picture_settings import PictureSettings
+from torchtitan_flux.inference.options import out_of_range
+from torchtitan_flux.inference.picture_settings import PictureSettings, Request
 from torchtitan_flux.inference.targets import targets
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
@@ -26,8 +25,6 @@ from torchtitan_flux.weights.scheduler import stated_scheduler
 
 PUBLISHED_GUIDANCE = 3.5
 """Guidance input that Black Forest Labs draw with."""
-MAX_PIXELS = 65_536
-"""Of a side; beyond it no file format but PNG holds a picture, and no machine its attention."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +139,9 @@ def settings_of(
         given.setdefault("guidance", sample_guidance(config, args))
     settings = replace(base, **given)
     for name in ("steps", "cfg", "guidance"):
-        value = getattr(settings, name)
-        if value is not None and not RANGES[name].holds(value):
-            raise ValueError(f"--{name} {value} (by {source}): {RANGES[name].words}")
+        if wrong := out_of_range(name, getattr(settings, name)):
+            raise ValueError(f"--{name} {getattr(settings, name)} (by {source}): {wrong}")
     try:
-        if max(settings.size.height, settings.size.width) > MAX_PIXELS:
-            raise ValueError(f"at most {MAX_PIXELS} pixels a side")
         args.geometry.check(settings.size)
     except ValueError as error:
         size = options.size if options.size is not None else f"{settings.size} (by {source})"

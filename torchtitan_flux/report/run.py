@@ -82,9 +82,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         NotARun: there is nothing of a run in it.
     """
-    # an unset key is stored as "None"
     flat = _flat(asdict(FluxJobConfig())).items()
-    defaults = {key: "None" if value is None else value for key, value in flat}
+    defaults = {key: "None" if value is None else value for key, value in flat}  # as it is stored
     config = _read_config(folder)
     known = defaults | config
     starts = _read_starts(folder / str(known["metrics.save_tb_folder"]))

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from torchtitan_flux.encoders.codec import PixelCodec
-from torchtitan_flux.inference.draw import MAX_IMAGES_PER_CHUNK, NotFinite, Request, draw
+from torchtitan_flux.inference.draw import MAX_IMAGES_PER_CHUNK, NotFinite, draw
+from torchtitan_flux.inference.picture_settings import Request
 from torchtitan_flux.inference.stages import Stages
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS

@@ -9,7 +9,7 @@ import pytest
 
 from torchtitan_flux.image_file import FORMATS, LONGEST
 from torchtitan_flux.inference import targets as module
-from torchtitan_flux.inference.draw import Request
+from torchtitan_flux.inference.picture_settings import Request
 from torchtitan_flux.inference.targets import check_format, check_paths, targets
 from torchtitan_flux.latents import ImageSize
 
