@@ -24,10 +24,8 @@ _CODE = b"ASCII\0\0\0"
 def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
     """Write a picture in the format of its suffix, with what it was drawn with.
 
-    PNG has a text entry for each fact, JPEG and WebP have all as JSON in EXIF's UserComment.
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
-        ValueError: there are more facts than the format has room for; nothing is written.
+    PNG has a text entry for each fact, JPEG and WebP have all as JSON in EXIF's UserComment. Leaves
+    nothing where it raises OSError, or ValueError for more facts than the format has room for.
     """
     kind = FORMATS[path.suffix.lower()]
     if kind == "PNG":
@@ -45,11 +43,7 @@ def save_picture(image: Image.Image, path: Path, facts: Mapping[str, object]) ->
 
 
 def read_facts(path: Path) -> tuple[str, dict[str, str]]:
-    """(format, facts) of a picture; no facts where it holds none.
-
-    Raises:
-        OSError, ValueError: it is no picture that can be read.
-    """
+    """(format, facts) of a picture; OSError or ValueError where it cannot be read."""
     try:
         with Image.open(path) as image:
             kind = str(image.format)
@@ -64,11 +58,7 @@ def read_facts(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def exif_comment(facts: Mapping[str, object]) -> bytes:
-    """Facts as EXIF's UserComment.
-
-    Raises:
-        ValueError: EXIF has no room for them.
-    """
+    """Facts as EXIF's UserComment; ValueError where it has no room for them."""
     comment = _CODE + json.dumps({name: str(value) for name, value in facts.items()}).encode()
     if len(comment) > ROOM:
         raise ValueError(f"its prompt and settings take {len(comment)} bytes, EXIF holds {ROOM}")

@@ -46,12 +46,7 @@ class NotFinite(RuntimeError):
 
 
 def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
-    """Draw and write.
-
-    Args:
-        context: what is drawn with.
-        task: what is drawn.
-        low_memory: one part after another, blocks from CPU memory.
+    """Draw and write, on all ranks; each picture is written as soon as it is there.
 
     Raises:
         ValueError: a picture cannot be written.
@@ -100,9 +95,6 @@ def draw(
 
     Args:
         stages: text encoders, transformer and codec; of ranks that share them, all have to call.
-        geometry: of the flavor.
-        batches: what is asked for.
-        settings: size, steps, guidance, seed.
         negative_prompt: what classifier-free guidance moves away from.
         on_step: called after each step of a batch, with the number of its pictures.
 

@@ -75,8 +75,6 @@ def open_run(
 ) -> InferenceContext:
     """Find the checkpoint that `checkpoint.load_step` names (-1: the newest) of a run, or weights.
 
-    Works under torchrun on any number of ranks, and in a plain process as one rank.
-
     Args:
         config: of the run.
         weights: file or folder of any readable format, instead of the run's checkpoint.
@@ -126,11 +124,7 @@ def _open(weights: str, args: FluxModelArgs, config: FluxJobConfig) -> Weights:
 
 
 def find_checkpoint(config: FluxJobConfig) -> Path:
-    """The checkpoint folder that `checkpoint.load_step` means, or the newest that is good.
-
-    Raises:
-        FileNotFoundError: naming the folder, what is wrong there, and the keys that lead to it.
-    """
+    """The checkpoint folder that `checkpoint.load_step` means, or the newest that is good."""
     folder = checkpoint_folder(config)
     choice = choose_checkpoint(folder, config.checkpoint.load_step)
     damaged = [f"{step_folder(folder, s)} is damaged: {why}" for s, why in choice.damaged.items()]

@@ -22,7 +22,6 @@ class Request:
     """A picture to draw; its noise is a function of (settings.seed + repeat, index).
 
     Attributes:
-        prompt: its caption.
         index: number of the caption.
         repeat: how many pictures of the same caption come before it.
     """
@@ -61,11 +60,7 @@ class PictureSettings:
 
     @classmethod
     def read(cls, path: Path) -> "PictureSettings":
-        """From a PNG, JPEG or WebP.
-
-        Raises:
-            NoPicture: it is none, or not one that run_infer.sh wrote.
-        """
+        """From a PNG, JPEG or WebP; NoPicture where run_infer.sh did not write it."""
         try:
             _, text = read_facts(path)
         except FileNotFoundError:

@@ -65,16 +65,7 @@ def low_memory_stages(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Stages:
-    """Each part in memory only while it is needed, each block on the device while it computes.
-
-    Args:
-        config: names the encoders and the codec.
-        args: resolved model arguments.
-        weights: of the transformer, opened.
-        tokenizer: of the text encoders.
-        device: where they compute.
-        dtype: of the weights and the computation.
-    """
+    """Each part in memory only while it is needed, each block on the device while it computes."""
 
     @contextmanager
     def offloaded(model: nn.Module) -> Iterator[None]:

@@ -16,10 +16,8 @@ from torchtitan_flux.latents import ImageSize
 def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Request]) -> list[Path]:
     """Where each picture goes; in `folder` unless --out names another place.
 
-    A file holds one picture; of several, `x.png` becomes `x-1.png`, `x-2.png`, …
-
-    Raises:
-        ValueError: a file of a format that is not written.
+    A file holds one picture; of several, `x.png` becomes `x-1.png`, `x-2.png`, … Raises ValueError
+    for a format that is not written.
     """
     out, suffix = options.out, ".png"
     if out is not None:

@@ -53,12 +53,7 @@ class Task:
 
 
 def task_of(options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs) -> Task:
-    """Everything that the command line asks for.
-
-    Raises:
-        FileNotFoundError: naming the file that does not exist.
-        ValueError: naming the option that cannot be, and what can.
-    """
+    """All that the command line asks for; ValueError, FileNotFoundError name the option."""
     recorded: PictureSettings | None = options.recorded
     prompts = read_prompts(options, config.inference.prompts_path)
     settings = settings_of(options, config, args)

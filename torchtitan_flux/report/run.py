@@ -77,11 +77,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a dump folder.
-
-    Raises:
-        NotARun: there is nothing of a run in it.
-    """
+    """Read a dump folder; NotARun where there is nothing of a run in it."""
     flat = _flat(asdict(FluxJobConfig())).items()
     defaults = {key: "None" if value is None else value for key, value in flat}  # as it is stored
     config = _read_config(folder)
@@ -144,11 +140,7 @@ def spread(items: list, count: int) -> list:
 
 
 def read_grid(step: int, path: Path) -> Grid:
-    """A grid's file as a data URI, made smaller where it is large.
-
-    Raises:
-        OSError, ValueError, SyntaxError, DecompressionBombError: it is no picture.
-    """
+    """A grid's file as a data URI, made smaller where it is large."""
     content, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         image.load()
@@ -172,8 +164,7 @@ def read_grid(step: int, path: Path) -> Grid:
 def joined(starts: list[Start]) -> dict[str, Series]:
     """Series of a run, by tag; a later start counts from its first step on.
 
-    At that step itself only for what it logs again: a finished run that is started again keeps
-    the loss of its last step.
+    At that step itself only where it logs again: a finished run keeps the loss of its last step.
     """
     scalars: dict[str, Series] = {}
     for start in starts:

@@ -26,11 +26,8 @@ class SampleSettings:
     """How pictures are drawn; written into each.
 
     Attributes:
-        size: pixels.
-        steps: Euler steps.
         cfg: scale of classifier-free guidance; 1 switches it off.
         guidance: guidance input of a model with guidance embedding, else None.
-        schedule: which times the steps are at.
         seed: noise of picture i is a function of (seed, i).
     """
 
@@ -72,14 +69,8 @@ def generate(
 
     Args:
         model: FluxModel, sharded or not; every rank that shares it must call with as many prompts.
-        codec: decodes latents to images.
-        encode_text: captions -> conditioning.
-        geometry: of the model's flavor.
-        prompts: one batch of captions.
         indices: number of each picture; it starts from noise (settings.seed, index).
-        settings: size, steps, guidance, seed.
         negative_prompt: what classifier-free guidance moves away from.
-        device: where the model is.
         on_step: called with the packed tokens after each Euler step.
     """
     noise = torch.stack([initial_noise(geometry, settings.size, settings.seed, i) for i in indices])

@@ -20,12 +20,7 @@ from torchtitan_flux.training.conditioning import FrozenParts
 class ImageSampler:
     """Draws with a model that the data ranks share; picture i starts from noise (seed, i).
 
-    Args:
-        model: FluxModel after parallelize_flux.
-        parts: encoders, codec, device.
-        geometry: of the flavor.
-        dims: data ranks draw different pictures.
-        batch_size: pictures that a rank draws at once.
+    A rank draws `batch_size` pictures at once.
     """
 
     def __init__(

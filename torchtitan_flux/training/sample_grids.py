@@ -25,12 +25,9 @@ class SampleGrids(Hook):
     """Draws them at the steps that `[sampling]` names.
 
     Args:
-        config: its sections job, model, sampling and training.
-        sampler: draws on all ranks.
-        settings: of every grid.
         metrics: gets the pictures, and takes the time out of the throughput.
         weights: which are drawn with; an average's grid has its name in its own.
-        on_begin: called before a grid is drawn.
+        on_begin: called with the step before its grids are drawn.
     """
 
     def __init__(
