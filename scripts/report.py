@@ -4,7 +4,7 @@ python scripts/report.py outputs/flux_digits
 python scripts/report.py outputs/flux_digits --out report.html
 """
 
-from torchtitan_flux.report.command import main
+from torchtitan_flux.report.__main__ import main
 
 if __name__ == "__main__":
     main()

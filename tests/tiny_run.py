@@ -125,7 +125,7 @@ def painted_and_measured(argv: list[str], replicate: int) -> tuple[Tensor, float
     values = dict(randomize(FluxModel(trainer.model_args), 3).named_parameters())
     for part in trainer.model_parts:
         fill(part, values)
-    images = trainer.painter.draw(
+    images = trainer.image_sampler.sample(
         [f"picture {i}" for i in range(5)], sample_settings(trainer.job_config, trainer.model_args)
     )
     losses = []

@@ -1,12 +1,9 @@
 """Files of a Hugging Face repository: sizes first, then huggingface_hub's own download.
 
-    python -m torchtitan_flux.downloads --repo_id black-forest-labs/FLUX.1-dev --assets transformer
-
-The same as scripts/download_hf_assets.py, where only a wheel is installed.
+scripts/download_hf_assets.py where only a wheel is installed: python -m torchtitan_flux.downloads
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import sys
@@ -27,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from torchtitan_flux.files import try_lock
 from torchtitan_flux.formatting import format_bytes, listed
@@ -41,6 +39,19 @@ KINDS = {
     "config": ("config.json", "generation_config.json"),
 }
 """What --assets means where the repository has no such folder, as in torchtitan's script."""
+
+
+OPTIONS = {
+    "repo_id": {"required": True, "help": "such as black-forest-labs/FLUX.1-dev"},
+    "assets": {"nargs": "+", "default": [], "help": f"folders, or kinds: {', '.join(KINDS)}"},
+    "additional_patterns": {"nargs": "+", "default": [], "help": "files: ae.safetensors '*.json'"},
+    "all": {"action": "store_true", "help": "every file of the repository"},
+    "local_dir": {"type": Path, "help": "where the repository's folder goes (assets/hf)"},
+    "revision": {"help": "branch, tag or commit (main)"},
+    "hf_token": {"help": "default: HF_TOKEN, then the stored login"},
+    "dry_run": {"action": "store_true", "help": "list files and sizes, fetch nothing"},
+}
+"""As of torchtitan's own script."""
 
 
 class DownloadError(Exception):
@@ -68,26 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags; torchtitan's own script has the same names."""
     parser = argparse.ArgumentParser(
         prog="download_hf_assets.py",
         description="Fetch files of a Hugging Face repository; pickles never.",
         epilog="Exit status: 0 all is there and right; 2 nothing was fetched; 1 stopped on the way",
     )
-    add = parser.add_argument
-    add("--repo_id", required=True, help="such as black-forest-labs/FLUX.1-dev")
-    add("--assets", nargs="+", default=[], help=f"folders, or kinds of files: {', '.join(KINDS)}")
-    add("--additional_patterns", nargs="+", default=[], help="files: ae.safetensors '*.json'")
-    add("--all", action="store_true", help="every file of the repository")
-    add("--local_dir", type=Path, help="where the repository's folder goes (assets/hf)")
-    add("--revision", help="branch, tag or commit (main)")
-    add("--hf_token", help="default: HF_TOKEN, then the stored login")
-    add("--dry_run", action="store_true", help="list files and sizes, fetch nothing")
+    for name, arguments in OPTIONS.items():
+        parser.add_argument(f"--{name}", **arguments)
     return parser
 
 
 def default_folder() -> Path:
-    """assets/hf: the one that configurations would read, else in the checkout, else here."""
+    """assets/hf: the one that configurations read, else in the checkout, else here."""
     if found := locate("assets/hf"):
         return found
     checkout = PACKAGE.parent
@@ -95,26 +98,18 @@ def default_folder() -> Path:
 
 
 def download(options: argparse.Namespace) -> None:
-    """Say what will be fetched and how much it is, check access and space, fetch and verify it.
-
-    Raises:
-        DownloadError: of status 2 before anything was fetched, of status 1 afterwards.
-    """
-    repo, token = options.repo_id, options.hf_token
-    status = 2
+    """Say what will be fetched and how much it is, check access and space, fetch and verify it."""
+    repo, token, status = options.repo_id, options.hf_token, 2
     try:
         info = HfApi(token=token).model_info(repo, revision=options.revision, files_metadata=True)
-        chosen = choose(
-            info.siblings or [], options.assets, options.additional_patterns, options.all
-        )
+        files = info.siblings or []
+        chosen = choose(files, options.assets, options.additional_patterns, options.all)
         parent = default_folder() if options.local_dir is None else options.local_dir.expanduser()
         folder = (parent / repo.split("/")[-1]).absolute()
         print(f"{repo} at {info.sha}, to {folder}")
-        missing = []
+        missing = [file for file in chosen if not is_right(folder / file.rfilename, file)]
         for file in chosen:
-            there = is_right(folder / file.rfilename, file)
-            missing += [] if there else [file]
-            state = "  is here" if there else ""
+            state = "" if file in missing else "  is here"
             print(f"{format_bytes(file.size or 0):>10}  {file.rfilename}{state}", flush=True)
         if missing:  # anyone may list a gated repository, not read it
             url = hf_hub_url(repo, missing[0].rfilename, revision=info.sha)
@@ -122,23 +117,18 @@ def download(options: argparse.Namespace) -> None:
         check_space(folder, sum(file.size or 0 for file in missing))
         if options.dry_run:
             return
-        with _alone(folder):
+        with _locked(folder):
             for file in missing:
                 status, path = 1, folder / file.rfilename
+                path.unlink(missing_ok=True)  # the hub's client trusts one of the right size
                 hf_hub_download(
-                    repo,
-                    file.rfilename,
-                    revision=info.sha,
-                    local_dir=folder,
-                    token=token,
-                    force_download=path.exists(),  # it would trust one of the right size
+                    repo, file.rfilename, revision=info.sha, local_dir=folder, token=token
                 )
                 if not is_right(path, file):
                     path.unlink()
                     raise DownloadError(
-                        f"{file.rfilename}: what was sent is not the file that the hub lists; it "
-                        "was deleted. Run the same command again; if it happens twice, a proxy or "
-                        "the disk changes bytes",
+                        f"{file.rfilename}: its checksum is wrong; it was deleted. Run the same "
+                        "command again; if it happens twice, a proxy or the disk changes bytes",
                         status,
                     )
     except (HFValidationError, HTTPError, OSError, ValueError, TypeError) as error:
@@ -147,12 +137,8 @@ def download(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second download out of the folder, and clear what a killed one left.
-
-    Raises:
-        DownloadError: another one is at work.
-    """
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second download out of the folder, and clear what a killed one left."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -168,13 +154,9 @@ def _alone(folder: Path) -> Iterator[None]:
 def choose(
     files: Sequence[RepoSibling], assets: Sequence[str], patterns: Sequence[str], everything: bool
 ) -> list[RepoSibling]:
-    """The files that are meant, without pickles.
+    """The files that are meant, without pickles; DownloadError with all that cannot be meant.
 
     A pattern with a slash is matched against the whole path, one without against the file name.
-
-    Raises:
-        DownloadError: something that no file answers to, with the nearest names, or only pickles;
-            a name that leaves the folder. All of it in one message.
     """
     names = [file.rfilename for file in files]
     problems = [
@@ -183,11 +165,18 @@ def choose(
         if name.startswith("/") or ".." in PurePosixPath(name).parts
     ]
     folders = {name.split("/")[0] for name in names if "/" in name}
+    wanted = [("--additional_patterns", pattern, (pattern,)) for pattern in patterns]
+    for asset in (asset.rstrip("/") for asset in assets):
+        globs = (f"{asset}/*",) if asset in folders else KINDS.get(asset, ())
+        wanted.append(("--assets", asset, globs))
     chosen = set(names) if everything else set()
-    wanted = [("--assets", a.rstrip("/"), _of_asset(a.rstrip("/"), folders)) for a in assets]
-    wanted += [("--additional_patterns", pattern, (pattern,)) for pattern in patterns]
     for flag, given, globs in wanted:
-        found = {name for name in names if any(_matches(name, glob) for glob in globs)}
+        found = {
+            name
+            for name in names
+            for glob in globs
+            if fnmatchcase(name if "/" in glob else PurePosixPath(name).name, glob)
+        }
         if not found:
             near = get_close_matches(given, [*folders, *names], n=3, cutoff=0.5)
             hint = f"near: {', '.join(near)}" if near else f"it has: {listed(names)}"
@@ -204,27 +193,14 @@ def is_right(path: Path, file: RepoSibling) -> bool:
     """Whether `path` holds exactly this file: its sha256, or git's checksum of a small one."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    digest = hashlib.sha256() if file.lfs else hashlib.sha1(f"blob {file.size}\0".encode())
+    if not file.lfs:
+        return git_hash(path.read_bytes()) == file.blob_id
     with path.open("rb") as content:
-        while chunk := content.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == (file.lfs.sha256 if file.lfs else file.blob_id)
-
-
-def _of_asset(asset: str, folders: set[str]) -> tuple[str, ...]:
-    return (f"{asset}/*",) if asset in folders else KINDS.get(asset, ())
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name if "/" in pattern else PurePosixPath(name).name, pattern)
+        return sha_fileobj(content).hex() == file.lfs.sha256
 
 
 def check_space(folder: Path, need: int) -> None:
-    """Say what is needed and free, in bytes.
-
-    Raises:
-        DownloadError: it does not fit, or `folder` cannot be one.
-    """
+    """Say what is needed and free, in bytes; raise DownloadError where it does not fit."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir():
         raise DownloadError(f"{there} is no folder: change --local_dir")

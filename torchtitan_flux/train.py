@@ -44,7 +44,7 @@ class DigitsScore(Hook):
         trainer = self.trainer
         prompts, labels = score_prompts(trainer.config.score.count)
         settings = score_settings(trainer.config, trainer.model_args)
-        score = score_digits(trainer.painter.draw(prompts, settings), labels)
+        score = score_digits(trainer.image_sampler.sample(prompts, settings), labels)
         trainer.metrics_processor.write({"score/read_as_prompted(%)": 100 * score.read}, step)
         return [score.line]
 

@@ -25,7 +25,7 @@ from torchtitan_flux.checkpoint.folder import choose_checkpoint, complete_steps
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan_flux.checkpoint.storage import SafeReader
 from torchtitan_flux.startup.load_config import load_config
-from torchtitan_flux.training import distributed_sampler as pictures
+from torchtitan_flux.training import sample_grids as pictures
 from torchtitan_flux.training.trainer import FluxTrainer
 
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "2", "--lr_scheduler.warmup_steps", "2")

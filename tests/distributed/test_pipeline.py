@@ -16,7 +16,7 @@ from tiny_run import GLOBAL_BATCH, Run, arguments, train, worst
 from torch import Tensor
 from twins import TWIN, Case, assert_as_on_one_device, difference, fill, mutant, reference
 
-from torchtitan_flux.inference.open_run import open_session
+from torchtitan_flux.inference.open_run import load_model, open_run
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel import pipeline_stage
@@ -217,7 +217,7 @@ def test_a_run_has_the_losses_of_one_rank(one_rank, pipelined):
 def opened(dump: Path) -> dict[str, Tensor]:
     """The weights that `infer` and `score` draw with, on ranks that share all of them."""
     argv = arguments(dump, GLOBAL_BATCH // 2, *SHORT, *pp("1F1B"))
-    model = open_session(load_config(argv, training=False)).model
+    model = load_model(open_run(load_config(argv, training=False)))[0]
     return {name: p.full_tensor() for name, p in model.named_parameters()}
 
 

@@ -12,7 +12,7 @@ from tiny_run import arguments, train
 from twins import whole
 from weight_files import bfl_file
 
-from torchtitan_flux.inference.open_run import open_session
+from torchtitan_flux.inference.open_run import load_model, open_run
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.weights.open import open_weights
@@ -24,7 +24,7 @@ SAID = "1 double and 3 single blocks, model.flavor = 'flux-tiny' 2 and 2"
 def drawn_with(argv: list[str], places: list[str | None]) -> list[dict[str, torch.Tensor]]:
     """The weights that sessions draw with: of files, and of the run itself."""
     config = load_config(argv, training=False)
-    models = [open_session(config, weights=weights).model for weights in places]
+    models = [load_model(open_run(config, weights))[0] for weights in places]
     return [{n: whole(p.detach()).clone() for n, p in m.named_parameters()} for m in models]
 
 

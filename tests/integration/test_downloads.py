@@ -25,6 +25,7 @@ REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "scripts" / "download_hf_assets.py"
 AE = "ae.safetensors"
 LARGE = 3_000_017
+ONLY_AE = ("--additional_patterns", AE)
 
 
 def content(size: int) -> bytes:
@@ -73,13 +74,16 @@ def start(
     )
 
 
-def run(hub: HubServer, tmp_path: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
-    """The same, to its end."""
+def run(
+    hub: HubServer, tmp_path: Path, *arguments: str, status: int = 0, **more: str | None
+) -> tuple[str, str]:
+    """The same, to its end; both streams."""
     process = start(hub, tmp_path, *arguments, **more)
     out, err = process.communicate(timeout=120)
+    assert process.returncode == status, out + err
     assert "Traceback" not in err
     assert "hf_good" not in out + err
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return out, err
 
 
 def here(tmp_path: Path) -> dict[str, bytes]:
@@ -95,71 +99,62 @@ def here(tmp_path: Path) -> dict[str, bytes]:
 def test_what_is_meant_arrives_and_a_second_run_fetches_nothing(hub, tmp_path):
     assets = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
     argv = ("--assets", *assets, "--additional_patterns", AE)
-    done = run(hub, tmp_path, *argv, token=None, HF_TOKEN="hf_good")
-    assert done.returncode == 0, done.stderr
-    wanted = {
-        n: c for n, c in FILES.items()
-        if n == AE or (n.split("/")[0] in assets and not n.endswith(".bin"))
-    }  # fmt: skip
-    assert here(tmp_path) == wanted
-    assert f"{hub.repo_id} at {COMMIT}" in done.stdout
+    listed, _ = run(hub, tmp_path, "--all", "--dry_run")
+    assert all(name in listed for name in FILES if not name.endswith(".bin"))
+    assert here(tmp_path) == {}
+    hub.asked.clear()
+    out, _ = run(hub, tmp_path, *argv, token=None, HF_TOKEN="hf_good")
+    assert here(tmp_path) == {
+        name: content
+        for name, content in FILES.items()
+        if name == AE or (name.split("/")[0] in assets and not name.endswith(".bin"))
+    }
+    assert f"{hub.repo_id} at {COMMIT}" in out
     assert {path.startswith("/cdn/"): token for _, path, token in hub.asked} == {
         False: "hf_good",
         True: None,
     }, "the token stays with the hub"
     hub.served.clear()
-    again = run(hub, tmp_path, *argv)
-    assert again.returncode == 0
-    assert "ae.safetensors  is here" in again.stdout
+    assert "ae.safetensors  is here" in run(hub, tmp_path, *argv)[0]
     assert not hub.served
-
-
-def test_a_dry_run_shows_sizes_and_leaves_nothing(hub, tmp_path):
-    done = run(hub, tmp_path, "--all", "--dry_run")
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in FILES if not name.endswith(".bin"))
-    assert here(tmp_path) == {}
 
 
 def test_cut_once_the_same_run_goes_on(hub, tmp_path):
     hub.cut_once[AE] = 1_000_003
-    assert run(hub, tmp_path, "--additional_patterns", AE).returncode == 0
+    run(hub, tmp_path, *ONLY_AE)
     assert here(tmp_path) == {AE: FILES[AE]}
 
 
 def test_a_killed_run_leaves_nothing_behind_and_keeps_a_second_one_out(hub, tmp_path):
     hub.stall_at[AE] = LARGE // 2
     folder = tmp_path / "assets/hf/FLUX.1-dev"
-    first = start(hub, tmp_path, "--additional_patterns", AE)
+    first = start(hub, tmp_path, *ONLY_AE)
     try:
         assert hub.stalled.wait(60)
-        busy = run(hub, tmp_path, "--additional_patterns", AE)
+        assert "another download" in run(hub, tmp_path, *ONLY_AE, status=2)[1]
     finally:
         first.kill()
         first.wait()
-    assert (busy.returncode, "another download" in busy.stderr) == (2, True)
     hub.stall_at.clear()
     assert list(folder.rglob("*.incomplete"))
-    assert run(hub, tmp_path, "--additional_patterns", AE).returncode == 0
+    run(hub, tmp_path, *ONLY_AE)
     assert not list(folder.rglob("*.incomplete"))
     assert here(tmp_path) == {AE: FILES[AE]}
 
 
 def test_a_wrong_checksum_leaves_no_file_and_a_damaged_one_is_replaced(hub, tmp_path):
     hub.corrupt.add(AE)
-    done = run(hub, tmp_path, "--additional_patterns", AE)
-    assert done.returncode == 1
-    assert "it was deleted" in done.stderr
+    assert "it was deleted" in run(hub, tmp_path, *ONLY_AE, status=1)[1]
     assert here(tmp_path) == {}
     hub.corrupt.clear()
-    assert run(hub, tmp_path, "--additional_patterns", AE).returncode == 0
+    run(hub, tmp_path, *ONLY_AE)
     path = tmp_path / "assets/hf/FLUX.1-dev" / AE
     path.write_bytes(bytes([FILES[AE][0] ^ 1]) + FILES[AE][1:])  # of the same size
-    assert run(hub, tmp_path, "--additional_patterns", AE).returncode == 0
+    run(hub, tmp_path, *ONLY_AE)
     assert here(tmp_path) == {AE: FILES[AE]}
 
 
-def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2_000_000}))
     with pytest.raises(DownloadError, match="not enough space"):
         check_space(tmp_path / "new", 3_000_000)
@@ -168,31 +163,29 @@ def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "token", "words"),
     [
-        (("--additional_patterns", AE), None, ["gated", "--hf_token", "HF_TOKEN"]),
-        (("--additional_patterns", AE), "hf_no_licence", ["accept its licence"]),
-        (("--additional_patterns", AE), "hf_wrong", ["token"]),
+        (ONLY_AE, None, ["gated", "--hf_token", "HF_TOKEN"]),
+        (ONLY_AE, "hf_no_licence", ["accept its licence"]),
+        (ONLY_AE, "hf_wrong", ["token"]),
         (("--additional_patterns", "ae.safetensor"), "hf_good", ["near: ae.safetensors"]),
         (("--assets", "text_encoder_3"), "hf_good", ["text_encoder_3", "text_encoder_2"]),
         (("--additional_patterns", "pytorch_model.bin"), "hf_good", ["pickle"]),
-        (("--additional_patterns", AE, "--revision", "v2"), "hf_good", ["--revision"]),
+        ((*ONLY_AE, "--revision", "v2"), "hf_good", ["--revision"]),
         (("--all", "--repo_id", "black-forest-labs/FLUX.1-Dev"), "hf_good", ["no such repository"]),
         (("--all", "--repo_id", "a/b/c"), "hf_good", ["owner/name"]),
     ],
 )
 def test_what_cannot_be_is_one_message_with_status_2(hub, tmp_path, arguments, token, words):
-    done = run(hub, tmp_path, *arguments, token=token)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    _, message = run(hub, tmp_path, *arguments, status=2, token=token)
+    assert all(word in message for word in words), message
     assert here(tmp_path) == {}
 
 
 def test_offline_and_no_hub(hub, tmp_path):
-    done = run(hub, tmp_path, "--all", HF_HUB_OFFLINE="1")
-    assert (done.returncode, "HF_HUB_OFFLINE is set" in done.stderr) == (2, True)
-    for answer in (b"<html>Log in to the network</html>", b"[]"):
-        hub.api_says = (200, answer)
-        done = run(hub, tmp_path, "--all")
-        assert (done.returncode, "does not answer like a hub" in done.stderr) == (2, True)
+    _, message = run(hub, tmp_path, "--all", status=2, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set" in message
+    for hub.api_answer in (b"<html>Log in to the network</html>", b"[]"):
+        message = run(hub, tmp_path, "--all", status=2)[1]
+        assert "does not answer like a hub" in message
 
 
 def sibling(name: str) -> RepoSibling:

@@ -3,9 +3,9 @@
 import errno
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -20,43 +20,45 @@ from tiny_run import arguments
 
 from torchtitan_flux import infer, train
 from torchtitan_flux.image_file import read_facts
-from torchtitan_flux.inference import draw, render
+from torchtitan_flux.inference import draw
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.training.trainer import FluxTrainer
 
 ARGS = FLAVORS["flux-tiny"]
-PROMPTS = ("--prompt", "a red circle", "--prompt", "a blue square", "--prompt", "a red circle")
+CIRCLE = ("--prompt", "a red circle")
+PROMPTS = (*CIRCLE, "--prompt", "a blue square", *CIRCLE)
 SEED = ("--seed", "11")
-SETTINGS = ("--steps", "2", "--cfg", "2", "--negative", "blurred", *SEED)
+SETTINGS = ("--steps", "2", "--cfg", "2", "--negative", "blurred")
 NAMES = ("0000-a-red-circle.png", "0001-a-blue-square.png", "0002-a-red-circle.png")
 SINGLE = ("--inference.local_batch_size", "1")
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command line, and what is done to this rank before."""
+class Command(NamedTuple):
+    """A command line, and what runs it in a rank."""
 
     argv: list[str]
-    before: Callable[[], None] = lambda: None
     main: Callable[[], None] = infer.main
 
 
 def run(commands: list[Command]) -> list[Said]:
     """`run_infer.sh` without its launcher, several times in one process."""
-
-    def prepared(command: Command) -> None:
-        command.before()
-        command.main()
-
-    return [attempt(partial(prepared, command), command.argv) for command in commands]
+    return [attempt(command.main, command.argv) for command in commands]
 
 
-def own(dump: Path, *more: str) -> list[str]:
-    return [*PROMPTS, *SETTINGS, *more, *arguments(dump, 8)]
+def patched(target: object, name: str, value: object, main: Callable[[], None]) -> None:
+    with patch.object(target, name, value):
+        main()
 
 
-@dataclass(frozen=True)
-class Drawn:
+def nothing_opened() -> None:
+    patched(infer, "open_run", None, infer.main)  # calling it fails
+
+
+def in_small_chunks() -> None:
+    patched(draw, "MAX_IMAGES_PER_CHUNK", 1, infer.main)
+
+
+class Drawn(NamedTuple):
     folder: Path
     dump: Path
     said: dict[str, Said]
@@ -64,14 +66,9 @@ class Drawn:
     def pixels(self, name: str) -> bytes:
         return pixels(self.folder / name)
 
-
-def nothing_opened() -> None:
-    with patch.object(infer, "open_run", side_effect=AssertionError("opened")):
-        infer.main()
-
-
-def one_round_a_time() -> None:
-    draw.MAX_IMAGES_PER_CHUNK = 1
+    def text(self, name: str, status: int = 0) -> str:
+        assert self.said[name].status == status, self.said[name].text
+        return self.said[name].text
 
 
 @pytest.fixture(scope="module")
@@ -79,96 +76,93 @@ def drawn(tmp_path_factory) -> Drawn:
     folder = tmp_path_factory.mktemp("drawn")
     dump, png = folder / "run", folder / "normal" / NAMES[1]
     save_checkpoint(dump / "checkpoint/step-7", ARGS, nonzero_model(ARGS, 3).state_dict())
-    again = ("--from-png", str(png), *arguments(dump, 8), "--out")
-    alone = ("--prompt", "a red circle", *SETTINGS[:6], *SINGLE, *arguments(dump, 8))
-    counted = ("--prompt", "a red circle", "--count", "2", *arguments(dump, 8))
-    jpeg, taken = str(folder / "jpeg-2.jpg"), folder / "taken.png"
+    taken = folder / "taken.png"
     taken.touch()
+
+    def command(out: str, *argv: str, main: Callable[[], None] = infer.main) -> Command:
+        return Command([*argv, *arguments(dump, 8), "--out", str(folder / out)], main)
+
+    again = ("--from-png", str(png))
+    all_three, alone = (*PROMPTS, *SETTINGS, *SEED), (*CIRCLE, *SETTINGS, *SINGLE)
     commands = {
-        "normal": Command(own(dump, "--out", str(folder / "normal"))),
-        "low": Command(own(dump, "--out", str(folder / "low"), "--low_memory"), one_round_a_time),
-        "again": Command([*again, str(folder / "again.png")]),
-        "other seed": Command([*again, str(folder / "other.png"), "--seed", "12"]),
-        "other words": Command([*again, str(folder / "words.png"), "--prompt", "a red circle"]),
-        "counted": Command([*alone, *SEED, "--count", "3", "--out", str(folder / "n.webp")]),
-        "alone": Command([*alone, "--seed", "13", "--out", str(folder / "third.png")]),
-        "jpeg": Command([*counted, *SETTINGS, "--out", str(folder / "jpeg.jpg")]),
-        "jpeg again": Command(
-            ["--from-png", jpeg, "--out", f"{folder}/j.JPG", *arguments(dump, 8)]
-        ),
-        "there": Command([*alone, *SEED, "--out", str(taken)], main=nothing_opened),
-        "over": Command([*alone, *SEED, "--out", str(taken), "--overwrite"]),
-        "fresh": Command([*alone, "--seed", "-1", "--out", str(folder / "fresh.png")]),
-        "long": Command([*alone, *SEED, "--out", str(folder / "l.png"), "--prompt", "fox " * 99]),
+        "normal": command("normal", *all_three),
+        "low": command("low", *all_three, "--low_memory", main=in_small_chunks),
+        "again": command("again.png", *again),
+        "other seed": command("other.png", *again, "--seed", "12"),
+        "other words": command("words.png", *again, *CIRCLE),
+        "counted": command("n.webp", *alone, *SEED, "--count", "3"),
+        "alone": command("third.png", *alone, "--seed", "13"),
+        "jpeg": command("jpeg.jpg", *CIRCLE, *SETTINGS, *SEED, "--count", "2"),
+        "jpeg again": command("j.JPG", "--from-png", str(folder / "jpeg-2.jpg")),
+        "there": command("taken.png", *alone, *SEED, main=nothing_opened),
+        "over": command("taken.png", *alone, *SEED, "--overwrite"),
+        "fresh": command("fresh.png", *alone, "--seed", "-1"),
+        "long": command("l.png", *alone, *SEED, "--prompt", "fox " * 99),
     }
     (said,) = run_ranks(1, run, list(commands.values()))
     return Drawn(folder, dump, dict(zip(commands, said, strict=True)))
 
 
 def test_low_memory_draws_the_same_pictures(drawn):
-    assert drawn.said["normal"].status == drawn.said["low"].status == 0, drawn.said
+    drawn.text("normal")
+    drawn.text("low")
     for name in NAMES:
         assert drawn.pixels(f"low/{name}") == drawn.pixels(f"normal/{name}")
-    assert drawn.pixels(f"normal/{NAMES[0]}") != drawn.pixels(f"normal/{NAMES[1]}")
-    assert drawn.pixels(f"normal/{NAMES[0]}") != drawn.pixels(f"normal/{NAMES[2]}"), "other noise"
+    assert len({drawn.pixels(f"normal/{name}") for name in NAMES}) == 3
 
 
 def test_from_png_draws_the_picture_again(drawn):
-    said = drawn.said["again"]
-    assert said.status == 0, said.text
-    assert "Not the same picture" not in said.text
+    assert "Not the same picture" not in drawn.text("again")
     assert drawn.pixels("again.png") == drawn.pixels(f"normal/{NAMES[1]}")
     facts = read_facts(drawn.folder / "again.png")[1]
     assert (facts["index"], facts["negative_prompt"]) == ("1", "blurred")
-    assert drawn.said["jpeg again"].status == 0, drawn.said["jpeg again"].text
+    drawn.text("jpeg again")
     assert drawn.pixels("j.JPG") == drawn.pixels("jpeg-2.jpg") != drawn.pixels("jpeg-1.jpg")
 
 
-def test_what_the_command_line_says_outranks_the_picture_and_is_said(drawn):
+def test_the_command_line_outranks_the_picture_and_says_so(drawn):
     for name, path, line in (
-        ("other seed", "other.png", "--seed 12 (the picture: 11)"),
-        ("other words", "words.png", "--prompt (the picture: 'a blue square')"),
+        ("other seed", "other.png", "seed 12 (the picture: 11)"),
+        ("other words", "words.png", "prompt a red circle (the picture: a blue square)"),
     ):
-        assert drawn.said[name].status == 0, drawn.said[name].text
-        assert line in drawn.said[name].text
+        assert line in drawn.text(name)
         assert drawn.pixels(path) != drawn.pixels(f"normal/{NAMES[1]}")
 
 
 def test_a_counted_picture_is_the_one_of_its_own_seed(drawn):
-    assert drawn.said["counted"].status == drawn.said["alone"].status == 0, drawn.said
+    drawn.text("counted")
+    drawn.text("alone")
     names = [f"n-{i}.webp" for i in (1, 2, 3)]
     assert len({drawn.pixels(name) for name in names}) == 3
     assert drawn.pixels("n-3.webp") == drawn.pixels("third.png")
 
 
-def test_a_picture_that_is_there_is_replaced_only_when_told_to(drawn):
+def test_an_existing_picture_is_replaced_only_with_overwrite(drawn):
     """And refused before weights are looked for."""
-    said = drawn.said["there"]
-    assert said.status == 2, said.text
-    assert "taken.png exists already: --overwrite replaces it" in said.text
-    assert drawn.said["over"].status == 0, drawn.said["over"].text
+    assert "taken.png exists already: --overwrite replaces it" in drawn.text("there", status=2)
+    drawn.text("over")
     assert drawn.pixels("taken.png") == drawn.pixels("n-1.webp")
 
 
-def test_a_fresh_seed_is_said_and_kept_and_cut_captions_are_said(drawn):
-    seed = re.search(r"--seed (\d+) was drawn", drawn.said["fresh"].text)
+def test_a_fresh_seed_and_cut_captions_are_logged(drawn):
+    seed = re.search(r"--seed (\d+) was drawn", drawn.text("fresh"))
     assert seed is not None
     assert read_facts(drawn.folder / "fresh.png")[1]["seed"] == seed[1]
-    said = drawn.said["long"]
-    assert said.status == 0, said.text
-    assert re.search(r"fox fox.* is cut for T5: it has \d+ tokens, 32 are read", said.text)
-    assert "is cut for CLIP" in said.text
+    text = drawn.text("long")
+    assert re.search(r"fox fox.* is cut for T5: it has \d+ tokens, 32 are read", text)
+    assert "is cut for CLIP" in text
 
 
 @pytest.mark.slow
 def test_two_ranks_draw_the_same_pictures_on_either_path(drawn, tmp_path):
     """Batches of one, so that the transformer sees the same shapes whoever draws."""
-    commands = [
-        Command(own(drawn.dump, "--out", str(tmp_path / name), *more, *SINGLE), one_round_a_time)
-        for name, more in {"normal": (), "low": ("--low_memory",)}.items()
-    ]
-    run_ranks(1, run, [Command(own(drawn.dump, "--out", str(tmp_path / "one"), *SINGLE))])
-    for said in run_ranks(2, run, commands):
+
+    def command(name: str, *more: str) -> Command:
+        argv = [*PROMPTS, *SETTINGS, *SEED, *SINGLE, *more, *arguments(drawn.dump, 8)]
+        return Command([*argv, "--out", str(tmp_path / name)], in_small_chunks)
+
+    run_ranks(1, run, [command("one")])
+    for said in run_ranks(2, run, [command("normal"), command("low", "--low_memory")]):
         assert [one.status for one in said] == [0, 0], said
     for name in NAMES:
         expected = pixels(tmp_path / "one" / name)
@@ -194,57 +188,45 @@ def too_much(*_: object) -> None:
     torch.empty(2**46)  # more than there are addresses for
 
 
-def draw_too_much() -> None:
-    infer.render = too_much
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def on_a_full_disk() -> None:
-    error = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(render, "save_picture", side_effect=error):
-        infer.main()
+FORWARD = FluxModel.forward
 
 
-def not_finite() -> None:
+def not_finite(self, *args: torch.Tensor) -> torch.Tensor:
     """From the second step on."""
-    forward = FluxModel.forward
-
-    def at_half(self, *args: torch.Tensor) -> torch.Tensor:
-        velocity = forward(self, *args)
-        return velocity if args[4][0] > 0.9 else velocity * torch.inf
-
-    with patch.object(FluxModel, "forward", at_half):
-        infer.main()
-
-
-def train_too_much() -> None:
-    FluxTrainer.train_step = too_much  # type: ignore[method-assign]
+    velocity = FORWARD(self, *args)
+    return velocity if args[4][0] > 0.9 else velocity * torch.inf
 
 
 @pytest.fixture(scope="module")
 def refused(drawn, tmp_path_factory) -> dict[str, Said]:
     """What is asked for and cannot be; nothing is drawn."""
     folder = tmp_path_factory.mktemp("refused")
-    plain, png = folder / "plain", drawn.folder / "normal" / NAMES[1]
+    plain, never = folder / "plain", folder / "never.png"
     plain.touch()
-    nowhere = ("--out", str(folder / "never.png"))
-    one = ["--prompt", "a", "--steps", "1", *nowhere, *arguments(drawn.dump, 8)]
+    one = ["--prompt", "a", "--steps", "3", "--out", str(never), *arguments(drawn.dump, 8)]
+    training = arguments(folder / "run", 8, "--validation.no-enable", "--checkpoint.no-enable")
+    on_full_disk = partial(patched, draw, "save_picture", full_disk, infer.main)
+    broken = partial(patched, FluxModel, "forward", not_finite, infer.main)
     commands = {
-        "foreign": Command(["--from-png", str(plain), *nowhere]),
+        "foreign": Command(["--from-png", str(plain), "--out", str(never)]),
         "negative": Command([*one, "--negative", "b"]),
-        "unwritable": Command([*one, "--out", str(plain)], main=nothing_opened),
-        "full disk": Command(one, main=on_a_full_disk),
-        "sampling": Command(["--from-png", str(png), *nowhere, "--sampling.seed", "3"]),
-        "not finite": Command([*one, "--steps", "3"], main=not_finite),
-        "not finite, low": Command([*one, "--steps", "3", "--low_memory"], main=not_finite),
-        "out of memory": Command([*one, "--size", "1024"], draw_too_much),
+        "unwritable": Command([*one, "--out", str(plain)], nothing_opened),
+        "full disk": Command(one, on_full_disk),
+        "not finite": Command(one, broken),
+        "not finite, low": Command([*one, "--low_memory"], broken),
+        "out of memory": Command(
+            [*one, "--size", "1024"], partial(patched, infer, "render", too_much, infer.main)
+        ),
         "training": Command(
-            arguments(folder / "trained", 8, "--validation.no-enable", "--checkpoint.no-enable"),
-            train_too_much,
-            train.main,
+            training, partial(patched, FluxTrainer, "train_step", too_much, train.main)
         ),
     }
     (said,) = run_ranks(1, run, list(commands.values()))
-    assert not (folder / "never.png").exists()
+    assert not never.exists()
     return dict(zip(commands, said, strict=True))
 
 
@@ -255,7 +237,6 @@ def refused(drawn, tmp_path_factory) -> dict[str, Said]:
         ("negative", 2, ("--negative needs classifier-free guidance", "--cfg")),
         ("unwritable", 2, ("/plain cannot be written (Not a directory)", "--out")),
         ("full disk", 2, ("never.png cannot be written (No space left on device)", "--out")),
-        ("sampling", 2, ("--sampling.seed", "--from-png", "--seed can be changed")),
         ("not finite", 1, ("'a' is not finite at step 2 of 3. What may help: ",)),
         ("not finite, low", 1, ("'a' is not finite at step 2 of 3. What may help: ",)),
         ("out of memory", 1, ("asked for", "--low_memory", "a smaller --size (now 1024x1024)")),

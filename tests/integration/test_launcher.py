@@ -154,7 +154,7 @@ def test_the_score_script_prints_all_figures(trained):
         cwd=folder,
     )  # fmt: skip
     assert status == 0, output
-    for part in ("reader on real", "cfg 2:", "cfg 1:", "nearest training", "ratio"):
+    for part in ("reader on real", "cfg 2:", "cfg 1:", "nearest training", "spread within"):
         assert part in output
 
 

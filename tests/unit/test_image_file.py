@@ -18,40 +18,35 @@ SETTINGS = SampleSettings(
 )
 FACTS = {**SETTINGS.facts(), "prompt": 'ein "großer"\nKreis — 円', "step": 17}
 READ = {
-    "size": "48x112",
-    "steps": "4",
-    "cfg": "1.5",
-    "guidance": "None",
-    "schedule": "shift=3.0",
-    "seed": "42",
-    "prompt": 'ein "großer"\nKreis — 円',
-    "step": "17",
+    **{"size": "48x112", "steps": "4", "cfg": "1.5", "guidance": "None", "seed": "42"},
+    **{"schedule": "shift=3.0", "prompt": 'ein "großer"\nKreis — 円', "step": "17"},
 }
+ASCII = b"ASCII\0\0\0"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("suffix", [*FORMATS, ".JPG"])
 def test_a_picture_and_its_facts_are_read_back(tmp_path, suffix, channels):
     path = tmp_path / "new" / f"a{suffix}"
-    ramp = torch.linspace(-1, 1, channels * 48 * 112).reshape(channels, 48, 112)
-    image = to_pil(ramp)
+    image = to_pil(torch.linspace(-1, 1, channels * 48 * 112).reshape(channels, 48, 112))
     save_picture(image, path, FACTS)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert read_facts(path) == (FORMATS[suffix.lower()], READ)
     with Image.open(path) as read:
         difference = np.asarray(read.convert("RGB"), int) - np.asarray(image.convert("RGB"), int)
+        if not suffix.endswith("png"):  # ASCII that any viewer shows
+            comment = read.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+            assert json.loads(comment.removeprefix(ASCII).decode("ascii")) == READ
     assert np.abs(difference).max() <= (4 if "j" in suffix.lower() else 0)
 
 
 def test_what_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
-    image = Image.new("L", (4, 4))
-    taken = tmp_path / "a.png"
+    image, taken = Image.new("L", (4, 4)), tmp_path / "a.png"
     taken.mkdir()
     with pytest.raises(OSError, match=r"a\.png"):
         save_picture(image, taken, FACTS)
     with pytest.raises(ValueError, match=r"take \d+ bytes"):
         save_picture(image, tmp_path / "b.jpg", {"prompt": "x" * 66_000})
-    assert list(tmp_path.iterdir()) == [taken]
 
     def full(self, path, **_):
         path.write_bytes(b"half")
@@ -63,23 +58,14 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [taken]
 
 
-@pytest.mark.parametrize("comment", [b"ASCII\0\0\0[1]", b"ASCII\0\0\0{", b"UNICODE\0x", b"", "x"])
+@pytest.mark.parametrize(
+    "comment", [ASCII + b"[1]", ASCII + b"{", b"UNICODE\0x", b"", "x", ASCII + b"[" * 20_000]
+)
 def test_somebody_elses_comment_is_no_facts(tmp_path, comment):
     exif = Image.Exif()
     exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: comment}
     Image.new("L", (4, 4)).save(tmp_path / "a.jpg", exif=exif)
     assert read_facts(tmp_path / "a.jpg") == ("JPEG", {})
-    deep = b"ASCII\0\0\0" + b"[" * 20_000
-    exif[ExifTags.IFD.Exif] = {ExifTags.Base.UserComment: deep}
-    Image.new("L", (4, 4)).save(tmp_path / "b.jpg", exif=exif)
-    assert read_facts(tmp_path / "b.jpg") == ("JPEG", {})
-
-
-def test_the_comment_is_ascii_that_any_viewer_shows(tmp_path):
-    save_picture(Image.new("L", (4, 4)), tmp_path / "a.jpg", FACTS)
-    with Image.open(tmp_path / "a.jpg") as image:
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
-    assert json.loads(comment.removeprefix(b"ASCII\0\0\0").decode("ascii")) == READ
 
 
 def test_a_picture_too_large_to_be_safe_is_no_picture(tmp_path, monkeypatch):
@@ -89,10 +75,10 @@ def test_a_picture_too_large_to_be_safe_is_no_picture(tmp_path, monkeypatch):
         read_facts(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_the_longest_sides_are_the_formats_own(tmp_path, kind):
-    suffix = next(suffix for suffix, one in FORMATS.items() if one == kind)
-    save_picture(Image.new("L", (LONGEST[kind], 1)), tmp_path / f"a{suffix}", {})
-    if kind == "WEBP":  # what JPEG's library allows is a choice of each build
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_the_longest_sides_are_the_formats_own(tmp_path, suffix):
+    longest = LONGEST[FORMATS[suffix]]
+    save_picture(Image.new("L", (longest, 1)), tmp_path / f"a{suffix}", {})
+    if suffix == ".webp":  # what JPEG's library allows is a choice of each build
         with pytest.raises((OSError, ValueError)):
-            save_picture(Image.new("L", (LONGEST[kind] + 1, 1)), tmp_path / f"b{suffix}", {})
+            save_picture(Image.new("L", (longest + 1, 1)), tmp_path / f"b{suffix}", {})

@@ -19,7 +19,7 @@ LEVELS = {
     "collectives": 0,
     "formatting": 0,
     "paths": 0,
-    "image_file": 0,
+    "image_file": 1,
     "randomness": 0,
     "adafactor": 0,
     "tensor_files": 1,

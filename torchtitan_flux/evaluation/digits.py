@@ -29,15 +29,13 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class DigitScore:
-    """What the reader and the ruler found.
+    """What was found of `count` digits, and of real ones.
 
     Attributes:
-        count: digits judged.
-        read: share read as prompted.
-        nearest: median distance to the nearest training image.
-        nearest_real: the same for the held-out real digits.
-        spread: standard deviation of pixels within a class, mean over pixels and classes.
-        spread_real: the same for the real training digits.
+        read: share that the reader reads as prompted.
+        nearest, nearest_real: median distance to the nearest training image; of held-out digits.
+        spread, spread_real: standard deviation of pixels within a class, mean over pixels and
+            classes; of training digits.
     """
 
     count: int
@@ -62,20 +60,13 @@ def score_prompts(count: int) -> tuple[list[str], np.ndarray]:
 def score_settings(
     config: FluxJobConfig, args: FluxModelArgs, cfg: float | None = None
 ) -> SampleSettings:
-    """How the judged digits are drawn; the seed is fixed, so that runs compare.
-
-    Args:
-        config: job configuration.
-        args: resolved model arguments.
-        cfg: instead of score.classifier_free_guidance_scale.
-    """
+    """How the judged digits are drawn; `cfg` replaces score.classifier_free_guidance_scale."""
     score = config.score
     return SampleSettings(
         size=config.training.image_size,
         steps=score.denoising_steps,
         cfg=score.classifier_free_guidance_scale if cfg is None else cfg,
         guidance=sample_guidance(config, args),
-        seed=0,
     )
 
 
@@ -94,11 +85,7 @@ def reader_accuracy() -> float:
 def score_digits(
     images: Float[Tensor, "n 1 8 8"], labels: Sequence[int] | np.ndarray
 ) -> DigitScore:
-    """Judge generated digits.
-
-    Args:
-        images: in [-1, 1].
-        labels: what each was prompted to be, 0 to 9.
+    """Judge generated digits, in [-1, 1], by what each was prompted to be, 0 to 9.
 
     Raises:
         ValueError: when the images are not 8 x 8 with one channel.

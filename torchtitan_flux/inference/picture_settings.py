@@ -1,15 +1,14 @@
-"""What a picture of ours says of itself, and what of it is read again."""
+"""A picture to draw, and what a drawn one says of itself."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torchtitan_flux
-from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.image_file import read_facts
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.sampling.generate import SampleSettings
-from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
+from torchtitan_flux.sampling.schedules import Schedule
 
 SOFTWARE = "torchtitan-flux"
 
@@ -19,15 +18,26 @@ class NoPicture(ValueError):
 
 
 @dataclass(frozen=True)
+class Request:
+    """A picture to draw; its noise is a function of (settings.seed + repeat, index).
+
+    Attributes:
+        index: number of the caption.
+        repeat: how many pictures of the same caption come before it.
+    """
+
+    prompt: str
+    index: int
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
 class PictureSettings:
     """How a picture was drawn.
 
     Attributes:
-        prompt, negative_prompt: captions.
-        settings: size, steps, guidance, schedule, seed.
-        index: of the picture; its noise is a function of (seed, index).
-        names: flavor, weights, encoders by their names. They are text: nothing that a picture names
-            is ever opened.
+        index: of the picture; its noise is a function of (settings.seed, index).
+        names: flavor, weights, encoders. They are text: nothing that a picture names is opened.
     """
 
     prompt: str
@@ -39,8 +49,8 @@ class PictureSettings:
     def facts(self) -> dict[str, str | int]:
         """For `save_picture`."""
         return {
-            **self.settings.facts(),
             **self.names,
+            **self.settings.facts(),
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "index": self.index,
@@ -50,11 +60,7 @@ class PictureSettings:
 
     @classmethod
     def read(cls, path: Path) -> "PictureSettings":
-        """From a PNG, JPEG or WebP.
-
-        Raises:
-            NoPicture: it is none, or not one that run_infer.sh wrote.
-        """
+        """From a PNG, JPEG or WebP; NoPicture where run_infer.sh did not write it."""
         try:
             _, text = read_facts(path)
         except FileNotFoundError:
@@ -73,61 +79,22 @@ class PictureSettings:
                 steps=int(text["steps"]),
                 cfg=float(text["cfg"]),
                 guidance=None if text["guidance"] == "None" else float(text["guidance"]),
-                schedule=_schedule(text),
+                schedule=Schedule.parse(text["schedule"]),
                 seed=int(text["seed"]),
             )
-            captions = text["prompt"], text["negative_prompt"]
-            names = {name: text[name] for name in NAMES if name in text}
-            return cls(*captions, settings, int(text["index"]), names)
+            found = cls(text["prompt"], text["negative_prompt"], settings, int(text["index"]), {})
         except (KeyError, ValueError) as error:
             raise NoPicture(
-                f"{path} was drawn by {SOFTWARE} {text.get('version', '?')}, and what it says of "
-                f"itself is not complete ({type(error).__name__}: {error})"
+                f"{path} was drawn by {SOFTWARE} {text.get('version', '?')}, and its settings are "
+                f"not complete ({type(error).__name__}: {error})"
             ) from None
+        names = {name: value for name, value in text.items() if name not in found.facts()}
+        return replace(found, names=names)
 
-    def differences(self, names: Mapping[str, str]) -> Iterator[str]:
-        """What of `names` is another than the picture's, an entry each."""
-        for name, now in names.items():
-            then = self.names.get(name, now)
-            if then != now:
+    def differences(self, other: "PictureSettings") -> Iterator[str]:
+        """What another picture has otherwise than this one, an entry each."""
+        known = self.facts()
+        for name, now in other.facts().items():
+            then = known.get(name, now)
+            if str(then) != str(now) and name != "version":
                 yield f"{name} {now} (the picture: {then})"
-
-
-NAMES = (
-    "flavor",
-    "dtype",
-    "text_tokens",
-    "t5",
-    "clip",
-    "autoencoder",
-    "weights",
-    "checkpoint",
-    "step",
-)
-
-
-def names_of(config: FluxJobConfig, weights: Path, own: bool) -> dict[str, str]:
-    """What a picture names of what it is drawn with.
-
-    Args:
-        config: of the drawing.
-        weights: file or folder.
-        own: whether they are the run's checkpoint.
-    """
-    encoder = config.encoder
-    return {
-        "flavor": config.model.flavor,
-        "dtype": config.training.mixed_precision_param,
-        "text_tokens": str(encoder.max_t5_encoding_len),
-        "t5": encoder.t5_encoder,
-        "clip": encoder.clip_encoder,
-        "autoencoder": encoder.autoencoder_path,
-        "checkpoint" if own else "weights": str(weights),
-        **({"step": weights.name.removeprefix("step-")} if own else {}),
-    }
-
-
-def _schedule(text: Mapping[str, str]) -> Schedule:
-    if "schedule" not in text and "shifted" in text:  # drawn before there were others
-        return {"True": DEV, "False": SCHNELL}[text["shifted"]]
-    return Schedule.parse(text["schedule"])

@@ -1,14 +1,13 @@
 """The three parts that a picture passes: text encoders, transformer, codec.
 
-`Loaded` has all of them on the device. `OneAfterAnother` (--low_memory) loads each when its turn
-comes and frees it before the next one; accelerate's hooks bring T5's and the transformer's blocks
-from CPU memory to the device one at a time.
+`all_loaded` has them on the device. `low_memory_stages` loads each when its turn comes and frees it
+before the next one; accelerate's hooks bring T5's and the transformer's blocks from CPU memory to
+the device one at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 from torchtitan_flux.torchtitan_shim import give_back_freed_memory
@@ -31,115 +30,86 @@ BLOCKS = ["T5Block", "DoubleStreamBlock", "SingleStreamBlock"]
 """Modules that come to the device as a whole."""
 
 
-@runtime_checkable
-class Stages(Protocol):
+@dataclass(frozen=True)
+class Stages:
     """Each part, for as long as its context is open.
 
     Attributes:
-        apart: only one context may be open at a time, and each is expensive to open.
         device: where they compute.
+        sequential: only one context may be open at a time, and each is expensive to open.
     """
 
-    @property
-    def apart(self) -> bool: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def text(self) -> AbstractContextManager[TextEncoding]: ...
-
-    def transformer(self) -> AbstractContextManager[nn.Module]: ...
-
-    def codec(self) -> AbstractContextManager[Codec]: ...
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """All on the device, for as long as this lives."""
-
-    model: nn.Module
-    parts: FrozenParts
-    apart: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts.device
-
-    def text(self) -> AbstractContextManager[TextEncoding]:
-        return nullcontext(self.parts.encode_captions)
-
-    def transformer(self) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self.model)
-
-    def codec(self) -> AbstractContextManager[Codec]:
-        return nullcontext(self.parts.codec)
-
-
-@dataclass(frozen=True)
-class OneAfterAnother:
-    """Each part in memory only while it is needed, each block on the device while it computes.
-
-    Attributes:
-        config: job configuration.
-        args: resolved model arguments.
-        weights: of the transformer, opened.
-        tokenizer: of the text encoders.
-        device: where they compute.
-        dtype: of the weights and the computation.
-    """
-
-    config: FluxJobConfig
-    args: FluxModelArgs
-    weights: Weights
-    tokenizer: CaptionTokenizer
+    text: Callable[[], AbstractContextManager[TextEncoding]]
+    transformer: Callable[[], AbstractContextManager[nn.Module]]
+    codec: Callable[[], AbstractContextManager[Codec]]
     device: torch.device
-    dtype: torch.dtype
-    apart: bool = True
+    sequential: bool
+
+
+def all_loaded(model: nn.Module, encoders: FrozenParts) -> Stages:
+    """All on the device, for as long as this lives."""
+    return Stages(
+        lambda: nullcontext(encoders.encode_captions),
+        lambda: nullcontext(model),
+        lambda: nullcontext(encoders.codec),
+        encoders.device,
+        sequential=False,
+    )
+
+
+def low_memory_stages(
+    config: FluxJobConfig,
+    args: FluxModelArgs,
+    weights: Weights,
+    tokenizer: CaptionTokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Stages:
+    """Each part in memory only while it is needed, each block on the device while it computes."""
 
     @contextmanager
-    def text(self) -> Iterator[TextEncoding]:
-        paths = self.config.encoder
-        t5 = T5Encoder(
-            resolved_path(paths.t5_encoder), device=torch.device("cpu"), dtype=self.dtype
-        )
-        clip = ClipEncoder(resolved_path(paths.clip_encoder), device=self.device, dtype=self.dtype)
-
-        @torch.no_grad()
-        def encode(captions: Sequence[str]) -> TextConditioning:
-            t5_tokens, clip_tokens = zip(*map(self.tokenizer, captions), strict=True)
-            return TextConditioning(
-                t5(torch.stack(t5_tokens).to(self.device)),
-                clip(torch.stack(clip_tokens).to(self.device)),
-            )
-
-        with self._offloaded(t5):
-            yield encode
-
-    @contextmanager
-    def transformer(self) -> Iterator[nn.Module]:
-        with torch.device("meta"):
-            model = FluxModel(self.args).to(self.dtype)
-        model.to_empty(device="cpu")
-        import_weights(dict(model.named_parameters()), self.weights)
-        model.eval().requires_grad_(False)
-        with self._offloaded(model):
-            yield model
-
-    @contextmanager
-    def codec(self) -> Iterator[Codec]:
-        yield build_codec(self.config, self.args, self.device, self.dtype)
-
-    @contextmanager
-    def _offloaded(self, model: nn.Module) -> Iterator[None]:
+    def offloaded(model: nn.Module) -> Iterator[None]:
         """Blocks of a model on the CPU are brought to the device for their forward pass."""
-        if self.device.type != "cpu":
+        if device.type != "cpu":
             from accelerate import cpu_offload
 
-            cpu_offload(model, self.device, preload_module_classes=BLOCKS)
+            cpu_offload(model, device, preload_module_classes=BLOCKS)
         try:
             yield
         finally:
             model.to_empty(device="meta")
             give_back_freed_memory()
-            if self.device.type != "cpu":
+            if device.type != "cpu":
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def text() -> Iterator[TextEncoding]:
+        names = config.encoder
+        t5 = T5Encoder(resolved_path(names.t5_encoder), device=torch.device("cpu"), dtype=dtype)
+        clip = ClipEncoder(resolved_path(names.clip_encoder), device=device, dtype=dtype)
+
+        @torch.no_grad()
+        def encode(captions: Sequence[str]) -> TextConditioning:
+            t5_tokens, clip_tokens = zip(*map(tokenizer, captions), strict=True)
+            return TextConditioning(
+                t5(torch.stack(t5_tokens).to(device)), clip(torch.stack(clip_tokens).to(device))
+            )
+
+        with offloaded(t5):
+            yield encode
+
+    @contextmanager
+    def transformer() -> Iterator[nn.Module]:
+        with torch.device("meta"):
+            model = FluxModel(args).to(dtype)
+        model.to_empty(device="cpu")
+        import_weights(dict(model.named_parameters()), weights)
+        model.eval().requires_grad_(False)
+        with offloaded(model):
+            yield model
+
+    @contextmanager
+    def codec() -> Iterator[Codec]:
+        yield build_codec(config, args, device, dtype)
+
+    return Stages(text, transformer, codec, device, sequential=True)

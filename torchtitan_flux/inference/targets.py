@@ -8,20 +8,16 @@ from pathlib import Path
 
 from PIL import features
 
-from torchtitan_flux.image_file import FORMATS, LONGEST, as_comment
-from torchtitan_flux.inference.draw import Request
+from torchtitan_flux.image_file import FORMATS, LONGEST, exif_comment
+from torchtitan_flux.inference.picture_settings import Request
 from torchtitan_flux.latents import ImageSize
-
-SUFFIXES = ", ".join(FORMATS)
 
 
 def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Request]) -> list[Path]:
     """Where each picture goes; in `folder` unless --out names another place.
 
-    A file holds one picture; of several, `x.png` becomes `x-1.png`, `x-2.png`, …
-
-    Raises:
-        ValueError: a file of a format that is not written.
+    A file holds one picture; of several, `x.png` becomes `x-1.png`, `x-2.png`, … Raises ValueError
+    for a format that is not written.
     """
     out, suffix = options.out, ".png"
     if out is not None:
@@ -29,83 +25,56 @@ def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Reques
         # a dot may be in the name of a folder as well
         named = "" if out.endswith(os.sep) or os.path.isdir(out) else folder.suffix.lower()
         if named in FORMATS:
-            _check_format(out, FORMATS[named])
-            if len(requests) == 1:
-                return [folder]
-            return [
-                folder.with_name(f"{folder.stem}-{i}{folder.suffix}")
-                for i in range(1, 1 + len(requests))
-            ]
+            if FORMATS[named] == "WEBP" and not features.check("webp"):
+                raise ValueError(f"--out {out}: the installed Pillow has no WebP; use .png")
+            names = [f"-{i}" for i in range(1, 1 + len(requests))] if len(requests) > 1 else [""]
+            return [folder.with_name(f"{folder.stem}{one}{folder.suffix}") for one in names]
         if named[1:2].isalpha():  # .gif, or a slip; v1.5 is no suffix
             raise ValueError(
-                f"--out {out}: pictures are written as {SUFFIXES}, not as {named}; the name of a "
-                f"folder that is to be made ends with a slash: {out}{os.sep}"
+                f"--out {out}: {named} is none of {', '.join(FORMATS)}; the name of a new folder "
+                f"ends with a slash: {out}{os.sep}"
             )
     if options.recorded is not None:
         source = Path(options.from_png)
         # it may have been renamed to anything
         suffix = source.suffix if source.suffix.lower() in FORMATS else suffix
         return [folder / f"{source.stem}-again{suffix}"]
-    many = any(request.again for request in requests)
+    many = any(request.repeat for request in requests)
     return [
-        folder / f"{one.index:04d}-{_slug(one.prompt)}{f'-{one.again + 1}' if many else ''}.png"
+        folder / f"{one.index:04d}-{_slug(one.prompt)}{f'-{one.repeat + 1}' if many else ''}.png"
         for one in requests
     ]
 
 
-def _check_format(out: str, kind: str) -> None:
-    if kind == "WEBP" and not features.check("webp"):
-        raise ValueError(f"--out {out}: the Pillow installed here writes no WebP; name a .png file")
-
-
-def check_room(path: Path, size: ImageSize, facts: dict[str, str]) -> None:
-    """Whether the format of a file can hold a picture and what it says of itself.
-
-    Raises:
-        ValueError: it cannot; naming --out.
-    """
+def check_format(path: Path, size: ImageSize, facts: dict[str, str]) -> None:
+    """Raise ValueError where the format of a file cannot hold a picture, or its metadata."""
     kind = FORMATS[path.suffix.lower()]
-    longest = LONGEST[kind]
-    if max(size.height, size.width) > longest:
-        raise ValueError(
-            f"--out {path}: {kind} holds at most {longest} pixels a side, not {size}; name a .png "
-            "file"
-        )
-    if kind != "PNG":
-        try:
-            as_comment(facts)
-        except ValueError as error:
-            raise ValueError(f"--out {path}: {error}; name a .png file") from None
+    try:
+        if max(size.height, size.width) > LONGEST[kind]:
+            raise ValueError(f"{kind} holds at most {LONGEST[kind]} pixels a side, not {size}")
+        if kind != "PNG":
+            exif_comment(facts)
+    except ValueError as error:
+        raise ValueError(f"--out {path}: {error}; name a .png file") from None
 
 
-def check_free(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse to write over what is there, unless it was told to.
-
-    Raises:
-        ValueError: naming the first file, and the option.
-    """
+def check_paths(paths: Sequence[Path], overwrite: bool) -> None:
+    """Raise ValueError where something is in the way, or cannot be written. Leaves nothing."""
     taken = [path for path in paths if os.path.lexists(path)]
-    folders = [path for path in taken if path.is_dir()]
-    if folders:
+    if folders := [path for path in taken if path.is_dir()]:
         raise ValueError(f"{folders[0]} is a folder: name another place with --out")
     if taken and not overwrite:
         more = f", and {len(taken) - 1} more" if len(taken) > 1 else ""
         raise ValueError(
             f"{taken[0]} exists already{more}: --overwrite replaces it, --out names another place"
         )
-
-
-def check_writable(paths: Sequence[Path]) -> None:
-    """Refuse what could not be written, before anything is drawn. Leaves nothing behind.
-
-    Raises:
-        ValueError: naming the folder and the option.
-    """
     longest = {path.parent: path for path in sorted(paths, key=lambda path: len(path.name))}
     for folder, path in longest.items():
         try:
             existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-            with tempfile.NamedTemporaryFile(dir=existing, prefix=f".{path.name}"):
+            with tempfile.NamedTemporaryFile(
+                dir=existing, prefix=f".{path.name}", suffix=".partial"
+            ):
                 pass
         except OSError as error:
             raise unwritable(folder, error) from None

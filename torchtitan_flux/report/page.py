@@ -38,12 +38,7 @@ POINTS = 2000
 
 
 def page(run: Run, now: float) -> str:
-    """The page.
-
-    Args:
-        run: what the run left.
-        now: seconds since the epoch, for the footer.
-    """
+    """The page; `now`, in seconds since the epoch, is in its footer."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters |= {"when": when, "bytes": format_bytes}
     source = resources.files("torchtitan_flux").joinpath("report/page.html.j2")
@@ -59,7 +54,6 @@ def page(run: Run, now: float) -> str:
 
 
 def when(seconds: float) -> str:
-    """A time, in UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
@@ -69,12 +63,11 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     found = [("Step", f"{run.step:,}", f"of {steps:,}" if steps else "of how many is unknown")]
     for tag, series in run.scalars.items():
         last = max(series)
+        value, at = f"{series[last]:.4g}", f"at step {last:,}"
         if tag in (LOSS, VALIDATION):
-            name = "Training loss" if tag == LOSS else "Validation loss"
-            found.append((name, f"{series[last]:.4g}", f"at step {last:,}"))
+            found.append(("Training loss" if tag == LOSS else "Validation loss", value, at))
         elif tag.startswith("score/"):
-            name = tag.removeprefix("score/").replace("_", " ")
-            found.append(("Score", f"{series[last]:.4g}", name))
+            found.append(("Score", value, tag.removeprefix("score/").replace("_", " ")))
         elif tag == "throughput/images_per_second":
             median = statistics.median(series.values())
             found.append(("Throughput", f"{median:.4g}", "images/s, median"))
@@ -86,28 +79,33 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def figures(run: Run) -> dict[str, go.Figure]:
     """Every curve, by the id of its element."""
-    lines = {"training": LOSS, "validation": VALIDATION}
-    if run.scalars.get(MAX_LOSS) != run.scalars.get(LOSS):
-        lines["training, highest of a rank"] = MAX_LOSS
-    lines |= {f"validation, {m[1]}": tag for tag in run.scalars if (m := AVERAGE.fullmatch(tag))}
-    loss = {name: run.scalars[tag] for name, tag in lines.items() if tag in run.scalars}
-    times = {float(m[1]): s for tag, s in run.scalars.items() if (m := BY_TIME.fullmatch(tag))}
+    scalars = run.scalars
+    tags = {"training": LOSS, "validation": VALIDATION}
+    if scalars.get(MAX_LOSS) != scalars.get(LOSS):
+        tags["training, highest of a rank"] = MAX_LOSS
+    tags |= {f"validation, {m[1]}": tag for tag in scalars if (m := AVERAGE.fullmatch(tag))}
+    times = {float(m[1]): one for tag, one in scalars.items() if (m := BY_TIME.fullmatch(tag))}
     times = dict(sorted(times.items()))
     common = sorted(set.intersection(*map(set, times.values()))) if times else []
-    profile = {
-        f"step {step:,}": {time: series[step] for time, series in times.items()}
-        for step in spread(common, 4)
-    }
-    by_time = {f"t {time:.2f}": series for time, series in times.items()}
     found = {
-        "loss": _figure("Loss", loss),
-        "by-time": _figure("Validation loss by time (0 data, 1 noise)", by_time),
-        "profile": _figure("Validation loss over t", profile, x="t"),
+        "loss": _figure("Loss", {name: scalars[t] for name, t in tags.items() if t in scalars}),
+        "by-time": _figure(
+            "Validation loss by time (0 data, 1 noise)",
+            {f"t {time:.2f}": series for time, series in times.items()},
+        ),
+        "profile": _figure(
+            "Validation loss over t",
+            {
+                f"step {step:,}": {time: series[step] for time, series in times.items()}
+                for step in spread(common, 4)
+            },
+            x="t",
+        ),
     }
     for tag, title in OTHERS.items():
-        if tag in run.scalars:
+        if tag in scalars:
             name = "".join(c if c.isalnum() else "-" for c in tag)
-            found[name] = _figure(title, {title: run.scalars[tag]})
+            found[name] = _figure(title, {title: scalars[tag]})
     return {name: figure for name, figure in found.items() if figure.data}
 
 

@@ -77,45 +77,39 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a dump folder.
-
-    Raises:
-        NotARun: there is nothing of a run in it.
-    """
-    # an unset key is stored as "None"
+    """Read a dump folder; NotARun where there is nothing of a run in it."""
     flat = _flat(asdict(FluxJobConfig())).items()
-    defaults = {key: "None" if value is None else value for key, value in flat}
+    defaults = {key: "None" if value is None else value for key, value in flat}  # as it is stored
     config = _read_config(folder)
     known = defaults | config
     starts = _read_starts(folder / str(known["metrics.save_tb_folder"]))
     scalars = joined(starts)
     files = _grid_files(folder / str(known["sampling.folder"]), starts)
     checkpoints = folder / str(known["checkpoint.folder"])
-    saved = list_steps(checkpoints)
+    saved, complete = list_steps(checkpoints), complete_steps(checkpoints)
     if not (config or scalars or files or saved):
-        reason = "does not exist" if not folder.exists() else "holds nothing that a run leaves"
+        reason = "holds nothing that a run leaves" if folder.exists() else "does not exist"
         raise NotARun(
             f"{folder} {reason} (no config.toml, tb/, samples/step-N.png, checkpoint/step-N): "
             "give the job.dump_folder of a run"
         )
     environments = read_json_lines(folder / ENVIRONMENT)
-    sentences = {
+    notes = {
         "No configuration (job.save_config_file).": config,
         "No TensorBoard values (metrics.enable_tensorboard): no curves.": scalars,
         "No validation loss (validation.enable).": "validation_metrics/loss" in scalars,
         "No grids of pictures (sampling.enable).": files,
         f"No {ENVIRONMENT}: versions, devices and number of ranks are unknown.": environments,
     }
-    missing = [sentence for sentence, found in sentences.items() if not found]
+    missing = [note for note, found in notes.items() if not found]
     grids = []
     for step, file in spread(files, MAX_GRIDS):
         try:
             grids.append(read_grid(step, file))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             missing.append(f"{file.name} cannot be read as a picture.")
-    complete = complete_steps(checkpoints)
-    last = [max(series) for series in scalars.values()] + [step for step, _ in files]
-    step = max([*last, *complete], default=0)
+    steps = [*map(max, scalars.values()), *(step for step, _ in files), *complete]
+    step = max(steps, default=0)
     return Run(
         folder=folder.resolve(),
         state=_state(folder, step, config.get("training.steps")),
@@ -146,36 +140,31 @@ def spread(items: list, count: int) -> list:
 
 
 def read_grid(step: int, path: Path) -> Grid:
-    """A grid's file as a data URI, made smaller where it is large.
-
-    Raises:
-        OSError, ValueError, SyntaxError, DecompressionBombError: it is no picture.
-    """
+    """A grid's file as a data URI, made smaller where it is large."""
     content, kind = path.read_bytes(), "png"
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         image.load()
         facts = {name: str(text) for name, text in getattr(image, "text", {}).items()}
         if len(content) > MAX_GRID_BYTES:
-            smaller, kind = image.convert("RGB"), "jpeg"
+            smaller, kind, out = image.convert("RGB"), "jpeg", io.BytesIO()
             smaller.thumbnail((MAX_GRID_SIDE, MAX_GRID_SIDE), Image.Resampling.LANCZOS)
-            out = io.BytesIO()
             smaller.save(out, format="JPEG", quality=88)
             content = out.getvalue()
+    facts.pop("step", None)
     try:
         prompts = json.loads(facts.pop("prompts", ""))
     except ValueError:
-        prompts = []
-    facts.pop("step", None)
+        prompts = None
     prompts = list(map(str, prompts)) if isinstance(prompts, list) else []
-    data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    return Grid(step, prompts, facts, data)
+    return Grid(
+        step, prompts, facts, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    )
 
 
 def joined(starts: list[Start]) -> dict[str, Series]:
     """Series of a run, by tag; a later start counts from its first step on.
 
-    At that step itself only for what it logs again: a finished run that is started again keeps
-    the loss of its last step.
+    At that step itself only where it logs again: a finished run keeps the loss of its last step.
     """
     scalars: dict[str, Series] = {}
     for start in starts:
@@ -196,7 +185,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The configuration as the run resolved it: config.toml, or the newest file that is one."""
-    files = [*folder.glob("*.toml"), *folder.glob("*.json")] if folder.is_dir() else []
+    files = [*folder.glob("*.toml"), *folder.glob("*.json")]
     files.sort(key=lambda file: (file.name != "config.toml", -file.stat().st_mtime))
     for file in files:
         try:

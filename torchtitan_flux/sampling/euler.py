@@ -36,8 +36,8 @@ def euler(
     Args:
         velocity: called as velocity(x, t) with t of shape [b].
         noise: where the path begins, at times[0].
-        times: descending times, as from `Schedule.times`.
-        on_step: called with x after each step: a progress bar, `FirstNotFinite`.
+        times: descending, as from `Schedule.times`.
+        on_step: called with x after each step.
     """
     x = noise.float()
     for t, t_next in pairwise(times):

@@ -1,4 +1,4 @@
-"""Prompts -> images with a model, text encoders and a codec. Grids, infer and scores call this."""
+"""Prompts -> images with a model, text encoders and a codec."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchtitan_flux.encoders.codec import Codec
-from torchtitan_flux.flow_matching import standard_normal
+from torchtitan_flux.flow_matching import Velocity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize, pack, unpack
 from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
 from torchtitan_flux.randomness import Stream, generator
@@ -26,11 +26,8 @@ class SampleSettings:
     """How pictures are drawn; written into each.
 
     Attributes:
-        size: pixels.
-        steps: Euler steps.
         cfg: scale of classifier-free guidance; 1 switches it off.
         guidance: guidance input of a model with guidance embedding, else None.
-        schedule: which times the steps are at.
         seed: noise of picture i is a function of (seed, i).
     """
 
@@ -68,30 +65,18 @@ def generate(
     device: torch.device | str = "cpu",
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b c H W"]:
-    """Draw one image for each prompt.
+    """Draw one `displayable` image for each prompt of a batch.
 
     Args:
         model: FluxModel, sharded or not; every rank that shares it must call with as many prompts.
-        codec: decodes latents to images.
-        encode_text: captions -> conditioning.
-        geometry: of the model's flavor.
-        prompts: one batch of captions.
         indices: number of each picture; it starts from noise (settings.seed, index).
-        settings: size, steps, guidance, seed.
         negative_prompt: what classifier-free guidance moves away from.
-        device: where the model is.
         on_step: called with the packed tokens after each Euler step.
-
-    Returns:
-        `displayable` images.
     """
-    noise = torch.stack(
-        [initial_noise(geometry, settings.size, settings.seed, index) for index in indices]
-    )
+    noise = torch.stack([initial_noise(geometry, settings.size, settings.seed, i) for i in indices])
     negative = encode_text([negative_prompt]) if settings.cfg != 1.0 else None
-    latents = denoise(
-        model, geometry, noise.to(device), encode_text(prompts), negative, settings, on_step
-    )
+    text = encode_text(prompts)
+    latents = denoise(model, geometry, noise.to(device), text, negative, settings, on_step)
     return displayable(codec.decode(latents))
 
 
@@ -107,30 +92,16 @@ def denoise(
 ) -> Float[Tensor, "b c h w"]:
     """From noise to latents, float32, where the noise is.
 
-    Args:
-        model: FluxModel, sharded or not.
-        geometry: of the model's flavor.
-        noise: of each picture, float32.
-        text: conditioning of each picture.
-        negative: of one caption, which classifier-free guidance moves away from; looked at where
-            settings.cfg is not 1.
-        settings: size, steps, guidance.
-        on_step: called with the packed tokens after each Euler step.
+    `negative` is the conditioning of one caption, needed where settings.cfg is not 1.
     """
-    velocity = conditioned_velocity(model, text, geometry, settings.size, settings.guidance)
+
+    def velocity_of(conditioning: TextConditioning) -> Velocity:
+        return conditioned_velocity(model, conditioning, geometry, settings.size, settings.guidance)
+
+    velocity = velocity_of(text)
     if settings.cfg != 1.0:
         assert negative is not None, "guidance needs something to move away from"
-        velocity = guided(
-            velocity,
-            conditioned_velocity(
-                model,
-                negative.repeat(len(noise)),
-                geometry,
-                settings.size,
-                settings.guidance,
-            ),
-            settings.cfg,
-        )
+        velocity = guided(velocity, velocity_of(negative.repeat(len(noise))), settings.cfg)
     tokens = euler(velocity, pack(noise, geometry.patch), settings.times(geometry), on_step)
     return unpack(tokens, geometry.grid(settings.size), geometry.patch)
 
@@ -152,12 +123,10 @@ def image_grid(images: Sequence[Image.Image], columns: int, enlarge_to: int = 48
     width, height = images[0].size
     factor = max(1, -(-enlarge_to // min(width, height)))
     width, height = width * factor, height * factor
-    rows = -(-len(images) // columns)
-    gap = 2
-    sheet = Image.new(
-        images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white"
-    )
+    gap, rows = 2, -(-len(images) // columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    sheet = Image.new(images[0].mode, size, "white")
     for i, image in enumerate(images):
-        place = ((i % columns) * (width + gap), (i // columns) * (height + gap))
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+        corner = ((i % columns) * (width + gap), (i // columns) * (height + gap))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), corner)
     return sheet

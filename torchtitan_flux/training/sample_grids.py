@@ -6,15 +6,18 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
+import numpy as np
 import torch
+from PIL import Image
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.files import disk_full
-from torchtitan_flux.sampling.generate import SampleSettings
-from torchtitan_flux.training.distributed_sampler import Painter, save_grid
+from torchtitan_flux.image_file import save_picture
+from torchtitan_flux.sampling.generate import SampleSettings, image_grid, to_pil
 from torchtitan_flux.training.ema import Weights
 from torchtitan_flux.training.hooks import Hook
+from torchtitan_flux.training.image_sampler import ImageSampler
 from torchtitan_flux.training.metrics import FluxMetrics
 
 
@@ -22,18 +25,15 @@ class SampleGrids(Hook):
     """Draws them at the steps that `[sampling]` names.
 
     Args:
-        config: its sections job, model, sampling and training.
-        sampler: draws on all ranks.
-        settings: of every grid.
         metrics: gets the pictures, and takes the time out of the throughput.
         weights: which are drawn with; an average's grid has its name in its own.
-        on_begin: called before a grid is drawn.
+        on_begin: called with the step before its grids are drawn.
     """
 
     def __init__(
         self,
         config: FluxJobConfig,
-        sampler: Painter,
+        sampler: ImageSampler,
         settings: SampleSettings,
         metrics: FluxMetrics,
         weights: Sequence[Weights],
@@ -67,38 +67,33 @@ class SampleGrids(Hook):
     def paths(self, step: int) -> list[Path]:
         """The grids of a step, one for each set of weights."""
         folder = Path(self.config.job.dump_folder) / self.config.sampling.folder
-        return [
-            folder / (f"step-{step}-{name}.png" if name else f"step-{step}.png")
-            for name, _ in self.weights
-        ]
+        return [folder / f"step-{step}{name and f'-{name}'}.png" for name, _ in self.weights]
 
     def draw(self, step: int) -> None:
         """Draw and write the grids of a step; collective."""
         self.on_begin(step)
+        s = self.config.sampling
+        prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
         with self.metrics.pause():
             for (name, applied), path in zip(self.weights, self.paths(step), strict=True):
                 with applied():
-                    self._draw(step, name, path)
+                    images = self.sampler.sample(prompts, self.settings)
+                if torch.distributed.get_rank() == 0:
+                    self._write([to_pil(image) for image in images], step, name, path)
 
-    def _draw(self, step: int, name: str, path: Path) -> None:
-        s = self.config.sampling
-        prompts = [prompt for prompt in s.prompts for _ in range(s.images_per_prompt)]
-        images = self.sampler.draw(prompts, self.settings)
-        if torch.distributed.get_rank() != 0:
-            return
+    def _write(self, images: Sequence[Image.Image], step: int, name: str, path: Path) -> None:
+        grid = image_grid(images, self.config.sampling.images_per_prompt)
+        facts = {
+            **self.settings.facts(),
+            "prompts": json.dumps(self.config.sampling.prompts, ensure_ascii=False),
+            "step": step,
+            "flavor": self.config.model.flavor,
+            **({"weights": name} if name else {}),
+        }
         try:
-            pixels = save_grid(
-                images,
-                path,
-                s.images_per_prompt,
-                self.settings,
-                prompts=json.dumps(s.prompts, ensure_ascii=False),
-                step=step,
-                flavor=self.config.model.flavor,
-                **({"weights": name} if name else {}),
-            )
+            save_picture(grid, path, facts)
         except OSError as error:  # a full disk must not end the run here
             why = disk_full(error, path.parent) or error
             logger.error(f"{path} could not be written ({why}); training goes on without it")
             return
-        self.metrics.log_image(f"samples/{name}" if name else "samples", pixels.numpy(), step)
+        self.metrics.log_image(f"samples/{name}" if name else "samples", np.asarray(grid), step)

@@ -43,11 +43,11 @@ from torchtitan_flux.training.checkpoint_manager import (
 )
 from torchtitan_flux.training.conditioning import build_frozen_parts
 from torchtitan_flux.training.data import build_validation_loader, log_surveys
-from torchtitan_flux.training.distributed_sampler import Painter
 from torchtitan_flux.training.ema import EMA
 from torchtitan_flux.training.environment import append_environment, environment
 from torchtitan_flux.training.heartbeat import Heartbeat
 from torchtitan_flux.training.hooks import Hook
+from torchtitan_flux.training.image_sampler import ImageSampler
 from torchtitan_flux.training.losses import (
     EncodedBatch,
     encode_batch,
@@ -129,7 +129,7 @@ class FluxTrainer(Trainer):
             if config.compiles("loss")
             else squared_errors
         )
-        self.painter = Painter(
+        self.image_sampler = ImageSampler(
             self.model,
             self.parts,
             self.model_args.geometry,
@@ -144,7 +144,7 @@ class FluxTrainer(Trainer):
             settings = sample_settings(config, self.model_args)
             beat = partial(self._heartbeat.beat, phase="drawing")
             grids = SampleGrids(
-                config, self.painter, settings, self.metrics_processor, weights, beat
+                config, self.image_sampler, settings, self.metrics_processor, weights, beat
             )
             self.hooks.append(grids)
         for hook in self.hooks:

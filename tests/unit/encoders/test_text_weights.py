@@ -26,7 +26,7 @@ from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
 from torchtitan_flux.encoders.text_files import files_in, weight_files
 from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
-from torchtitan_flux.inference.stages import OneAfterAnother
+from torchtitan_flux.inference.stages import low_memory_stages
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.weights.open import Weights
 
@@ -105,7 +105,7 @@ def test_the_streamed_path_encodes_the_same_bits(dtype: torch.dtype, tiny: Path,
     encoder = Encoder(t5_encoder=str(t5), clip_encoder=str(clip))
     tokenizer = CaptionTokenizer(t5, clip, 13)
     config, unused = FluxJobConfig(encoder=encoder), MagicMock(spec=Weights)
-    stages = OneAfterAnother(
+    stages = low_memory_stages(
         config, FLAVORS["flux-tiny"], unused, tokenizer, torch.device("cpu"), dtype
     )
     with stages.text() as encode:

@@ -9,46 +9,40 @@ import pytest
 
 from torchtitan_flux.image_file import FORMATS, LONGEST
 from torchtitan_flux.inference import targets as module
-from torchtitan_flux.inference.draw import Request
-from torchtitan_flux.inference.targets import check_free, check_room, check_writable, targets
+from torchtitan_flux.inference.picture_settings import Request
+from torchtitan_flux.inference.targets import check_format, check_paths, targets
 from torchtitan_flux.latents import ImageSize
 
 CONFIG = Path("run/img.v1")
 ONE = [Request("a", 0)]
 TWO = [Request("a", 0), Request("ein Füchslein", 1)]
-AGAIN = [Request("a", 0), Request("a", 0, 1), Request("b", 1), Request("b", 1, 1)]
+REPEATED = [Request("a", 0), Request("a", 0, 1), Request("b", 1), Request("b", 1, 1)]
 
 
 def paths(out: str | None, requests=ONE, from_png: str | None = None) -> list[Path]:
-    options = Namespace(out=out, from_png=from_png, recorded=from_png)
-    return targets(options, CONFIG, requests)
+    return targets(Namespace(out=out, from_png=from_png, recorded=from_png), CONFIG, requests)
+
+
+def names(out: str | None, requests) -> str:
+    return " ".join(path.name for path in paths(out, requests))
 
 
 def test_a_folder_names_pictures_by_number_and_caption(tmp_path):
-    assert paths(None) == [Path("run/img.v1/0000-a.png")]
-    assert [path.name for path in paths(str(tmp_path), TWO)] == [
-        "0000-a.png",
-        "0001-ein-füchslein.png",
-    ]
-    assert [path.name for path in paths(str(tmp_path), AGAIN)] == [
-        "0000-a-1.png",
-        "0000-a-2.png",
-        "0001-b-1.png",
-        "0001-b-2.png",
-    ]
+    assert paths(None) == [CONFIG / "0000-a.png"]
+    assert names(str(tmp_path), TWO) == "0000-a.png 0001-ein-füchslein.png"
+    assert names(None, REPEATED) == "0000-a-1.png 0000-a-2.png 0001-b-1.png 0001-b-2.png"
+    assert paths(None, from_png="there/x.webp") == [CONFIG / "x-again.webp"]
+    assert paths(None, from_png="there/x.download") == [CONFIG / "x-again.png"]
+    (tmp_path / "folder.png").mkdir()
+    for out in (f"{tmp_path}/v1.5", f"{tmp_path}/v1.gif/", f"{tmp_path}/folder.png", "plain"):
+        assert paths(out) == [Path(out) / "0000-a.png"]
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".PNG", ".Jpg"])
 def test_a_file_is_of_its_suffix_and_is_numbered_where_there_are_several(suffix):
     assert paths(f"new/b.c{suffix}") == [Path(f"new/b.c{suffix}")]
     assert paths(f"new/b{suffix}", TWO) == [Path(f"new/b-1{suffix}"), Path(f"new/b-2{suffix}")]
-    assert paths(f"b{suffix}", AGAIN)[-1] == Path(f"b-4{suffix}")
-
-
-def test_only_what_is_surely_a_file_is_judged_by_its_name(tmp_path):
-    (tmp_path / "folder.png").mkdir()
-    for out in (f"{tmp_path}/v1.5", f"{tmp_path}/v1.gif/", f"{tmp_path}/folder.png", "plain"):
-        assert paths(out) == [Path(out) / "0000-a.png"]
+    assert paths(f"b{suffix}", REPEATED)[-1] == Path(f"b-4{suffix}")
 
 
 @pytest.mark.parametrize("name", ["c.gif", "c.TIFF", "c.avif", "c.pgn", "c.jpge", "c.jp2"])
@@ -57,56 +51,49 @@ def test_other_formats_are_refused_with_those_there_are(name):
         paths(name)
 
 
-def test_a_pillow_without_webp_is_known_before(monkeypatch):
-    monkeypatch.setattr(module.features, "check", lambda name: False)
-    with pytest.raises(ValueError, match=r"writes no WebP; name a \.png"):
-        paths("a.webp")
-
-
-def test_a_repeated_picture_lies_beside_it_in_its_format():
-    assert paths(None, from_png="there/x.webp") == [Path("run/img.v1/x-again.webp")]
-    assert paths(None, from_png="there/x.download") == [Path("run/img.v1/x-again.png")]
-
-
-def test_what_is_there_is_kept_unless_told_otherwise(tmp_path):
+def test_existing_files_are_kept_unless_overwritten(tmp_path):
     old, new, folder = tmp_path / "old.png", tmp_path / "new.png", tmp_path / "folder.png"
     old.touch()
     folder.mkdir()
     link = tmp_path / "link.png"
     link.symlink_to("nowhere")
-    check_free([new], overwrite=False)
-    check_free([old, link], overwrite=True)
+    check_paths([new], overwrite=False)
+    check_paths([old, link], overwrite=True)
     with pytest.raises(ValueError, match=r"old\.png exists already: --overwrite .* --out"):
-        check_free([new, old], overwrite=False)
+        check_paths([new, old], overwrite=False)
     with pytest.raises(ValueError, match=r"exists already, and 1 more"):
-        check_free([old, link], overwrite=False)
+        check_paths([old, link], overwrite=False)
     for overwrite in (True, False):
         with pytest.raises(ValueError, match=r"folder\.png is a folder"):
-            check_free([folder], overwrite)
+            check_paths([folder], overwrite)
 
 
-def test_what_a_format_cannot_hold_is_known_before(tmp_path):
+def test_what_a_format_cannot_hold_is_known_before(monkeypatch):
     large, long = ImageSize(16, 16_384), {"prompt": "x" * 66_000}
-    check_room(Path("a.png"), large, long)
-    check_room(Path("a.webp"), ImageSize(16, 16_383), {})
-    with pytest.raises(ValueError, match=r"--out a\.webp: WEBP holds at most 16383 .* \.png"):
-        check_room(Path("a.webp"), large, {})
-    check_room(Path("a.jpg"), large, {})
-    with pytest.raises(ValueError, match="JPEG holds at most 65500"):
-        check_room(Path("a.jpg"), ImageSize(LONGEST["JPEG"] + 1, 8), {})
-    with pytest.raises(ValueError, match=r"--out a\.jpg: its prompt .* name a \.png"):
-        check_room(Path("a.jpg"), ImageSize(8, 8), long)
+    check_format(Path("a.png"), large, long)
+    check_format(Path("a.webp"), ImageSize(16, 16_383), {})
+    check_format(Path("a.jpg"), large, {})
+    for name, size, facts, message in (
+        ("a.webp", large, {}, "WEBP holds at most 16383"),
+        ("a.jpg", ImageSize(LONGEST["JPEG"] + 1, 8), {}, "JPEG holds at most 65500"),
+        ("a.jpg", ImageSize(8, 8), long, "its prompt"),
+    ):
+        with pytest.raises(ValueError, match=rf"--out {name}: {message} .* name a \.png"):
+            check_format(Path(name), size, facts)
+    monkeypatch.setattr(module.features, "check", lambda name: False)
+    with pytest.raises(ValueError, match=r"no WebP; use \.png"):
+        paths("a.webp")
 
 
 def test_what_cannot_be_written_is_known_before(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
-    too_long = tmp_path / f"{'x' * 250}.png"
-    for path in (plain / "x.png", plain / "deep" / "x.png", Path("/proc/seven.png"), too_long):
+    for path in (
+        *(plain / "x.png", plain / "deep" / "x.png", Path("/proc/seven.png")),
+        *(tmp_path / f"{'x' * n}.png" for n in (240, 300)),
+        *paths(f"{tmp_path}/{'x' * 300}/"),
+    ):
         with pytest.raises(ValueError, match=r"cannot be written \(.+\).* --out"):
-            check_writable([path])
-    for out in (f"{tmp_path}/{'x' * 300}.png", f"{tmp_path}/{'x' * 300}/"):
-        with pytest.raises(ValueError, match=r"cannot be written \(File name too long\).* --out"):
-            check_writable(paths(out))
-    check_writable([tmp_path / "new" / "deep" / "x.png", tmp_path / "y.png"])
+            check_paths([path], overwrite=False)
+    check_paths([tmp_path / "new" / "deep" / "x.png", tmp_path / "y.png"], overwrite=False)
     assert list(tmp_path.iterdir()) == [plain], "nothing is left behind"

@@ -1,8 +1,11 @@
 """The page of a run says what the run left, and nothing else."""
 
+import base64
+import json
+import math
+import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,25 +14,94 @@ from pathlib import Path
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
+import torch
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest
+from torchtitan_flux.checkpoint.run_facts import RunFacts
 from torchtitan_flux.files import try_lock
-from torchtitan_flux.report.command import main
+from torchtitan_flux.image_file import save_picture
+from torchtitan_flux.report.__main__ import main
 from torchtitan_flux.report.page import OTHERS, POINTS, figures, page, thinned, tiles
-from torchtitan_flux.report.run import (
-    MAX_GRID_SIDE,
-    NotARun,
-    Run,
-    Start,
-    joined,
-    read_grid,
-    read_run,
-    spread,
-)
+from torchtitan_flux.report.run import NotARun, Run, Start, joined, read_grid, read_run, spread
+from torchtitan_flux.training.environment import append_environment, environment
 
 NOW = 1_770_010_000.0
 HOSTILE = "</script><script>alert(1)</script> \" onerror='x' <b>&amp;"
-CHROMIUM = shutil.which("chromium")
+TIMES = (0.0625, 0.4375, 0.9375)
+LOSS, VALIDATION = "loss_metrics/global_avg_loss", "validation_metrics/loss"
+CONFIG = """
+job = {description = "three & four", dump_folder = "somewhere"}
+model.flavor = "flux-tiny"
+training = {dataset = "shapes", img_size = 16, steps = 30}
+sampling.prompts = ["a | b", "c"]
+gone.key = 3
+"""
+Values = list[tuple[str, int, float]]
+
+
+def write_events(folder: Path, begin: float, values: Values) -> None:
+    """An event file in which each value (tag, step, value) comes a second after the last."""
+    writer = EventFileWriter(str(folder))
+    for i, (tag, step, value) in enumerate(values):
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+        writer.add_event(Event(wall_time=begin + i, step=step, summary=summary))
+    writer.close()
+
+
+def logged(step: int, generation: int) -> Values:
+    """All that is logged at a step; no two values of a run are equal."""
+    base = 1 + 1 / step + generation / 128
+    tags = [LOSS, "loss_metrics/global_max_loss", *OTHERS]
+    values = [(tag, step, base * (2 + i)) for i, tag in enumerate(tags) if tag != "mfu(%)"]
+    if step == 9:
+        values = [(tag, step, math.nan if tag == "grad_norm" else v) for tag, _, v in values]
+    if step % 6 == 0:
+        values.append((VALIDATION, step, base * 0.9))
+        values += [(f"{VALIDATION}_t={t:.4f}", step, base * (2 - t)) for t in TIMES]
+    return values
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict[str, dict[int, float]]]:
+    """A folder, and every scalar in it: killed after step 21, continued from 12, stopped at 24."""
+    folder = tmp_path_factory.mktemp("runs") / "my <run>"
+    first = [value for step in range(3, 22, 3) for value in logged(step, 0)]
+    second = [value for step in range(15, 25, 3) for value in logged(step, 1)]
+    write_events(folder / "tb" / "20260101-1000", 1_770_000_000, first)
+    write_events(folder / "tb" / "20260101-1100", 1_770_003_600, second)
+    expected: dict[str, dict[int, float]] = {}
+    # validation was measured at 6, 12 and 18 and then at 18 and 24: the later 18 counts
+    for tag, step, value in first + second:
+        expected.setdefault(tag, {})[step] = torch.tensor(value, dtype=torch.float32).item()
+    (folder / "config.toml").write_text(CONFIG)
+    for step, prompt, size in ((9, "a | b", (12, 8)), (18, HOSTILE, (1200, 1600))):
+        facts = {"prompts": json.dumps([prompt, "c"]), "step": "9", "cfg": "2.0"}
+        save_picture(Image.new("RGB", size, "red"), folder / f"samples/step-{step}.png", facts)
+    checkpoint = folder / "checkpoint" / "step-12"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"x" * 3072)
+    facts = RunFacts(seed=77, global_batch_size=40, context_in_dim=5, vec_in_dim=6, in_channels=7)
+    Manifest(12, "full", facts, 1_770_000_500.0, {"weights": FileFacts(3072, "")}).write(checkpoint)
+    (folder / "checkpoint" / "step-21").mkdir()
+    bad = {"item": f"x/{HOSTILE}.png", "reason": "cut short", "used_for": "training", "position": 8}
+    (folder / "quarantine.jsonl").write_text(json.dumps(bad) + '\n{"item": "half')
+    degrees = {"dp_shard": 3, "tp": 2, "pp": 1}
+    append_environment(folder, environment(6, degrees, torch.device("cpu")))
+    return folder, expected
+
+
+@pytest.fixture(scope="module")
+def run(written) -> Run:
+    return read_run(written[0])
+
+
+@pytest.fixture
+def copy(written, tmp_path) -> Path:
+    return Path(shutil.copytree(written[0], tmp_path / "run"))
 
 
 class Page(HTMLParser):
@@ -47,8 +119,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self._inside = tag
-        if tag == "script":
-            self.scripts.append("")
+        self.scripts += [""] if tag == "script" else []
 
     def handle_endtag(self, tag):
         self._inside = ""
@@ -61,23 +132,15 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(written) -> Run:
-    return read_run(written.folder)
-
-
-@pytest.fixture(scope="module")
 def read(run) -> Page:
     return Page(page(run, NOW))
 
 
 def test_every_scalar_is_read_and_a_later_start_counts_from_its_first_step(written, run):
-    assert run.scalars.keys() == written.scalars.keys()
-    for tag, series in written.scalars.items():
+    assert run.scalars.keys() == written[1].keys()
+    for tag, series in written[1].items():
         assert run.scalars[tag] == pytest.approx(series, nan_ok=True), tag
     assert len(run.starts) == 2
-
-
-def test_starts_that_overlap():
     first = Start(0.0, 9.0, {"loss": {10: 1.0, 20: 2.0, 40: 4.0}, "score/x": {40: 99.0}})
     back = Start(20.0, 29.0, {"loss": {20: 2.5, 30: 3.5}})
     assert joined([first, back]) == {"loss": {10: 1.0, 20: 2.5, 30: 3.5}}
@@ -85,19 +148,16 @@ def test_starts_that_overlap():
     assert joined([first, back, again])["loss"][30] == 3.5
 
 
-def test_files_of_one_folder_and_of_rank_0(event_writer, tmp_path):
-    tag = "loss_metrics/global_avg_loss"
+def test_files_of_one_folder_and_of_rank_0(tmp_path):
     for rank, value in (("rank_0", 1.0), ("rank_1", 5.0), ("rank_10", 6.0)):
-        event_writer(tmp_path / "tb" / "now" / rank, 0.0, [(tag, 1, value), (tag, 2, value)])
-    event_writer(tmp_path / "tb" / "now" / "rank_0", 50.0, [(tag, 2, 3.0)])
+        write_events(tmp_path / "tb" / "now" / rank, 0.0, [(LOSS, 1, value), (LOSS, 2, value)])
+    write_events(tmp_path / "tb" / "now" / "rank_0", 50.0, [(LOSS, 2, 3.0)])
     run = read_run(tmp_path)
-    assert run.scalars == {tag: {1: 1.0, 2: 3.0}}
+    assert run.scalars == {LOSS: {1: 1.0, 2: 3.0}}
     assert len(run.starts) == 2
 
 
 def test_pictures_that_a_later_start_took_back_are_left_out(copy):
-    import os
-
     for step in (9, 18):  # drawn between the first start and the second one, from 15 on
         os.utime(copy / "samples" / f"step-{step}.png", (1_770_001_000,) * 2)
     assert [grid.step for grid in read_run(copy).grids] == [9]
@@ -112,46 +172,36 @@ def test_long_curves_keep_their_spikes():
 
 
 def test_curves_hold_every_value_logged(written, run):
-    found = figures(run)
+    scalars = written[1]
+    average = {"validation_metrics/ema_0.99/loss": {6: 0.5}, f"{VALIDATION}_t=x": {6: 1.0}}
+    found = figures(replace(run, scalars=run.scalars | average))
     assert {"loss", "by-time", "profile"} <= set(found)
-    assert len(found) == 3 + len([tag for tag in OTHERS if tag in written.scalars])
-    for tag, name in (
-        ("loss_metrics/global_avg_loss", "training"),
-        ("loss_metrics/global_max_loss", "training, highest of a rank"),
-        ("validation_metrics/loss", "validation"),
-    ):
-        curve = next(line for line in found["loss"].data if line.name == name)
-        assert dict(zip(curve.x, curve.y, strict=True)) == pytest.approx(written.scalars[tag])
-    times = [0.0625, 0.4375, 0.9375]
+    assert len(found) == 3 + len(OTHERS) - 1
+    curves = {line.name: dict(zip(line.x, line.y, strict=True)) for line in found["loss"].data}
+    assert curves == {
+        "training": pytest.approx(scalars[LOSS]),
+        "training, highest of a rank": pytest.approx(scalars["loss_metrics/global_max_loss"]),
+        "validation": pytest.approx(scalars[VALIDATION]),
+        "validation, ema_0.99": {6: 0.5},
+    }
     last = found["profile"].data[-1]
-    assert list(last.x) == times
-    assert list(last.y) == pytest.approx(
-        [written.scalars[f"validation_metrics/loss_t={t:.4f}"][24] for t in times]
-    )
-
-
-def test_averages_are_drawn_beside_the_loss(run):
-    more = {"validation_metrics/ema_0.99/loss": {6: 0.5}, "validation_metrics/loss_t=x": {6: 1.0}}
-    names = [line.name for line in figures(replace(run, scalars=run.scalars | more))["loss"].data]
-    assert names[-1] == "validation, ema_0.99"
+    assert tuple(last.x) == TIMES
+    assert list(last.y) == pytest.approx([scalars[f"{VALIDATION}_t={t:.4f}"][24] for t in TIMES])
 
 
 def test_the_headline(written, run, read):
-    assert run.state == "stopped"
-    assert run.step == 24
-    found = {name: (value, note) for name, value, note in tiles(run)}
-    loss = written.scalars["loss_metrics/global_avg_loss"][24]
-    assert found["Step"] == ("24", "of 30")
-    assert found["Training loss"] == (f"{loss:.4g}", "at step 24")
-    assert found["Time"][1] == "in 2 start(s)"
+    assert (run.state, run.step) == ("stopped", 24)
     scored = replace(run, scalars=run.scalars | {"score/read_as_prompted(%)": {30: 97.5}})
-    assert ("Score", "97.5", "read as prompted(%)") in tiles(scored)
-    assert "not finite in 1 of the logged steps: 9" in read.text
+    found = {name: (value, note) for name, value, note in tiles(scored)}
+    assert found["Step"] == ("24", "of 30")
+    assert found["Training loss"] == (f"{written[1][LOSS][24]:.4g}", "at step 24")
+    assert found["Time"][1] == "in 2 start(s)"
+    assert found["Score"] == ("97.5", "read as prompted(%)")
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
+def test_configuration_environment_checkpoints_and_quarantine(read):
+    text = read.text.replace("\n", "")
+    for part in (
         "three & four · flux-tiny · shapes",
         "sampling.prompts['a | b', 'c'][]",
         "gone.key3no such key",
@@ -162,13 +212,12 @@ def test_the_headline(written, run, read):
         "21not complete, never loaded",
         "1 unreadable item",
         "cut short",
-    ],
-)
-def test_configuration_environment_checkpoints_and_quarantine(read, said):
-    assert said in re.sub(r"\n", "", read.text)
+        "not finite in 1 of the logged steps: 9",
+    ):
+        assert part in text
 
 
-def test_nothing_is_fetched_and_what_others_wrote_stays_text(run, read):
+def test_nothing_is_fetched_and_foreign_text_stays_text(run, read):
     for tag, values in read.tags:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
             assert (values.get(name) or "data:").startswith("data:"), (tag, values)
@@ -181,34 +230,21 @@ def test_nothing_is_fetched_and_what_others_wrote_stays_text(run, read):
     assert any("default-src 'none'" in (v.get("content") or "") for _, v in read.tags)
 
 
-def test_pictures_are_those_of_the_run(written, run):
-    import base64
-
+def test_pictures_are_those_of_the_run_large_ones_reduced_many_spread(written, run, tmp_path):
     for grid in run.grids:
-        content = (written.folder / "samples" / f"step-{grid.step}.png").read_bytes()
+        content = (written[0] / "samples" / f"step-{grid.step}.png").read_bytes()
         assert base64.b64decode(grid.data.partition(",")[2]) == content
     assert [grid.prompts for grid in run.grids] == [["a | b", "c"], [HOSTILE, "c"]]
-
-
-def test_large_grids_are_reduced_and_many_are_spread(tmp_path):
-    import os
-
     path = tmp_path / "step-5.png"
     Image.frombytes("RGB", (2000, 250), os.urandom(2000 * 250 * 3)).save(path)
     grid = read_grid(5, path)
     assert grid.data.startswith("data:image/jpeg")
     assert grid.prompts == []
-    assert MAX_GRID_SIDE < 2000
     assert spread(list(range(1000)), 5) == [0, 250, 500, 749, 999]
 
 
-@pytest.fixture
-def copy(written, tmp_path) -> Path:
-    return Path(shutil.copytree(written.folder, tmp_path / "run"))
-
-
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "note"),
     [
         ("config.toml", "No configuration"),
         ("tb", "No TensorBoard values"),
@@ -218,15 +254,15 @@ def copy(written, tmp_path) -> Path:
         ("quarantine.jsonl", ""),
     ],
 )
-def test_what_is_missing_is_said(copy, read, name, said):
+def test_what_is_missing_is_noted(copy, read, name, note):
     path = copy / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = Page(page(read_run(copy), NOW)).text
-    assert said in text
-    assert not said or said not in read.text
+    assert note in text
+    assert not note or note not in read.text
 
 
-def test_damaged_parts_are_said_or_passed_over(copy):
+def test_damaged_parts_are_noted_or_passed_over(copy):
     (copy / "samples" / "step-9.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
     (copy / "checkpoint" / "step-12" / "manifest.json").write_text("{")
     (copy / "environment.jsonl").write_text('{"ranks": 2}\n{"host"')
@@ -252,11 +288,19 @@ def test_states_and_a_configuration_as_json(copy):
         assert read_run(copy).state == "running"
 
 
-def test_the_command_writes_one_file(written, tmp_path, capsys):
+def test_the_command_writes_one_file_or_says_why_not(written, tmp_path, capsys, monkeypatch):
     out = tmp_path / "new" / "page.html"
-    main([str(written.folder), "--out", str(out)])
+    main([str(written[0]), "--out", str(out)])
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
     assert str(out) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([str(written[0]), "--out", str(out / "below.html")])
+    assert re.fullmatch(r".*page\.html.*\n", capsys.readouterr().err)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    monkeypatch.delitem(sys.modules, "torchtitan_flux.report.page")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(written[0])])
+    assert 'pip install "torchtitan-flux[report]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "file"])
@@ -269,35 +313,3 @@ def test_a_folder_that_is_no_run(tmp_path, capsys, name):
         main([str(tmp_path / name)])
     assert "give the job.dump_folder of a run" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.html*"))
-
-
-def test_without_plotly_the_command_says_what_to_install(written, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    monkeypatch.delitem(sys.modules, "torchtitan_flux.report.page")
-    with pytest.raises(SystemExit, match="2"):
-        main([str(written.folder)])
-    assert 'pip install "torchtitan-flux[report]"' in capsys.readouterr().err
-
-
-def test_a_page_that_cannot_be_written(written, tmp_path, capsys):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(SystemExit, match="2"):
-        main([str(written.folder), "--out", str(tmp_path / "file" / "page.html")])
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_it_fits_the_window_in_chromium(written, tmp_path, width):
-    """Nothing is wider than the window, and every curve is drawn."""
-    out, run = tmp_path / "page.html", read_run(written.folder)
-    probe = "[document.documentElement.scrollWidth, document.querySelectorAll('.trace').length]"
-    script = f"<script>setTimeout(() => {{ document.title = {probe} }}, 1500)</script></body>"
-    out.write_text(page(run, NOW).replace("</body>", script))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
-    command = [str(CHROMIUM), *flags, "--virtual-time-budget=5000", "--dump-dom", out.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    wide, traces = map(int, re.search(r"<title>(\d+),(\d+)", dom).groups())
-    assert wide <= max(width, 500)  # headless windows are no narrower than 500
-    assert traces == sum(len(figure.data) for figure in figures(run).values())

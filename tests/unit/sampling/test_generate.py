@@ -43,21 +43,17 @@ PROMPTS = ["a red circle above a blue square", "a handwritten seven"]
 STEPS = 5
 
 
-class TextEncoders:
-    """Our encoders from assets/tiny."""
-
-    def __init__(self) -> None:
-        self.tokenizer = CaptionTokenizer(TINY / "t5", TINY / "clip", T5_TOKENS)
-        self.t5, self.clip = T5Encoder(TINY / "t5"), ClipEncoder(TINY / "clip")
-
-    def __call__(self, captions) -> TextConditioning:
-        t5, clip = zip(*map(self.tokenizer, captions), strict=True)
-        return TextConditioning(self.t5(torch.stack(t5)), self.clip(torch.stack(clip)))
-
-
 @pytest.fixture(scope="module")
-def encode_text() -> TextEncoders:
-    return TextEncoders()
+def encode_text():
+    """Our encoders from assets/tiny."""
+    tokenizer = CaptionTokenizer(TINY / "t5", TINY / "clip", T5_TOKENS)
+    t5, clip = T5Encoder(TINY / "t5"), ClipEncoder(TINY / "clip")
+
+    def encode(captions) -> TextConditioning:
+        t5_tokens, clip_tokens = zip(*map(tokenizer, captions), strict=True)
+        return TextConditioning(t5(torch.stack(t5_tokens)), clip(torch.stack(clip_tokens)))
+
+    return encode
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +76,7 @@ def model_and_pipeline(args: FluxModelArgs, schedule: Schedule) -> tuple[FluxMod
     )
     theirs.load_state_dict(to_diffusers(ours.state_dict(), args))
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=schedule.shift,
-            use_dynamic_shifting=schedule.use_dynamic_shifting,
-            base_shift=schedule.base_shift,
-            max_shift=schedule.max_shift,
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
-        ),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_config(schedule.config()),
         vae=AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32),
         text_encoder=CLIPTextModel.from_pretrained(TINY / "clip", dtype=torch.float32),
         tokenizer=AutoTokenizer.from_pretrained(TINY / "clip"),

@@ -102,23 +102,15 @@ def test_published_schedules_have_names():
     assert written == PUBLISHED_DEV
 
 
-@pytest.mark.parametrize(
-    ("pixels", "expected"),
-    [
+def test_published_times_in_four_steps():
+    for pixels, expected in (
         (256, [1, 0.831824, 0.622459, 0.354661, 0]),
         (512, [1, 0.849235, 0.652489, 0.384945, 0]),
         (1024, [1, 0.904531, 0.759511, 0.512844, 0]),
-    ],
-)
-def test_dev_in_four_steps(pixels, expected):
-    found = DEV.times(4, tokens(pixels, pixels))
-    assert np.abs(found - expected).max() < 1e-6
-    assert (found[0], found[-1]) == (1.0, 0.0)
-
-
-def test_schnell_ignores_the_size():
-    assert SCHNELL.times(4, 256).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert SCHNELL.times(4, 4096).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    ):
+        assert np.abs(DEV.times(4, tokens(pixels, pixels)) - expected).max() < 1e-6
+    for length in (256, 4096):
+        assert SCHNELL.times(4, length).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 def test_mu_goes_through_its_two_points_and_beyond():
@@ -127,26 +119,18 @@ def test_mu_goes_through_its_two_points_and_beyond():
     assert resolution_mu(16384) == pytest.approx(calculate_shift(16384))
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
-        DEV.times(steps, 256)
+def test_what_has_no_times_is_refused():
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
+            DEV.times(steps, 256)
+    for text in ("time_shift_type=linear,base_shift=-2", "max_shift=1e300"):
+        schedule = Schedule.parse(f"use_dynamic_shifting=true,{text}")
+        with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic"):
+            schedule.times(4, 300)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "use_dynamic_shifting=true,time_shift_type=linear,base_shift=-2",
-        "use_dynamic_shifting=true,max_shift=1e300",
-    ],
-)
-def test_a_shift_out_of_range_is_refused_at_the_size_that_makes_it(text):
-    with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic_shifting"):
-        Schedule.parse(text).times(4, 300)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"_class_name": "DDIMScheduler"}, "it is a DDIMScheduler; only FlowMatchEuler"),
         ({"use_karras_sigmas": True, "shift": 3.0}, "use_karras_sigmas = True: not computed here"),
@@ -157,20 +141,20 @@ def test_a_shift_out_of_range_is_refused_at_the_size_that_makes_it(text):
             "invert_sigmas = True; stochastic_sampling = True: not",
         ),
         ({"num_train_timesteps": 500}, "num_train_timesteps = 500, FLUX.1 has 1000"),
-        ({"shift": "3"}, "shift = '3' is no number"),
-        ({"shift": 0}, "shift = 0 must be positive"),
-        ({"shift": float("inf")}, "shift = inf is no number"),
-        ({"shift": True}, "shift = True is no number"),
-        ({"max_shift": [1]}, "max_shift = .1. is no number"),
-        ({"shift_terminal": 1.0}, "shift_terminal = 1.0 is not between 0 and 1"),
-        ({"use_dynamic_shifting": "yes"}, "use_dynamic_shifting = 'yes' is not true or false"),
-        ({"base_image_seq_len": 4096}, "are not two different whole numbers"),
-        ({"max_image_seq_len": 4096.5}, "are not two different whole numbers"),
-        ({"time_shift_type": "cosine"}, "time_shift_type = 'cosine' is not"),
+        ({"shift": "3"}, "shift = '3': .*number"),
+        ({"shift": 0}, "shift = 0: .*greater than 0"),
+        ({"shift": float("inf")}, "shift = inf: .*finite"),
+        ({"shift": True}, "shift = True: .*number"),
+        ({"max_shift": [1]}, "max_shift = .1.: .*number"),
+        ({"shift_terminal": 1.0}, "shift_terminal = 1.0: .*less than 1"),
+        ({"use_dynamic_shifting": "yes"}, "use_dynamic_shifting = 'yes': .*boolean"),
+        ({"base_image_seq_len": 4096}, "base_image_seq_len and max_image_seq_len must differ"),
+        ({"max_image_seq_len": 4096.5}, "max_image_seq_len = 4096.5: .*integer"),
+        ({"time_shift_type": "cosine"}, "time_shift_type = 'cosine': .*exponential"),
     ],
 )
-def test_what_is_not_computed_is_named(config, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_is_not_computed_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
         Schedule.of_config(config)
 
 
@@ -188,7 +172,7 @@ def test_null_is_the_default():
         ("shift", "'shift' is unknown"),
         ("shift=3,karras=true", "'karras=true' is unknown"),
         ("shift=3,shift=4", "shift is given twice"),
-        ("shift=much", "shift = 'much' is no number"),
+        ("shift=much", "shift = 'much': .*number"),
         ("base_shift=0.4", "base_shift counts only with use_dynamic_shifting=true"),
         ("shift=2,use_dynamic_shifting=true", "shift counts only without"),
     ],

@@ -43,7 +43,7 @@ def train_a_little(argv: list[str]) -> tuple[float, torch.Tensor]:
         for p, b in zip(trainer.model_parts[0].parameters(), before, strict=True)
     )
     settings = sample_settings(trainer.job_config, trainer.model_args)
-    images = trainer.painter.draw(["three"], settings)
+    images = trainer.image_sampler.sample(["three"], settings)
     trainer.close()
     return moved, images
 

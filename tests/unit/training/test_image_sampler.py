@@ -16,7 +16,7 @@ from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.sampling.generate import SampleSettings
 from torchtitan_flux.training.conditioning import FrozenParts
-from torchtitan_flux.training.distributed_sampler import Painter
+from torchtitan_flux.training.image_sampler import ImageSampler
 
 GEOMETRY = FLAVORS["flux-tiny"].geometry
 PROMPTS = ["a", "bad", "b", "bad", "worse"]
@@ -56,8 +56,8 @@ def test_broken_pictures_are_black_and_named(monkeypatch):
     handler.emit = lambda record: said.append(f"{record.levelname} {record.getMessage()}")
     logger.addHandler(handler)
     try:
-        painter = Painter(Breaks(), parts, GEOMETRY, dims, batch_size=2)
-        images = painter.draw(PROMPTS, SampleSettings(ImageSize(16, 16), steps=5))
+        sampler = ImageSampler(Breaks(), parts, GEOMETRY, dims, batch_size=2)
+        images = sampler.sample(PROMPTS, SampleSettings(ImageSize(16, 16), steps=5))
     finally:
         logger.removeHandler(handler)
     assert images.isfinite().all()

@@ -1,0 +1,82 @@
+"""Drawing on all data ranks: each draws its share of the pictures, every rank gets all of them."""
+
+from collections.abc import Sequence
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchtitan.tools.logging import logger
+
+from torchtitan_flux.latents import Geometry
+from torchtitan_flux.parallel.dims import FluxParallelDims
+from torchtitan_flux.parallel.replicated_rows import Peers
+from torchtitan_flux.sampling.euler import FirstNotFinite
+from torchtitan_flux.sampling.generate import SampleSettings, generate
+from torchtitan_flux.training.conditioning import FrozenParts
+
+
+class ImageSampler:
+    """Draws with a model that the data ranks share; picture i starts from noise (seed, i).
+
+    A rank draws `batch_size` pictures at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: FrozenParts,
+        geometry: Geometry,
+        dims: FluxParallelDims,
+        batch_size: int = 64,
+    ):
+        self.model = model
+        self.parts = parts
+        self.geometry = geometry
+        self.data_ranks = Peers(dims.data_group)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], settings: SampleSettings, negative_prompt: str = ""
+    ) -> Float[Tensor, "n c H W"]:
+        """One image in [-1, 1] for each prompt, on the CPU of every rank, in the prompts' order.
+
+        A picture that is not finite is black, and an error in the log that names its prompt and
+        the step: drawing shows a run, it does not end it.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        drawn, first_bad_steps = [], []
+        for batch in self.data_ranks.own(torch.arange(len(prompts))).split(self.batch_size):
+            indices: list[int] = batch.tolist()
+            watch = FirstNotFinite()
+            images = generate(
+                self.model,
+                self.parts.codec,
+                self.parts.encode_captions,
+                self.geometry,
+                [prompts[i] for i in indices],
+                indices,
+                settings,
+                negative_prompt,
+                self.parts.device,
+                on_step=watch,
+            )
+            drawn.append(images)
+            first_bad_steps.append(watch.first)
+        self.model.train(was_training)
+        images, steps = (
+            self.data_ranks.join(torch.cat(parts), len(prompts)).cpu()
+            for parts in (drawn, first_bad_steps)
+        )
+        bad = images.isnan().flatten(1).any(1)
+        if torch.distributed.get_rank() == 0:
+            for i in bad.nonzero().flatten().tolist():
+                when = f"from denoising step {steps[i]} of {settings.steps} on"
+                logger.error(
+                    f"Picture {i} of {prompts[i]!r} is not finite "
+                    f"{when if steps[i] else 'once decoded'}; it is drawn black"
+                )
+        return images.masked_fill(bad.view(-1, 1, 1, 1), -1.0)
