@@ -19,7 +19,11 @@ from torchtitan_flux.parallel.parallelize import shard_model
 from torchtitan_flux.paths import locate
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.tensor_files.hub_cache import why_absent
-from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
+from torchtitan_flux.training.conditioning import (
+    FrozenEncoders,
+    build_frozen_encoders,
+    build_tokenizer,
+)
 from torchtitan_flux.training.distributed_sampler import Painter
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.resume import checkpoint_folder
@@ -37,7 +41,7 @@ class Session:
         config: the run's configuration.
         args: resolved model arguments.
         model: the trained model, sharded over the ranks.
-        parts: encoders and codec.
+        encoders: and codec.
         painter: draws with them.
         checkpoint: where the weights came from.
     """
@@ -45,7 +49,7 @@ class Session:
     config: FluxJobConfig
     args: FluxModelArgs
     model: FluxModel
-    parts: FrozenParts
+    encoders: FrozenEncoders
     painter: Painter
     checkpoint: Path
 
@@ -139,9 +143,9 @@ def load_model(context: InferenceContext, batch_size: int = 64) -> Session:
     model.eval().requires_grad_(False)
 
     tokenizer = build_tokenizer(context.config)
-    parts = build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
-    painter = Painter(model, parts, args.geometry, dims, batch_size)
-    return Session(context.config, args, model, parts, painter, context.checkpoint)
+    encoders = build_frozen_encoders(context.config, args, tokenizer, dims, device, dtype)
+    painter = Painter(model, encoders, args.geometry, dims, batch_size)
+    return Session(context.config, args, model, encoders, painter, context.checkpoint)
 
 
 def open_session(

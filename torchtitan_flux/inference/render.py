@@ -73,7 +73,7 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
 def _stages(context: InferenceContext, low_memory: bool) -> Stages:
     if not low_memory:
         session = load_model(context)
-        return Loaded(session.model, session.parts)
+        return Loaded(session.model, session.encoders)
     return OneAfterAnother(
         context.config,
         context.args,

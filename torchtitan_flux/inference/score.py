@@ -22,7 +22,7 @@ from torchtitan_flux.inference.open_run import Session, open_session
 from torchtitan_flux.startup.load_config import load_config_or_exit
 from torchtitan_flux.training.console import quieten_libraries
 from torchtitan_flux.training.data import validation_samples
-from torchtitan_flux.training.losses import encode_batch, flow_inputs, sample_losses
+from torchtitan_flux.training.losses import flow_inputs, sample_losses
 from torchtitan_flux.training.validator import TIME_GRIDS, mean_loss
 
 
@@ -50,10 +50,10 @@ def split_loss(session: Session, split: Split, period: int) -> float:
     """Mean loss over a split at all eight times, under noise shared between splits."""
     args = session.args
     source = SameNoise(build_source("digits", split), period)
-    samples = validation_samples(source, session.parts.tokenizer, session.config)
+    samples = validation_samples(source, session.encoders.tokenizer, session.config)
     loss, _ = mean_loss(
         ValidationLoader(samples, batch_size=120),
-        lambda batch: encode_batch(session.parts, args, batch),
+        session.encoders,
         lambda encoded, t: sample_losses(session.model, *flow_inputs(args, encoded, t, None)),
         TIME_GRIDS["midpoints"](),
         all_times=True,

@@ -23,7 +23,7 @@ from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.sampling.generate import TextEncoding
-from torchtitan_flux.training.conditioning import FrozenParts, build_codec
+from torchtitan_flux.training.conditioning import FrozenEncoders, build_codec
 from torchtitan_flux.weights.load import import_weights
 from torchtitan_flux.weights.open import Weights
 
@@ -58,21 +58,21 @@ class Loaded:
     """All on the device, for as long as this lives."""
 
     model: nn.Module
-    parts: FrozenParts
+    encoders: FrozenEncoders
     apart: bool = False
 
     @property
     def device(self) -> torch.device:
-        return self.parts.device
+        return self.encoders.device
 
     def text(self) -> AbstractContextManager[TextEncoding]:
-        return nullcontext(self.parts.encode_captions)
+        return nullcontext(self.encoders.encode_captions)
 
     def transformer(self) -> AbstractContextManager[nn.Module]:
         return nullcontext(self.model)
 
     def codec(self) -> AbstractContextManager[Codec]:
-        return nullcontext(self.parts.codec)
+        return nullcontext(self.encoders.codec)
 
 
 @dataclass(frozen=True)

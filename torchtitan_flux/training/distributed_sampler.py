@@ -15,7 +15,7 @@ from torchtitan_flux.latents import Geometry
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.sampling.euler import FirstNotFinite
 from torchtitan_flux.sampling.generate import SampleSettings, generate, image_grid, to_pil
-from torchtitan_flux.training.conditioning import FrozenParts
+from torchtitan_flux.training.conditioning import FrozenEncoders
 
 
 class Painter:
@@ -25,7 +25,7 @@ class Painter:
 
     Args:
         model: FluxModel after parallelize_flux.
-        parts: encoders, codec, device.
+        encoders: with codec and device.
         geometry: of the flavor.
         dims: data ranks draw different pictures.
         batch_size: pictures drawn at once.
@@ -34,13 +34,13 @@ class Painter:
     def __init__(
         self,
         model: nn.Module,
-        parts: FrozenParts,
+        encoders: FrozenEncoders,
         geometry: Geometry,
         dims: FluxParallelDims,
         batch_size: int = 64,
     ):
         self.model = model
-        self.parts = parts
+        self.encoders = encoders
         self.geometry = geometry
         self.dims = dims
         self.batch_size = batch_size
@@ -67,14 +67,14 @@ class Painter:
             watch = FirstNotFinite()
             images = generate(
                 self.model,
-                self.parts.codec,
-                self.parts.encode_captions,
+                self.encoders.codec,
+                self.encoders.encode_captions,
                 self.geometry,
                 [prompts[i] for i in indices],
                 indices,
                 settings,
                 negative_prompt=negative_prompt,
-                device=self.parts.device,
+                device=self.encoders.device,
                 on_step=watch,
             )
             drawn.append(images)

@@ -78,7 +78,7 @@ def test_ranks_cover_every_position_once_and_in_order(world, local):
 @pytest.mark.parametrize(("world", "local"), [(1, 3), (2, 6), (2, 2), (4, 3), (4, 1)])
 def test_same_data_on_any_number_of_ranks_and_with_accumulation(make_loader, world, local):
     reference = run_of(make_loader, steps=3, local=12, world=1)
-    assert reference["position"].tolist() == list(range(3 * G))
+    assert reference.position.tolist() == list(range(3 * G))
     assert_equal(run_of(make_loader, steps=3, local=local, world=world), reference)
 
 
@@ -110,9 +110,7 @@ def test_resuming_continues_exactly_on_any_number_of_ranks(make_loader, num_work
     take(first, 2 * first.microbatches)
     state = first.state_dict()
     assert state == {"position": 2 * G}
-    rest = run_of(
-        make_loader, 3, local, world, start=state["position"], num_workers=num_workers and 1
-    )
+    rest = run_of(make_loader, 3, local, world, start=state.position, num_workers=num_workers and 1)
     assert_equal(rest, {key: value[2 * G :] for key, value in reference.items()})
 
 
@@ -121,7 +119,7 @@ def test_state_counts_whole_steps_that_were_handed_out(make_loader):
     seen = []
     for _ in range(7):
         next(loader)
-        seen.append(loader.state_dict()["position"])
+        seen.append(loader.state_dict().position)
     assert seen == [0, 0, 12, 12, 12, 24, 24]
 
 
@@ -132,7 +130,7 @@ def test_position_can_be_moved_in_the_midst_of_a_run(make_loader, options):
     loader = make_loader(G, 4, **options)
     take(loader, 4)
     loader.load_state_dict({"position": 5 * G})
-    assert joined(take(loader, 3))["position"].tolist() == list(range(5 * G, 6 * G))
+    assert joined(take(loader, 3)).position.tolist() == list(range(5 * G, 6 * G))
     assert loader.position == 6 * G
 
 
@@ -141,11 +139,11 @@ def test_closing_and_iterating_again_go_on_in_place(make_loader, num_workers):
     loader = make_loader(G, 4, num_workers=num_workers)
     seen = []
     for batch in loader:
-        seen += batch["position"].tolist()
+        seen += batch.position.tolist()
         break
     loader.close()
     for batch in loader:
-        seen += batch["position"].tolist()
+        seen += batch.position.tolist()
         if len(seen) >= 2 * G:
             break
     assert seen == list(range(2 * G))
@@ -169,7 +167,7 @@ def test_a_run_goes_on_with_another_global_batch_size(make_loader):
     """No position is left out and none comes twice, though 2 G is no multiple of the new size."""
     loader = make_loader(15, 5)
     loader.load_state_dict({"position": 2 * G})
-    seen = joined(take(loader, 6))["position"].tolist()
+    seen = joined(take(loader, 6)).position.tolist()
     assert seen == list(range(2 * G, 2 * G + 30))
     assert loader.state_dict() == {"position": 2 * G + 30}
 
@@ -214,10 +212,10 @@ def test_without_workers_a_thread_prepares_the_next_batch(make_loader, make_samp
     assert next(loader)["thread"][0] != threading.get_ident()
     assert len(data_threads()) == 1
     assert samples.eighth.wait(60), "nobody asks for the second batch, and it is made"
-    assert next(loader)["position"].tolist() == [4, 5, 6, 7]
+    assert next(loader).position.tolist() == [4, 5, 6, 7]
     loader.close()
     assert not data_threads()
-    assert next(loader)["position"].tolist() == [8, 9, 10, 11]
+    assert next(loader).position.tolist() == [8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("how", ["del", "load_state_dict"])
@@ -242,7 +240,7 @@ def test_what_a_sample_raises_comes_with_its_batch(make_loader, make_samples):
             return super().__getitem__(position)
 
     loader = make_loader(G, 4, samples=make_samples(cls=Breaks))
-    assert next(loader)["position"].tolist() == [0, 1, 2, 3]
+    assert next(loader).position.tolist() == [0, 1, 2, 3]
     for _ in range(2):
         with pytest.raises(ZeroDivisionError, match="position 5"):
             next(loader)
@@ -255,14 +253,14 @@ def test_a_forked_process_goes_on_without_the_thread(make_loader):
     results = multiprocessing.get_context("fork").SimpleQueue()
 
     def child():
-        results.put(take(loader, 2)[1]["position"].tolist())
+        results.put(take(loader, 2)[1].position.tolist())
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     process.join(20)
     assert process.exitcode == 0
     assert results.get() == [12, 13, 14, 15]
-    assert next(loader)["position"].tolist() == [8, 9, 10, 11]
+    assert next(loader).position.tolist() == [8, 9, 10, 11]
 
 
 class WorkerFacts(TrainingSamples):
@@ -353,17 +351,17 @@ def test_validation_set_is_dealt_out_once(make_validation, length, batch, world,
         assert_equal(joined(again), joined(per_rank[-1]))
     assert len({len(batches) for batches in per_rank}) == 1
     everything = joined([b for batches in per_rank for b in batches])
-    assert everything["weight"].sum() == length
-    assert all(len(b["index"]) == batch for batches in per_rank for b in batches)
-    counted = everything["index"][everything["weight"] == 1]
+    assert everything.weight.sum() == length
+    assert all(len(b.position) == batch for batches in per_rank for b in batches)
+    counted = everything.position[everything.weight == 1]
     assert sorted(counted.tolist()) == list(range(length))
-    for i, index in enumerate(everything["index"]):  # repeats are real samples
-        assert torch.equal(everything["noise"][i], samples[int(index)]["noise"])
+    for i, index in enumerate(everything.position):  # repeats are real samples
+        assert torch.equal(everything.noise[i], samples[int(index)].noise)
 
 
 def test_validation_loader_lists_unreadable_items(make_validation, make_source):
     loader = ValidationLoader(make_validation(source=make_source(5, frozenset({1}))), 2)
-    weights = joined(list(loader))["weight"]
+    weights = joined(list(loader)).weight
     assert weights.tolist() == [1, 0, 1, 1, 1, 0]
     assert [(r.position, r.item_id) for r in loader.replaced] == [(1, "grays/1")]
 

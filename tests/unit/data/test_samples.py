@@ -50,12 +50,12 @@ def check_fresh_in_every_epoch(samples, epochs: int = 12) -> None:
         met = [samples[p] for p in positions]
         for stream, key in ("TIME", "t"), ("NOISE", "noise"), ("POSTERIOR", "posterior_noise"):
             assert len({m[key].numpy().tobytes() for m in met}) == epochs, stream
-        dropped = [torch.equal(m["t5_tokens"], empty) for m in met]
+        dropped = [torch.equal(m.text.t5, empty) for m in met]
         assert len(set(dropped)) == 2, "DROPOUT"
-        captions = {tuple(m["t5_tokens"].tolist()) for m in met} - {tuple(empty.tolist())}
+        captions = {tuple(m.text.t5.tolist()) for m in met} - {tuple(empty.tolist())}
         assert len(captions) == 2, "CAPTION"
         # Rows are a rising ramp, so falling means flipped, and the lowest value tells the crop.
-        rows = [m["image"][0, 0] for m in met]
+        rows = [m.picture.image[0, 0] for m in met]
         assert len({bool(r[0] > r[-1]) for r in rows}) == 2, "FLIP"
         assert len({float(r.min()) for r in rows}) > epochs // 2, "CROP"
 
@@ -102,26 +102,26 @@ def test_shapes_and_types(make_samples):
         "posterior_noise": ((3, 6, 10), torch.float32),
         "position": ((), torch.int64),
     }
-    assert sample["position"] == 4
+    assert sample.position == 4
     latent = make_samples(
         geometry=Geometry(16, 2, 1), time_density=TimeDensity("logit_normal"), stochastic=False
     )[4]
-    assert latent["noise"].shape == (16, 3, 5)
+    assert latent.noise.shape == (16, 3, 5)
     assert "posterior_noise" not in latent
-    assert 0 < latent["t"] < 1
+    assert 0 < latent.t < 1
 
 
 def test_draws_have_the_right_distributions(make_samples):
     samples = make_samples(length=50)
     drawn = [samples[p] for p in range(1000)]
-    t = np.sort([s["t"].item() for s in drawn])
+    t = np.sort([s.t.item() for s in drawn])
     assert np.abs(t - (np.arange(1000) + 0.5) / 1000).max() < 1.63 / np.sqrt(1000)  # KS, 1 %
-    noise = torch.stack([s["noise"] for s in drawn])
+    noise = torch.stack([s.noise for s in drawn])
     assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
     assert abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
-    posterior = torch.stack([s["posterior_noise"] for s in drawn])
+    posterior = torch.stack([s.picture.posterior_noise for s in drawn])
     assert abs((noise * posterior).mean()) < 4 / noise.numel() ** 0.5
-    flipped = np.mean([bool(s["image"][0, 0, 0] > s["image"][0, 0, -1]) for s in drawn])
+    flipped = np.mean([bool(s.picture.image[0, 0, 0] > s.picture.image[0, 0, -1]) for s in drawn])
     assert abs(flipped - 0.5) < 4 * 0.5 / np.sqrt(1000)
 
 
@@ -145,7 +145,7 @@ def test_dropout_rates(make_samples, prob, mode):
 
 def test_without_dropout_every_caption_is_kept_and_all_are_used(make_samples):
     samples = make_samples(dropout=CaptionDropout(), length=1)
-    seen = [bytes(samples[p]["t5_tokens"].tolist()).rstrip(b"\0").decode() for p in range(200)]
+    seen = [bytes(samples[p].text.t5.tolist()).rstrip(b"\0").decode() for p in range(200)]
     assert set(seen) == {"gray 0", "no. 0"}
     assert abs(seen.count("no. 0") - 100) < 4 * np.sqrt(200 / 4)
 
@@ -207,8 +207,8 @@ def test_files_that_break_while_decoding_count_as_unreadable(
 
     validation = make_validation(source=DamagedFiles(tmp_path))
     batch = [validation[i] for i in range(3)]
-    assert [s["weight"].item() for s in batch] == [1, 0, 1]
-    assert not batch[1]["image"].any()
+    assert [s.weight.item() for s in batch] == [1, 0, 1]
+    assert not batch[1].picture.image.any()
     assert [r.item_id for r in validation.replaced] == ["files/1"]
 
 
@@ -225,7 +225,7 @@ def test_small_pictures_are_unreadable(make_samples, make_validation, make_sourc
         samples[p]
     assert [r[1:] for r in samples.replaced] == [("grays/1", reason)]
     validation = make_validation(source=OneSmall(5), rules=rules)
-    assert [validation[i]["weight"].item() for i in range(5)] == [1, 0, 1, 1, 1]
+    assert [validation[i].weight.item() for i in range(5)] == [1, 0, 1, 1, 1]
     assert validation.replaced == [(1, "grays/1", reason)]
 
 
@@ -239,7 +239,7 @@ def test_the_background_reaches_the_samples(make_samples, make_validation, make_
         make_samples(source=Clear(3), rules=rules),
         make_validation(source=Clear(3), rules=rules),
     ):
-        np.testing.assert_allclose(samples[1]["image"][:, 2, 2], [-1, 1, -0.6], atol=1e-6)
+        np.testing.assert_allclose(samples[1].picture.image[:, 2, 2], [-1, 1, -0.6], atol=1e-6)
 
 
 def test_colour_profiles_reach_the_samples_when_they_are_asked_for(
@@ -256,7 +256,7 @@ def test_colour_profiles_reach_the_samples_when_they_are_asked_for(
     for srgb, colour in (True, [-1, -1, 1]), (False, [1, -1, -1]):
         for make in (make_samples, make_validation):
             samples = make(source=Profiled(3), rules=PictureRules(srgb=srgb))
-            np.testing.assert_array_equal(samples[1]["image"][:, 2, 2], colour)
+            np.testing.assert_array_equal(samples[1].picture.image[:, 2, 2], colour)
 
 
 def test_order_and_source_must_agree(make_samples, make_source):
@@ -275,8 +275,8 @@ def test_validation_belongs_to_the_item(make_validation, make_source):
         a, b = plain[i], backwards[6 - i]
         assert (a.pop("index"), b.pop("index")) == (i, 6 - i)
         assert equal(a, b)
-    assert not torch.equal(plain[0]["noise"], plain[1]["noise"])
-    assert not torch.equal(plain[0]["noise"], make_validation(7, seed=6)[0]["noise"])
+    assert not torch.equal(plain[0].noise, plain[1].noise)
+    assert not torch.equal(plain[0].noise, make_validation(7, seed=6)[0].noise)
 
 
 def test_validation_shapes_and_plainness(make_validation):
@@ -290,12 +290,12 @@ def test_validation_shapes_and_plainness(make_validation):
         "index": ((), torch.int64),
         "weight": ((), torch.float32),
     }
-    assert bytes(sample["t5_tokens"].tolist()).rstrip(b"\0") == b"gray 3"
-    row = sample["image"][0, 0]
+    assert bytes(sample.text.t5.tolist()).rstrip(b"\0") == b"gray 3"
+    row = sample.picture.image[0, 0]
     assert (row.diff() > 0).all()  # not flipped
     middle = 3 + 104 / 2  # item 3 is the ramp 3 .. 107
     assert ((row.mean() + 1) * 127.5).item() == pytest.approx(middle, abs=0.6)
-    assert sample["weight"] == 1
+    assert sample.weight == 1
 
 
 def test_can_be_sent_to_a_worker(make_samples, make_validation):
@@ -311,6 +311,6 @@ def test_with_the_real_sources(make_samples, name):
         source=source, size=size, channels=1 if name == "digits" else 3, geometry=Geometry(1, 1, 2)
     )
     sample = samples[2**40]
-    assert sample["image"].shape == (samples.channels, size.height, size.width)
-    assert sample["noise"].shape == (1, size.height, size.width)
-    assert -1 <= sample["image"].min() < sample["image"].max() <= 1
+    assert sample.picture.image.shape == (samples.channels, size.height, size.width)
+    assert sample.noise.shape == (1, size.height, size.width)
+    assert -1 <= sample.picture.image.min() < sample.picture.image.max() <= 1

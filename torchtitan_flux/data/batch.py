@@ -1,0 +1,98 @@
+"""Samples and batches. A batch has the fields of a sample, stacked along a new first axis `b`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from torchtitan_flux.model.inputs import TextConditioning
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the codec encodes: images in [-1, 1], and the noise that samples its posterior."""
+
+    image: Float32[Tensor, "*b c H W"]
+    posterior_noise: Float32[Tensor, "*b ch h w"] | None = None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the codec has made of images before."""
+
+    latents: Float[Tensor, "*b ch h w"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the text encoders take."""
+
+    t5: Int64[Tensor, "*b length"]
+    clip: Int64[Tensor, "*b 77"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What training and validation have in common.
+
+    Attributes:
+        picture, text: for the encoders, or encoded already.
+        noise: that the latents are mixed with, in their shape.
+        position: of the run; for validation, the index in the held-out set.
+    """
+
+    picture: Pixels | Latents
+    text: Tokens | TextConditioning
+    noise: Float32[Tensor, "*b ch h w"]
+    position: Int64[Tensor, "*b"]
+
+    def pin_memory(self: T) -> T:
+        """Copies in pinned memory; torch's DataLoader calls this."""
+        return _map(lambda tensors: tensors[0].pin_memory(), [self])
+
+
+@dataclass(frozen=True)
+class TrainingBatch(Batch):
+    """`t`: time of each sample; 0 is data, 1 is noise."""
+
+    t: Float32[Tensor, "*b"]
+
+
+@dataclass(frozen=True)
+class ValidationBatch(Batch):
+    """`weight`: 0 for items that cannot be read and for repeats that fill up a batch, else 1."""
+
+    weight: Float32[Tensor, "*b"]
+
+
+def stack(samples: Sequence[T]) -> T:
+    """The batch of some samples."""
+    return _map(_stack, samples)
+
+
+def _map(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Any]) -> Any:
+    """A function of the tensors that stand at the same place in all parts, for every place."""
+    first = parts[0]
+    if first is None or isinstance(first, Tensor):
+        return first if first is None else function(parts)
+    names = [field.name for field in fields(first)]
+    values = {name: _map(function, [getattr(part, name) for part in parts]) for name in names}
+    return type(first)(**values)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`; a worker's goes straight to the memory that it shares with the trainer."""
+    first = tensors[0]
+    if get_worker_info() is None:
+        return torch.stack(list(tensors))
+    size = len(tensors) * first.numel() * first.element_size()
+    shared = torch.UntypedStorage._new_shared(size)
+    shape = (len(tensors), *first.shape)
+    out = torch.empty(0, dtype=first.dtype).set_(shared, 0, shape)  # pyright: ignore[reportCallIssue]
+    return torch.stack(list(tensors), out=out)
