@@ -8,21 +8,14 @@ import zlib
 
 import numpy as np
 import pytest
-from data_files import png_of
+from data_files import png_of, to_training_image
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from torchtitan_flux.data import formats as formats_module
 from torchtitan_flux.data import transforms
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size, open_image
 from torchtitan_flux.data.sources.source import UnreadableItem
-from torchtitan_flux.data.transforms import (
-    CENTER,
-    Picture,
-    fit,
-    load_picture,
-    needs_crop,
-    to_training_image,
-)
+from torchtitan_flux.data.transforms import CENTER, Picture, fit, load_picture
 from torchtitan_flux.latents import ImageSize
 
 MAX_PIXELS = 2**20
@@ -212,7 +205,7 @@ def test_orientation_of_a_jpeg_that_is_decoded_small(orientation):
         assert (picture.width < picture.height) == turned
         for crop in (0.0, 0.0), (0.999, 0.999), CENTER:
             assert psnr(read(data, size, crop=crop), fully_decoded(data, size, crop)) > 40
-    assert not needs_crop(picture, ImageSize(403, 299) if turned else ImageSize(299, 403))
+    assert not picture.needs_crop(ImageSize(403, 299) if turned else ImageSize(299, 403))
 
 
 def test_a_jpeg_of_the_wanted_size_is_not_touched():

@@ -8,10 +8,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from data_files import indexed, write_parquet, write_tar
+from data_files import indexed, to_training_image, write_parquet, write_tar
 from PIL import Image
 
-from torchtitan_flux.data.transforms import to_training_image
 from torchtitan_flux.latents import ImageSize
 
 COUNT = 42
