@@ -6,11 +6,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from data_files import tensors
 from torch.utils.data import get_worker_info
 
+from torchtitan_flux.data.batch import Batch
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader, positions_of
 from torchtitan_flux.data.samples import TrainingSamples
 
@@ -30,21 +33,30 @@ def make_loader(make_samples):
         loader.close()
 
 
-def take(loader, batches: int) -> list[dict]:
+Tensors = dict[str, torch.Tensor]
+
+
+def take(loader, batches: int) -> list[Batch]:
     return [next(loader) for _ in range(batches)]
 
 
-def joined(batches: list[dict]) -> dict:
-    return {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+def joined(batches: list[Batch]) -> Tensors:
+    """All tensors of all batches, by the name of their field."""
+    parts = [tensors(batch) for batch in batches]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def assert_equal(a: dict, b: dict) -> None:
+def positions(batches: list[Batch]) -> list[int]:
+    return joined(batches)["position"].tolist()
+
+
+def assert_equal(a: Tensors, b: Tensors) -> None:
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), key
 
 
-def run_of(make_loader, steps: int, local: int, world: int, start: int = 0, **kwargs) -> dict:
+def run_of(make_loader, steps: int, local: int, world: int, start: int = 0, **kwargs) -> Tensors:
     """All samples of some steps in the order of positions, whatever the ranks are."""
     loaders = [make_loader(G, local, rank, world, **kwargs) for rank in range(world)]
     for loader in loaders:
@@ -78,7 +90,7 @@ def test_ranks_cover_every_position_once_and_in_order(world, local):
 @pytest.mark.parametrize(("world", "local"), [(1, 3), (2, 6), (2, 2), (4, 3), (4, 1)])
 def test_same_data_on_any_number_of_ranks_and_with_accumulation(make_loader, world, local):
     reference = run_of(make_loader, steps=3, local=12, world=1)
-    assert reference.position.tolist() == list(range(3 * G))
+    assert reference["position"].tolist() == list(range(3 * G))
     assert_equal(run_of(make_loader, steps=3, local=local, world=world), reference)
 
 
@@ -86,16 +98,13 @@ def test_same_data_on_any_number_of_ranks_and_with_accumulation(make_loader, wor
 def test_context_peers_get_bit_equal_batches(make_loader, num_workers):
     # Context and tensor peers have the same data rank, but loaders (and workers) of their own.
     a, b = (make_loader(G, 3, 1, 2, num_workers=num_workers) for _ in range(2))
-    for one, other in zip(take(a, 5), take(b, 5), strict=True):
-        assert_equal(one, other)
+    assert_equal(joined(take(a, 5)), joined(take(b, 5)))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(make_loader, num_workers):
-    alone = take(make_loader(G, 3, 1, 2), 6)
-    with_workers = take(make_loader(G, 3, 1, 2, num_workers=num_workers), 6)
-    for one, other in zip(alone, with_workers, strict=True):
-        assert_equal(one, other)
+    alone, with_workers = (make_loader(G, 3, 1, 2, num_workers=n) for n in (0, num_workers))
+    assert_equal(joined(take(alone, 6)), joined(take(with_workers, 6)))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +119,9 @@ def test_resuming_continues_exactly_on_any_number_of_ranks(make_loader, num_work
     take(first, 2 * first.microbatches)
     state = first.state_dict()
     assert state == {"position": 2 * G}
-    rest = run_of(make_loader, 3, local, world, start=state.position, num_workers=num_workers and 1)
+    rest = run_of(
+        make_loader, 3, local, world, start=state["position"], num_workers=num_workers and 1
+    )
     assert_equal(rest, {key: value[2 * G :] for key, value in reference.items()})
 
 
@@ -119,7 +130,7 @@ def test_state_counts_whole_steps_that_were_handed_out(make_loader):
     seen = []
     for _ in range(7):
         next(loader)
-        seen.append(loader.state_dict().position)
+        seen.append(loader.state_dict()["position"])
     assert seen == [0, 0, 12, 12, 12, 24, 24]
 
 
@@ -130,7 +141,7 @@ def test_position_can_be_moved_in_the_midst_of_a_run(make_loader, options):
     loader = make_loader(G, 4, **options)
     take(loader, 4)
     loader.load_state_dict({"position": 5 * G})
-    assert joined(take(loader, 3)).position.tolist() == list(range(5 * G, 6 * G))
+    assert positions(take(loader, 3)) == list(range(5 * G, 6 * G))
     assert loader.position == 6 * G
 
 
@@ -167,7 +178,7 @@ def test_a_run_goes_on_with_another_global_batch_size(make_loader):
     """No position is left out and none comes twice, though 2 G is no multiple of the new size."""
     loader = make_loader(15, 5)
     loader.load_state_dict({"position": 2 * G})
-    seen = joined(take(loader, 6)).position.tolist()
+    seen = positions(take(loader, 6))
     assert seen == list(range(2 * G, 2 * G + 30))
     assert loader.state_dict() == {"position": 2 * G + 30}
 
@@ -190,28 +201,31 @@ def data_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("flux-data")]
 
 
-class Noted(TrainingSamples):
-    """Samples that take their time, and tell which thread made them and when the eighth is made."""
+class Recorded(TrainingSamples):
+    """Samples that take their time, record which threads made them, and when the eighth is made."""
 
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.threads: set[int] = set()
         self.eighth = threading.Event()
 
     def __getitem__(self, position):
         time.sleep(0.01)
+        self.threads.add(threading.get_ident())
         sample = super().__getitem__(position)
         if position == 7:
             self.eighth.set()
-        return sample | {"thread": torch.tensor(threading.get_ident())}
+        return sample
 
 
 def test_without_workers_a_thread_prepares_the_next_batch(make_loader, make_samples):
-    samples = make_samples(cls=Noted)
+    samples = make_samples(cls=Recorded)
     loader = make_loader(G, 4, samples=samples)
     assert not data_threads()
-    assert next(loader)["thread"][0] != threading.get_ident()
+    next(loader)
     assert len(data_threads()) == 1
     assert samples.eighth.wait(60), "nobody asks for the second batch, and it is made"
+    assert samples.threads == {data_threads()[0].ident}
     assert next(loader).position.tolist() == [4, 5, 6, 7]
     loader.close()
     assert not data_threads()
@@ -220,7 +234,7 @@ def test_without_workers_a_thread_prepares_the_next_batch(make_loader, make_samp
 
 @pytest.mark.parametrize("how", ["del", "load_state_dict"])
 def test_the_thread_ends_with_the_loader_and_with_its_place(make_samples, how):
-    loader = FluxDataLoader(make_samples(cls=Noted), G, 4)
+    loader = FluxDataLoader(make_samples(cls=Recorded), G, 4)
     next(loader)
     if how == "del":
         del loader
@@ -263,24 +277,23 @@ def test_a_forked_process_goes_on_without_the_thread(make_loader):
     assert next(loader).position.tolist() == [8, 9, 10, 11]
 
 
-class WorkerFacts(TrainingSamples):
-    """Samples that tell which process made them, and with how many threads."""
+class InWorker(TrainingSamples):
+    """Samples of one thread, whose position is the process that made them."""
 
     def __getitem__(self, position):
         assert get_worker_info() is not None
-        facts = [os.getpid(), torch.get_num_threads()]
-        return super().__getitem__(position) | {"facts": torch.tensor(facts)}
+        assert torch.get_num_threads() == 1
+        return replace(super().__getitem__(position), position=torch.tensor(os.getpid()))
 
 
 def test_workers_ignore_signals_and_use_one_thread(make_loader, make_samples):
-    loader = make_loader(G, 4, samples=make_samples(cls=WorkerFacts), num_workers=1)
-    pid, threads = next(loader)["facts"][0].tolist()
-    assert threads == 1
+    loader = make_loader(G, 4, samples=make_samples(cls=InWorker), num_workers=1)
+    pid = int(next(loader).position[0])
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGINT)
     time.sleep(0.2)
     for _ in range(6):  # more than was prefetched
-        assert next(loader)["facts"][0, 0] == pid
+        assert next(loader).position[0] == pid
 
 
 def is_running(pid: int) -> bool:
@@ -293,8 +306,8 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("how", ["close", "del"])
 def test_workers_end_with_the_loader(make_samples, how):
-    loader = FluxDataLoader(make_samples(cls=WorkerFacts), G, 4, num_workers=1)
-    pid = int(next(loader)["facts"][0, 0])
+    loader = FluxDataLoader(make_samples(cls=InWorker), G, 4, num_workers=1)
+    pid = int(next(loader).position[0])
     assert is_running(pid)
     if how == "close":
         loader.close()
@@ -310,8 +323,8 @@ sys.path[:0] = [{tests!r}]
 from conftest import *
 from torchtitan_flux.data.loader import FluxDataLoader
 source = GraySource(7)
-samples = TrainingSamples(source, Order(1, 7), 1, SIZE, GEOMETRY, 3, byte_tokens, TimeDensity(),
-                          CaptionDropout(), stochastic=False)
+samples = TrainingSamples(**COMMON, source=source, order=Order(5, 7), time_density=TimeDensity(),
+                          dropout=CaptionDropout())
 loader = FluxDataLoader(samples, 4, 2, num_workers=1)
 import atexit
 # runs after what is registered from here on, and before multiprocessing's own
@@ -351,17 +364,17 @@ def test_validation_set_is_dealt_out_once(make_validation, length, batch, world,
         assert_equal(joined(again), joined(per_rank[-1]))
     assert len({len(batches) for batches in per_rank}) == 1
     everything = joined([b for batches in per_rank for b in batches])
-    assert everything.weight.sum() == length
+    assert everything["weight"].sum() == length
     assert all(len(b.position) == batch for batches in per_rank for b in batches)
-    counted = everything.position[everything.weight == 1]
+    counted = everything["position"][everything["weight"] == 1]
     assert sorted(counted.tolist()) == list(range(length))
-    for i, index in enumerate(everything.position):  # repeats are real samples
-        assert torch.equal(everything.noise[i], samples[int(index)].noise)
+    for i, index in enumerate(everything["position"]):  # repeats are real samples
+        assert torch.equal(everything["noise"][i], samples[int(index)].noise)
 
 
 def test_validation_loader_lists_unreadable_items(make_validation, make_source):
     loader = ValidationLoader(make_validation(source=make_source(5, frozenset({1}))), 2)
-    weights = joined(list(loader)).weight
+    weights = joined(list(loader))["weight"]
     assert weights.tolist() == [1, 0, 1, 1, 1, 0]
     assert [(r.position, r.item_id) for r in loader.replaced] == [(1, "grays/1")]
 

@@ -4,9 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from data_files import tensors
 from PIL import Image
 
 import torchtitan_flux.data.samples as samples_module
+from torchtitan_flux.data.batch import Batch
 from torchtitan_flux.data.samples import CaptionDropout
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Item, SourceOptions
@@ -15,18 +17,11 @@ from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.randomness import Stream, generator
 
-ALL_STREAMS = [
-    Stream.TIME,
-    Stream.NOISE,
-    Stream.POSTERIOR,
-    Stream.CROP,
-    Stream.FLIP,
-    Stream.CAPTION,
-    Stream.DROPOUT,
-]
+STREAMS = ("TIME", "NOISE", "POSTERIOR", "CROP", "FLIP", "CAPTION", "DROPOUT")
 
 
-def equal(a: dict, b: dict) -> bool:
+def equal(a: Batch, b: Batch) -> bool:
+    a, b = tensors(a), tensors(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -45,11 +40,11 @@ def check_fresh_in_every_epoch(samples, epochs: int = 12) -> None:
     Continuous draws must differ between any two epochs; of the discrete ones every item must
     have met more than one outcome in `epochs` epochs.
     """
-    empty = torch.as_tensor(samples._tokens("")[0])
+    empty = samples.tokenize("")[0]
     for positions in same_item_positions(samples, epochs):
         met = [samples[p] for p in positions]
         for stream, key in ("TIME", "t"), ("NOISE", "noise"), ("POSTERIOR", "posterior_noise"):
-            assert len({m[key].numpy().tobytes() for m in met}) == epochs, stream
+            assert len({tensors(m)[key].numpy().tobytes() for m in met}) == epochs, stream
         dropped = [torch.equal(m.text.t5, empty) for m in met]
         assert len(set(dropped)) == 2, "DROPOUT"
         captions = {tuple(m.text.t5.tolist()) for m in met} - {tuple(empty.tolist())}
@@ -64,14 +59,14 @@ def test_an_item_meets_fresh_randomness_in_every_epoch(make_samples):
     check_fresh_in_every_epoch(make_samples(length=3))
 
 
-@pytest.mark.parametrize("stream", ALL_STREAMS, ids=lambda s: s.name)
+@pytest.mark.parametrize("stream", [Stream[name] for name in STREAMS], ids=STREAMS)
 def test_the_check_rejects_randomness_keyed_on_the_item(make_samples, monkeypatch, stream):
     samples = make_samples(length=3)
 
     def keyed_on_item(seed, asked, index):
         return generator(seed, asked, samples.order.item(index) if asked == stream else index)
 
-    monkeypatch.setattr(samples_module, "generator", keyed_on_item)
+    monkeypatch.setattr(samples_module, "reused_generator", keyed_on_item)
     with pytest.raises(AssertionError, match=f"^{stream.name}"):
         check_fresh_in_every_epoch(samples)
 
@@ -88,26 +83,32 @@ def test_no_stream_depends_on_the_item(make_samples):
     # Two data sets at the same position: other pictures, the same draws.
     a, b = make_samples(length=7), make_samples(length=11)
     for key in ("t", "noise", "posterior_noise"):
-        assert torch.equal(a[5][key], b[5][key])
+        assert torch.equal(tensors(a[5])[key], tensors(b[5])[key])
+
+
+TYPES = {
+    "image": ((3, 6, 10), torch.float32),
+    "posterior_noise": ((3, 6, 10), torch.float32),
+    "t5": ((11,), torch.int64),
+    "clip": ((77,), torch.int64),
+    "noise": ((3, 6, 10), torch.float32),
+    "position": ((), torch.int64),
+}
+
+
+def types(sample: Batch) -> dict:
+    return {k: (tuple(v.shape), v.dtype) for k, v in tensors(sample).items()}
 
 
 def test_shapes_and_types(make_samples):
     sample = make_samples()[4]
-    assert {k: (tuple(v.shape), v.dtype) for k, v in sample.items()} == {
-        "image": ((3, 6, 10), torch.float32),
-        "t5_tokens": ((11,), torch.int64),
-        "clip_tokens": ((77,), torch.int64),
-        "t": ((), torch.float32),
-        "noise": ((3, 6, 10), torch.float32),
-        "posterior_noise": ((3, 6, 10), torch.float32),
-        "position": ((), torch.int64),
-    }
+    assert types(sample) == TYPES | {"t": ((), torch.float32)}
     assert sample.position == 4
     latent = make_samples(
         geometry=Geometry(16, 2, 1), time_density=TimeDensity("logit_normal"), stochastic=False
     )[4]
     assert latent.noise.shape == (16, 3, 5)
-    assert "posterior_noise" not in latent
+    assert latent.picture.posterior_noise is None
     assert 0 < latent.t < 1
 
 
@@ -130,8 +131,8 @@ def test_draws_have_the_right_distributions(make_samples):
 def test_dropout_rates(make_samples, prob, mode):
     count = 2000
     samples = make_samples(dropout=CaptionDropout(prob, mode), stochastic=False, flip_prob=0.0)
-    texts = [samples._text(samples.source[p % 7], p) for p in range(count)]
-    t5, clip = (np.array([not tokens[i].any() for tokens in texts]) for i in (0, 1))
+    texts = [samples.tokens(samples.source[p % 7], p) for p in range(count)]
+    t5, clip = (np.array([not getattr(t, name).any() for t in texts]) for name in ("t5", "clip"))
 
     def close(share, expected):
         return abs(share - expected) <= 4 * np.sqrt(expected * (1 - expected) / count)
@@ -167,7 +168,7 @@ def test_unreadable_items_are_replaced_and_listed(make_samples, make_source):
         assert samples.replaced == [(p, f"grays/{c}", "made so") for c in bad]
         samples.replaced.clear()
         for key in ("t", "noise", "position"):
-            assert torch.equal(sample[key], clean[p][key])
+            assert torch.equal(getattr(sample, key), getattr(clean[p], key))
         if not bad:
             assert equal(sample, clean[p])
 
@@ -273,23 +274,15 @@ def test_validation_belongs_to_the_item(make_validation, make_source):
     plain, backwards = make_validation(7), make_validation(source=Reversed(7))
     for i in range(7):
         a, b = plain[i], backwards[6 - i]
-        assert (a.pop("index"), b.pop("index")) == (i, 6 - i)
-        assert equal(a, b)
+        assert (a.position, b.position) == (i, 6 - i)
+        assert equal(a, replace(b, position=a.position))
     assert not torch.equal(plain[0].noise, plain[1].noise)
     assert not torch.equal(plain[0].noise, make_validation(7, seed=6)[0].noise)
 
 
 def test_validation_shapes_and_plainness(make_validation):
     sample = make_validation()[3]
-    assert {k: (tuple(v.shape), v.dtype) for k, v in sample.items()} == {
-        "image": ((3, 6, 10), torch.float32),
-        "t5_tokens": ((11,), torch.int64),
-        "clip_tokens": ((77,), torch.int64),
-        "noise": ((3, 6, 10), torch.float32),
-        "posterior_noise": ((3, 6, 10), torch.float32),
-        "index": ((), torch.int64),
-        "weight": ((), torch.float32),
-    }
+    assert types(sample) == TYPES | {"weight": ((), torch.float32)}
     assert bytes(sample.text.t5.tolist()).rstrip(b"\0") == b"gray 3"
     row = sample.picture.image[0, 0]
     assert (row.diff() > 0).all()  # not flipped

@@ -149,7 +149,6 @@ def test_only_items_that_can_be_read_are_held_out(make):
     assert all(source.usable_rows[kept])
     assert sorted(kept + [train.row(i) for i in range(len(train))]) == list(range(60))
 
-
     drawn = Permutation(0, "held_out", 60)  # which decides alone where all can be read
     part = SourcePart(make([row(f"{i}") for i in range(60)]), "held_out", 0.2)
     assert [part.row(i) for i in range(12)] == [drawn(i) for i in range(12)]
