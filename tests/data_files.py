@@ -6,7 +6,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ def tensors(sample: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in (field.name for field in fields(sample)):
         value = getattr(sample, name)
-        if value is not None:
-            found |= {name: value} if isinstance(value, Tensor) else tensors(value)
+        if is_dataclass(value):
+            found |= tensors(value)
+        elif isinstance(value, Tensor):
+            found[name] = value
     return found
 
 

@@ -1,8 +1,9 @@
 """Samples and batches. A batch has the fields of a sample, stacked along a new first axis `b`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -12,6 +13,17 @@ from torch.utils.data import get_worker_info
 from torchtitan_flux.model.inputs import TextConditioning
 
 T = TypeVar("T")
+
+
+class Replacement(NamedTuple):
+    """An item that could not be read: where it was wanted, which one it was, and why.
+
+    `position` is the position of the run; for validation, the index in the held-out set.
+    """
+
+    position: int
+    item_id: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Tokens:
     clip: Int64[Tensor, "*b 77"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """What training and validation have in common.
 
@@ -45,26 +57,28 @@ class Batch:
         picture, text: for the encoders, or encoded already.
         noise: that the latents are mixed with, in their shape.
         position: of the run; for validation, the index in the held-out set.
+        replaced: items that could not be read.
     """
 
     picture: Pixels | Latents
     text: Tokens | TextConditioning
     noise: Float32[Tensor, "*b ch h w"]
     position: Int64[Tensor, "*b"]
+    replaced: list[Replacement] = field(default_factory=list)
 
     def pin_memory(self: T) -> T:
         """Copies in pinned memory; torch's DataLoader calls this."""
         return _map(lambda tensors: tensors[0].pin_memory(), [self])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingBatch(Batch):
     """`t`: time of each sample; 0 is data, 1 is noise."""
 
     t: Float32[Tensor, "*b"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationBatch(Batch):
     """`weight`: 0 for items that cannot be read and for repeats that fill up a batch, else 1."""
 
@@ -77,10 +91,12 @@ def stack(samples: Sequence[T]) -> T:
 
 
 def _map(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Any]) -> Any:
-    """A function of the tensors that stand at the same place in all parts, for every place."""
+    """A function of the tensors that stand at the same place in all parts; lists are joined."""
     first = parts[0]
     if first is None or isinstance(first, Tensor):
         return first if first is None else function(parts)
+    if isinstance(first, list):
+        return list(chain(*parts))
     names = [field.name for field in fields(first)]
     values = {name: _map(function, [getattr(part, name) for part in parts]) for name in names}
     return type(first)(**values)

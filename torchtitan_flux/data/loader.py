@@ -5,21 +5,20 @@ number that a checkpoint needs is kept here.
 """
 
 import atexit
-import os
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar, Generic, Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
-from torchtitan_flux.data.batch import Batch, TrainingBatch, ValidationBatch, stack
-from torchtitan_flux.data.samples import Replacement, TrainingSamples, ValidationSamples
+from torchtitan_flux.data.batch import Batch, Replacement, TrainingBatch, ValidationBatch, stack
+from torchtitan_flux.data.samples import TrainingSamples, ValidationSamples
 from torchtitan_flux.lifetime import die_with_parent
 
 B = TypeVar("B", bound=Batch)
@@ -123,8 +122,8 @@ class FluxDataLoader:
         return self
 
     def __next__(self) -> TrainingBatch:
-        batch, replaced = next(self._batches)
-        self.replaced += replaced
+        batch = next(self._batches)
+        self.replaced += batch.replaced
         self._sampler.handed_out += 1
         return batch
 
@@ -179,8 +178,8 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[ValidationBatch]:
         self._batches.restart()
-        for batch, replaced in self._batches:
-            self.replaced += replaced
+        for batch in self._batches:
+            self.replaced += batch.replaced
             yield batch
 
     def close(self) -> None:
@@ -204,30 +203,6 @@ class _PositionSampler:
             yield range(origin + local.start, origin + local.stop)
 
 
-@runtime_checkable
-class _Samples(Protocol):
-    replaced: list[Replacement]
-
-    def __getitem__(self, index: int, /) -> Batch: ...
-
-
-class _BatchSet:
-    """What workers hold: samples by the batch, with the replacements that occurred in it."""
-
-    def __init__(self, samples: _Samples):
-        self._samples = samples
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Batch, list[Replacement]]:
-        batch = stack([self._samples[index] for index in indices])
-        replaced = list(self._samples.replaced)
-        self._samples.replaced.clear()
-        return batch, replaced
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def _init_worker(worker_id: int) -> None:
     # torchrun and the terminal signal the whole process group; the ranks still need their data to
     # finish the step and save.
@@ -237,103 +212,74 @@ def _init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
-class _Prefetcher:
-    """An iterator whose next element a thread makes while the caller is busy with this one.
+class _Batches(Generic[B]):
+    """An iterator over a DataLoader that starts workers on demand, and ends them.
 
-    Torch computes, and PIL decodes, without Python's lock, so a thread is enough to hide most of
-    the work. What the iterator raises is raised here in its turn, and again at every later call.
+    Without workers a thread makes the next batch while the caller is busy with this one: torch
+    computes, and PIL decodes, without Python's lock. What the iterator raises there is raised here
+    in its turn, and again at every later call.
     """
 
-    def __init__(self, iterator: Iterator):
-        self._iterator = iterator  # used by the thread alone from now on
-        self._process = os.getpid()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="flux-data")
-        self._next = self._thread.submit(next, iterator)
-
-    @property
-    def is_forked(self) -> bool:
-        """The thread is in the process that this one was forked from."""
-        return self._process != os.getpid()
-
-    def __iter__(self) -> "_Prefetcher":
-        return self
-
-    def __next__(self) -> Any:
-        element = self._next.result()
-        self._next = self._thread.submit(next, self._iterator)
-        return element
-
-    def close(self) -> None:
-        """End the thread, after the element that it is at."""
-        if not self.is_forked:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-
-
-class _Batches(Generic[B]):
-    """A DataLoader and its running iterator, started on demand and ended together."""
-
-    _open: ClassVar["weakref.WeakSet[_Batches]"] = weakref.WeakSet()
-
     def __init__(
-        self, samples: _Samples, indices: Iterable[Sequence[int]], **workers: Unpack[Workers]
+        self,
+        samples: TrainingSamples | ValidationSamples,
+        indices: Iterable[Sequence[int]],
+        **workers: Unpack[Workers],
     ):
-        if not workers.get("num_workers"):
-            workers = {"pin_memory": workers.get("pin_memory", False)}
+        pin = workers.get("pin_memory", False) and torch.cuda.is_available()
         self._arguments: dict[str, Any] = {
-            **workers,
-            "dataset": _BatchSet(samples),
+            **(workers if workers.get("num_workers") else {}),
+            "dataset": samples,
             "batch_sampler": indices,
-            "collate_fn": _as_it_is,
-            "pin_memory": workers.get("pin_memory", False) and torch.cuda.is_available(),
+            "collate_fn": stack,
+            "pin_memory": pin,
             "worker_init_fn": _init_worker,
             # Without one, every iterator would draw a number from torch's global generator.
             "generator": torch.Generator(),
         }
         self._loader: DataLoader | None = None
-        self._iterator: Iterator | None = None
-        self._prefetcher: _Prefetcher | None = None
+        self._iterator: Any = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._next: Future | None = None
+        self._end_workers: weakref.finalize | None = None
 
     def __iter__(self) -> "_Batches[B]":
         return self
 
-    def __next__(self) -> tuple[B, list[Replacement]]:
-        if self._prefetcher and self._prefetcher.is_forked:
-            self.close()
+    def __next__(self) -> B:
         if self._iterator is None:
-            if self._loader is None:
-                self._loader = DataLoader(**self._arguments)
-            self._iterator = iter(self._loader)
-            if not self._loader.num_workers:
-                self._iterator = self._prefetcher = _Prefetcher(self._iterator)
-            self._end_at_exit()
-        return next(self._iterator)
+            self._start()
+        if self._thread is None or self._next is None:
+            return next(self._iterator)
+        batch = self._next.result()
+        self._next = self._thread.submit(next, self._iterator)
+        return batch
+
+    def _start(self) -> None:
+        begins = self._loader is None
+        if self._loader is None:
+            self._loader = DataLoader(**self._arguments)
+        self._iterator = iter(self._loader)
+        if not self._loader.num_workers:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="flux-data")
+            self._next = self._thread.submit(next, self._iterator)
+        elif begins:
+            # Since workers ignore SIGTERM, multiprocessing's own way of ending them at exit would
+            # wait for ever. Exit functions run last in, first out: this one before all others.
+            self._end_workers = weakref.finalize(self, self._iterator._shutdown_workers)
+            atexit.register(self._end_workers)
 
     def restart(self) -> None:
         """Begin the indices anew with the next batch."""
-        self._end_thread()
-        self._iterator = None
         if not self._arguments.get("persistent_workers"):
-            self._loader = None  # it holds the iterator, which holds the workers
+            return self.close()
+        self._iterator = None
 
     def close(self) -> None:
-        """End the workers: they go with the last reference to the iterator. End the thread."""
-        self._end_thread()
-        self._iterator = self._loader = None
-
-    def _end_thread(self) -> None:
-        if self._prefetcher:
-            self._prefetcher.close()  # before another iterator uses the same samples
-            self._prefetcher = None
-
-    def _end_at_exit(self) -> None:
-        # Since workers ignore SIGTERM, multiprocessing's own way of ending them at exit would wait
-        # for ever. Exit functions run last in, first out: register again after every start of
-        # workers, to come before those that torch registered for them.
-        self._open.add(self)
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
-
-
-def _close_all() -> None:
-    for batches in list(_Batches._open):
-        batches.close()
+        """End the workers, or the thread after the batch that it is at."""
+        if self._thread:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._end_workers:
+            self._end_workers()
+            atexit.unregister(self._end_workers)
+        self._iterator = self._loader = self._thread = self._next = self._end_workers = None

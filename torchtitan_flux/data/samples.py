@@ -6,15 +6,14 @@ dropout in every epoch. Validation is the opposite: its noise belongs to the ite
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from torchtitan_flux.data.batch import Pixels, Tokens, TrainingBatch, ValidationBatch
+from torchtitan_flux.data.batch import Pixels, Replacement, Tokens, TrainingBatch, ValidationBatch
 from torchtitan_flux.data.colours import in_srgb
 from torchtitan_flux.data.decode import damage_is_unreadable
 from torchtitan_flux.data.order import Order
@@ -30,17 +29,6 @@ MAX_CHOICES = 16
 
 Tokenize = Callable[[str], tuple[Tensor, Tensor]]
 """caption -> (T5 token ids int64 [L], CLIP token ids int64 [77]); remembers repeated captions."""
-
-
-class Replacement(NamedTuple):
-    """An item that could not be read: where it was wanted, which one it was, and why.
-
-    `position` is the position of the run; for validation, the index in the held-out set.
-    """
-
-    position: int
-    item_id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,6 @@ class _Samples:
         channels: of the images, 1 or 3.
         stochastic: the codec samples a posterior, so samples carry `posterior_noise`.
         rules: what holds for all pictures.
-        replaced: items that could not be read are added to it.
     """
 
     source: Source
@@ -84,7 +71,6 @@ class _Samples:
     tokenize: Tokenize
     stochastic: bool
     rules: PictureRules = PLAIN_RULES
-    replaced: list[Replacement] = field(default_factory=list, init=False)
 
     def size_at(self, position: int) -> ImageSize:
         """Size of the image at a position; the same for all positions of a step."""
@@ -146,31 +132,29 @@ class TrainingSamples(_Samples):
             raise ValueError(f"the order is for {length} items, the source has {items}")
 
     def __getitem__(self, position: int) -> TrainingBatch:
-        item, image = self.picture(position)
+        item, image, replaced = self.picture(position)
         noise, posterior_noise = self._noise(position, self.size_at(position))
         return TrainingBatch(
             picture=Pixels(image, posterior_noise),
             text=self.tokens(item, position),
             noise=noise,
             position=torch.tensor(position),
+            replaced=replaced,
             t=self._time(position),
         )
 
     def _rng(self, stream: Stream, position: int) -> np.random.Generator:
         return reused_generator(self.seed, stream, position)
 
-    def picture(self, position: int) -> tuple[Item, Float32[Tensor, "c H W"]]:
-        """The first choice for the position that can be read, and its image."""
-        failures = []
+    def picture(self, position: int) -> tuple[Item, Float32[Tensor, "c H W"], list[Replacement]]:
+        """The first choice for the position that can be read, its image, and those before it."""
+        failures: list[Replacement] = []
         for choice in range(MAX_CHOICES):
             try:
                 item = self.source[self.order.item(position, choice)]
-                image = self.image(item, position)
+                return item, self.image(item, position), failures
             except UnreadableItem as error:
                 failures.append(Replacement(position, error.item_id, error.reason))
-                continue
-            self.replaced += failures
-            return item, image
         last = failures[-1]
         raise RuntimeError(
             f"none of {MAX_CHOICES} items of {self.source.name!r} tried for position {position} "
@@ -226,16 +210,16 @@ class ValidationSamples(_Samples):
 
     def __getitem__(self, index: int) -> ValidationBatch:
         is_repeat, index = index >= len(self), index % len(self)
-        size = self.size_at(index)
+        size, unreadable = self.size_at(index), []
         try:
             item = self.source[index]
             image = self._fitted(item, size)
-            item_id, caption, is_read = item.item_id, item.captions[0], True
+            item_id, caption = item.item_id, item.captions[0]
         except UnreadableItem as error:
             # No substitute: it would count twice. The set gets smaller by one instead.
-            self.replaced.append(Replacement(index, error.item_id, error.reason))
+            unreadable = [Replacement(index, error.item_id, error.reason)]
             image = torch.zeros(self.channels, size.height, size.width)
-            item_id, caption, is_read = error.item_id, "", False
+            item_id, caption = error.item_id, ""
         # the prefix keeps an item called "17" apart from position 17 of a run with this seed
         noise, posterior_noise = self._noise(f"item/{item_id}", size)
         return ValidationBatch(
@@ -243,5 +227,6 @@ class ValidationSamples(_Samples):
             text=Tokens(*self.tokenize(caption)),
             noise=noise,
             position=torch.tensor(index),
-            weight=torch.tensor(float(is_read and not is_repeat)),
+            replaced=unreadable,
+            weight=torch.tensor(float(not unreadable and not is_repeat)),
         )

@@ -154,7 +154,7 @@ def _save_sheet(
     pictures = []
     for position in range(min(options.count, len(samples.source))):
         try:
-            item, image = samples.picture(position)
+            item, image, _ = samples.picture(position)
         except RuntimeError:  # no item near that position can be read: the table says why
             continue
         pictures.append((image, samples.caption(item, position)))

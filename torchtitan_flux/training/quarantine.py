@@ -10,8 +10,8 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.data.batch import Replacement
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
-from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.data.survey import MIN_ITEMS
 
 _SHOWN = 20

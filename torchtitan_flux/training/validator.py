@@ -12,8 +12,8 @@ from torch.distributed import ProcessGroup
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.data.batch import Replacement
 from torchtitan_flux.data.loader import ValidationLoader
-from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
 from torchtitan_flux.training.conditioning import EncodedBatch, Encoders
 from torchtitan_flux.training.ema import MODEL_ALONE, Weights

@@ -8,7 +8,7 @@ from data_files import tensors
 from PIL import Image
 
 import torchtitan_flux.data.samples as samples_module
-from torchtitan_flux.data.batch import Batch
+from torchtitan_flux.data.batch import Batch, stack
 from torchtitan_flux.data.samples import CaptionDropout
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Item, SourceOptions
@@ -165,8 +165,7 @@ def test_unreadable_items_are_replaced_and_listed(make_samples, make_source):
         sample = samples[p]
         choices = [samples.order.item(p, k) for k in range(10)]
         bad = [c for c in choices[: next(i for i, c in enumerate(choices) if c not in (2, 3))]]
-        assert samples.replaced == [(p, f"grays/{c}", "made so") for c in bad]
-        samples.replaced.clear()
+        assert sample.replaced == [(p, f"grays/{c}", "made so") for c in bad]
         for key in ("t", "noise", "position"):
             assert torch.equal(getattr(sample, key), getattr(clean[p], key))
         if not bad:
@@ -201,16 +200,15 @@ def test_files_that_break_while_decoding_count_as_unreadable(
     make_samples, make_validation, tmp_path
 ):
     samples = make_samples(source=DamagedFiles(tmp_path))
-    for p in range(3):
-        samples[p]
-    assert [r.item_id for r in samples.replaced] == ["files/1"]
-    assert "Error" in samples.replaced[0].reason
+    (replaced,) = stack([samples[p] for p in range(3)]).replaced
+    assert replaced.item_id == "files/1"
+    assert "Error" in replaced.reason
 
     validation = make_validation(source=DamagedFiles(tmp_path))
     batch = [validation[i] for i in range(3)]
     assert [s.weight.item() for s in batch] == [1, 0, 1]
     assert not batch[1].picture.image.any()
-    assert [r.item_id for r in validation.replaced] == ["files/1"]
+    assert [r.item_id for r in stack(batch).replaced] == ["files/1"]
 
 
 def test_small_pictures_are_unreadable(make_samples, make_validation, make_source):
@@ -222,12 +220,12 @@ def test_small_pictures_are_unreadable(make_samples, make_validation, make_sourc
     rules = PictureRules(min_size=7)  # the others are 14 x 7
     reason = "too small: 3 x 40 pixels, data.min_image_size = 7"
     samples = make_samples(source=OneSmall(5), rules=rules)
-    for p in range(5):
-        samples[p]
-    assert [r[1:] for r in samples.replaced] == [("grays/1", reason)]
-    validation = make_validation(source=OneSmall(5), rules=rules)
-    assert [validation[i].weight.item() for i in range(5)] == [1, 0, 1, 1, 1]
-    assert validation.replaced == [(1, "grays/1", reason)]
+    batch = stack([samples[p] for p in range(5)])
+    assert [r[1:] for r in batch.replaced] == [("grays/1", reason)]
+    samples = make_validation(source=OneSmall(5), rules=rules)
+    batch = stack([samples[i] for i in range(5)])
+    assert batch.weight.tolist() == [1, 0, 1, 1, 1]
+    assert batch.replaced == [(1, "grays/1", reason)]
 
 
 def test_the_background_reaches_the_samples(make_samples, make_validation, make_source):
