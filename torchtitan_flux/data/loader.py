@@ -247,27 +247,27 @@ class _Batches(Generic[B]):
         return self
 
     def __next__(self) -> B:
-        if self._iterator is None:
-            self._start()
+        iterator = self._start() if self._iterator is None else self._iterator
         if self._thread is None or self._next is None:
-            return next(self._iterator)
+            return next(iterator)
         batch = self._next.result()
-        self._next = self._thread.submit(next, self._iterator)
+        self._next = self._thread.submit(next, iterator)
         return batch
 
-    def _start(self) -> None:
+    def _start(self) -> Any:
         begins = self._loader is None
         if self._loader is None:
             self._loader = DataLoader(**self._arguments)
-        self._iterator = iter(self._loader)
+        self._iterator = iterator = iter(self._loader)
         if not self._loader.num_workers:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="flux-data")
-            self._next = self._thread.submit(next, self._iterator)
+            self._next = self._thread.submit(next, iterator)
         elif begins:
             # Since workers ignore SIGTERM, multiprocessing's own way of ending them at exit would
             # wait for ever. Exit functions run last in, first out: this one before all others.
-            self._end_workers = weakref.finalize(self, self._iterator._shutdown_workers)
+            self._end_workers = weakref.finalize(self, iterator._shutdown_workers)
             atexit.register(self._end_workers)
+        return iterator
 
     def restart(self) -> None:
         """Begin the indices anew with the next batch."""

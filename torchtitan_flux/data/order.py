@@ -48,7 +48,7 @@ class Permutation:
         for key, other in self.rounds:  # sums of residues, since 64-bit ones would overflow
             left = (left + _mix(right + key) % self.a) % self.a
             right = (right + _mix(left + other) % self.b) % self.b
-        return left * self.b + right
+        return left * self.b + right  # pyright: ignore[reportReturnType]
 
     def __call__(self, index: int) -> int:
         index = self._network(index)

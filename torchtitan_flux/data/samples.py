@@ -19,7 +19,7 @@ from torchtitan_flux.data.decode import damage_is_unreadable
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.reused_generator import reused_generator
 from torchtitan_flux.data.sources.source import Item, Source, UnreadableItem
-from torchtitan_flux.data.transforms import CENTER, PLAIN_RULES, PictureRules, fit, load_picture
+from torchtitan_flux.data.transforms import CENTER, PictureRules, fit, load_picture
 from torchtitan_flux.flow_matching import TimeDensity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.randomness import Stream
@@ -70,7 +70,7 @@ class _Samples:
     channels: int
     tokenize: Tokenize
     stochastic: bool
-    rules: PictureRules = PLAIN_RULES
+    rules: PictureRules
 
     def size_at(self, position: int) -> ImageSize:
         """Size of the image at a position; the same for all positions of a step."""
@@ -80,13 +80,10 @@ class _Samples:
         self,
         item: Item,
         size: ImageSize,
-        crop: Callable[[], tuple[float, float]] = lambda: CENTER,
-        flip: Callable[[], bool] = lambda: False,
+        crop: tuple[float, float] = CENTER,
+        flip: bool = False,
     ) -> Float32[Tensor, "c H W"]:
-        """The item's image; UnreadableItem when it is damaged or too small.
-
-        `crop` draws where the crop lies, `flip` whether it is mirrored: only where that is needed.
-        """
+        """The item's image as `fit` makes it; UnreadableItem when it is damaged or too small."""
         with damage_is_unreadable(item.item_id):
             (width, height), least = item.image.size, self.rules.min_size  # from the header alone
             if min(width, height) < least:
@@ -95,8 +92,7 @@ class _Samples:
             picture = load_picture(item.image, size)
             if self.rules.srgb:
                 picture = picture._replace(image=in_srgb(picture.image))
-            draw = crop() if picture.needs_crop(size) else CENTER
-            image = fit(picture, size, self.channels, draw, flip(), self.rules.background)
+            image = fit(picture, size, self.channels, crop, flip, self.rules.background)
             return torch.from_numpy(image)
 
     def _noise(
@@ -163,14 +159,9 @@ class TrainingSamples(_Samples):
 
     def image(self, item: Item, position: int) -> Float32[Tensor, "c H W"]:
         """The image that an item is at a position; UnreadableItem when damaged."""
-        return self._fitted(
-            item,
-            self.size_at(position),
-            crop=lambda: tuple(self._rng(Stream.CROP, position).random(2)),
-            flip=lambda: (
-                self.flip_prob > 0 and self._rng(Stream.FLIP, position).random() < self.flip_prob
-            ),
-        )
+        x, y = self._rng(Stream.CROP, position).random(2)
+        flip = self._rng(Stream.FLIP, position).random() < self.flip_prob
+        return self._fitted(item, self.size_at(position), (x, y), flip)
 
     def caption(self, item: Item, position: int) -> str:
         """The one of an item's captions that stands at a position, before any is dropped."""

@@ -3,17 +3,17 @@
 # pyright: reportAttributeAccessIssue=false
 # (pyarrow.compute makes its functions when it is imported)
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool
+from jaxtyping import Bool, Int, Int64
 
 from torchtitan_flux.data.sources.captions import NO_CAPTION
-from torchtitan_flux.data.sources.index import EXAMPLES, Note
+from torchtitan_flux.data.sources.index import EXAMPLES, SCHEMA, Note
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.source import Source, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart, whole_of
@@ -99,28 +99,6 @@ def _with_examples(note: Note) -> str:
     return note.text + lost + (f" ({named})" if note.examples else "")
 
 
-class Tally:
-    """Counts by text, with the first EXAMPLES names of each."""
-
-    def __init__(self):
-        self._notes: dict[str, Note] = {}
-
-    def add(self, text: str, count: int, names: Iterable[str]) -> None:
-        before = self._notes.get(text, Note(text, 0, 0, ()))
-        examples = (*before.examples, *names)[:EXAMPLES]
-        self._notes[text] = Note(text, before.count + count, 0, examples)
-
-    def add_rows(self, text: str, rows: pa.RecordBatch, which: Bool[np.ndarray, " rows"]) -> None:
-        first = np.flatnonzero(which)[:EXAMPLES]
-        if len(first):
-            names = rows["item_id"].take(pa.array(first)).to_pylist()
-            self.add(text, int(which.sum()), names)
-
-    def notes(self) -> list[Note]:
-        """The most frequent first."""
-        return sorted(self._notes.values(), key=lambda note: -note.count)
-
-
 def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) -> Survey:
     """Look a whole data set over, by its index and within seconds for millions of items.
 
@@ -130,90 +108,83 @@ def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) 
     held_out = source.held_out if isinstance(source, SourcePart) else None
     if not isinstance(whole, IndexedSource):
         return Survey(whole.name, len(whole), held_out)
-    unreadable, enlarged, refused, readable_sizes = Tally(), Tally(), [], []
-    longest = (-1, 0)  # characters of the longest caption, and its row
-    for start, rows, usable in _batches(whole):
-        for text, which in _reasons(whole, rows, usable):
-            if text:
-                unreadable.add_rows(text, rows, which)
-            else:
-                refused += (start + np.flatnonzero(which)).tolist()
-        width, height = (rows[name].to_numpy() for name in ("width", "height"))
-        small = usable & ((width < size.width) | (height < size.height))
-        enlarged.add_rows(f"pictures smaller than {size} are enlarged", rows, small)
-        readable_sizes.append(np.stack([width[usable], height[usable]]))
-        longest = max(longest, _longest_caption(start, rows), key=lambda found: found[0])
-    for row in refused[:RETRIED]:
+    reasons, of_row = unreadable_rows(whole)
+    for row in np.flatnonzero(of_row == reasons.index(REFUSED))[:RETRIED].tolist():
         try:
             whole[row]
+            of_row[row] = 0
         except UnreadableItem as error:
-            unreadable.add(error.reason, 1, [error.item_id])
-    if len(refused) > RETRIED:
-        unreadable.add(REFUSED, len(refused) - RETRIED, [])
-    sizes, aspects = _sizes(np.concatenate([np.zeros((2, 0), int), *readable_sizes], axis=1))
-    lengths, counted = _token_lengths(whole, tokens, longest[1]) if tokens else ({}, 0)
+            reasons = reasons if error.reason in reasons else [*reasons, error.reason]
+            of_row[row] = reasons.index(error.reason)
+    notes = [_note(whole, text, of_row == number) for number, text in enumerate(reasons) if number]
+    usable, (width, height) = whole.usable_rows, _sizes(whole)
+    small = usable & ((width < size.width) | (height < size.height))
+    enlarged = _note(whole, f"pictures smaller than {size} are enlarged", small)
+    lengths, counted = _token_lengths(whole, tokens) if tokens else ({}, 0)
     return Survey(
-        whole.title, len(whole), held_out, unreadable.notes(), whole.index.notes,
-        enlarged.notes(), sizes, aspects, lengths, counted,
-    )  # fmt: skip
+        whole.title,
+        len(whole),
+        held_out,
+        sorted((note for note in notes if note.count), key=lambda note: -note.count),
+        whole.index.notes,
+        [enlarged] if enlarged.count else [],
+        *_summary(width[usable], height[usable]),
+        lengths,
+        counted,
+    )
 
 
-def unreadable_rows(source: IndexedSource) -> Iterator[str]:
-    """Why each row cannot be read by what its index says; "" if readable."""
-    for _, rows, usable in _batches(source):
-        reasons = np.full(rows.num_rows, "", object)
-        for text, which in _reasons(source, rows, usable):
-            reasons[which] = text or REFUSED
-        yield from reasons.tolist()
+def unreadable_rows(source: IndexedSource) -> tuple[list[str], Int[np.ndarray, " rows"]]:
+    """(reasons, number of the reason why a row cannot be read by what its index says).
+
+    Number 0 is "", of readable rows; REFUSED is of those that the system refused.
+    """
+    options, (width, height) = source.options, _sizes(source)
+    encoded = _table(source)["reason"].dictionary_encode().combine_chunks()
+    texts, number = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    reasons = [
+        "",
+        f"too small, data.min_image_size = {options.min_size}",
+        f"decompression bomb, data.max_image_pixels = {options.max_pixels}",
+        REFUSED,
+        *texts,
+    ]
+    defaulted = NO_CAPTION if options.default_caption is not None else ""
+    is_reason = np.array([text not in ("", defaulted) for text in texts], bool)
+    small = (width > 0) & (np.minimum(width, height) < options.min_size)
+    large = width * height > options.max_pixels
+    cases = [source.usable_rows, is_reason[number], small, large]
+    return reasons, np.select(cases, [0, 4 + number, 1, 2], 3)
 
 
-def _batches(
-    source: IndexedSource,
-) -> Iterator[tuple[int, pa.RecordBatch, Bool[np.ndarray, " rows"]]]:
-    """(number of the first row, rows of the index, which of them are usable)."""
-    start = 0
-    for rows in source.index.batches():
-        yield start, rows, source.usable_rows[start : start + rows.num_rows]
-        start += rows.num_rows
+def _table(source: IndexedSource) -> pa.Table:
+    return pa.Table.from_batches(source.index.batches(), SCHEMA)
 
 
-def _reasons(
-    source: IndexedSource, rows: pa.RecordBatch, usable: Bool[np.ndarray, " rows"]
-) -> Iterator[tuple[str, Bool[np.ndarray, " rows"]]]:
-    """(reason, rows it holds for), each row once; "" for what the system refused."""
-    options, left = source.options, ~usable
-    for text in pc.unique(rows["reason"].filter(pa.array(left))).to_pylist():
-        if text and not (text == NO_CAPTION and options.default_caption is not None):
-            which = left & pc.equal(rows["reason"], text).to_numpy(zero_copy_only=False)
-            left = left & ~which
-            yield text, which
-    width, height = (rows[name].to_numpy().astype(np.int64) for name in ("width", "height"))
-    small = left & (width > 0) & (np.minimum(width, height) < options.min_size)
-    large = left & ~small & (width * height > options.max_pixels)
-    yield f"too small, data.min_image_size = {options.min_size}", small
-    yield f"decompression bomb, data.max_image_pixels = {options.max_pixels}", large
-    yield "", left & ~small & ~large
+def _sizes(source: IndexedSource) -> Int64[np.ndarray, "2 rows"]:
+    """Width and height of all rows."""
+    table = _table(source)
+    return np.stack([table[name].to_numpy() for name in ("width", "height")]).astype(np.int64)
 
 
-def _longest_caption(start: int, rows: pa.RecordBatch) -> tuple[int, int]:
-    """(characters, row) of the longest caption; `start` is the number of the first row."""
-    characters = pc.binary_length(rows["captions"].flatten()).to_numpy(zero_copy_only=False)
-    if not len(characters):
-        return -1, start
-    captions = pc.list_value_length(rows["captions"]).fill_null(0)
-    ends = np.cumsum(captions.to_numpy(zero_copy_only=False))
-    row = int(np.searchsorted(ends, int(characters.argmax()), side="right"))
-    return int(characters.max()), start + row
+def _note(source: IndexedSource, text: str, which: Bool[np.ndarray, " rows"]) -> Note:
+    """How many rows, and the first of them by name."""
+    first = np.flatnonzero(which)[:EXAMPLES].tolist()
+    names = tuple(source.index[row].item_id for row in first)
+    return Note(text, int(which.sum()), 0, names)
 
 
-def _token_lengths(
-    source: IndexedSource, tokens: TokenCounter, longest: int
-) -> tuple[dict[str, Lengths], int]:
-    """(lengths by encoder, captions counted), of a sample and the row that is longest."""
-    evenly = np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)
+def _token_lengths(source: IndexedSource, tokens: TokenCounter) -> tuple[dict[str, Lengths], int]:
+    """(lengths by encoder, captions counted), of a sample and the row with the longest caption."""
+    rows = np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)
+    captions = _table(source)["captions"]
+    characters = pc.binary_length(pc.list_flatten(captions)).to_numpy()
+    if len(characters):
+        longest = pc.list_parent_indices(captions)[int(characters.argmax())].as_py()
+        rows = np.union1d(rows, longest)
     counts = [
         tokens.count(caption)
-        for row in sorted({*evenly.tolist(), longest} if len(source) else ())
+        for row in rows.tolist()
         for caption in source.captions(source.index[row])
     ]
     of_each = zip(tokens.limits.items(), np.array(counts).T, strict=True) if counts else ()
@@ -223,16 +194,17 @@ def _token_lengths(
     }, len(counts)
 
 
-def _sizes(sizes: np.ndarray) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """(minimum, quartiles and maximum by pixels, aspect ratios) of sizes [2, n]."""
-    widths, heights = sizes
+def _summary(
+    widths: Int64[np.ndarray, " n"], heights: Int64[np.ndarray, " n"]
+) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """(minimum, quartiles and maximum by pixels, aspect ratios)."""
     if not len(widths):
         return [], {}
-    order = np.argsort(widths.astype(np.int64) * heights, kind="stable")
+    order = np.argsort(widths * heights, kind="stable")
     at = order[np.linspace(0, len(order) - 1, 5).astype(np.int64)]
     ratios, counts = np.unique(np.round(widths / heights, 1), return_counts=True)
     aspects = {f"{ratio:.1f}": int(n) for ratio, n in zip(ratios, counts, strict=True)}
-    return [(int(width), int(height)) for width, height in sizes[:, at].T], aspects
+    return list(zip(widths[at].tolist(), heights[at].tolist(), strict=True)), aspects
 
 
 def refuse_unusable(source: Source, max_share: float, key: str) -> None:

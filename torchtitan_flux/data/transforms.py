@@ -15,7 +15,7 @@ from torchtitan_flux.data.decode import exif_orientation
 from torchtitan_flux.latents import ImageSize
 
 CENTER = (0.5, 0.5)
-"""The crop draw that takes the middle of an image."""
+"""The `crop_draw` of the middle."""
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -65,10 +65,6 @@ class PictureRules:
     srgb: bool = False
 
 
-PLAIN_RULES = PictureRules()
-"""White behind transparent parts, any size."""
-
-
 class Picture(NamedTuple):
     """An upright, decoded image, and where in it the picture lies.
 
@@ -85,10 +81,6 @@ class Picture(NamedTuple):
     top: float
     width: float
     height: float
-
-    def needs_crop(self, size: ImageSize) -> bool:
-        """Whether the picture has another aspect ratio than `size`."""
-        return self.width * size.height != self.height * size.width
 
 
 def load_picture(image: Image.Image, size: ImageSize) -> Picture:

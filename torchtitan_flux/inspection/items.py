@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from torchtitan_flux.data.samples import TrainingSamples
-from torchtitan_flux.data.sources.index import Note
+from torchtitan_flux.data.sources.index import EXAMPLES, Note
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.source import Source, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart, whole_of
-from torchtitan_flux.data.survey import REFUSED, Tally, unreadable_rows
+from torchtitan_flux.data.survey import REFUSED, unreadable_rows
 
 _CHUNK = 1024
 """Items that are given to the decoding threads at once."""
@@ -37,9 +37,10 @@ def inspect(samples: TrainingSamples, decode: bool) -> Iterator[Inspected]:
     """
     source, held_out = whole_of(samples.source), _held_out(samples.source)
     is_indexed = isinstance(source, IndexedSource)
-    by_header = unreadable_rows(source) if is_indexed else iter([""] * len(source))
+    reasons, of_row = unreadable_rows(source) if is_indexed else ([""], [0] * len(source))
     decoded = _decoded(samples, source) if decode else (None for _ in range(len(source)))
-    for row, (reason, found) in enumerate(zip(by_header, decoded, strict=True)):
+    for row, found in enumerate(decoded):
+        reason = reasons[of_row[row]]
         if found is not None and (not found or reason in ("", REFUSED)):
             reason = found  # what decoding meets counts; in the words of the index if it has any
         if isinstance(source, IndexedSource):
@@ -54,12 +55,17 @@ def inspect(samples: TrainingSamples, decode: bool) -> Iterator[Inspected]:
 
 def unreadable(inspected: Iterator[Inspected]) -> list[Note]:
     """Reasons why items cannot be read; those that differ in numbers alone are one."""
-    tally, text = Tally(), {}
+    found: dict[str, list[tuple[str, str]]] = {}
     for one in inspected:
         if one.unreadable:
-            reason = text.setdefault(re.sub(r"\d+", "", one.unreadable), one.unreadable)
-            tally.add(reason, 1, [one.item])
-    return tally.notes()
+            group = found.setdefault(re.sub(r"\d+", "", one.unreadable), [])
+            group.append((one.unreadable, one.item))
+    return [
+        Note(reasons[0], len(items), 0, items[:EXAMPLES])
+        for reasons, items in (
+            zip(*group, strict=True) for group in sorted(found.values(), key=len, reverse=True)
+        )
+    ]
 
 
 def _held_out(source: Source) -> set[int]:

@@ -10,6 +10,7 @@ from PIL import Image
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
 from torchtitan_flux.data.sources.source import Item, UnreadableItem
+from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 
@@ -57,6 +58,7 @@ COMMON = {
     "channels": 3,
     "tokenize": byte_tokens,
     "stochastic": True,
+    "rules": PictureRules(),
 }
 
 

@@ -74,7 +74,8 @@ def test_each_item_is_counted_once_with_its_reason(make):
         "does not exist": (1, ("shut",)),  # tried again
     }
     assert found.unreadable[0].count == 2  # the most frequent first
-    one_by_one = list(unreadable_rows(make([*GOOD, *BAD])))
+    reasons, of_row = unreadable_rows(make([*GOOD, *BAD]))
+    one_by_one = [reasons[number] for number in of_row]
     assert one_by_one[:5] == [""] * 5
     assert one_by_one[-1] == "could not be opened when it was indexed"
     assert set(one_by_one[5:-1]) == {one.text for one in found.unreadable} - {"does not exist"}

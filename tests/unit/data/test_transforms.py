@@ -101,7 +101,6 @@ def test_resize_covers_and_crops_the_longer_side():
     image = Image.new("L", (40, 10), 0)
     image.paste(255, (30, 0, 40, 10))  # the right quarter
     size = ImageSize(5, 5)
-    assert load_picture(image, size).needs_crop(size)
     assert (to_training_image(image, size, 1, (0.0, 0.5)) == -1).all()
     assert (to_training_image(image, size, 1, (0.999999, 0.5))[:, :, 1:] == 1).all()
     tall = image.transpose(Image.Transpose.ROTATE_270)  # the bottom quarter
@@ -110,7 +109,6 @@ def test_resize_covers_and_crops_the_longer_side():
 
 def test_resize_keeps_the_whole_image_when_the_ratio_matches():
     image, size = Image.new("L", (12, 8), 40), ImageSize(4, 6)
-    assert not load_picture(image, size).needs_crop(size)
     assert (bytes_of(image, size, 1, (0.9, 0.9)) == 40).all()
     assert to_training_image(ramp(4, 3), ImageSize(16, 16), 3, (0.7, 0.2)).shape == (3, 16, 16)
 
