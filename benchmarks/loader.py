@@ -37,6 +37,7 @@ from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
+from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
@@ -132,6 +133,7 @@ def ours(shards: Path, workers: int) -> Iterator[Any]:
         time_density=TimeDensity("logit_normal"),
         dropout=CaptionDropout(DROPOUT, "independent"),
         stochastic=True,
+        rules=PictureRules(),
     )
     return FluxDataLoader(samples, BATCH, BATCH, num_workers=workers)
 

@@ -54,18 +54,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--job.config_file, names the configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument("--items", action="store_true", help="list every item")
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON, a line for each item and one for all"
-    )
-    parser.add_argument(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        help=f"decode every picture; unset: where there are no more than {DECODED:,}. Else "
-        "pictures are judged by their headers",
-    )
-    parser.add_argument("--sheet", type=Path, help="the PNG; unset: in job.dump_folder")
-    parser.add_argument("--count", type=int, default=24, help="pictures on it (24); 0 for none")
+    add = parser.add_argument
+    add("--items", action="store_true", help="list every item")
+    add("--json", action="store_true", help="print JSON, a line for each item and one for all")
+    decode = f"decode every picture, not headers alone; unset: of no more than {DECODED:,}"
+    add("--decode", action=argparse.BooleanOptionalAction, help=decode)
+    add("--sheet", type=Path, help="the PNG; unset: in job.dump_folder")
+    add("--count", type=int, default=24, help="pictures on it (24); 0 for none")
     return parser.parse_known_args(argv)
 
 

@@ -48,13 +48,10 @@ def open_source(config: FluxJobConfig, split: Split) -> Source:
         ConfigError: the data are not there or cannot be read; names the key.
     """
     data, training, validation = config.data, config.training, config.validation
-    name, path = training.dataset, training.dataset_path
-    share = data.held_out_share
+    name, path, share = training.dataset, training.dataset_path, data.held_out_share
     own = bool(validation.dataset_path) or validation.dataset not in ("", name)
-    if split == "held_out":
-        share = 0.0 if own else share
-        path = path if validation.dataset in ("", name) else None
-        name, path = validation.dataset or name, validation.dataset_path or path
+    if split == "held_out" and own:
+        name, path, share = validation.dataset or name, validation.dataset_path, 0.0
     options = SourceOptions(
         path=None if path is None else resolved_path(path),
         image_size=training.image_size,
@@ -89,12 +86,10 @@ def data_problems(config: FluxJobConfig) -> list[str]:
 
     Data are not opened where the keys that name them are wrong.
     """
-    wrong_keys = data_key_problems(config)
-    splits: dict[Split, str] = {"train": "training.dataset"}
-    if config.validation.enable:
-        splits["held_out"] = "validation.dataset"
-    found = []
-    for split, key in splits.items():
+    wrong_keys, found = data_key_problems(config), []
+    splits: tuple[Split, ...] = ("train", "held_out") if config.validation.enable else ("train",)
+    for split in splits:
+        key = PATH_KEY[split].removesuffix("_path")
         if any(line.startswith(key) for line in wrong_keys):
             continue
         try:
@@ -107,12 +102,9 @@ def data_problems(config: FluxJobConfig) -> list[str]:
 def log_surveys(
     sources: Mapping[str, Source], size: ImageSize, tokenizer: CaptionTokenizer
 ) -> None:
-    """Log the tables of what data sets hold; for one rank.
+    """Log what data sets hold, by what each is for; two parts of one are one table. For one rank.
 
-    Args:
-        sources: what each is for -> source; two parts of one data set are one table.
-        size: of training, in pixels.
-        tokenizer: counts the tokens of captions.
+    `size` is that of training, in pixels.
     """
     used_for: dict[str, list[str]] = {}
     for name, source in sources.items():
