@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate
 
 from torchtitan_flux.model.inputs import TextConditioning
 
@@ -87,28 +86,18 @@ class ValidationBatch(Batch):
 
 def stack(samples: Sequence[T]) -> T:
     """The batch of some samples."""
-    return _map(_stack, samples)
+    return _map(default_collate, samples)  # which stacks in shared memory, in a worker
 
 
 def _map(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Any]) -> Any:
     """A function of the tensors that stand at the same place in all parts; lists are joined."""
     first = parts[0]
-    if first is None or isinstance(first, Tensor):
-        return first if first is None else function(parts)
+    if isinstance(first, Tensor):
+        return function(parts)
+    if first is None:
+        return None
     if isinstance(first, list):
         return list(chain(*parts))
     names = [field.name for field in fields(first)]
     values = {name: _map(function, [getattr(part, name) for part in parts]) for name in names}
     return type(first)(**values)
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`; a worker's goes straight to the memory that it shares with the trainer."""
-    first = tensors[0]
-    if get_worker_info() is None:
-        return torch.stack(list(tensors))
-    size = len(tensors) * first.numel() * first.element_size()
-    shared = torch.UntypedStorage._new_shared(size)
-    shape = (len(tensors), *first.shape)
-    out = torch.empty(0, dtype=first.dtype).set_(shared, 0, shape)  # pyright: ignore[reportCallIssue]
-    return torch.stack(list(tensors), out=out)

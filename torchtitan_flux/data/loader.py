@@ -25,11 +25,7 @@ B = TypeVar("B", bound=Batch)
 
 
 class Workers(TypedDict, total=False):
-    """How batches are prepared; torch's DataLoader has the same arguments and defaults.
-
-    Without workers, a thread of this process prepares the next batch. `prefetch_factor` and
-    `persistent_workers` are unused then.
-    """
+    """Arguments of torch's DataLoader; without workers, all but `pin_memory` are unused."""
 
     num_workers: int
     pin_memory: bool
@@ -56,19 +52,6 @@ def positions_of(
     return range(first, first + local_batch_size)
 
 
-def check_batch_sizes(global_batch_size: int, local_batch_size: int, dp_world_size: int) -> int:
-    """Microbatches of a rank in a step; ValueError when the sizes do not fit."""
-    if local_batch_size < 1:
-        raise ValueError(f"training.local_batch_size must be at least 1, is {local_batch_size}")
-    if global_batch_size < 1 or global_batch_size % (local_batch_size * dp_world_size):
-        raise ValueError(
-            f"training.global_batch_size {global_batch_size} is not a positive multiple of "
-            f"training.local_batch_size {local_batch_size} x {dp_world_size} data ranks "
-            f"= {local_batch_size * dp_world_size}"
-        )
-    return global_batch_size // (local_batch_size * dp_world_size)
-
-
 class FluxDataLoader:
     """An endless iterator over the batches of one data rank.
 
@@ -81,7 +64,6 @@ class FluxDataLoader:
         local_batch_size: samples of one microbatch of one rank.
         dp_rank, dp_world_size: data rank, and number of data ranks. Context and tensor peers have
             the same rank and get equal batches.
-        workers: see `Workers`.
 
     Raises:
         ValueError: the batch sizes do not fit; names the TOML keys.
@@ -96,8 +78,13 @@ class FluxDataLoader:
         dp_world_size: int = 1,
         **workers: Unpack[Workers],
     ):
-        self.microbatches = check_batch_sizes(global_batch_size, local_batch_size, dp_world_size)
+        self.microbatches, rest = divmod(global_batch_size, local_batch_size * dp_world_size)
         """Batches of a step."""
+        if rest or not self.microbatches:
+            raise ValueError(
+                f"training.global_batch_size = {global_batch_size} is not a multiple of "
+                f"training.local_batch_size = {local_batch_size} times {dp_world_size} data ranks"
+            )
         self.global_batch_size = global_batch_size
         self.samples = samples
         self.replaced: list[Replacement] = []
@@ -159,10 +146,6 @@ class ValidationLoader:
         dp_world_size: int = 1,
         **workers: Unpack[Workers],
     ):
-        if batch_size < 1:
-            raise ValueError(f"validation.local_batch_size must be at least 1, is {batch_size}")
-        if not len(samples):
-            raise ValueError("validation.dataset: there is no item to validate on")
         self.samples = samples
         self.replaced: list[Replacement] = []
         """Items that could not be read, from all passes."""

@@ -6,7 +6,8 @@ dropout in every epoch. Validation is the opposite: its noise belongs to the ite
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,13 +43,7 @@ class CaptionDropout:
     """
 
     prob: float = 0.0
-    mode: str = "joint"
-
-    def __post_init__(self):
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"the probability of caption dropout is {self.prob}, not in [0, 1]")
-        if self.mode not in ("joint", "independent"):
-            raise ValueError(f"caption dropout is joint or independent, not {self.mode!r}")
+    mode: Literal["joint", "independent"] = "joint"
 
 
 @dataclass(kw_only=True)
@@ -111,21 +106,19 @@ class TrainingSamples(_Samples):
     """The map from a position of the run to its training sample.
 
     Attributes:
-        order: which item stands at a position; made for `len(source)`.
+        order: which item stands at a position.
         time_density: maps a uniform draw to a time.
         dropout: how often captions are dropped.
         flip_prob: probability of mirroring left and right.
     """
 
-    order: Order
+    order: Order = field(init=False)
     time_density: TimeDensity
     dropout: CaptionDropout
     flip_prob: float = 0.0
 
     def __post_init__(self):
-        length, items = self.order.length, len(self.source)
-        if length != items:
-            raise ValueError(f"the order is for {length} items, the source has {items}")
+        self.order = Order(self.seed, len(self.source))
 
     def __getitem__(self, position: int) -> TrainingBatch:
         item, image, replaced = self.picture(position)

@@ -30,23 +30,16 @@ _WHOLE_PIXELS = 128
 # more or less does not show, and torch's resize knows no other.
 
 
-class _Orientation(NamedTuple):
-    """How to turn a picture upright, and which sides of the stored picture end up swapped."""
-
-    method: Image.Transpose
-    swaps: bool  # width and height
-    flips_x: bool  # columns of the result run against those (or the rows) of the stored picture
-    flips_y: bool
-
-
+# By EXIF orientation: how to turn a picture upright; whether columns and rows of the result run
+# against those (or the rows and columns) of the stored picture. From 5 on, its sides are swapped.
 _ORIENTATIONS = {
-    2: _Orientation(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
-    3: _Orientation(Image.Transpose.ROTATE_180, False, True, True),
-    4: _Orientation(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
-    5: _Orientation(Image.Transpose.TRANSPOSE, True, False, False),
-    6: _Orientation(Image.Transpose.ROTATE_270, True, True, False),
-    7: _Orientation(Image.Transpose.TRANSVERSE, True, True, True),
-    8: _Orientation(Image.Transpose.ROTATE_90, True, False, True),
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
+    3: (Image.Transpose.ROTATE_180, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
+    5: (Image.Transpose.TRANSPOSE, False, False),
+    6: (Image.Transpose.ROTATE_270, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True),
+    8: (Image.Transpose.ROTATE_90, False, True),
 }
 
 
@@ -95,9 +88,11 @@ def load_picture(image: Image.Image, size: ImageSize) -> Picture:
     deep, extent, is_jpeg = is_deep(image), None, image.format in ("JPEG", "MPO")
     if not is_jpeg:  # whose EXIF stands before the pixels
         image.load()
-    turn = _ORIENTATIONS.get(exif_orientation(image))
+    orientation = exif_orientation(image)
+    turn = _ORIENTATIONS.get(orientation)
+    swaps = turn is not None and orientation >= 5
     if is_jpeg:
-        wanted = (size.height, size.width) if turn and turn.swaps else (size.width, size.height)
+        wanted = (size.height, size.width) if swaps else (size.width, size.height)
         least = (math.ceil(_DRAFT_MARGIN * wanted[0]), math.ceil(_DRAFT_MARGIN * wanted[1]))
         if drafted := image.draft(None, least):
             extent = drafted[1][2:]
@@ -108,10 +103,10 @@ def load_picture(image: Image.Image, size: ImageSize) -> Picture:
     if turn is None:
         return Picture(image, 0, 0, *extent)
     left, top = image.width - extent[0], image.height - extent[1]
-    if turn.swaps:
+    if swaps:
         left, top, extent = top, left, extent[::-1]
-    left, top = left if turn.flips_x else 0, top if turn.flips_y else 0
-    return Picture(image.transpose(turn.method), left, top, *extent)
+    method, flips_x, flips_y = turn
+    return Picture(image.transpose(method), left * flips_x, top * flips_y, *extent)
 
 
 def fit(

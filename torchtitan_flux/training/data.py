@@ -11,7 +11,6 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
-from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import (
     CaptionDropout,
     Tokenize,
@@ -140,7 +139,6 @@ def training_samples(
     training = config.training
     return TrainingSamples(
         source=source,
-        order=Order(seed, len(source)),
         seed=seed,
         tokenize=tokenize,
         time_density=time_density(config),

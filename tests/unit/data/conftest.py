@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
 from torchtitan_flux.data.sources.source import Item, UnreadableItem
 from torchtitan_flux.data.transforms import PictureRules
@@ -71,9 +70,7 @@ def make_samples() -> Callable[..., TrainingSamples]:
             "dropout": CaptionDropout(0.5, "independent"),
             "flip_prob": 0.5,
         }
-        options |= changes
-        order = Order(options["seed"], len(options["source"]))
-        return cls(**({"order": order} | options))
+        return cls(**(options | changes))
 
     return make
 

@@ -167,10 +167,8 @@ def test_torch_s_random_numbers_are_left_alone(make_loader):
 
 def test_batch_sizes_are_validated(make_loader):
     for local, world in ((5, 1), (6, 4), (24, 1)):
-        with pytest.raises(ValueError, match=r"training\.global_batch_size 12 .*local_batch_size"):
+        with pytest.raises(ValueError, match=r"training\.global_batch_size = 12 "):
             make_loader(G, local, 0, world)
-    with pytest.raises(ValueError, match=r"training\.local_batch_size"):
-        make_loader(G, 0)
 
 
 def test_a_run_goes_on_with_another_global_batch_size(make_loader):
@@ -310,7 +308,7 @@ class Breaks(TrainingSamples):
         assert position < 16
         return super().__getitem__(position)
 
-samples = Breaks(**COMMON, source=GraySource(7), order=Order(5, 7), time_density=TimeDensity(),
+samples = Breaks(**COMMON, source=GraySource(7), time_density=TimeDensity(),
                  dropout=CaptionDropout())
 loader = FluxDataLoader(samples, 4, 2, num_workers=1)
 import atexit
@@ -370,10 +368,3 @@ def test_validation_loader_lists_unreadable_items(make_validation, make_source):
     weights = joined(list(loader))["weight"]
     assert weights.tolist() == [1, 0, 1, 1, 1, 0]
     assert [(r.position, r.item_id) for r in loader.replaced] == [(1, "grays/1")]
-
-
-def test_validation_arguments(make_validation):
-    with pytest.raises(ValueError, match=r"validation\.local_batch_size"):
-        ValidationLoader(make_validation(), 0)
-    with pytest.raises(ValueError, match=r"validation\.dataset"):
-        ValidationLoader(make_validation(length=0), 2)

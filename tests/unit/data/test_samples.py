@@ -151,13 +151,6 @@ def test_without_dropout_every_caption_is_kept_and_all_are_used(make_samples):
     assert abs(seen.count("no. 0") - 100) < 4 * np.sqrt(200 / 4)
 
 
-def test_dropout_is_validated():
-    with pytest.raises(ValueError, match="not in"):
-        CaptionDropout(1.5)
-    with pytest.raises(ValueError, match="joint or independent"):
-        CaptionDropout(0.5, "both")
-
-
 def test_unreadable_items_are_replaced_and_listed(make_samples, make_source):
     samples = make_samples(source=make_source(10, unreadable=frozenset({2, 3})), stochastic=False)
     clean = make_samples(length=10, stochastic=False)
@@ -256,12 +249,6 @@ def test_colour_profiles_reach_the_samples_when_they_are_asked_for(
         for make in (make_samples, make_validation):
             samples = make(source=Profiled(3), rules=PictureRules(srgb=srgb))
             np.testing.assert_array_equal(samples[1].picture.image[:, 2, 2], colour)
-
-
-def test_order_and_source_must_agree(make_samples, make_source):
-    samples = make_samples(length=7)
-    with pytest.raises(ValueError, match="7 items, the source has 8"):
-        make_samples(source=make_source(8), order=samples.order)
 
 
 def test_validation_belongs_to_the_item(make_validation, make_source):

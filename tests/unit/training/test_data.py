@@ -77,7 +77,7 @@ def test_captions_are_trained_and_validated_as_data_says(configured, data, a, b)
     validation = validation_samples(open_source(config, "held_out"), tokenizer, config)
     seen = {"training": {}, "validation": {}}
     for position in range(2):
-        item, _ = training.picture(position)
+        item, *_ = training.picture(position)
         seen["training"][item.item_id] = training[position]
     for index in range(2):
         sample = validation[index]
