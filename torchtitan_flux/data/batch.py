@@ -89,7 +89,7 @@ def stack(samples: Sequence[T]) -> T:
     return _map(default_collate, samples)  # which stacks in shared memory, in a worker
 
 
-def _map(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Any]) -> Any:
+def _map(function: Callable[[list[Tensor]], Tensor], parts: Sequence[Any]) -> Any:
     """A function of the tensors that stand at the same place in all parts; lists are joined."""
     first = parts[0]
     if isinstance(first, Tensor):

@@ -241,7 +241,8 @@ class _Batches(Generic[B]):
         begins = self._loader is None
         if self._loader is None:
             self._loader = DataLoader(**self._arguments)
-        self._iterator = iterator = iter(self._loader)
+        iterator: Any = iter(self._loader)
+        self._iterator = iterator
         if not self._loader.num_workers:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="flux-data")
             self._next = self._thread.submit(next, iterator)
