@@ -108,7 +108,8 @@ def table(index: "Index") -> None:
     print(f"held out: {len(part)} rows, {time.perf_counter() - start:.2f} s")
     start = time.perf_counter()
     found = survey(source, ImageSize(512, 512))
-    print(f"table: {found.bad} cannot be read, {time.perf_counter() - start:.2f} s")
+    bad = sum(one.times for one in found.unreadable)
+    print(f"table: {bad} cannot be read, {time.perf_counter() - start:.2f} s")
 
 
 def main() -> int:

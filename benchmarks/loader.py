@@ -33,10 +33,10 @@ from torchtitan.models.flux.tokenizer import FluxTokenizer
 
 from torchtitan.models.flux import flux_datasets
 from torchtitan_flux.data.loader import FluxDataLoader
-from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
+from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
@@ -123,7 +123,6 @@ def ours(shards: Path, workers: int) -> Iterator[Any]:
     source = build_source("webdataset", "train", SourceOptions(path=str(shards)))
     samples = TrainingSamples(
         source=source,
-        order=Order(1, len(source)),
         seed=1,
         size=ImageSize(SIZE, SIZE),
         geometry=Geometry(channels=16, downscale=8, patch=2),
@@ -132,6 +131,7 @@ def ours(shards: Path, workers: int) -> Iterator[Any]:
         time_density=TimeDensity("logit_normal"),
         dropout=CaptionDropout(DROPOUT, "independent"),
         stochastic=True,
+        rules=PictureRules(),
     )
     return FluxDataLoader(samples, BATCH, BATCH, num_workers=workers)
 

@@ -55,7 +55,8 @@ from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.startup.load_config import load_config
-from torchtitan_flux.training.losses import EncodedBatch, flow_inputs, forward_backward
+from torchtitan_flux.training.conditioning import EncodedBatch
+from torchtitan_flux.training.losses import flow_inputs, forward_backward
 from torchtitan_flux.training.process import start_process_group
 
 FLAVOR = "flux-debug"

@@ -1,4 +1,4 @@
-"""Small pictures, tar shards and tables for the tests of `data`."""
+"""Small pictures, tar shards, tables and what samples hold, for the tests of `data`."""
 
 import io
 import os
@@ -6,17 +6,40 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from torchtitan_flux.data.sources.index import Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.transforms import fit, load_picture
+from torchtitan_flux.latents import ImageSize
+
+
+def tensors(sample: Any) -> dict[str, Tensor]:
+    """All tensors of a sample or batch, by the name of their field."""
+    found: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(sample)):
+        value = getattr(sample, name)
+        if is_dataclass(value):
+            found |= tensors(value)
+        elif isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def to_training_image(image: Image.Image, size: ImageSize, *arguments, **more) -> np.ndarray:
+    """A picture as it is trained on; arguments as of `fit`."""
+    return fit(load_picture(image, size), size, *arguments, **more)
 
 
 def png(shade: int = 0, size: tuple[int, int] = (5, 3), format: str = "PNG") -> bytes:

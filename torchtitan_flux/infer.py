@@ -43,6 +43,7 @@ def main() -> None:
         options, rest = parse(sys.argv[1:])
         config = load_config(rest, training=False)
         args = resolve_model_args(config, options.weights, training=False)
+    task = None
     try:
         task = task_of(options, config, args)
         check_paths(task.paths, task.overwrite)
@@ -66,11 +67,11 @@ def main() -> None:
         print(f"Cannot draw: {error}", file=sys.stderr)
         sys.exit(2)
     except NotFinite as error:
-        dtype, cfg = config.training.mixed_precision_param, task.settings.cfg
+        dtype, cfg = config.training.mixed_precision_param, task.settings.cfg if task else 1
         help = ["other weights"]
         if dtype != "float32":
             help.append(f"--training.mixed_precision_param float32 (now {dtype})")
-        if cfg != 1.0:
+        if cfg != 1:
             help.append(f"a smaller --cfg (now {cfg:g})")
         print(f"Drawing failed: {error}. What may help: {', '.join(help)}", file=sys.stderr)
         sys.exit(1)

@@ -4,16 +4,16 @@
 # (pyarrow.compute makes its functions when it is imported)
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool
+from jaxtyping import Bool, Int, Int64
 
 from torchtitan_flux.data.sources.captions import NO_CAPTION
-from torchtitan_flux.data.sources.index import EXAMPLES, Note
+from torchtitan_flux.data.sources.index import EXAMPLES, SCHEMA, Note
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.source import Source, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart, whole_of
@@ -27,43 +27,21 @@ SAMPLED = 4096
 
 REFUSED = "could not be opened when it was indexed"
 
-TRIED = 100
+RETRIED = 100
 """Items that the system refused when they were indexed, and that are tried again for the table."""
 
 
 @runtime_checkable
 class TokenCounter(Protocol):
-    """Counts the tokens of captions (`encoders.tokenizer.CaptionTokenizer`).
-
-    Attributes:
-        limits: name of each encoder -> tokens that it takes.
-    """
+    """`encoders.tokenizer.CaptionTokenizer`: tokens that each encoder takes, and a caption has."""
 
     limits: dict[str, int]
 
-    def count(self, caption: str) -> tuple[int, ...]:
-        """Tokens of the whole caption for each encoder, in the order of `limits`."""
-        ...
+    def count(self, caption: str) -> tuple[int, ...]: ...
 
 
-@dataclass(frozen=True)
-class Found:
-    """How many items something holds for, and the first of them."""
-
-    text: str
-    count: int
-    examples: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of captions for one encoder.
-
-    Attributes:
-        limit: tokens that the encoder takes.
-        median, longest: over the captions that were counted.
-        too_long: share of them that is longer than the limit, whose end is cut off.
-    """
+class Lengths(NamedTuple):
+    """Tokens of the captions that were counted, for one encoder; `too_long`: share that is cut."""
 
     limit: int
     median: float
@@ -76,7 +54,6 @@ class Survey:
     """What is known of a data set without decoding a picture.
 
     Attributes:
-        title: the data set, for people.
         items: in the index, readable or not.
         held_out: how many of them are kept from training; None where there is no such part here.
         unreadable: why items cannot be read, the most frequent reason first; each item once.
@@ -84,36 +61,30 @@ class Survey:
         enlarged: readable pictures that are smaller than the size of training.
         sizes: minimum, quartiles and maximum of (width, height) of readable pictures, in pixels.
         aspects: width / height rounded to a tenth -> pictures.
-        tokens: lengths of captions by encoder; empty without tokenizers.
-        counted: captions whose tokens were counted.
+        tokens: of `counted` captions, by encoder.
     """
 
     title: str
     items: int
     held_out: int | None
-    unreadable: list[Found]
-    notes: list[Note]
-    enlarged: Found
-    sizes: list[tuple[int, int]]
-    aspects: dict[str, int]
-    tokens: dict[str, Lengths]
-    counted: int
-
-    @property
-    def bad(self) -> int:
-        """Items that cannot be read, those that are lost with their files included."""
-        return sum(one.count for one in self.unreadable) + sum(note.lost for note in self.notes)
+    unreadable: list[Note] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    enlarged: list[Note] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    aspects: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, Lengths] = field(default_factory=dict)
+    counted: int = 0
 
     def lines(self) -> Iterator[str]:
         """The table, a line each: a number, what it counts, examples."""
         held_out = "" if self.held_out is None else f", {self.held_out:,} of them held out"
         yield f"{self.title}: {self.items:,} items{held_out}"
         for one in self.unreadable:
-            yield f"{one.count:11,}  cannot be read: {_with_examples(one)}"
+            yield f"{one.times:11,}  cannot be read: {_with_examples(one)}"
         for note in self.notes:
-            yield f"{note.count:11,}  {_with_examples(note)}"
-        if self.enlarged.count:
-            yield f"{self.enlarged.count:11,}  {self.enlarged.text}"
+            yield f"{note.times:11,}  {_with_examples(note)}"
+        for one in self.enlarged:
+            yield f"{one.times:11,}  {one.text}"
         for name, one in self.tokens.items():
             if one.too_long:
                 yield (
@@ -122,166 +93,122 @@ class Survey:
                 )
 
 
-def _with_examples(one: Found | Note) -> str:
-    lost = f" (about {one.lost:,} items lost)" if isinstance(one, Note) and one.lost else ""
-    named = ", ".join(one.examples) + (", …" if one.count > len(one.examples) else "")
-    return one.text + lost + (f" ({named})" if one.examples else "")
+def _with_examples(note: Note) -> str:
+    lost = f" (about {note.lost:,} items lost)" if note.lost else ""
+    named = ", ".join(note.examples) + (", …" if note.times > len(note.examples) else "")
+    return note.text + lost + (f" ({named})" if note.examples else "")
 
 
 def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) -> Survey:
-    """Look a data set over, by its index and within seconds for millions of items.
+    """Look a whole data set over, by its index and within seconds for millions of items.
 
-    Args:
-        source: what a split reads; of a part, the whole data set is looked at.
-        size: of training, in pixels.
-        tokens: counts the tokens of captions; None leaves them out.
+    `source` is what a split reads, `size` that of training in pixels.
     """
     whole = whole_of(source)
     held_out = source.held_out if isinstance(source, SourcePart) else None
     if not isinstance(whole, IndexedSource):
-        nothing = Found("", 0, ())
-        return Survey(whole.name, len(whole), held_out, [], [], nothing, [], {}, {}, 0)
-    reasons: dict[str, tuple[int, list[str]]] = {}
-    widths, heights, enlarged, names = [], [], 0, []
-    longest, at, refused = -1, 0, []
-    for start, rows in _numbered(whole):
-        usable = whole.usable_rows[start : start + rows.num_rows]
-        for text, which in _why_not(whole, rows, usable):
-            if not text:
-                refused += (start + np.flatnonzero(which)).tolist()
-                continue
-            count, examples = reasons.get(text, (0, []))
-            reasons[text] = count + int(which.sum()), examples + _ids(rows, which, examples)
-        width, height = rows["width"].to_numpy()[usable], rows["height"].to_numpy()[usable]
-        widths.append(width)
-        heights.append(height)
-        small = usable.copy()
-        small[usable] = (width < size.width) | (height < size.height)
-        enlarged += int(small.sum())
-        names += _ids(rows, small, names)
-        lengths = pc.list_value_length(rows["captions"])
-        characters = pc.binary_length(rows["captions"].flatten()).to_numpy(zero_copy_only=False)
-        if len(characters) and characters.max() > longest:
-            longest = int(characters.max())
-            ends = np.cumsum(lengths.fill_null(0).to_numpy(zero_copy_only=False))
-            at = start + int(np.searchsorted(ends, int(characters.argmax()), side="right"))
-    for text, count, examples in _tried_again(whole, refused):
-        before, named = reasons.get(text, (0, []))
-        reasons[text] = before + count, [*named, *examples][:EXAMPLES]
-    found = [Found(text, count, tuple(names)) for text, (count, names) in reasons.items()]
-    counted, tokens_of = 0, {}
-    if tokens and len(whole):
-        counted, tokens_of = _tokens(whole, tokens, at)
-    sizes, aspects = _sizes(np.concatenate(widths or [[]]), np.concatenate(heights or [[]]))
+        return Survey(whole.name, len(whole), held_out)
+    reasons, of_row = unreadable_rows(whole)
+    for row in np.flatnonzero(of_row == reasons.index(REFUSED))[:RETRIED].tolist():
+        try:
+            whole[row]
+            of_row[row] = 0
+        except UnreadableItem as error:
+            reasons = reasons if error.reason in reasons else [*reasons, error.reason]
+            of_row[row] = reasons.index(error.reason)
+    notes = [_note(whole, text, of_row == number) for number, text in enumerate(reasons) if number]
+    usable, (width, height) = whole.usable_rows, _sizes(whole)
+    small = usable & ((width < size.width) | (height < size.height))
+    enlarged = _note(whole, f"pictures smaller than {size} are enlarged", small)
+    lengths, counted = _token_lengths(whole, tokens) if tokens else ({}, 0)
     return Survey(
         whole.title,
         len(whole),
         held_out,
-        sorted(found, key=lambda one: -one.count),
+        sorted((note for note in notes if note.times), key=lambda note: -note.times),
         whole.index.notes,
-        Found(f"pictures smaller than {size} are enlarged", enlarged, tuple(names)),
-        sizes,
-        aspects,
-        tokens_of,
+        [enlarged] if enlarged.times else [],
+        *_summary(width[usable], height[usable]),
+        lengths,
         counted,
     )
 
 
-def unreadable_rows(source: IndexedSource) -> Iterator[str]:
-    """Why each row cannot be read by what its index says, "" when nothing speaks against it."""
-    for start, rows in _numbered(source):
-        usable = source.usable_rows[start : start + rows.num_rows]
-        said = np.full(rows.num_rows, "", object)
-        for text, which in _why_not(source, rows, usable):
-            said[which] = text or REFUSED
-        yield from said.tolist()
+def unreadable_rows(source: IndexedSource) -> tuple[list[str], Int[np.ndarray, " rows"]]:
+    """(reasons, number of the reason why a row cannot be read by what its index says).
+
+    Number 0 is "", of readable rows; REFUSED is of those that the system refused.
+    """
+    options, (width, height) = source.options, _sizes(source)
+    encoded = _table(source)["reason"].dictionary_encode().combine_chunks()
+    texts, number = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    reasons = [
+        "",
+        f"too small, data.min_image_size = {options.min_size}",
+        f"decompression bomb, data.max_image_pixels = {options.max_pixels}",
+        REFUSED,
+        *texts,
+    ]
+    defaulted = NO_CAPTION if options.default_caption is not None else ""
+    is_reason = np.array([text not in ("", defaulted) for text in texts], bool)
+    small = (width > 0) & (np.minimum(width, height) < options.min_size)
+    large = width * height > options.max_pixels
+    cases = [source.usable_rows, is_reason[number], small, large]
+    return reasons, np.select(cases, [0, 4 + number, 1, 2], 3)
 
 
-def _numbered(source: IndexedSource) -> Iterator[tuple[int, pa.RecordBatch]]:
-    start = 0
-    for rows in source.index.batches():
-        yield start, rows
-        start += rows.num_rows
+def _table(source: IndexedSource) -> pa.Table:
+    return pa.Table.from_batches(source.index.batches(), SCHEMA)
 
 
-def _ids(rows: pa.RecordBatch, which: Bool[np.ndarray, " rows"], so_far: list[str]) -> list[str]:
-    """The first ids of these rows, as many as are missing to EXAMPLES."""
-    first = np.flatnonzero(which)[: EXAMPLES - len(so_far)]
-    return rows["item_id"].take(pa.array(first)).to_pylist()
+def _sizes(source: IndexedSource) -> Int64[np.ndarray, "2 rows"]:
+    """Width and height of all rows."""
+    table = _table(source)
+    return np.stack([table[name].to_numpy() for name in ("width", "height")]).astype(np.int64)
 
 
-def _why_not(
-    source: IndexedSource, rows: pa.RecordBatch, usable: Bool[np.ndarray, " rows"]
-) -> Iterator[tuple[str, Bool[np.ndarray, " rows"]]]:
-    """(reason, rows it holds for), each row once; "" for what the system refused."""
-    if usable.all():
-        return
-    options = source.options
-    width, height = (rows[name].to_numpy().astype(np.int64) for name in ("width", "height"))
-    left = ~usable
-    for text in pc.unique(rows["reason"].filter(pa.array(left))).to_pylist():
-        if text and not (text == NO_CAPTION and options.default_caption is not None):
-            which = left & pc.equal(rows["reason"], text).to_numpy(zero_copy_only=False)
-            left = left & ~which
-            yield text, which
-    small = left & (width > 0) & (np.minimum(width, height) < options.min_size)
-    if small.any():
-        yield f"too small, data.min_image_size = {options.min_size}", small
-    large = left & ~small & (width * height > options.max_pixels)
-    if large.any():
-        yield f"decompression bomb, data.max_image_pixels = {options.max_pixels}", large
-    left = left & ~small & ~large
-    if left.any():
-        yield "", left
+def _note(source: IndexedSource, text: str, which: Bool[np.ndarray, " rows"]) -> Note:
+    """How many rows, and the first of them by name."""
+    first = np.flatnonzero(which)[:EXAMPLES].tolist()
+    names = tuple(source.index[row].item_id for row in first)
+    return Note(text, int(which.sum()), 0, names)
 
 
-def _tried_again(source: IndexedSource, rows: list[int]) -> Iterator[tuple[str, int, list[str]]]:
-    """Why items cannot be read that the system refused when they were indexed."""
-    for row in rows[:TRIED]:
-        try:
-            source[row]
-        except UnreadableItem as error:
-            yield error.reason, 1, [error.item_id]
-    if len(rows) > TRIED:
-        yield REFUSED, len(rows) - TRIED, []
-
-
-def _tokens(source: IndexedSource, tokens: TokenCounter, longest: int) -> tuple[int, dict]:
-    """(captions counted, their lengths by encoder), of a sample and the row that is longest."""
-    evenly = np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)
+def _token_lengths(source: IndexedSource, tokens: TokenCounter) -> tuple[dict[str, Lengths], int]:
+    """(lengths by encoder, captions counted), of a sample and the row with the longest caption."""
+    rows = np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)
+    captions = _table(source)["captions"]
+    characters = pc.binary_length(pc.list_flatten(captions)).to_numpy()
+    if len(characters):
+        longest = pc.list_parent_indices(captions)[int(characters.argmax())].as_py()
+        rows = np.union1d(rows, longest)
     counts = [
         tokens.count(caption)
-        for row in sorted({*evenly.tolist(), longest})
+        for row in rows.tolist()
         for caption in source.captions(source.index[row])
     ]
-    if not counts:
-        return 0, {}
-    return len(counts), {
+    of_each = zip(tokens.limits.items(), np.array(counts).T, strict=True) if counts else ()
+    return {
         name: Lengths(limit, float(np.median(n)), int(n.max()), float((n > limit).mean()))
-        for (name, limit), n in zip(tokens.limits.items(), np.array(counts).T, strict=True)
-    }
+        for (name, limit), n in of_each
+    }, len(counts)
 
 
-def _sizes(widths: np.ndarray, heights: np.ndarray) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """(minimum, quartiles and maximum of sizes by their pixels, aspect ratios)."""
+def _summary(
+    widths: Int64[np.ndarray, " n"], heights: Int64[np.ndarray, " n"]
+) -> tuple[list[tuple[int, int]], dict[str, int]]:
+    """(minimum, quartiles and maximum by pixels, aspect ratios)."""
     if not len(widths):
         return [], {}
-    order = np.argsort(widths.astype(np.int64) * heights, kind="stable")
+    order = np.argsort(widths * heights, kind="stable")
     at = order[np.linspace(0, len(order) - 1, 5).astype(np.int64)]
     ratios, counts = np.unique(np.round(widths / heights, 1), return_counts=True)
-    return (
-        [(int(width), int(height)) for width, height in zip(widths[at], heights[at], strict=True)],
-        {f"{ratio:.1f}": int(n) for ratio, n in zip(ratios, counts, strict=True)},
-    )
+    aspects = {f"{ratio:.1f}": int(n) for ratio, n in zip(ratios, counts, strict=True)}
+    return list(zip(widths[at].tolist(), heights[at].tolist(), strict=True)), aspects
 
 
 def refuse_unusable(source: Source, max_share: float, key: str) -> None:
-    """Refuse data that nobody can train on, or of which too much is known to be lost.
-
-    Args:
-        source: what a split reads; of a part, the whole data set is looked at.
-        max_share: `data.max_unreadable_share`.
-        key: the TOML key that names the data.
+    """Refuse data, named by TOML key `key`, of which nothing or too little can be trained on.
 
     Raises:
         ValueError: no item has a caption and a picture, or more than `max_share` of the items
@@ -303,5 +230,5 @@ def refuse_unusable(source: Source, max_share: float, key: str) -> None:
         else f"{key}: none of the {items:,} items of {whole.title} can be trained on"
     )
     found = survey(source, ImageSize(1, 1))
-    table = [f"{one.count:,} × {_with_examples(one)}" for one in (*found.unreadable, *found.notes)]
+    table = [f"{one.times:,} × {_with_examples(one)}" for one in (*found.unreadable, *found.notes)]
     raise ValueError(f"{what}: {'; '.join(table)}")

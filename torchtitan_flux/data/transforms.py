@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torchtitan_flux.data.decode import exif_orientation
 from torchtitan_flux.latents import ImageSize
 
 CENTER = (0.5, 0.5)
-"""The crop draw that takes the middle of an image."""
+"""The `crop_draw` of the middle."""
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -30,28 +30,17 @@ _WHOLE_PIXELS = 128
 # more or less does not show, and torch's resize knows no other.
 
 
-class _Turn(NamedTuple):
-    """What an EXIF orientation asks for, and which sides of the stored picture end up swapped."""
-
-    method: Image.Transpose
-    swaps: bool  # width and height
-    flips_x: bool  # columns of the result run against those (or the rows) of the stored picture
-    flips_y: bool
-
-
-_TURNS = {
-    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
-    3: _Turn(Image.Transpose.ROTATE_180, False, True, True),
-    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
-    5: _Turn(Image.Transpose.TRANSPOSE, True, False, False),
-    6: _Turn(Image.Transpose.ROTATE_270, True, True, False),
-    7: _Turn(Image.Transpose.TRANSVERSE, True, True, True),
-    8: _Turn(Image.Transpose.ROTATE_90, True, False, True),
+# By EXIF orientation: how to turn a picture upright; whether columns and rows of the result run
+# against those (or the rows and columns) of the stored picture. From 5 on, its sides are swapped.
+_ORIENTATIONS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
+    3: (Image.Transpose.ROTATE_180, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
+    5: (Image.Transpose.TRANSPOSE, False, False),
+    6: (Image.Transpose.ROTATE_270, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True),
+    8: (Image.Transpose.ROTATE_90, False, True),
 }
-
-
-class TooSmall(ValueError):
-    """A picture of too few pixels to be worth training on."""
 
 
 @dataclass(frozen=True)
@@ -67,28 +56,6 @@ class PictureRules:
     background: tuple[int, int, int] = WHITE
     min_size: int = 1
     srgb: bool = False
-
-    def check(self, image: Image.Image) -> None:
-        """Raises TooSmall; reads only the header."""
-        if min(image.size) < self.min_size:
-            raise TooSmall(
-                f"too small: {image.width} x {image.height} pixels, "
-                f"data.min_image_size = {self.min_size}"
-            )
-
-
-PLAIN_RULES = PictureRules()
-"""White behind transparent parts, any size."""
-
-
-@runtime_checkable
-class Sized(Protocol):
-    """Anything with a width and a height."""
-
-    @property
-    def width(self) -> float: ...
-    @property
-    def height(self) -> float: ...
 
 
 class Picture(NamedTuple):
@@ -118,68 +85,28 @@ def load_picture(image: Image.Image, size: ImageSize) -> Picture:
     # A picture made in memory has no metadata to look through; that look takes 10 us.
     if type(image) is Image.Image and not image.info:
         return Picture(image, 0, 0, *image.size)
-    turn, deep = None, is_deep(image)
-    if image.format in ("JPEG", "MPO"):  # their EXIF stands before the pixels
-        turn = _turn(image)
-        wanted = (size.height, size.width) if turn and turn.swaps else (size.width, size.height)
+    deep, extent, is_jpeg = is_deep(image), None, image.format in ("JPEG", "MPO")
+    if not is_jpeg:  # whose EXIF stands before the pixels
+        image.load()
+    orientation = exif_orientation(image)
+    turn = _ORIENTATIONS.get(orientation)
+    swaps = turn is not None and orientation >= 5
+    if is_jpeg:
+        wanted = (size.height, size.width) if swaps else (size.width, size.height)
         least = (math.ceil(_DRAFT_MARGIN * wanted[0]), math.ceil(_DRAFT_MARGIN * wanted[1]))
-        drafted = image.draft(None, least)
-        extent = drafted[1][2:] if drafted else image.size
+        if drafted := image.draft(None, least):
+            extent = drafted[1][2:]
         image.load()
-    else:
-        image.load()
-        turn = _turn(image)
-        extent = image.size
+    extent = extent or image.size
     if deep:
         check_deep_colours(image)
     if turn is None:
         return Picture(image, 0, 0, *extent)
-    left = image.width - extent[0]
-    top = image.height - extent[1]
-    if turn.swaps:
+    left, top = image.width - extent[0], image.height - extent[1]
+    if swaps:
         left, top, extent = top, left, extent[::-1]
-    return Picture(
-        image.transpose(turn.method),
-        left if turn.flips_x else 0,
-        top if turn.flips_y else 0,
-        *extent,
-    )
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image at full size, turned as its EXIF orientation says; decodes a file."""
-    if type(image) is Image.Image and not image.info:
-        return image
-    image.load()
-    turn = _turn(image)
-    return image.transpose(turn.method) if turn else image
-
-
-def _turn(image: Image.Image) -> _Turn | None:
-    return _TURNS.get(exif_orientation(image))
-
-
-def needs_crop(picture: Sized, size: ImageSize) -> bool:
-    """Whether an upright picture has another aspect ratio than `size`."""
-    return picture.width * size.height != picture.height * size.width
-
-
-def to_training_image(
-    image: Image.Image,
-    size: ImageSize,
-    channels: int,
-    crop_draw: tuple[float, float] = CENTER,
-    flip: bool = False,
-    background: tuple[int, int, int] = WHITE,
-) -> Float32[np.ndarray, "channels height width"]:
-    """Decode an image and fit it to `size` as `fit` does.
-
-    Raises:
-        ValueError: a number of channels other than 1 and 3, or an image of a mode that PIL cannot
-            convert.
-        Exception: almost any, when the file behind the image is damaged.
-    """
-    return fit(load_picture(image, size), size, channels, crop_draw, flip, background)
+    method, flips_x, flips_y = turn
+    return Picture(image.transpose(method), left * flips_x, top * flips_y, *extent)
 
 
 def fit(
@@ -193,7 +120,7 @@ def fit(
     """Resize a picture so that it just covers `size`, crop, and scale to [-1, 1].
 
     Args:
-        picture: any PIL mode.
+        picture: of any PIL mode.
         size: pixels of the result.
         channels: 1 for gray, 3 for RGB.
         crop_draw: (x, y) in [0, 1): where in the part that is left over the crop lies.
@@ -201,13 +128,12 @@ def fit(
         background: red, green and blue behind what is transparent.
 
     Raises:
-        ValueError: a number of channels other than 1 and 3, or an image of a mode that PIL cannot
-            convert.
+        ValueError: other channels, or an image of a mode that PIL cannot convert.
     """
     if channels not in _MODES:
         raise ValueError(f"images have 1 or 3 channels, not {channels}")
     image = to_mode(picture.image, _MODES[channels], background)
-    pixels = _cover(picture._replace(image=image), size, crop_draw)
+    pixels = _resized_crop(picture._replace(image=image), size, crop_draw)
     if flip:
         pixels = pixels[:, ::-1]
     pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
@@ -217,7 +143,7 @@ def fit(
     return scaled
 
 
-def _cover(
+def _resized_crop(
     picture: Picture, size: ImageSize, crop_draw: tuple[float, float]
 ) -> UInt8[np.ndarray, "height width *channels"]:
     """The crop of `size` from a picture as resized to cover it; sampled once, where needed."""
@@ -236,13 +162,9 @@ def _cover(
     top = y0 + crop_draw[1] * (full_height - height)
     if scale < 1 and min(width, height) >= _WHOLE_PIXELS:
         return _shrunk(image, round(left), round(top), round(width), round(height), size)
-    right, bottom = min(left + width, image.width), min(top + height, image.height)
-    image = image.resize(
-        (size.width, size.height),
-        Image.Resampling.BICUBIC,  # PIL widens the filter when it shrinks: antialiased
-        box=(left, top, right, bottom),
-    )
-    return np.asarray(image)
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    # PIL widens the filter when it shrinks: antialiased
+    return np.asarray(image.resize((size.width, size.height), Image.Resampling.BICUBIC, box=box))
 
 
 def _shrunk(

@@ -67,8 +67,8 @@ class GroupNormSwish(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return F.silu(super().forward(x))
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return F.silu(super().forward(input))
 
 
 class ResnetBlock(nn.Module):

@@ -25,7 +25,7 @@ from torchtitan_flux.inference.targets import unwritable
 from torchtitan_flux.inference.task import Task
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.model.inputs import TextConditioning
-from torchtitan_flux.parallel.replicated_rows import Peers
+from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.sampling.euler import all_finite
 from torchtitan_flux.sampling.generate import (
     SampleSettings,
@@ -52,9 +52,9 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
         ValueError: a picture cannot be written.
         NotFinite: a picture cannot be drawn; those before it are written.
     """
-    ranks, first = Peers(context.dims.data_group), torch.distributed.get_rank() == 0
+    group, first = context.dims.data_group, torch.distributed.get_rank() == 0
     rounds = torch.arange(len(task.requests)).split(task.batch * context.dims.data_degree)
-    batches = [[task.requests[i] for i in ranks.own(one).tolist()] for one in rounds]
+    batches = [[task.requests[i] for i in shard_rows(one, group).tolist()] for one in rounds]
     if low_memory:
         weights, tokenizer = context.open_weights(), build_tokenizer(context.config)
         stages = low_memory_stages(
@@ -72,7 +72,7 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
             stages, context.args.geometry, batches, task.settings, task.negative, bar.update
         )
         for numbers, batch in zip(rounds, images, strict=True):
-            together = ranks.join(batch.to(context.device), len(numbers)).cpu()
+            together = all_gather_rows(batch.to(context.device), len(numbers), group).cpu()
             for i, image in zip(numbers.tolist(), together, strict=True) if first else ():
                 path, drawn = task.paths[i], task.picture(task.requests[i], context.names)
                 try:

@@ -18,7 +18,11 @@ from torchtitan_flux.parallel.parallelize import shard_model
 from torchtitan_flux.paths import locate
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.tensor_files.hub_cache import why_absent
-from torchtitan_flux.training.conditioning import FrozenParts, build_frozen_parts, build_tokenizer
+from torchtitan_flux.training.conditioning import (
+    FrozenEncoders,
+    build_frozen_encoders,
+    build_tokenizer,
+)
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.resume import checkpoint_folder
 from torchtitan_flux.weights.load import import_weights, open_for
@@ -96,7 +100,7 @@ def open_run(
     return InferenceContext(config, args, device, dtype, dims, opened, checkpoint, average)
 
 
-def load_model(context: InferenceContext) -> tuple[FluxModel, FrozenParts]:
+def load_model(context: InferenceContext) -> tuple[FluxModel, FrozenEncoders]:
     """Model, sharded over the ranks, encoders and codec, all of them at once.
 
     Nothing is trained, so that weights are kept in the type that they compute in.
@@ -109,7 +113,7 @@ def load_model(context: InferenceContext) -> tuple[FluxModel, FrozenParts]:
     import_weights(dict(model.named_parameters()), context.open_weights())
     model.eval().requires_grad_(False)
     tokenizer = build_tokenizer(context.config)
-    return model, build_frozen_parts(context.config, args, tokenizer, dims, device, dtype)
+    return model, build_frozen_encoders(context.config, args, tokenizer, dims, device, dtype)
 
 
 def _open(weights: str, args: FluxModelArgs, config: FluxJobConfig) -> Weights:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_flux.config.command_line import given_keys
-from torchtitan_flux.config.errors import ConfigError
+from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.image_file import FORMATS
 from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
 from torchtitan_flux.paths import locate

@@ -22,7 +22,7 @@ from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.sampling.generate import TextEncoding
-from torchtitan_flux.training.conditioning import FrozenParts, build_codec
+from torchtitan_flux.training.conditioning import FrozenEncoders, build_codec
 from torchtitan_flux.weights.load import import_weights
 from torchtitan_flux.weights.open import Weights
 
@@ -46,7 +46,7 @@ class Stages:
     sequential: bool
 
 
-def all_loaded(model: nn.Module, encoders: FrozenParts) -> Stages:
+def all_loaded(model: nn.Module, encoders: FrozenEncoders) -> Stages:
     """All on the device, for as long as this lives."""
     return Stages(
         lambda: nullcontext(encoders.encode_captions),

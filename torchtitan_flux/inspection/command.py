@@ -1,24 +1,22 @@
 """`scripts/inspect_data.py`: reads the data of a run without training."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.data.samples import TrainingSamples
-from torchtitan_flux.data.sources.source import Source
 from torchtitan_flux.data.survey import Survey, survey
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inspection.contact_sheet import save_contact_sheet
-from torchtitan_flux.inspection.items import Inspected, as_json, inspect, unreadable
+from torchtitan_flux.inspection.items import Inspected, inspect, unreadable
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.startup.load_config import ConfigError, exit_on_config_error, read_config
@@ -35,9 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # a terminal may not have the letters of a caption
             stream.reconfigure(errors="backslashreplace")
     with exit_on_config_error():
-        config = _read(keys)
+        config = _read_data_config(keys)
         source = open_source(config, "train")
-        samples = _samples(config, source)
+        args, seed = FLAVORS[config.model.flavor], config.debug.seed or 0
+        samples = training_samples(source, _no_tokens, config, args, seed)
         try:
             _show(config, samples, options)
         except BrokenPipeError:  # as of `| head`, which has seen enough
@@ -56,27 +55,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--job.config_file, names the configuration.",
         allow_abbrev=False,
     )
-    parser.add_argument("--items", action="store_true", help="list every item")
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON, a line for each item and one for all"
-    )
-    parser.add_argument(
-        "--decode",
-        action=argparse.BooleanOptionalAction,
-        help="decode every picture; unset: where there are no more than "
-        f"{DECODED:,}. Else pictures are judged by their headers",
-    )
-    parser.add_argument("--sheet", type=Path, help="the PNG; unset: in job.dump_folder")
-    parser.add_argument("--count", type=int, default=24, help="pictures on it (24); 0 for none")
+    add = parser.add_argument
+    add("--items", action="store_true", help="list every item")
+    add("--json", action="store_true", help="print JSON, a line for each item and one for all")
+    decode = f"decode every picture, not headers alone; unset: of no more than {DECODED:,}"
+    add("--decode", action=argparse.BooleanOptionalAction, help=decode)
+    add("--sheet", type=Path, help="the PNG; unset: in job.dump_folder")
+    add("--count", type=int, default=24, help="pictures on it (24); 0 for none")
     return parser.parse_known_args(argv)
 
 
-def _read(keys: list[str]) -> Any:
-    """The configuration, as far as it is about data.
-
-    Raises:
-        ConfigError: with everything that is wrong with that.
-    """
+def _read_data_config(keys: list[str]) -> FluxJobConfig:
+    """The configuration; ConfigError with everything that is wrong with what is about data."""
     if not any(key.replace("-", "_").startswith("__job.config_file") for key in keys):
         keys = ["--job.config_file", Settings.read(os.environ).config_file, *keys]
     config = read_config(keys)
@@ -88,19 +78,13 @@ def _read(keys: list[str]) -> Any:
     return config
 
 
-def _samples(config: FluxJobConfig, source: Source) -> TrainingSamples:
-    def no_tokens(caption: str):
-        raise NotImplementedError
-
-    return training_samples(
-        source, no_tokens, config, FLAVORS[config.model.flavor], config.debug.seed or 0
-    )
+def _no_tokens(caption: str):
+    raise NotImplementedError
 
 
 def _show(config: FluxJobConfig, samples: TrainingSamples, options: argparse.Namespace) -> None:
-    tokenizer, missing = None, ""
+    tokenizer, missing, encoder = None, "", config.encoder
     try:
-        encoder = config.encoder
         tokenizer = CaptionTokenizer(
             encoder.t5_encoder, encoder.clip_encoder, encoder.max_t5_encoding_len
         )
@@ -109,12 +93,13 @@ def _show(config: FluxJobConfig, samples: TrainingSamples, options: argparse.Nam
     found = survey(samples.source, config.training.image_size, tokenizer)
     decode = found.items <= DECODED if options.decode is None else options.decode
     if decode or options.items or options.json:
-        bad = unreadable(_listed(inspect(samples, decode), options))
-        found = dataclasses.replace(found, unreadable=bad)
-    sheet = _sheet(config, samples, options) if options.count > 0 else None
+        found = replace(found, unreadable=unreadable(_listed(inspect(samples, decode), options)))
+    sheet = _save_sheet(config, samples, options) if options.count > 0 else None
     if options.json:
-        summary = {**dataclasses.asdict(found), "decoded": decode, "sheet": sheet and str(sheet)}
-        summary["notes"] = [note._asdict() for note in found.notes]
+        summary = {**asdict(found), "decoded": decode, "sheet": sheet and str(sheet)}
+        for name in ("unreadable", "notes", "enlarged"):
+            summary[name] = [note._asdict() for note in getattr(found, name)]
+        summary["tokens"] = {name: one._asdict() for name, one in found.tokens.items()}
         print(json.dumps({"summary": summary}))
         return
     print("\n".join(_page(found, missing)))
@@ -128,15 +113,15 @@ def _listed(items: Iterator[Inspected], options: argparse.Namespace) -> Iterator
     """The items, each printed on its way where that was asked for."""
     for one in items:
         if options.json:
-            print(json.dumps(as_json(one)))
+            print(json.dumps(one._asdict()))
         elif options.items:
-            bad = one.unreadable
-            said = f"cannot be read: {bad}" if bad else " | ".join(map(_on_a_line, one.captions))
-            print(f"{one.item}  {one.width or '?'}x{one.height or '?'}  {said}")
+            why = one.unreadable
+            text = f"cannot be read: {why}" if why else " | ".join(map(_printable, one.captions))
+            print(f"{one.item}  {one.width or '?'}x{one.height or '?'}  {text}")
         yield one
 
 
-def _on_a_line(caption: str) -> str:
+def _printable(caption: str) -> str:
     """A caption with its ends of lines, and what else a terminal obeys, written out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in caption)
 
@@ -151,21 +136,21 @@ def _page(found: Survey, missing: str) -> Iterator[str]:
     if missing:
         yield missing
     if found.sizes:
-        least, *_, most = sizes = [f"{width}x{height}" for width, height in found.sizes]
-        yield f"sizes: {least} to {most}, quartiles {', '.join(sizes[1:-1])}"
+        least, *quartiles, most = [f"{width}x{height}" for width, height in found.sizes]
+        yield f"sizes: {least} to {most}, quartiles {', '.join(quartiles)}"
         aspects = sorted(found.aspects.items(), key=lambda one: -one[1])
         shown = [f"{ratio} ({count:,})" for ratio, count in aspects[:8]]
         yield f"width / height: {', '.join(shown)}{', …' if len(aspects) > 8 else ''}"
 
 
-def _sheet(
+def _save_sheet(
     config: FluxJobConfig, samples: TrainingSamples, options: argparse.Namespace
 ) -> Path | None:
     """The contact sheet of the first positions of the run."""
     pictures = []
     for position in range(min(options.count, len(samples.source))):
         try:
-            item, image = samples.picture(position)
+            item, image, _ = samples.picture(position)
         except RuntimeError:  # no item near that position can be read: the table says why
             continue
         pictures.append((image, samples.caption(item, position)))

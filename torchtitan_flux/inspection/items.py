@@ -4,29 +4,21 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torchtitan_flux.data.samples import TrainingSamples
-from torchtitan_flux.data.sources.index import EXAMPLES
+from torchtitan_flux.data.sources.index import EXAMPLES, Note
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.source import Source, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart, whole_of
-from torchtitan_flux.data.survey import REFUSED, Found, unreadable_rows
+from torchtitan_flux.data.survey import REFUSED, unreadable_rows
 
-_AHEAD = 1024
+_CHUNK = 1024
 """Items that are given to the decoding threads at once."""
 
 
 class Inspected(NamedTuple):
-    """One item.
-
-    Attributes:
-        item: its id.
-        captions: those it is trained with.
-        width, height: in pixels; None where they are not known.
-        held_out: whether it is kept from training.
-        unreadable: why it is not trained on, or None.
-    """
+    """One item; width and height in pixels, None where they are not known; why it is unreadable."""
 
     item: str
     captions: tuple[str, ...]
@@ -43,14 +35,14 @@ def inspect(samples: TrainingSamples, decode: bool) -> Iterator[Inspected]:
         samples: as training reads them.
         decode: whether every picture is decoded; else an index is believed, which knows headers.
     """
-    source = whole_of(samples.source)
-    held_out = _held_out(samples.source)
-    told = _told(source)
-    tried = _decoded(samples, source) if decode else (None for _ in range(len(source)))
-    for row, (said, met) in enumerate(zip(told, tried, strict=True)):
-        reason = said
-        if met is not None:  # what decoding meets counts; in the words of the index if it has any
-            reason = met and (met if said in ("", REFUSED) else said)
+    source, held_out = whole_of(samples.source), _held_out(samples.source)
+    is_indexed = isinstance(source, IndexedSource)
+    reasons, of_row = unreadable_rows(source) if is_indexed else ([""], [0] * len(source))
+    decoded = _decoded(samples, source) if decode else (None for _ in range(len(source)))
+    for row, found in enumerate(decoded):
+        reason = reasons[of_row[row]]
+        if found is not None and (not found or reason in ("", REFUSED)):
+            reason = found  # what decoding meets counts; in the words of the index if it has any
         if isinstance(source, IndexedSource):
             known = source.index[row]
             captions, size = source.captions(known), (known.width or None, known.height or None)
@@ -61,15 +53,18 @@ def inspect(samples: TrainingSamples, decode: bool) -> Iterator[Inspected]:
         yield Inspected(name, captions, *size, row in held_out, reason or None)
 
 
-def unreadable(inspected: Iterator[Inspected]) -> list[Found]:
-    """Reasons why items cannot be read, the most frequent first; other numbers are no other one."""
-    found: dict[str, list[Inspected]] = {}
+def unreadable(inspected: Iterator[Inspected]) -> list[Note]:
+    """Reasons why items cannot be read; those that differ in numbers alone are one."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for one in inspected:
         if one.unreadable:
-            found.setdefault(re.sub(r"\d+", "", one.unreadable), []).append(one)
+            group = found.setdefault(re.sub(r"\d+", "", one.unreadable), [])
+            group.append((one.unreadable, one.item))
     return [
-        Found(str(same[0].unreadable), len(same), tuple(one.item for one in same[:EXAMPLES]))
-        for same in sorted(found.values(), key=len, reverse=True)
+        Note(reasons[0], len(items), 0, items[:EXAMPLES])
+        for reasons, items in (
+            zip(*group, strict=True) for group in sorted(found.values(), key=len, reverse=True)
+        )
     ]
 
 
@@ -78,13 +73,6 @@ def _held_out(source: Source) -> set[int]:
         return set()
     other = SourcePart(source.source, "held_out", source.share)
     return {other.row(index) for index in range(len(other))}
-
-
-def _told(source: Source) -> Iterator[str]:
-    """What the index says of each item, "" when nothing speaks against it."""
-    if isinstance(source, IndexedSource):
-        return unreadable_rows(source)
-    return iter([""] * len(source))
 
 
 def _decoded(samples: TrainingSamples, source: Source) -> Iterator[str]:
@@ -98,10 +86,5 @@ def _decoded(samples: TrainingSamples, source: Source) -> Iterator[str]:
         return ""
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoders let other threads run
-        for start in range(0, len(source), _AHEAD):
-            yield from threads.map(reason, range(start, min(start + _AHEAD, len(source))))
-
-
-def as_json(one: Inspected) -> dict[str, Any]:
-    """An item for JSON."""
-    return {**one._asdict(), "captions": list(one.captions)}
+        for start in range(0, len(source), _CHUNK):
+            yield from threads.map(reason, range(start, min(start + _CHUNK, len(source))))

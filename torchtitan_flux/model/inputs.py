@@ -15,8 +15,8 @@ from torchtitan_flux.latents import Geometry, ImageSize, image_ids, text_ids
 class TextConditioning:
     """Encoded captions: `txt` [b, tokens, context] and pooled `vec` [b, width]."""
 
-    txt: Float[Tensor, "b tokens context"]
-    vec: Float[Tensor, "b width"]
+    txt: Float[Tensor, "*b tokens context"]
+    vec: Float[Tensor, "*b width"]
 
     def repeat(self, count: int) -> "TextConditioning":
         """The conditioning of one caption, for `count` samples."""

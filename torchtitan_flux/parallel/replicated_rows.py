@@ -6,35 +6,23 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Peers:
-    """Rows of a batch, dealt out to the ranks that all need them.
+def shard_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The rows [share, …] that this rank encodes, of those that all ranks of the group have.
 
-    Every peer takes equally many, since sharded encoders communicate in each call; where the rows
-    do not divide, the last are taken several times.
-
-    Args:
-        group: the peers, or None where every rank has samples of its own.
+    Every rank takes equally many, since sharded encoders communicate in each call; where the rows
+    do not divide, the last are taken several times. None: a rank with samples of its own.
     """
-
-    def __init__(self, group: ProcessGroup | None):
-        self.group = group
-
-    def own(self, rows: Tensor) -> Tensor:
-        """The rows [share, …] that this rank encodes."""
-        if self.group is None:
-            return rows
-        share = -(-len(rows) // self.group.size())
-        first = self.group.rank() * share
-        return rows[torch.arange(first, first + share).clamp(max=len(rows) - 1)]
-
-    def join(self, encoded: Tensor, count: int) -> Tensor:
-        """What all peers made of their rows, in the order of the `count` rows."""
-        if self.group is None:
-            return encoded
-        parts = [torch.empty_like(encoded) for _ in range(self.group.size())]
-        dist.all_gather(parts, encoded.contiguous(), group=self.group)
-        return torch.cat(parts)[:count]
+    if group is None:
+        return rows
+    share = -(-len(rows) // group.size())
+    first = group.rank() * share
+    return rows[torch.arange(first, first + share).clamp(max=len(rows) - 1)]
 
 
-ALONE = Peers(None)
-"""A rank with samples of its own."""
+def all_gather_rows(encoded: Tensor, count: int, group: ProcessGroup | None) -> Tensor:
+    """What all ranks made of their rows, in the order of the `count` rows."""
+    if group is None:
+        return encoded
+    parts = [torch.empty_like(encoded) for _ in range(group.size())]
+    dist.all_gather(parts, encoded.contiguous(), group=group)
+    return torch.cat(parts)[:count]

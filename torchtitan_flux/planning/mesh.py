@@ -7,8 +7,8 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.config import Parallelism
 
-from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.config.job_config import FluxJobConfig, Training
+from torchtitan_flux.config.problems import ConfigError
 
 
 @dataclass(frozen=True)

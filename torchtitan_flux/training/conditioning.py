@@ -1,22 +1,111 @@
-"""The frozen parts around the model: text encoders and codec, built once, shared by all callers."""
+"""What the model is trained on: encoders behind one protocol, and the frozen ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.data.batch import Batch, Pixels, Tokens
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.codec import Codec, PixelCodec
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.latents import Geometry, ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import OTHER_TRAINER, shard_text_encoder
+from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.training.transfer import sent
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the model is trained on, on its device.
+
+    Attributes:
+        latents, noise: packed tokens, float32.
+        text: encoded captions.
+        size: of the images, in pixels.
+    """
+
+    latents: Float[Tensor, "b tokens features"]
+    noise: Float[Tensor, "b tokens features"]
+    text: TextConditioning
+    size: ImageSize
+
+
+@runtime_checkable
+class Encoders(Protocol):
+    """Make of a batch what the model is trained on."""
+
+    def encode(self, batch: Batch) -> EncodedBatch: ...
+
+
+@dataclass
+class FrozenEncoders:
+    """Text encoders and codec on the training device; `Encoders` for training and validation.
+
+    Attributes:
+        geometry: of the flavor.
+        peers: ranks that have the same batches, and encode a part of each; None for one.
+    """
+
+    tokenizer: CaptionTokenizer
+    t5: T5Encoder
+    clip: ClipEncoder
+    codec: Codec
+    geometry: Geometry
+    device: torch.device
+    peers: ProcessGroup | None = None
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> EncodedBatch:
+        """Encode a batch; what comes encoded already is passed on."""
+        picture, text, patch = batch.picture, batch.text, self.geometry.patch
+        if isinstance(picture, Pixels):
+            latents = self._encode_images(picture)
+        else:
+            latents = sent(picture.latents, self.device).float()
+        text = self._encode_tokens(text) if isinstance(text, Tokens) else text.to(self.device)
+        size = ImageSize(*(side * self.geometry.downscale for side in latents.shape[-2:]))
+        noise = sent(batch.noise, self.device)
+        return EncodedBatch(pack(latents, patch), pack(noise, patch), text, size)
+
+    def encode_captions(self, captions: Sequence[str]) -> TextConditioning:
+        """Tokenise and encode captions that only this rank has; "" is the empty prompt."""
+        t5, clip = (torch.stack(rows) for rows in zip(*map(self.tokenizer, captions), strict=True))
+        with torch.no_grad():
+            return TextConditioning(self._distinct(self.t5, t5), self._distinct(self.clip, clip))
+
+    def _encode_images(self, pixels: Pixels) -> Float[Tensor, "b ch h w"]:
+        """Latents in float32: a posterior sample with noise, the mean without."""
+        noise = pixels.posterior_noise
+        if noise is not None:
+            noise = sent(shard_rows(noise, self.peers), self.device)
+        images = sent(shard_rows(pixels.image, self.peers), self.device)
+        latents = self.codec.encode(images, noise).float()
+        return all_gather_rows(latents, len(pixels.image), self.peers)
+
+    def _encode_tokens(self, tokens: Tokens) -> TextConditioning:
+        both = ((self.t5, tokens.t5), (self.clip, tokens.clip))
+        txt, vec = (
+            all_gather_rows(
+                self._distinct(encoder, shard_rows(rows, self.peers)), len(rows), self.peers
+            )
+            for encoder, rows in both
+        )
+        return TextConditioning(txt, vec)
+
+    def _distinct(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
+        """Encodings of all rows; equal ones, as of the empty caption, are encoded once."""
+        distinct, which = torch.unique(tokens.cpu(), dim=0, return_inverse=True)
+        return encoder(sent(distinct, self.device))[sent(which, self.device)]
 
 
 def build_tokenizer(config: FluxJobConfig) -> CaptionTokenizer:
@@ -35,64 +124,17 @@ def build_tokenizer(config: FluxJobConfig) -> CaptionTokenizer:
     )
 
 
-@dataclass
-class FrozenParts:
-    """Tokenizer, text encoders and codec on the training device."""
-
-    tokenizer: CaptionTokenizer
-    t5: T5Encoder
-    clip: ClipEncoder
-    codec: Codec
-    device: torch.device
-
-    @torch.no_grad()
-    def encode_tokens(
-        self, t5_tokens: Int[Tensor, "b length"], clip_tokens: Int[Tensor, "b 77"]
-    ) -> TextConditioning:
-        """Text features [b, length, context] and pooled vector [b, width].
-
-        A caption that a batch holds several times, as the empty one often is, is encoded once.
-        """
-        txt, which_txt = self._once(self.t5, t5_tokens)
-        vec, which_vec = self._once(self.clip, clip_tokens)
-        return TextConditioning(txt[which_txt], vec[which_vec])
-
-    def _once(self, encoder: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodings of the distinct rows, and which of them each row has."""
-        distinct, which = torch.unique(tokens.cpu(), dim=0, return_inverse=True)
-        return encoder(sent(distinct, self.device)), sent(which, self.device)
-
-    def encode_captions(self, captions: Sequence[str]) -> TextConditioning:
-        """Tokenise and encode captions; "" is the empty prompt of inference."""
-        t5_tokens, clip_tokens = zip(*map(self.tokenizer, captions), strict=True)
-        return self.encode_tokens(torch.stack(t5_tokens), torch.stack(clip_tokens))
-
-    @torch.no_grad()
-    def encode_images(
-        self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None
-    ) -> Float[Tensor, "b ch h w"]:
-        """Latents in float32: a posterior sample with `noise`, the mean without."""
-        noise = None if noise is None else sent(noise, self.device)
-        return self.codec.encode(sent(images, self.device), noise).float()
-
-
-def build_frozen_parts(
+def build_frozen_encoders(
     config: FluxJobConfig,
     args: FluxModelArgs,
     tokenizer: CaptionTokenizer,
     dims: FluxParallelDims,
     device: torch.device,
     dtype: torch.dtype,
-) -> FrozenParts:
-    """Load the encoders and the codec that the configuration names.
+) -> FrozenEncoders:
+    """Load the encoders and the codec that the configuration names, in `dtype`.
 
-    Args:
-        config: job configuration.
-        args: resolved model arguments.
-        tokenizer: of the two text encoders.
-        dims: T5 is sharded over the data ranks where there are several.
-        device: where they run.
-        dtype: their weights' and compute dtype.
+    T5 is sharded over the data ranks where there are several.
     """
     encoder = config.encoder
     t5 = T5Encoder(resolved_path(encoder.t5_encoder), device=device, dtype=dtype)
@@ -100,7 +142,7 @@ def build_frozen_parts(
         shard_text_encoder(t5, dims.data_mesh)
     clip = ClipEncoder(resolved_path(encoder.clip_encoder), device=device, dtype=dtype)
     codec = build_codec(config, args, device, dtype)
-    return FrozenParts(tokenizer, t5, clip, codec, device)
+    return FrozenEncoders(tokenizer, t5, clip, codec, args.geometry, device, dims.peer_group)
 
 
 def build_codec(

@@ -1,8 +1,9 @@
-"""Configuration -> loaders."""
+"""Configuration -> sources, samples and loaders."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -12,7 +13,6 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.problems import ConfigError, Problem
 from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
-from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import (
     CaptionDropout,
     Tokenize,
@@ -38,11 +38,6 @@ from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.startup.model_args import resolve_model_args, time_density
 
 
-def image_channels(config: FluxJobConfig, args: FluxModelArgs) -> int:
-    """Channels of the images that the codec takes."""
-    return config.encoder.pixel_channels if args.pixel_space else 3
-
-
 def open_source(config: FluxJobConfig, split: Split) -> Source:
     """The source that [training] or [validation] names, read as [data] says.
 
@@ -52,18 +47,13 @@ def open_source(config: FluxJobConfig, split: Split) -> Source:
         ConfigError: the data are not there or cannot be read; names the key.
     """
     data, training, validation = config.data, config.training, config.validation
-    name, path = training.dataset, training.dataset_path
-    share = data.held_out_share
+    name, path, share = training.dataset, training.dataset_path, data.held_out_share
     own = bool(validation.dataset_path) or validation.dataset not in ("", name)
-    if split == "held_out":
-        if own:
-            share = 0.0
-        if validation.dataset not in ("", name):
-            path = None
-        name, path = validation.dataset or name, validation.dataset_path or path
+    if split == "held_out" and own:
+        name, path, share = validation.dataset or name, validation.dataset_path, 0.0
     options = SourceOptions(
         path=None if path is None else resolved_path(path),
-        image_size=config.training.image_size,
+        image_size=training.image_size,
         index_folder=Path(data.index_folder) if data.index_folder else None,
         image_column=data.image_column,
         caption_column=data.caption_column,
@@ -82,11 +72,7 @@ def open_source(config: FluxJobConfig, split: Split) -> Source:
 
 
 def refuse_bad_data(source: Source, split: Split, config: FluxJobConfig) -> Source:
-    """The source, unless nobody can train on it (`survey.refuse_unusable`).
-
-    Raises:
-        ConfigError: nobody can.
-    """
+    """The source; ConfigError where nobody can train on it (`survey.refuse_unusable`)."""
     try:
         refuse_unusable(source, config.data.max_unreadable_share, PATH_KEY[split])
     except ValueError as error:
@@ -99,13 +85,10 @@ def data_problems(config: FluxJobConfig) -> list[Problem]:
 
     Data are not opened where the keys that name them are wrong.
     """
-    wrong = {problem.key for problem in data_key_problems(config)}
-    splits: dict[Split, str] = {"train": "training.dataset"}
-    if config.validation.enable:
-        splits["held_out"] = "validation.dataset"
-    found = []
-    for split, key in splits.items():
-        if {key, f"{key}_path"} & wrong:
+    wrong, found = {problem.key for problem in data_key_problems(config)}, []
+    splits: tuple[Split, ...] = ("train", "held_out") if config.validation.enable else ("train",)
+    for split in splits:
+        if {PATH_KEY[split], PATH_KEY[split].removesuffix("_path")} & wrong:
             continue
         try:
             refuse_bad_data(open_source(config, split), split, config)
@@ -114,13 +97,19 @@ def data_problems(config: FluxJobConfig) -> list[Problem]:
     return list(dict.fromkeys(found))  # of one data set, both parts say the same
 
 
-def log_surveys(sources: Sequence[Source], size: ImageSize, tokenizer: CaptionTokenizer) -> None:
-    """Say in the log what data sets hold, a line for each of the table's; for one rank.
+def log_surveys(
+    sources: Mapping[str, Source], size: ImageSize, tokenizer: CaptionTokenizer
+) -> None:
+    """Log what data sets hold, by what each is for; two parts of one are one table. For one rank.
 
-    Two parts of one data set are one table.
+    `size` is that of training, in pixels.
     """
-    for source in {items_digest(whole_of(source)): source for source in sources}.values():
-        for line in survey(source, size, tokenizer).lines():
+    used_for: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        used_for.setdefault(items_digest(whole_of(source)), []).append(name)
+    for names in used_for.values():
+        title, *rest = survey(sources[names[-1]], size, tokenizer).lines()
+        for line in (f"Data of {' and '.join(names)}: {title}", *rest):
             logger.info(line)
 
 
@@ -129,6 +118,45 @@ def picture_rules(config: FluxJobConfig) -> PictureRules:
     red, green, blue = config.data.background
     srgb = config.data.color_profiles == "srgb"
     return PictureRules((red, green, blue), config.data.min_image_size, srgb)
+
+
+def _sample_options(config: FluxJobConfig, args: FluxModelArgs) -> dict[str, Any]:
+    """What training and validation samples have in common."""
+    return {
+        "size": config.training.image_size,
+        "geometry": args.geometry,
+        "channels": config.encoder.pixel_channels if args.pixel_space else 3,
+        "rules": picture_rules(config),
+        "stochastic": not args.pixel_space,
+    }
+
+
+def training_samples(
+    source: Source, tokenize: Tokenize, config: FluxJobConfig, args: FluxModelArgs, seed: int
+) -> TrainingSamples:
+    """A source as training reads it, from any position of the run."""
+    training = config.training
+    return TrainingSamples(
+        source=source,
+        seed=seed,
+        tokenize=tokenize,
+        time_density=time_density(config),
+        dropout=CaptionDropout(training.classifier_free_guidance_prob, training.caption_dropout),
+        flip_prob=training.flip_prob,
+        **_sample_options(config, args),
+    )
+
+
+def validation_samples(
+    source: Source, tokenizer: CaptionTokenizer, config: FluxJobConfig
+) -> ValidationSamples:
+    """A source as validation reads it: centre crop, first caption, noise by item id."""
+    return ValidationSamples(
+        source=source,
+        seed=config.validation.seed,
+        tokenize=tokenizer,
+        **_sample_options(config, resolve_model_args(config)),
+    )
 
 
 def build_dataloader(
@@ -140,64 +168,25 @@ def build_dataloader(
     source = refuse_bad_data(open_source(job_config, "train"), "train", job_config)
     return FluxDataLoader(
         training_samples(source, tokenizer, job_config, resolve_model_args(job_config), seed),
-        global_batch_size=global_batch_size(job_config, dp_world_size),
-        local_batch_size=training.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
+        global_batch_size(job_config, dp_world_size),
+        training.local_batch_size,
+        dp_rank,
+        dp_world_size,
         **asdict(training.dataloader),
     )
 
 
-def training_samples(
-    source: Source, tokenize: Tokenize, config: FluxJobConfig, args: FluxModelArgs, seed: int
-) -> TrainingSamples:
-    """A source as training reads it, from any position of the run."""
-    training = config.training
-    return TrainingSamples(
-        source=source,
-        order=Order(seed, len(source)),
-        seed=seed,
-        size=config.training.image_size,
-        geometry=args.geometry,
-        channels=image_channels(config, args),
-        tokenize=tokenize,
-        time_density=time_density(config),
-        dropout=CaptionDropout(training.classifier_free_guidance_prob, training.caption_dropout),
-        flip_prob=training.flip_prob,
-        rules=picture_rules(config),
-        stochastic=not args.pixel_space,
-    )
-
-
 def build_validation_loader(
-    dims: FluxParallelDims, tokenizer: CaptionTokenizer, job_config: FluxJobConfig
+    dims: FluxParallelDims, tokenizer: CaptionTokenizer, config: FluxJobConfig
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
-    validation = job_config.validation
-    source = refuse_bad_data(open_source(job_config, "held_out"), "held_out", job_config)
+    source = refuse_bad_data(open_source(config, "held_out"), "held_out", config)
     return ValidationLoader(
-        validation_samples(source, tokenizer, job_config),
-        batch_size=validation.local_batch_size,
-        dp_rank=dims.data_rank,
-        dp_world_size=dims.data_degree,
-        **asdict(validation.dataloader),
-    )
-
-
-def validation_samples(
-    source: Source, tokenizer: CaptionTokenizer, job_config: FluxJobConfig
-) -> ValidationSamples:
-    """A source as validation reads it: centre crop, first caption, noise by item id."""
-    args = resolve_model_args(job_config)
-    return ValidationSamples(
-        source=source,
-        seed=job_config.validation.seed,
-        size=job_config.training.image_size,
-        geometry=args.geometry,
-        channels=image_channels(job_config, args),
-        tokenize=tokenizer,
-        rules=picture_rules(job_config),
-        stochastic=not args.pixel_space,
+        validation_samples(source, tokenizer, config),
+        config.validation.local_batch_size,
+        dims.data_rank,
+        dims.data_degree,
+        **asdict(config.validation.dataloader),
     )
 
 

@@ -11,10 +11,10 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.replicated_rows import Peers
+from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.sampling.euler import FirstNotFinite
 from torchtitan_flux.sampling.generate import SampleSettings, generate
-from torchtitan_flux.training.conditioning import FrozenParts
+from torchtitan_flux.training.conditioning import FrozenEncoders
 
 
 class ImageSampler:
@@ -26,15 +26,15 @@ class ImageSampler:
     def __init__(
         self,
         model: nn.Module,
-        parts: FrozenParts,
+        encoders: FrozenEncoders,
         geometry: Geometry,
         dims: FluxParallelDims,
         batch_size: int = 64,
     ):
         self.model = model
-        self.parts = parts
+        self.encoders = encoders
         self.geometry = geometry
-        self.data_ranks = Peers(dims.data_group)
+        self.group = dims.data_group
         self.batch_size = batch_size
 
     @torch.no_grad()
@@ -49,26 +49,26 @@ class ImageSampler:
         was_training = self.model.training
         self.model.eval()
         drawn, first_bad_steps = [], []
-        for batch in self.data_ranks.own(torch.arange(len(prompts))).split(self.batch_size):
+        for batch in shard_rows(torch.arange(len(prompts)), self.group).split(self.batch_size):
             indices: list[int] = batch.tolist()
             watch = FirstNotFinite()
             images = generate(
                 self.model,
-                self.parts.codec,
-                self.parts.encode_captions,
+                self.encoders.codec,
+                self.encoders.encode_captions,
                 self.geometry,
                 [prompts[i] for i in indices],
                 indices,
                 settings,
                 negative_prompt,
-                self.parts.device,
+                self.encoders.device,
                 on_step=watch,
             )
             drawn.append(images)
             first_bad_steps.append(watch.first)
         self.model.train(was_training)
         images, steps = (
-            self.data_ranks.join(torch.cat(parts), len(prompts)).cpu()
+            all_gather_rows(torch.cat(parts), len(prompts), self.group).cpu()
             for parts in (drawn, first_bad_steps)
         )
         bad = images.isnan().flatten(1).any(1)

@@ -1,63 +1,15 @@
-"""From a collated batch to each sample's loss: encode, then the one flow step."""
-
-from dataclasses import dataclass
+"""From an encoded batch to each sample's loss: the one flow step."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torchtitan_flux.data.loader import Batch
 from torchtitan_flux.flow_matching import Errors, interpolate, squared_errors
-from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.model.inputs import FluxInputs, TextConditioning, flux_inputs
+from torchtitan_flux.model.inputs import FluxInputs, flux_inputs
 from torchtitan_flux.parallel.parallelize import sync_gradients
 from torchtitan_flux.parallel.pipeline import Pipeline
-from torchtitan_flux.parallel.replicated_rows import ALONE, Peers
-from torchtitan_flux.training.conditioning import FrozenParts
+from torchtitan_flux.training.conditioning import EncodedBatch
 from torchtitan_flux.training.transfer import sent
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """What the model is trained on, on its device.
-
-    Attributes:
-        latents, noise: packed tokens [b, tokens, features], float32.
-        text: encoded captions.
-        size: of the images, in pixels.
-    """
-
-    latents: Float[Tensor, "b tokens features"]
-    noise: Float[Tensor, "b tokens features"]
-    text: TextConditioning
-    size: ImageSize
-
-
-def encode_batch(
-    parts: FrozenParts, args: FluxModelArgs, batch: Batch, peers: Peers = ALONE
-) -> EncodedBatch:
-    """Run the frozen encoders and the codec on a collated batch (data/samples.py).
-
-    Args:
-        parts: encoders and codec.
-        args: resolved model arguments.
-        batch: the same on all `peers`, which encode a part each.
-        peers: ranks that train on these samples together.
-    """
-    count = len(batch["image"])
-    height, width = batch["image"].shape[-2:]
-    patch = args.geometry.patch
-    posterior = batch.get("posterior_noise")
-    latents = parts.encode_images(
-        peers.own(batch["image"]), None if posterior is None else peers.own(posterior)
-    )
-    text = parts.encode_tokens(peers.own(batch["t5_tokens"]), peers.own(batch["clip_tokens"]))
-    return EncodedBatch(
-        latents=pack(peers.join(latents, count), patch),
-        noise=pack(sent(batch["noise"], parts.device), patch),
-        text=TextConditioning(peers.join(text.txt, count), peers.join(text.vec, count)),
-        size=ImageSize(height, width),
-    )
 
 
 def flow_inputs(
@@ -67,7 +19,7 @@ def flow_inputs(
 
     Args:
         args: resolved model arguments.
-        encoded: from `encode_batch`.
+        encoded: from `Encoders.encode`.
         t: time of each sample [b].
         guidance: constant guidance input, for models that take one.
     """

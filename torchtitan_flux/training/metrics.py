@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,11 +159,11 @@ class FluxMetrics(MetricsProcessor):
         self._begin_interval(step)
 
     def log_validation(
-        self, loss: float, step: int, by_time: Mapping[str, float], weights: str = ""
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None, weights: str = ""
     ) -> None:
         """Validation loss, overall and by time, of the trained weights or of an average's name."""
         section = f"validation_metrics/{weights}/" if weights else "validation_metrics/"
-        values = {"loss": loss, **by_time}
+        values = {"loss": loss, **(extra_metrics or {})}
         self.write({section + name: value for name, value in values.items()}, step)
         c, average = self.color, f"  {weights}" if weights else ""
         logger.info(

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.collectives import gather
+from torchtitan_flux.data.batch import Replacement
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
-from torchtitan_flux.data.samples import Replacement
 from torchtitan_flux.data.survey import MIN_ITEMS
 
 _SHOWN = 20

@@ -22,8 +22,8 @@ from torchtitan_flux.checkpoint.folder import (
 )
 from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts, Settings
 from torchtitan_flux.collectives import from_rank_0, gather
-from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.config.job_config import Checkpoint, FluxJobConfig
+from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text
 from torchtitan_flux.formatting import listed

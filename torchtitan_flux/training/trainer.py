@@ -4,6 +4,9 @@
         --job.config_file train_configs/flux_digits.toml
 """
 
+# pyright: reportIncompatibleVariableOverride=false
+# (torchtitan's attributes hold classes derived from its own)
+
 import runpy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +26,8 @@ from torchtitan.train import Trainer
 
 import torchtitan_flux.training.train_spec  # noqa: F401  (registers "flux")
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.data.loader import Batch, FluxDataLoader
+from torchtitan_flux.data.batch import TrainingBatch
+from torchtitan_flux.data.loader import FluxDataLoader
 from torchtitan_flux.data.sources.source import items_digest
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
@@ -33,7 +37,6 @@ from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.pipeline import Pipeline
-from torchtitan_flux.parallel.replicated_rows import Peers
 from torchtitan_flux.randomness import Stream, digest
 from torchtitan_flux.startup.dump_config import log_resolved
 from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
@@ -41,20 +44,18 @@ from torchtitan_flux.training.checkpoint_manager import (
     FluxCheckpointManager,
     checkpoint_manager_bound,
 )
-from torchtitan_flux.training.conditioning import build_frozen_parts
+from torchtitan_flux.training.conditioning import (
+    EncodedBatch,
+    Encoders,
+    build_frozen_encoders,
+)
 from torchtitan_flux.training.data import build_validation_loader, log_surveys
 from torchtitan_flux.training.ema import EMA
 from torchtitan_flux.training.environment import append_environment, environment
 from torchtitan_flux.training.heartbeat import Heartbeat
 from torchtitan_flux.training.hooks import Hook
 from torchtitan_flux.training.image_sampler import ImageSampler
-from torchtitan_flux.training.losses import (
-    EncodedBatch,
-    encode_batch,
-    flow_inputs,
-    forward_backward,
-    sample_losses,
-)
+from torchtitan_flux.training.losses import flow_inputs, forward_backward, sample_losses
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.nonfinite import report_nonfinite
 from torchtitan_flux.training.out_of_memory import (
@@ -114,7 +115,7 @@ class FluxTrainer(Trainer):
         config = self.config
         self.device = device  # torchtitan numbers even the CPU by the local rank
         self.model_args = resolve_model_args(config)
-        self.parts = build_frozen_parts(
+        frozen = build_frozen_encoders(
             config,
             self.model_args,
             self.tokenizer,  # type: ignore[arg-type]
@@ -122,7 +123,7 @@ class FluxTrainer(Trainer):
             self.device,
             TORCH_DTYPE_MAP[config.training.mixed_precision_param],
         )
-        self.peers = Peers(self.parallel_dims.peer_group)
+        self.encoders: Encoders = frozen
         self._flags = FlagExchange(device, late=device.type == "cuda")
         self._errors = (
             compiled_squared_errors(config.compile.backend)
@@ -131,7 +132,7 @@ class FluxTrainer(Trainer):
         )
         self.image_sampler = ImageSampler(
             self.model,
-            self.parts,
+            frozen,
             self.model_args.geometry,
             self.parallel_dims,
             config.sampling.local_batch_size,
@@ -151,8 +152,8 @@ class FluxTrainer(Trainer):
             self.checkpointer.add_states(hook.states())
         if config.validation.enable:
             self.validator = FluxValidator(  # type: ignore[assignment]
-                build_validation_loader(self.parallel_dims, self.parts.tokenizer, config),
-                self._encode,
+                build_validation_loader(self.parallel_dims, frozen.tokenizer, config),
+                self.encoders,
                 self._losses,
                 config,
                 self.parallel_dims.data_group,
@@ -162,11 +163,11 @@ class FluxTrainer(Trainer):
                 weights,
             )
         if torch.distributed.get_rank() == 0:
-            sources = [self.dataloader.samples.source]
+            sources = {"training": self.dataloader.samples.source}
             if config.validation.enable:
                 assert isinstance(self.validator, FluxValidator)
-                sources.append(self.validator.loader.samples.source)
-            log_surveys(sources, config.training.image_size, self.parts.tokenizer)
+                sources["validation"] = self.validator.loader.samples.source
+            log_surveys(sources, config.training.image_size, frozen.tokenizer)
 
     @property
     def model(self) -> FluxModel | Pipeline:
@@ -185,12 +186,12 @@ class FluxTrainer(Trainer):
 
     # ---- one step -------------------------------------------------------------------------
 
-    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:  # type: ignore[override]
+    def batch_generator(self, data_iterable: Iterable[TrainingBatch]) -> Iterator[TrainingBatch]:  # type: ignore[override]
         """Batches of the loader, with the time spent waiting for them."""
         self.metrics_processor.start(self.step)  # here, before the loop counts its first step
         return self._timed(iter(data_iterable))
 
-    def _timed(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
+    def _timed(self, iterator: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
         while True:
             self._heartbeat.beat(self.step, "data")
             begin = time.perf_counter()
@@ -198,7 +199,7 @@ class FluxTrainer(Trainer):
             self.metrics_processor.data_loading_times.append(time.perf_counter() - begin)
             yield batch
 
-    def train_step(self, data_iterator: Iterator[Batch]) -> None:  # type: ignore[override]
+    def train_step(self, data_iterator: Iterator[TrainingBatch]) -> None:  # type: ignore[override]
         """One optimizer step over `training.global_batch_size` positions.
 
         Raises:
@@ -209,9 +210,9 @@ class FluxTrainer(Trainer):
         self.optimizers.zero_grad()
         lr = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        # over all ranks, before anything is sharded; one size in a run, so no need to ask them
+        # over all ranks, before anything is sharded; one size in a step, so no need to ask them
         images = self.facts.global_batch_size
-        elements = images * microbatches[0]["noise"][0].numel()
+        elements = images * microbatches[0].noise[0].numel()
 
         self._heartbeat.beat(self.step, "forward/backward")
         losses: list[Tensor] = []  # of each sample, over `elements`
@@ -229,7 +230,7 @@ class FluxTrainer(Trainer):
         skip = self._flags.send(
             Step(
                 self.step,
-                torch.cat([batch["position"] for batch in microbatches]),
+                torch.cat([batch.position for batch in microbatches]),
                 torch.cat(losses),
                 grad_norm,
             ),
@@ -306,12 +307,9 @@ class FluxTrainer(Trainer):
             self.checkpointer.save_now(self.step)
             raise
 
-    def _encode(self, batch: Batch) -> EncodedBatch:
-        return encode_batch(self.parts, self.model_args, batch, self.peers)
-
-    def _forward_backward(self, batch: Batch, elements: int, last: bool) -> Tensor:
+    def _forward_backward(self, batch: TrainingBatch, elements: int, last: bool) -> Tensor:
         """Loss of each sample over `elements`; gradients are added up, and shared with the last."""
-        inputs, target = self._flow_inputs(self._encode(batch), batch["t"])
+        inputs, target = self._flow_inputs(self.encoders.encode(batch), batch.t)
         return forward_backward(self.model, inputs, target, elements, last, self._errors)
 
     def _flow_inputs(self, encoded: EncodedBatch, t: Tensor) -> tuple[FluxInputs, Tensor]:

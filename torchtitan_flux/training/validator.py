@@ -12,11 +12,11 @@ from torch.distributed import ProcessGroup
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.data.loader import Batch, ValidationLoader
-from torchtitan_flux.data.samples import Replacement
+from torchtitan_flux.data.batch import Replacement
+from torchtitan_flux.data.loader import ValidationLoader
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
+from torchtitan_flux.training.conditioning import EncodedBatch, Encoders
 from torchtitan_flux.training.ema import MODEL_ALONE, Weights
-from torchtitan_flux.training.losses import EncodedBatch
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.quarantine import take_replaced
 
@@ -33,7 +33,7 @@ class NoItems(RuntimeError):
 @torch.no_grad()
 def mean_loss(
     loader: ValidationLoader,
-    encode: Callable[[Batch], EncodedBatch],
+    encoders: Encoders,
     losses: Callable[[EncodedBatch, Tensor], Tensor],
     times: np.ndarray,
     all_times: bool,
@@ -45,7 +45,7 @@ def mean_loss(
 
     Args:
         loader: samples of this data rank; repeats that fill up batches weigh nothing.
-        encode: runs the frozen encoders, once for all times of a batch.
+        encoders: asked once for all times of a batch.
         losses: called as losses(encoded, t) -> summed squared error of each sample [b].
         times: the fixed times.
         all_times: every time for each sample, or time (index mod count) in turn.
@@ -57,12 +57,12 @@ def mean_loss(
     # rows: summed squared error and elements, both by time; float64 whatever the ranks
     sums = torch.zeros(2, count, dtype=torch.float64)
     for batch in islice(loader, None if limit == -1 else limit):
-        elements = batch["noise"][0].numel()
-        encoded = encode(batch)
+        elements = batch.noise[0].numel()
+        encoded = encoders.encode(batch)
         for shift in range(count) if all_times else range(1):
-            which = (batch["index"] + shift) % count
+            which = (batch.position + shift) % count
             t = torch.from_numpy(times)[which].float()
-            weight = batch["weight"].double()
+            weight = batch.weight.double()
             sums[0].index_add_(0, which, losses(encoded, t).double().cpu() * weight)
             sums[1].index_add_(0, which, weight * elements)
     if group is not None:
@@ -80,7 +80,7 @@ class FluxValidator:
 
     Args:
         loader: held-out samples of this data rank.
-        encode, losses: called as encode(batch) and losses(encoded, t): what trains.
+        encoders, losses: called as encode(batch) and losses(encoded, t): what trains.
         config: sections validation and training.
         group, device: the data ranks and where they communicate.
         metrics: reports, and takes the time out of the throughput.
@@ -91,7 +91,7 @@ class FluxValidator:
     def __init__(
         self,
         loader: ValidationLoader,
-        encode: Callable[[Batch], EncodedBatch],
+        encoders: Encoders,
         losses: Callable[[EncodedBatch, Tensor], Tensor],
         config: FluxJobConfig,
         group: ProcessGroup | None,
@@ -101,7 +101,7 @@ class FluxValidator:
         weights: Sequence[Weights] = MODEL_ALONE,
     ):
         self.loader = loader
-        self.encode = encode
+        self.encoders = encoders
         self.losses = losses
         self.config = config
         self.group = group
@@ -131,7 +131,7 @@ class FluxValidator:
         try:
             loss, by_time = mean_loss(
                 self.loader,
-                self.encode,
+                self.encoders,
                 self.losses,
                 times,
                 validation.all_timesteps,

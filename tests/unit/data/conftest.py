@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
 from torchtitan_flux.data.sources.source import Item, UnreadableItem
+from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 
@@ -50,38 +50,34 @@ def make_source() -> Callable[..., GraySource]:
     return GraySource
 
 
+COMMON = {
+    "seed": 5,
+    "size": SIZE,
+    "geometry": GEOMETRY,
+    "channels": 3,
+    "tokenize": byte_tokens,
+    "stochastic": True,
+    "rules": PictureRules(),
+}
+
+
 @pytest.fixture
 def make_samples() -> Callable[..., TrainingSamples]:
-    def make(
-        length: int = 7, seed: int = 5, cls=TrainingSamples, source=None, order=None, **changes
-    ):
-        source = source or GraySource(length)
-        arguments = {
-            "size": SIZE,
-            "geometry": GEOMETRY,
-            "channels": 3,
-            "tokenize": byte_tokens,
+    def make(length: int = 7, cls=TrainingSamples, **changes):
+        options = COMMON | {
+            "source": GraySource(length),
             "time_density": TimeDensity(),
             "dropout": CaptionDropout(0.5, "independent"),
             "flip_prob": 0.5,
-            "stochastic": True,
         }
-        order = order or Order(seed, len(source))
-        return cls(source=source, order=order, seed=seed, **(arguments | changes))
+        return cls(**(options | changes))
 
     return make
 
 
 @pytest.fixture
 def make_validation() -> Callable[..., ValidationSamples]:
-    def make(length: int = 7, seed: int = 5, source=None, **changes):
-        arguments = {
-            "size": SIZE,
-            "geometry": GEOMETRY,
-            "channels": 3,
-            "tokenize": byte_tokens,
-            "stochastic": True,
-        }
-        return ValidationSamples(source or GraySource(length), seed, **(arguments | changes))
+    def make(length: int = 7, **changes):
+        return ValidationSamples(**({"source": GraySource(length)} | COMMON | changes))
 
     return make

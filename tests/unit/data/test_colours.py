@@ -6,11 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from data_files import png_of
+from data_files import png_of, to_training_image
 from PIL import Image, ImageCms
 
 from torchtitan_flux.data.colours import in_srgb
-from torchtitan_flux.data.transforms import load_picture, to_training_image
+from torchtitan_flux.data.transforms import load_picture
 from torchtitan_flux.latents import ImageSize
 
 SIZE = ImageSize(4, 4)

@@ -9,21 +9,14 @@ import zlib
 
 import numpy as np
 import pytest
-from data_files import png_of
+from data_files import png_of, to_training_image
 from PIL import Image, ImageCms, PngImagePlugin
 
 from torchtitan_flux.data import formats as formats_module
 from torchtitan_flux.data import transforms
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size, open_image
 from torchtitan_flux.data.sources.source import UnreadableItem
-from torchtitan_flux.data.transforms import (
-    CENTER,
-    Picture,
-    fit,
-    load_picture,
-    needs_crop,
-    to_training_image,
-)
+from torchtitan_flux.data.transforms import CENTER, Picture, fit, load_picture
 from torchtitan_flux.latents import ImageSize
 
 MAX_PIXELS = 2**20

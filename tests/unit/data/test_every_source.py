@@ -11,7 +11,17 @@ import shutil
 import datasets
 import numpy as np
 import pytest
-from data_files import captions, indexed, notes, png, refuses, rows, unreadable, write_samples
+from data_files import (
+    captions,
+    indexed,
+    notes,
+    png,
+    refuses,
+    rows,
+    to_training_image,
+    unreadable,
+    write_samples,
+)
 from PIL import Image
 
 from torchtitan_flux.data.sources import index_cache
@@ -19,7 +29,6 @@ from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart
-from torchtitan_flux.data.transforms import to_training_image
 from torchtitan_flux.latents import ImageSize
 
 KINDS = ("folder", "webdataset", "parquet")

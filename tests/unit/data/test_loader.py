@@ -1,16 +1,18 @@
 import gc
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from data_files import tensors
 from torch.utils.data import get_worker_info
 
+from torchtitan_flux.data.batch import Batch
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader, positions_of
 from torchtitan_flux.data.samples import TrainingSamples
 
@@ -30,21 +32,30 @@ def make_loader(make_samples):
         loader.close()
 
 
-def take(loader, batches: int) -> list[dict]:
+Tensors = dict[str, torch.Tensor]
+
+
+def take(loader, batches: int) -> list[Batch]:
     return [next(loader) for _ in range(batches)]
 
 
-def joined(batches: list[dict]) -> dict:
-    return {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+def joined(batches: list[Batch]) -> Tensors:
+    """All tensors of all batches, by the name of their field."""
+    parts = [tensors(batch) for batch in batches]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def assert_equal(a: dict, b: dict) -> None:
+def positions(batches: list[Batch]) -> list[int]:
+    return joined(batches)["position"].tolist()
+
+
+def assert_equal(a: Tensors, b: Tensors) -> None:
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), key
 
 
-def run_of(make_loader, steps: int, local: int, world: int, start: int = 0, **kwargs) -> dict:
+def run_of(make_loader, steps: int, local: int, world: int, start: int = 0, **kwargs) -> Tensors:
     """All samples of some steps in the order of positions, whatever the ranks are."""
     loaders = [make_loader(G, local, rank, world, **kwargs) for rank in range(world)]
     for loader in loaders:
@@ -86,16 +97,13 @@ def test_same_data_on_any_number_of_ranks_and_with_accumulation(make_loader, wor
 def test_context_peers_get_bit_equal_batches(make_loader, num_workers):
     # Context and tensor peers have the same data rank, but loaders (and workers) of their own.
     a, b = (make_loader(G, 3, 1, 2, num_workers=num_workers) for _ in range(2))
-    for one, other in zip(take(a, 5), take(b, 5), strict=True):
-        assert_equal(one, other)
+    assert_equal(joined(take(a, 5)), joined(take(b, 5)))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(make_loader, num_workers):
-    alone = take(make_loader(G, 3, 1, 2), 6)
-    with_workers = take(make_loader(G, 3, 1, 2, num_workers=num_workers), 6)
-    for one, other in zip(alone, with_workers, strict=True):
-        assert_equal(one, other)
+    alone, with_workers = (make_loader(G, 3, 1, 2, num_workers=n) for n in (0, num_workers))
+    assert_equal(joined(take(alone, 6)), joined(take(with_workers, 6)))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +140,7 @@ def test_position_can_be_moved_in_the_midst_of_a_run(make_loader, options):
     loader = make_loader(G, 4, **options)
     take(loader, 4)
     loader.load_state_dict({"position": 5 * G})
-    assert joined(take(loader, 3))["position"].tolist() == list(range(5 * G, 6 * G))
+    assert positions(take(loader, 3)) == list(range(5 * G, 6 * G))
     assert loader.position == 6 * G
 
 
@@ -141,11 +149,11 @@ def test_closing_and_iterating_again_go_on_in_place(make_loader, num_workers):
     loader = make_loader(G, 4, num_workers=num_workers)
     seen = []
     for batch in loader:
-        seen += batch["position"].tolist()
+        seen += batch.position.tolist()
         break
     loader.close()
     for batch in loader:
-        seen += batch["position"].tolist()
+        seen += batch.position.tolist()
         if len(seen) >= 2 * G:
             break
     assert seen == list(range(2 * G))
@@ -159,17 +167,15 @@ def test_torch_s_random_numbers_are_left_alone(make_loader):
 
 def test_batch_sizes_are_validated(make_loader):
     for local, world in ((5, 1), (6, 4), (24, 1)):
-        with pytest.raises(ValueError, match=r"training\.global_batch_size 12 .*local_batch_size"):
+        with pytest.raises(ValueError, match=r"training\.global_batch_size = 12 "):
             make_loader(G, local, 0, world)
-    with pytest.raises(ValueError, match=r"training\.local_batch_size"):
-        make_loader(G, 0)
 
 
 def test_a_run_goes_on_with_another_global_batch_size(make_loader):
     """No position is left out and none comes twice, though 2 G is no multiple of the new size."""
     loader = make_loader(15, 5)
     loader.load_state_dict({"position": 2 * G})
-    seen = joined(take(loader, 6))["position"].tolist()
+    seen = positions(take(loader, 6))
     assert seen == list(range(2 * G, 2 * G + 30))
     assert loader.state_dict() == {"position": 2 * G + 30}
 
@@ -181,48 +187,50 @@ def test_replacements_arrive_with_their_batches(
     source = make_source(10, unreadable=frozenset({2, 3}))
     loader = make_loader(G, 4, samples=make_samples(source=source), num_workers=num_workers)
     take(loader, 6)
-    expected = make_samples(source=source)
-    for p in range(2 * G):
-        expected[p]
-    assert len(expected.replaced) >= 4
-    assert loader.replaced == expected.replaced
+    samples = make_samples(source=source)
+    expected = [one for p in range(2 * G) for one in samples[p].replaced]
+    assert len(expected) >= 4
+    assert loader.replaced == expected
 
 
 def data_threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("flux-data")]
 
 
-class Noted(TrainingSamples):
-    """Samples that take their time, and tell which thread made them and when the eighth is made."""
+class Recorded(TrainingSamples):
+    """Samples that take their time, record which threads made them, and when the eighth is made."""
 
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.threads: set[int] = set()
         self.eighth = threading.Event()
 
     def __getitem__(self, position):
         time.sleep(0.01)
+        self.threads.add(threading.get_ident())
         sample = super().__getitem__(position)
         if position == 7:
             self.eighth.set()
-        return sample | {"thread": torch.tensor(threading.get_ident())}
+        return sample
 
 
 def test_without_workers_a_thread_prepares_the_next_batch(make_loader, make_samples):
-    samples = make_samples(cls=Noted)
+    samples = make_samples(cls=Recorded)
     loader = make_loader(G, 4, samples=samples)
     assert not data_threads()
-    assert next(loader)["thread"][0] != threading.get_ident()
+    next(loader)
     assert len(data_threads()) == 1
     assert samples.eighth.wait(60), "nobody asks for the second batch, and it is made"
-    assert next(loader)["position"].tolist() == [4, 5, 6, 7]
+    assert samples.threads == {data_threads()[0].ident}
+    assert next(loader).position.tolist() == [4, 5, 6, 7]
     loader.close()
     assert not data_threads()
-    assert next(loader)["position"].tolist() == [8, 9, 10, 11]
+    assert next(loader).position.tolist() == [8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("how", ["del", "load_state_dict"])
 def test_the_thread_ends_with_the_loader_and_with_its_place(make_samples, how):
-    loader = FluxDataLoader(make_samples(cls=Noted), G, 4)
+    loader = FluxDataLoader(make_samples(cls=Recorded), G, 4)
     next(loader)
     if how == "del":
         del loader
@@ -242,47 +250,30 @@ def test_what_a_sample_raises_comes_with_its_batch(make_loader, make_samples):
             return super().__getitem__(position)
 
     loader = make_loader(G, 4, samples=make_samples(cls=Breaks))
-    assert next(loader)["position"].tolist() == [0, 1, 2, 3]
+    assert next(loader).position.tolist() == [0, 1, 2, 3]
     for _ in range(2):
         with pytest.raises(ZeroDivisionError, match="position 5"):
             next(loader)
     assert loader.position == 0
 
 
-def test_a_forked_process_goes_on_without_the_thread(make_loader):
-    loader = make_loader(G, 4)
-    take(loader, 2)
-    results = multiprocessing.get_context("fork").SimpleQueue()
-
-    def child():
-        results.put(take(loader, 2)[1]["position"].tolist())
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(20)
-    assert process.exitcode == 0
-    assert results.get() == [12, 13, 14, 15]
-    assert next(loader)["position"].tolist() == [8, 9, 10, 11]
-
-
-class WorkerFacts(TrainingSamples):
-    """Samples that tell which process made them, and with how many threads."""
+class InWorker(TrainingSamples):
+    """Samples of one thread, whose position is the process that made them."""
 
     def __getitem__(self, position):
         assert get_worker_info() is not None
-        facts = [os.getpid(), torch.get_num_threads()]
-        return super().__getitem__(position) | {"facts": torch.tensor(facts)}
+        assert torch.get_num_threads() == 1
+        return replace(super().__getitem__(position), position=torch.tensor(os.getpid()))
 
 
 def test_workers_ignore_signals_and_use_one_thread(make_loader, make_samples):
-    loader = make_loader(G, 4, samples=make_samples(cls=WorkerFacts), num_workers=1)
-    pid, threads = next(loader)["facts"][0].tolist()
-    assert threads == 1
+    loader = make_loader(G, 4, samples=make_samples(cls=InWorker), num_workers=1)
+    pid = int(next(loader).position[0])
     os.kill(pid, signal.SIGTERM)
     os.kill(pid, signal.SIGINT)
     time.sleep(0.2)
     for _ in range(6):  # more than was prefetched
-        assert next(loader)["facts"][0, 0] == pid
+        assert next(loader).position[0] == pid
 
 
 def is_running(pid: int) -> bool:
@@ -295,8 +286,8 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("how", ["close", "del"])
 def test_workers_end_with_the_loader(make_samples, how):
-    loader = FluxDataLoader(make_samples(cls=WorkerFacts), G, 4, num_workers=1)
-    pid = int(next(loader)["facts"][0, 0])
+    loader = FluxDataLoader(make_samples(cls=InWorker), G, 4, num_workers=1)
+    pid = int(next(loader).position[0])
     assert is_running(pid)
     if how == "close":
         loader.close()
@@ -306,36 +297,47 @@ def test_workers_end_with_the_loader(make_samples, how):
     assert not is_running(pid)
 
 
-EXIT_WITH_OPEN_LOADER = """
+EXIT_WITH_WORKERS = """
 import multiprocessing, sys
 sys.path[:0] = [{tests!r}]
 from conftest import *
 from torchtitan_flux.data.loader import FluxDataLoader
-source = GraySource(7)
-samples = TrainingSamples(source, Order(1, 7), 1, SIZE, GEOMETRY, 3, byte_tokens, TimeDensity(),
-                          CaptionDropout(), stochastic=False)
+
+class Breaks(TrainingSamples):
+    def __getitem__(self, position):
+        assert position < 16
+        return super().__getitem__(position)
+
+samples = Breaks(**COMMON, source=GraySource(7), time_density=TimeDensity(),
+                 dropout=CaptionDropout())
 loader = FluxDataLoader(samples, 4, 2, num_workers=1)
 import atexit
 # runs after what is registered from here on, and before multiprocessing's own
 atexit.register(lambda: print(multiprocessing.active_children(), flush=True))
 next(loader)
 assert multiprocessing.active_children()
+if {breaks}:
+    list(loader)
 """
 
 
-def test_interpreter_exits_with_an_open_loader():
-    """Workers ignore SIGTERM, by which multiprocessing would end them: it finds none."""
-    code = EXIT_WITH_OPEN_LOADER.format(tests=os.path.dirname(__file__))
+@pytest.mark.parametrize("breaks", [False, True])
+def test_interpreter_exits_with_workers(breaks):
+    """They ignore SIGTERM, by which multiprocessing would end them: it finds none.
+
+    A traceback refers to torch's iterator, so that they must be ended whatever refers to it.
+    """
+    code = EXIT_WITH_WORKERS.format(tests=os.path.dirname(__file__), breaks=breaks)
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,  # it would wait for ever
-        check=True,
+        timeout=120,  # it would wait for ever
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )
     assert result.stdout.split() == ["[]"]
-    assert not result.stderr
+    assert ("AssertionError" in result.stderr) == breaks
+    assert result.returncode == breaks
 
 
 @pytest.mark.parametrize(
@@ -354,11 +356,11 @@ def test_validation_set_is_dealt_out_once(make_validation, length, batch, world,
     assert len({len(batches) for batches in per_rank}) == 1
     everything = joined([b for batches in per_rank for b in batches])
     assert everything["weight"].sum() == length
-    assert all(len(b["index"]) == batch for batches in per_rank for b in batches)
-    counted = everything["index"][everything["weight"] == 1]
+    assert all(len(b.position) == batch for batches in per_rank for b in batches)
+    counted = everything["position"][everything["weight"] == 1]
     assert sorted(counted.tolist()) == list(range(length))
-    for i, index in enumerate(everything["index"]):  # repeats are real samples
-        assert torch.equal(everything["noise"][i], samples[int(index)]["noise"])
+    for i, index in enumerate(everything["position"]):  # repeats are real samples
+        assert torch.equal(everything["noise"][i], samples[int(index)].noise)
 
 
 def test_validation_loader_lists_unreadable_items(make_validation, make_source):
@@ -366,10 +368,3 @@ def test_validation_loader_lists_unreadable_items(make_validation, make_source):
     weights = joined(list(loader))["weight"]
     assert weights.tolist() == [1, 0, 1, 1, 1, 0]
     assert [(r.position, r.item_id) for r in loader.replaced] == [(1, "grays/1")]
-
-
-def test_validation_arguments(make_validation):
-    with pytest.raises(ValueError, match=r"validation\.local_batch_size"):
-        ValidationLoader(make_validation(), 0)
-    with pytest.raises(ValueError, match=r"validation\.dataset"):
-        ValidationLoader(make_validation(length=0), 2)

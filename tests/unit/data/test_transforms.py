@@ -1,10 +1,13 @@
+"""A decoded picture as an array: modes, transparency, crops, resizing."""
+
 import io
 
 import numpy as np
 import pytest
+from data_files import to_training_image
 from PIL import Image
 
-from torchtitan_flux.data.transforms import needs_crop, to_training_image, upright
+from torchtitan_flux.data.transforms import load_picture
 from torchtitan_flux.latents import ImageSize
 
 
@@ -14,29 +17,25 @@ def ramp(width, height):
     return Image.fromarray(values.astype(np.uint8))
 
 
-def bytes_of(array):
-    return np.round((array + 1) * 127.5).astype(int)
+def bytes_of(image, size, channels=1, *arguments, **more):
+    """The training image [channels, H, W] in whole numbers 0 to 255."""
+    result = to_training_image(image, size, channels, *arguments, **more)
+    return np.round((result + 1) * 127.5).astype(int)
 
 
 def test_pixels_are_kept_when_the_size_matches():
     image = ramp(7, 5)
     result = to_training_image(image, ImageSize(5, 7), 1)
-    assert result.shape == (1, 5, 7)
-    assert result.dtype == np.float32
-    assert result.flags.c_contiguous
-    np.testing.assert_array_equal(bytes_of(result[0]), np.asarray(image))
-
-
-def test_range():
-    image = Image.fromarray(np.array([[0, 255]], np.uint8))
-    np.testing.assert_array_equal(to_training_image(image, ImageSize(1, 2), 1), [[[-1, 1]]])
+    assert (result.shape, result.dtype, result.flags.c_contiguous) == ((1, 5, 7), np.float32, True)
+    np.testing.assert_array_equal(bytes_of(image, ImageSize(5, 7))[0], np.asarray(image))
+    ends = Image.fromarray(np.array([[0, 255]], np.uint8))
+    np.testing.assert_array_equal(to_training_image(ends, ImageSize(1, 2), 1), [[[-1, 1]]])
 
 
 def test_rgb_channels_come_first():
-    image = Image.new("RGB", (3, 2), (255, 0, 51))
-    result = to_training_image(image, ImageSize(2, 3), 3)
+    result = bytes_of(Image.new("RGB", (3, 2), (255, 0, 51)), ImageSize(2, 3), 3)
     assert result.shape == (3, 2, 3)
-    np.testing.assert_allclose(result[:, 0, 0], [1, -1, -0.6], atol=1e-6)
+    assert result[:, 0, 0].tolist() == [255, 0, 51]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -60,20 +59,20 @@ def test_16_bit_gray_is_scaled(mode):
     values = np.array([[0, 257 * 100, 65535]], np.uint16 if mode == "I;16" else np.int32)
     image = Image.fromarray(values)
     assert image.mode == mode
-    assert bytes_of(to_training_image(image, ImageSize(1, 3), 1)).tolist() == [[[0, 100, 255]]]
+    assert bytes_of(image, ImageSize(1, 3)).tolist() == [[[0, 100, 255]]]
 
 
-def test_transparent_is_white():
-    for image in (
-        Image.new("RGBA", (4, 4), (0, 0, 0, 0)),
-        Image.new("LA", (4, 4), (0, 0)),
-    ):
-        assert (to_training_image(image, ImageSize(4, 4), 3) == 1).all()
+def test_transparent_parts_show_the_background():
+    size = ImageSize(4, 4)
     palette = Image.new("P", (4, 4), 3)
     palette.info["transparency"] = 3
-    assert (to_training_image(palette, ImageSize(4, 4), 1) == 1).all()
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    for image in clear, Image.new("LA", (4, 4), (0, 0)), palette:
+        assert (to_training_image(image, size, 3) == 1).all()
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
-    np.testing.assert_allclose(to_training_image(half, ImageSize(4, 4), 1), -4e-3, atol=8e-3)
+    np.testing.assert_allclose(to_training_image(half, size, 1), -4e-3, atol=8e-3)
+    colour = (10, 20, 200)
+    assert bytes_of(clear, size, 3, background=colour)[:, 1, 2].tolist() == list(colour)
 
 
 def test_exif_orientation():
@@ -83,28 +82,25 @@ def test_exif_orientation():
     exif[0x0112] = 6  # the camera was held upright: show it turned by 90 degrees clockwise
     file = io.BytesIO()
     image.save(file, "PNG", exif=exif)
-    stored = Image.open(io.BytesIO(file.getvalue()))
-    assert upright(stored).size == (4, 8)
-    result = to_training_image(stored, ImageSize(8, 4), 3)
+    stored, size = Image.open(io.BytesIO(file.getvalue())), ImageSize(8, 4)
+    assert load_picture(stored, size).image.size == (4, 8)
+    result = to_training_image(stored, size, 3)
     assert (result[:, :4] == 1).all()
     assert (result[:, 4:] == -1).all()
 
 
 def test_crop_follows_the_draw_in_whole_pixels():
     image, size = ramp(9, 4), ImageSize(4, 6)
-    lefts = [
-        bytes_of(to_training_image(image, size, 1, (u, 0.3)))[0, 0, 0] // 10
-        for u in np.arange(0, 1, 0.01)
-    ]
+    draws = np.arange(0, 1, 0.01)
+    lefts = [bytes_of(image, size, 1, (u, 0.3))[0, 0, 0] // 10 for u in draws]
     assert np.bincount(lefts).tolist() == [25, 25, 25, 25]
-    assert bytes_of(to_training_image(ramp(8, 4), size, 1))[0, 0, 0] == 10  # centre by default
+    assert bytes_of(ramp(8, 4), size)[0, 0, 0] == 10  # centre by default
 
 
 def test_resize_covers_and_crops_the_longer_side():
     image = Image.new("L", (40, 10), 0)
     image.paste(255, (30, 0, 40, 10))  # the right quarter
     size = ImageSize(5, 5)
-    assert needs_crop(image, size)
     assert (to_training_image(image, size, 1, (0.0, 0.5)) == -1).all()
     assert (to_training_image(image, size, 1, (0.999999, 0.5))[:, :, 1:] == 1).all()
     tall = image.transpose(Image.Transpose.ROTATE_270)  # the bottom quarter
@@ -112,16 +108,14 @@ def test_resize_covers_and_crops_the_longer_side():
 
 
 def test_resize_keeps_the_whole_image_when_the_ratio_matches():
-    assert not needs_crop(ramp(12, 8), ImageSize(4, 6))
-    pixels = np.full((8, 12), 40, np.uint8)
-    result = to_training_image(Image.fromarray(pixels), ImageSize(4, 6), 1, (0.9, 0.9))
-    assert (bytes_of(result) == 40).all()
+    image, size = Image.new("L", (12, 8), 40), ImageSize(4, 6)
+    assert (bytes_of(image, size, 1, (0.9, 0.9)) == 40).all()
+    assert to_training_image(ramp(4, 3), ImageSize(16, 16), 3, (0.7, 0.2)).shape == (3, 16, 16)
 
 
 def test_shrinking_is_antialiased():
     checker = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    result = to_training_image(checker, ImageSize(8, 8), 1)
-    assert np.abs(result).max() < 0.05
+    assert np.abs(to_training_image(checker, ImageSize(8, 8), 1)).max() < 0.05
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -130,26 +124,13 @@ def test_large_pictures_are_shrunk_as_pil_does_between_whole_pixels(mode):
     image = small.resize((600, 401), Image.Resampling.BICUBIC).convert(mode)
     size, channels = ImageSize(150, 170), len(image.getbands())
     for draw in ((0.0, 0.0), (0.999999, 0.999999), (0.5, 0.5)):
-        result = bytes_of(to_training_image(image, size, channels, draw))
+        result = bytes_of(image, size, channels, draw)
         left, width = round(draw[0] * (600 - 401 * 170 / 150)), 454  # 454.5, to even
         box = (left, 0, left + width, 401)
         expected = np.asarray(image.resize((170, 150), Image.Resampling.BICUBIC, box=box))
         expected = expected.reshape(150, 170, channels).transpose(2, 0, 1).astype(int)
         assert np.abs(result - expected).max() <= 3
         assert np.abs(result - expected).mean() < 0.05
-
-
-def test_background():
-    clear = Image.new("RGBA", (6, 6), (0, 0, 0, 0))
-    colour = (10, 20, 200)
-    result = to_training_image(clear, ImageSize(3, 3), 3, background=colour)
-    np.testing.assert_array_equal(bytes_of(result)[:, 1, 1], colour)
-    gray = to_training_image(clear, ImageSize(3, 3), 1, background=colour)
-    assert (bytes_of(gray) == round(0.299 * 10 + 0.587 * 20 + 0.114 * 200)).all()
-
-
-def test_enlarging():
-    assert to_training_image(ramp(4, 3), ImageSize(16, 16), 3, (0.7, 0.2)).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

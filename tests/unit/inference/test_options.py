@@ -8,7 +8,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 
-from torchtitan_flux.config.errors import ConfigError
+from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.captions import SHOWN, cut_captions
 from torchtitan_flux.inference.options import parse, with_pipeline_of

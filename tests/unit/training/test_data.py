@@ -77,16 +77,16 @@ def test_captions_are_trained_and_validated_as_data_says(configured, data, a, b)
     validation = validation_samples(open_source(config, "held_out"), tokenizer, config)
     seen = {"training": {}, "validation": {}}
     for position in range(2):
-        item, _ = training.picture(position)
+        item, *_ = training.picture(position)
         seen["training"][item.item_id] = training[position]
     for index in range(2):
         sample = validation[index]
-        if sample["weight"]:
+        if sample.weight:
             seen["validation"][validation.source[index].item_id] = sample
     expected = {"a.png": a} | ({} if b is None else {"b.png": b})
     for where, samples in seen.items():
         assert samples.keys() == expected.keys(), where
         for item, caption in expected.items():
             t5, clip = tokenizer(caption)
-            assert torch.equal(samples[item]["t5_tokens"], t5), (where, item)
-            assert torch.equal(samples[item]["clip_tokens"], clip), (where, item)
+            assert torch.equal(samples[item].text.t5, t5), (where, item)
+            assert torch.equal(samples[item].text.clip, clip), (where, item)

@@ -15,7 +15,7 @@ from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.sampling.generate import SampleSettings
-from torchtitan_flux.training.conditioning import FrozenParts
+from torchtitan_flux.training.conditioning import FrozenEncoders
 from torchtitan_flux.training.image_sampler import ImageSampler
 
 GEOMETRY = FLAVORS["flux-tiny"].geometry
@@ -47,8 +47,8 @@ def test_broken_pictures_are_black_and_named(monkeypatch):
         codec.worse = [len(caption) == 5 for caption in captions]
         return TextConditioning(length[:, None], length)
 
-    parts = MagicMock(spec=FrozenParts)
-    parts.codec, parts.encode_captions, parts.device = codec, encode, torch.device("cpu")
+    encoders = MagicMock(spec=FrozenEncoders)
+    encoders.codec, encoders.encode_captions, encoders.device = codec, encode, torch.device("cpu")
     dims = MagicMock(spec=FluxParallelDims, data_degree=1, data_rank=0, data_group=None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     said: list[str] = []
@@ -56,7 +56,7 @@ def test_broken_pictures_are_black_and_named(monkeypatch):
     handler.emit = lambda record: said.append(f"{record.levelname} {record.getMessage()}")
     logger.addHandler(handler)
     try:
-        sampler = ImageSampler(Breaks(), parts, GEOMETRY, dims, batch_size=2)
+        sampler = ImageSampler(Breaks(), encoders, GEOMETRY, dims, batch_size=2)
         images = sampler.sample(PROMPTS, SampleSettings(ImageSize(16, 16), steps=5))
     finally:
         logger.removeHandler(handler)

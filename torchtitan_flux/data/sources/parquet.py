@@ -76,10 +76,10 @@ class ParquetSource(IndexedSource):
         part, self.shared, names, left_out = split_files(parts, split, path)
         tables = {name: _opened(found[name]) for name in names}
         self.left_out = left_out | {
-            "tables without rows": [name for name, table in tables.items() if not table.count],
+            "tables without rows": [name for name, table in tables.items() if not table.rows],
             listing.NOT_UTF8: undecodable,
         }
-        tables = {name: table for name, table in tables.items() if table.count}
+        tables = {name: table for name, table in tables.items() if table.rows}
         if not tables:
             raise ValueError(f"{path} holds no row")
         self._marks = {name: table.mark for name, table in tables.items()}
@@ -93,7 +93,7 @@ class ParquetSource(IndexedSource):
         self._classes = class_names(schema, self._caption) if self._caption else []
         read = [column for column in (self._image, self._caption) if column]
         columns = _common_columns(tables, schema, sorted({column[0] for column in read}))
-        parquet = {name: table.count for name, table in tables.items() if table.data is None}
+        parquet = {name: table.rows for name, table in tables.items() if table.data is None}
         converted = _converted(self.place, parquet, columns, options.index_folder)
         self._tables = [
             (table.data or converted[name]).select_columns(columns.names).with_format("arrow")
@@ -167,7 +167,7 @@ class _Table(NamedTuple):
     """A table before its columns are chosen; `data` is None where they have to be converted."""
 
     schema: pa.Schema
-    count: int
+    rows: int
     mark: str
     data: Dataset | None
 

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 
 from torchtitan_flux import randomness
-from torchtitan_flux.data import reused_generator as draws
+from torchtitan_flux.data.reused_generator import reused_generator
 from torchtitan_flux.randomness import Stream
 
 ADDRESSES = [
@@ -28,7 +28,7 @@ def numbers(rng: np.random.Generator) -> list:
 def test_the_same_numbers_as_fresh_generators():
     for address in ADDRESSES:
         expected = numbers(randomness.generator(*address))
-        assert numbers(draws.generator(*address)) == expected, address
+        assert numbers(reused_generator(*address)) == expected, address
 
 
 def test_threads_do_not_disturb_each_other():
@@ -37,7 +37,7 @@ def test_threads_do_not_disturb_each_other():
     def draw(seed):
         for position in range(500):
             address = (seed, Stream.NOISE, position)
-            if numbers(draws.generator(*address)) != numbers(randomness.generator(*address)):
+            if numbers(reused_generator(*address)) != numbers(randomness.generator(*address)):
                 failures.append(address)
 
     threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(3)]
