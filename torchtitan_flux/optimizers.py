@@ -9,12 +9,12 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Optimizer as OptimizerSection
 
 from torchtitan_flux.adafactor import Adafactor
+from torchtitan_flux.shards import laid_out_as, local
 
 Shape = tuple[int, ...]
 Build = Callable[[list[nn.Parameter], OptimizerSection, bool], Optimizer]
@@ -168,11 +168,6 @@ def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:
     )
 
 
-def local(value: Tensor) -> Tensor:
-    """This rank's shard; a tensor that is not distributed is its own."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _quantise(values: Tensor, kept: Any) -> None:
     """Give a quantised moment values that were one: the same codes, and scales to a last digit.
 
@@ -199,9 +194,4 @@ def _plain(name: str, value: Any) -> Any:
         return float(value)
     if not isinstance(value, Tensor) or not hasattr(local(value), "codes"):
         return value
-    plain = local(value).dequantize()
-    if not isinstance(value, DTensor):
-        return plain
-    return DTensor.from_local(
-        plain, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-    )
+    return laid_out_as(value, local(value).dequantize())  # type: ignore[attr-defined]
