@@ -24,18 +24,14 @@ BLOCK_8BIT, LEAST_8BIT = 256, 4096
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """A row of the table.
-
-    Attributes:
-        build: called as build(parameters, section, bf16), bf16 where weights are bfloat16.
-        state_bytes: bytes beside a parameter of which this rank holds a local shape in a type of
-            so many bytes, called as state_bytes(global shape, local shape, element size).
-        torchao: whether it needs that library with float32 weights too.
-    """
+    """A row of the table."""
 
     build: Build
+    """Called as build(parameters, section, bf16), bf16 where weights are bfloat16."""
     state_bytes: Callable[[Shape, Shape, int], int]
+    """State of a parameter on this rank, from its (global shape, local shape, element size)."""
     torchao: bool = False
+    """Whether it needs that library with float32 weights too."""
 
 
 def _common(section: OptimizerSection) -> dict[str, Any]:
@@ -106,8 +102,7 @@ most of the time, and would be lost if it were rounded to nearest."""
 class FluxOptimizers(OptimizersContainer):
     """torchtitan's container, with the optimizers of the table.
 
-    Checkpoints hold moments in float32 whatever they are kept in, so that they load on any mesh
-    and by any optimizer that has the same ones.
+    Checkpoints hold moments in float32 whatever they are kept in: they load on any mesh.
     """
 
     def __init__(self, model_parts: list[nn.Module], section: OptimizerSection):

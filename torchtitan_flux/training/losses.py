@@ -38,11 +38,7 @@ def encode_batch(
 ) -> EncodedBatch:
     """Run the frozen encoders and the codec on a collated batch (data/samples.py).
 
-    Args:
-        parts: encoders and codec.
-        args: resolved model arguments.
-        batch: the same on all `peers`, which encode a part each.
-        peers: ranks that train on these samples together.
+    The batch is the same on all `peers`, which encode a part each.
     """
     count = len(batch["image"])
     height, width = batch["image"].shape[-2:]
@@ -63,13 +59,9 @@ def encode_batch(
 def flow_inputs(
     args: FluxModelArgs, encoded: EncodedBatch, t: Tensor, guidance: float | None
 ) -> tuple[FluxInputs, Float[Tensor, "b tokens features"]]:
-    """The flow step before the model: its inputs at time t, and the velocity it is to give.
+    """The flow step before the model: its inputs at times t [b], and the velocity it is to give.
 
-    Args:
-        args: resolved model arguments.
-        encoded: from `encode_batch`.
-        t: time of each sample [b].
-        guidance: constant guidance input, for models that take one.
+    `guidance` is the constant input of models that take one.
     """
     t = sent(t, encoded.latents.device)
     x_t, target = interpolate(encoded.latents, encoded.noise, t)
@@ -101,10 +93,9 @@ def forward_backward(
 
     Args:
         model: what is trained; gradients are added to its parameters.
-        inputs, target: from `flow_inputs`.
+        inputs, target, errors: as of `sample_losses`.
         elements: of the global batch.
         last: whether no other microbatch adds to these gradients, and data ranks reduce them.
-        errors: as of `sample_losses`.
     """
 
     def losses(velocity: Tensor, target: Tensor) -> Tensor:

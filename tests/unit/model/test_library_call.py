@@ -164,9 +164,9 @@ def test_wrong_shape_is_refused_by_name(name, shape):
 
 def test_guidance_is_required_exactly_when_the_model_takes_it():
     inputs = point_inputs(GUIDED, B, IMG, TXT)
-    with pytest.raises(ValueError, match="guidance is required"):
+    with pytest.raises(ValueError, match="guidance is missing"):
         FluxModel(GUIDED)(**inputs)
-    with pytest.raises(ValueError, match="guidance given"):
+    with pytest.raises(ValueError, match="guidance is given"):
         FluxModel(SMALL)(**inputs, guidance=torch.ones(B))
 
 
