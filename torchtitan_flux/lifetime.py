@@ -14,14 +14,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Be killed when the parent ends. Only Linux can; elsewhere this does nothing.
+    """Be killed when the process `parent` ends; by default that of multiprocessing, as in a loader
+    worker. Only Linux can; elsewhere this does nothing.
 
     The kernel looks at the *thread* that started this process: it must live as long as the parent.
     The order is lost on fork, so every process asks for itself.
-
-    Args:
-        parent: its process id, from the parent itself; by default the one that multiprocessing
-            knows, as in a loader worker.
     """
     if not sys.platform.startswith("linux"):
         return

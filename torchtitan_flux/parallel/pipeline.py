@@ -43,13 +43,8 @@ def pipeline_flux(
 ) -> tuple["Pipeline", list[nn.Module], bool, bool]:
     """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`.
 
-    Args:
-        model: its modules move into the stages.
-        parallel_dims, job_config: as of `parallelize_flux`, which is `parallelize`.
-        device: where this rank computes.
-        model_args: as resolved.
-        parallelize: applied to each stage of this rank.
-        loss_fn: torchtitan's; ours is given to each step.
+    `parallelize` (`parallelize_flux`) is applied to each stage of this rank. `loss_fn` is
+    torchtitan's; ours is given to each step.
 
     Returns:
         the pipeline, this rank's stages, whether it has the first stage, and whether the last.
@@ -130,13 +125,7 @@ class Pipeline(nn.Module):
     """The model of all pipeline ranks. Every one of them calls, with the same whole batch.
 
     Called like FluxModel it gives the velocity, without gradients; `forward_backward` trains.
-
-    Args:
-        stages: of this rank, by number, after `parallelize_flux`.
-        layout: of all stages.
-        schedule: how microbatches go through them.
-        group: the ranks that share the model.
-        device: of this rank.
+    `stages` are this rank's by number, `group` the ranks that share the model.
     """
 
     def __init__(

@@ -7,13 +7,10 @@ from torch.distributed import ProcessGroup
 
 
 class Peers:
-    """Rows of a batch, dealt out to the ranks that all need them.
+    """Rows of a batch, shared out to the ranks that all need them (None: every rank has its own).
 
-    Every peer takes equally many, since sharded encoders communicate in each call; where the rows
-    do not divide, the last are taken several times.
-
-    Args:
-        group: the peers, or None where every rank has samples of its own.
+    Every peer encodes equally many, since sharded encoders communicate in each call; where the
+    rows do not divide, the last are encoded several times.
     """
 
     def __init__(self, group: ProcessGroup | None):

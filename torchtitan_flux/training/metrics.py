@@ -22,6 +22,7 @@ from torchtitan.components.metrics import (
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
+from tqdm import tqdm
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.files import disk_full
@@ -181,6 +182,4 @@ class FluxMetrics(MetricsProcessor):
         if not self.steps_timed:
             return "?"
         left = self.job_config.training.steps - step
-        minutes, rest = divmod(round(left * self.seconds_timed / self.steps_timed), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        return tqdm.format_interval(left * self.seconds_timed / self.steps_timed)
