@@ -84,8 +84,8 @@ def test_pictures_and_validation_do_not_depend_on_the_mesh(tmp_path):
 def dealt(rows: int) -> tuple[list[int], list[int]]:
     peers = Peers(torch.distributed.group.WORLD)
     batch = torch.arange(10.0, 10.0 + rows)[:, None]
-    own = peers.own(batch)
-    return own[:, 0].tolist(), peers.join(own * 2, rows)[:, 0].tolist()
+    own = peers.shard_rows(batch)
+    return own[:, 0].tolist(), peers.all_gather_rows(own * 2, rows)[:, 0].tolist()
 
 
 @pytest.mark.parametrize(("rows", "share"), [(6, 2), (4, 2), (1, 1)])

@@ -16,7 +16,7 @@ class Peers:
     def __init__(self, group: ProcessGroup | None):
         self.group = group
 
-    def own(self, rows: Tensor) -> Tensor:
+    def shard_rows(self, rows: Tensor) -> Tensor:
         """The rows [share, …] that this rank encodes."""
         if self.group is None:
             return rows
@@ -24,7 +24,7 @@ class Peers:
         first = self.group.rank() * share
         return rows[torch.arange(first, first + share).clamp(max=len(rows) - 1)]
 
-    def join(self, encoded: Tensor, count: int) -> Tensor:
+    def all_gather_rows(self, encoded: Tensor, count: int) -> Tensor:
         """What all peers made of their rows, in the order of the `count` rows."""
         if self.group is None:
             return encoded

@@ -45,13 +45,17 @@ def encode_batch(
     patch = args.geometry.patch
     posterior = batch.get("posterior_noise")
     latents = parts.encode_images(
-        peers.own(batch["image"]), None if posterior is None else peers.own(posterior)
+        peers.shard_rows(batch["image"]), None if posterior is None else peers.shard_rows(posterior)
     )
-    text = parts.encode_tokens(peers.own(batch["t5_tokens"]), peers.own(batch["clip_tokens"]))
+    text = parts.encode_tokens(
+        peers.shard_rows(batch["t5_tokens"]), peers.shard_rows(batch["clip_tokens"])
+    )
     return EncodedBatch(
-        latents=pack(peers.join(latents, count), patch),
+        latents=pack(peers.all_gather_rows(latents, count), patch),
         noise=pack(sent(batch["noise"], parts.device), patch),
-        text=TextConditioning(peers.join(text.txt, count), peers.join(text.vec, count)),
+        text=TextConditioning(
+            peers.all_gather_rows(text.txt, count), peers.all_gather_rows(text.vec, count)
+        ),
         size=ImageSize(height, width),
     )
 

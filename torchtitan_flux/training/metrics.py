@@ -39,7 +39,7 @@ class FluxMetrics(MetricsProcessor):
     sampling is taken out of them.
     """
 
-    job_config: FluxJobConfig
+    job_config: FluxJobConfig  # type: ignore[assignment]
 
     def __init__(
         self, job_config: FluxJobConfig, parallel_dims: ParallelDims, model_args: FluxModelArgs

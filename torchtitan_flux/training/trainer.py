@@ -79,10 +79,10 @@ class FluxTrainer(Trainer):
         ConfigError: when the newest checkpoint belongs to another run than is configured.
     """
 
-    metrics_processor: FluxMetrics
-    checkpointer: FluxCheckpointManager
-    dataloader: FluxDataLoader
-    parallel_dims: FluxParallelDims
+    metrics_processor: FluxMetrics  # type: ignore[assignment]
+    checkpointer: FluxCheckpointManager  # type: ignore[assignment]
+    dataloader: FluxDataLoader  # type: ignore[assignment]
+    parallel_dims: FluxParallelDims  # type: ignore[assignment]
     model_args: FluxModelArgs  # type: ignore[assignment]
 
     def __init__(
@@ -113,7 +113,7 @@ class FluxTrainer(Trainer):
             super().__init__(self.config)
         config = self.config  # complete
         self.device = device  # torchtitan numbers even the CPU by the local rank
-        self.model_args = resolve_model_args(config)
+        self.model_args = resolve_model_args(config)  # type: ignore[assignment]
         self.parts = build_frozen_parts(
             config,
             self.model_args,
