@@ -26,8 +26,8 @@ from peak_memory import PeakMemory
 
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.shards import local
 from torchtitan_flux.tensor_files.safetensors_writer import write_tensors
 from torchtitan_flux.weights.architecture import to_diffusers_config
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
@@ -100,7 +100,7 @@ def measured(folder: Path, args: FluxModelArgs, allowance: int) -> bool:
         grown = memory.peak
     seconds = time.perf_counter() - begin
     whole = 4 * sum(torch.Size(one).numel() for one in weights.shapes.values())
-    own = sum(own_slices(p)[0].nbytes for p in model.parameters())
+    own = sum(local(p).nbytes for p in model.parameters())
     largest = 4 * max(torch.Size(one).numel() for one in weights.shapes.values())
     limit = 2 * own + largest + allowance
     print(

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchtitan_flux.flow_matching import Velocity, flow_step
+from torchtitan_flux.flow_matching import Velocity, interpolate, squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.sampling.euler import euler
 from torchtitan_flux.sampling.schedules import SCHNELL
@@ -123,7 +123,8 @@ def train(model: FluxModel, rng: np.random.Generator, steps: int, batch: int) ->
         optimizer.param_groups[0]["lr"] = 2e-3 * rate
         sets = draw(rng, batch)
         t = torch.from_numpy(rng.random(batch)).float()
-        losses = flow_step(velocity_of(model, sets), sets.target, sets.source, t)
+        x_t, target = interpolate(sets.target, sets.source, t)
+        losses = squared_errors(velocity_of(model, sets)(x_t, t), target)
         loss = losses.sum() / sets.target.numel()
         optimizer.zero_grad()
         loss.backward()

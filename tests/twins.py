@@ -20,9 +20,9 @@ from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.clip import clip_gradients
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
+from torchtitan_flux.shards import box, local
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training import losses
 
@@ -129,8 +129,8 @@ def fill(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Give a sharded model these whole values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            local, slices = own_slices(parameter)
-            local.copy_(values[canonical_name(name)][slices])
+            shard, slices = local(parameter), box(parameter)
+            shard.copy_(values[canonical_name(name)][slices])
             assert torch.equal(whole(parameter), values[canonical_name(name)]), name
 
 

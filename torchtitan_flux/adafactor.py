@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from torchtitan_flux.shards import box, laid_out_as
+
 BETA2_DECAY, CLIP, LEAST_SCALE = -0.8, 1.0, 1e-3
 
 
@@ -50,9 +52,9 @@ class Adafactor(Optimizer):
         if grad.ndim == 2:
             rows = state["row_var"].lerp_(_means(grad, -1), weight)
             columns = state["col_var"].lerp_(_means(grad, -2), weight)
-            at = _box(parameter)
-            scaled = rows[at[0]] / rows.mean().clamp(min=eps)
-            variance = _like(scaled * columns[:, at[1]], parameter)
+            rows_here, columns_here = box(parameter)
+            scaled = rows[rows_here] / rows.mean().clamp(min=eps)
+            variance = laid_out_as(parameter, scaled * columns[:, columns_here])
         else:
             variance = state["variance"].lerp_(grad.square(), weight).clone()
         update = variance.clamp_(min=eps * eps).rsqrt_().mul_(grad)
@@ -71,20 +73,3 @@ def _rms(value: Tensor) -> Tensor:
 
 def _full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _box(value: Tensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole."""
-    if not isinstance(value, DTensor):
-        return tuple(slice(None) for _ in value.shape)
-    (chunk,) = value.__create_chunk_list__()
-    return tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-def _like(shard: Tensor, value: Tensor) -> Tensor:
-    """This rank's part of a tensor that is laid out as another."""
-    if not isinstance(value, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-    )

@@ -41,15 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def try_lock(descriptor: int, wait: bool = False, shared: bool = False) -> bool | None:
-    """Make a file or folder this process's until the descriptor is closed.
+    """Lock an open file or folder until its descriptor is closed.
 
     Args:
         descriptor: of the open file or folder.
-        wait: for as long as another process has it.
-        shared: only look whether another process has it alone.
+        wait: for as long as another process holds the lock.
+        shared: only look whether another process holds it exclusively.
 
     Returns:
-        True; False where another one has it; None where the file system knows no locks.
+        True; False where another process holds it; None where the file system has no locks.
     """
     try:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -66,12 +66,11 @@ class DiskFull(OSError):
 
 
 def disk_full(error: BaseException, path: Path) -> DiskFull | None:
-    """What to say of an error that came of a full disk or quota; None where it came of else.
+    """The error to report instead of one that came of a full disk or quota; None for any other.
 
     Args:
-        error: raised on writing. torch's own (a position of its archive that was unexpected) hides
-            the system's, which is then found behind it.
-        path: a folder on the disk, as it is at that moment.
+        error: raised on writing. torch's own hides the system's, which is then its cause.
+        path: a folder on the disk, which need not exist yet.
     """
     behind: BaseException | None = error
     while behind is not None:
@@ -84,9 +83,9 @@ def disk_full(error: BaseException, path: Path) -> DiskFull | None:
     if behind.errno == errno.EDQUOT:
         return DiskFull(f"the quota on {disk} is used up")
     found = os.statvfs(disk)
-    free, whole = (
+    free, total = (
         tqdm.format_sizeof(blocks * found.f_frsize, "B")
         for blocks in (found.f_bavail, found.f_blocks)
     )
-    files = ", and no further file may be made" if found.f_files and not found.f_favail else ""
-    return DiskFull(f"no space left on {disk}: {free} of {whole} are free{files}")
+    files = ", and no inode is left" if found.f_files and not found.f_favail else ""
+    return DiskFull(f"no space left on {disk}: {free} of {total} are free{files}")

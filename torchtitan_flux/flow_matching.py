@@ -1,8 +1,7 @@
 """Rectified flow: time densities, resolution shift, interpolation, velocity target, loss.
 
 Convention (arXiv:2403.03206, sec. 3): t = 0 is data, t = 1 is noise, x_t = (1 - t) x_0 + t eps,
-and the model predicts the velocity v = eps - x_0. Training and validation call the same
-`flow_step`.
+and the model predicts the velocity v = eps - x_0.
 """
 
 import math
@@ -25,39 +24,21 @@ SHIFT_MAX = (4096, 1.15)
 
 
 def resolution_mu(
-    tokens: int,
-    base: tuple[int, float] = SHIFT_BASE,
-    max: tuple[int, float] = SHIFT_MAX,
+    tokens: int, base: tuple[int, float] = SHIFT_BASE, max: tuple[int, float] = SHIFT_MAX
 ) -> float:
-    """mu of a shift by resolution: linear in packed tokens, through two points.
+    """mu of a shift by resolution: linear in packed image tokens, through two points (tokens, mu).
 
     Source: BFL flux, `sampling.get_lin_function`; the same numbers as diffusers'
-    `calculate_shift`.
-
-    Args:
-        tokens: packed image tokens.
-        base, max: (tokens, mu) of the two; the defaults are FLUX.1-dev's.
+    `calculate_shift`. The defaults are FLUX.1-dev's.
     """
     (x1, y1), (x2, y2) = base, max
     return y1 + (y2 - y1) * (tokens - x1) / (x2 - x1)
 
 
-def shift_times(t: np.ndarray, mu: float) -> np.ndarray:
-    """Move times towards noise: e^mu / (e^mu + 1/t - 1); 0 and 1 stay where they are.
+def shift_times(t: np.ndarray, alpha: float) -> np.ndarray:
+    """Move times in [0, 1] towards noise: alpha t / (1 + (alpha - 1) t), float64.
 
-    Args:
-        t: times in [0, 1], any shape, float64.
-        mu: log of the shift; 0 leaves times unchanged (arXiv:2403.03206, eq. 23, alpha = e^mu).
-    """
-    return stretch_times(t, math.exp(mu))
-
-
-def stretch_times(t: np.ndarray, alpha: float) -> np.ndarray:
-    """The same by the shift itself: alpha t / (1 + (alpha - 1) t).
-
-    Args:
-        t: times in [0, 1], any shape, float64.
-        alpha: positive; 1 leaves times unchanged.
+    Source: arXiv:2403.03206, eq. 23. The shift alpha is e^mu; 1 leaves times unchanged.
     """
     t = np.asarray(t, dtype=np.float64)
     return alpha * t / (1 + (alpha - 1) * t)
@@ -80,17 +61,13 @@ class TimeDensity:
     resolution_shift: bool = False
 
     def times(self, u: np.ndarray, tokens: int) -> np.ndarray:
-        """Map uniform draws u in (0, 1), float64, to times t in (0, 1) by the inverse CDF.
-
-        Args:
-            u: uniform draws, any shape.
-            tokens: packed image tokens of the sample, for the resolution shift.
-        """
+        """Times in (0, 1) of uniform draws u in (0, 1), float64, by the inverse CDF; `tokens` are
+        packed image tokens, for the resolution shift."""
         t = np.asarray(u, dtype=np.float64)
         if self.name == "logit_normal":
             normal = torch.special.ndtri(torch.from_numpy(t)).numpy()
             t = 1 / (1 + np.exp(-(self.mean + self.std * normal)))
-        return shift_times(t, resolution_mu(tokens)) if self.resolution_shift else t
+        return shift_times(t, math.exp(resolution_mu(tokens))) if self.resolution_shift else t
 
 
 def midpoint_times(count: int = 8) -> np.ndarray:
@@ -106,10 +83,9 @@ def mlperf_times(count: int = 8) -> np.ndarray:
 def interpolate(
     data: Float[Tensor, "b *rest"], noise: Float[Tensor, "b *rest"], t: Float[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b *rest"], Float[Tensor, "b *rest"]]:
-    """x_t and the velocity target, in float32 whatever the inputs are (bf16 costs 1.8e-3).
+    """x_t = (1 - t) data + t noise and the velocity target v = noise - data.
 
-    Returns:
-        x_t = (1 - t) data + t noise, and v = noise - data.
+    In float32 whatever the inputs are: bf16 costs 1.8e-3.
     """
     data, noise = data.float(), noise.float()
     t = t.float().view(-1, *(1,) * (data.ndim - 1))
@@ -121,26 +97,6 @@ def squared_errors(
 ) -> Float[Tensor, " b"]:
     """Sum of squared errors of each sample, in float32."""
     return (predicted.float() - target.float()).square().flatten(1).sum(dim=1)
-
-
-def flow_step(
-    velocity: Velocity,
-    data: Float[Tensor, "b *rest"],
-    noise: Float[Tensor, "b *rest"],
-    t: Float[Tensor, " b"],
-    errors: Errors = squared_errors,
-) -> Float[Tensor, " b"]:
-    """The one flow-matching step: summed squared velocity error of each sample.
-
-    Args:
-        velocity: called as velocity(x_t, t) -> predicted velocity, shaped like x_t.
-        data: latents (or packed tokens) without noise.
-        noise: standard normal, shaped like data.
-        t: times, 0 = data, 1 = noise.
-        errors: `squared_errors`, or the same compiled.
-    """
-    x_t, target = interpolate(data, noise, t)
-    return errors(velocity(x_t, t), target)
 
 
 def standard_normal(

@@ -109,14 +109,9 @@ def unpack(
     tokens: Float[Tensor, "b tokens features"], grid: TokenGrid, patch: int
 ) -> Float[Tensor, "b c h w"]:
     """The inverse of `pack` for the given token grid."""
-    return rearrange(
-        tokens,
-        "b (h w) (c ph pw) -> b c (h ph) (w pw)",
-        h=grid.rows,
-        w=grid.cols,
-        ph=patch,
-        pw=patch,
-    )
+    h, w = grid.rows, grid.cols
+    pattern = "b (h w) (c ph pw) -> b c (h ph) (w pw)"
+    return rearrange(tokens, pattern, h=h, w=w, ph=patch, pw=patch)
 
 
 def image_ids(

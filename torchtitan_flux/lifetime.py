@@ -14,12 +14,11 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Be killed when the parent ends. Only Linux can; elsewhere this does nothing.
+    """Be killed when the process `parent` ends; by default that of multiprocessing, as in a loader
+    worker. Only Linux can; elsewhere this does nothing.
 
-    The kernel looks at the *thread* that started this process, and forgets on fork.
-
-    Args:
-        parent: its process id, from the parent itself; None: of a multiprocessing worker.
+    The kernel looks at the *thread* that started this process: it must live as long as the parent.
+    The order is lost on fork, so every process asks for itself.
     """
     if sys.platform.startswith("linux"):
         process = multiprocessing.parent_process()

@@ -9,12 +9,12 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import Optimizer as OptimizerSection
 
 from torchtitan_flux.adafactor import Adafactor
+from torchtitan_flux.shards import laid_out_as, local
 
 Shape = tuple[int, ...]
 Build = Callable[[list[nn.Parameter], OptimizerSection, bool], Optimizer]
@@ -24,18 +24,14 @@ BLOCK_8BIT, LEAST_8BIT = 256, 4096
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """A row of the table.
-
-    Attributes:
-        build: called as build(parameters, section, bf16), bf16 where weights are bfloat16.
-        state_bytes: bytes beside a parameter of which this rank holds a local shape in a type of
-            so many bytes, called as state_bytes(global shape, local shape, element size).
-        torchao: whether it needs that library with float32 weights too.
-    """
+    """A row of the table."""
 
     build: Build
+    """Called as build(parameters, section, bf16), bf16 where weights are bfloat16."""
     state_bytes: Callable[[Shape, Shape, int], int]
+    """State of a parameter on this rank, from its (global shape, local shape, element size)."""
     torchao: bool = False
+    """Whether it needs that library with float32 weights too."""
 
 
 def _common(section: OptimizerSection) -> dict[str, Any]:
@@ -106,8 +102,7 @@ most of the time, and would be lost if it were rounded to nearest."""
 class FluxOptimizers(OptimizersContainer):
     """torchtitan's container, with the optimizers of the table.
 
-    Checkpoints hold moments in float32 whatever they are kept in, so that they load on any mesh
-    and by any optimizer that has the same ones.
+    Checkpoints hold moments in float32 whatever they are kept in: they load on any mesh.
     """
 
     def __init__(self, model_parts: list[nn.Module], section: OptimizerSection):
@@ -168,11 +163,6 @@ def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:
     )
 
 
-def local(value: Tensor) -> Tensor:
-    """This rank's shard; a tensor that is not distributed is its own."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _quantise(values: Tensor, kept: Any) -> None:
     """Give a quantised moment values that were one: the same codes, and scales to a last digit.
 
@@ -199,9 +189,4 @@ def _plain(name: str, value: Any) -> Any:
         return float(value)
     if not isinstance(value, Tensor) or not hasattr(local(value), "codes"):
         return value
-    plain = local(value).dequantize()
-    if not isinstance(value, DTensor):
-        return plain
-    return DTensor.from_local(
-        plain, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-    )
+    return laid_out_as(value, local(value).dequantize())  # type: ignore[attr-defined]

@@ -41,10 +41,7 @@ def digest(seed: int, stream: Stream, index: int | str) -> int:
 def generator(seed: int, stream: Stream, index: int | str) -> np.random.Generator:
     """A generator whose numbers are a pure function of (seed, stream, index).
 
-    Args:
-        seed: the run's seed (training) or the validation seed.
-        stream: what the numbers are for.
-        index: position in the run, or an item id.
+    `index` is a position in the run, or an item id.
     """
     return np.random.Generator(np.random.Philox(key=digest(seed, stream, index)))
 

@@ -30,9 +30,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 class CpuDevice(types.ModuleType):
     """The device module that torchtitan sees on CPU: torch.cpu plus what torchtitan asks for."""
 
-    def __init__(self) -> None:
-        super().__init__("torchtitan_flux.torchtitan_shim.cpu")
-
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
@@ -51,12 +48,7 @@ class CpuDevice(types.ModuleType):
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         """Peak resident memory of the process in bytes, under the names of the CUDA allocator."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_RSS_UNIT
-        return {
-            "active_bytes.all.peak": peak,
-            "reserved_bytes.all.peak": peak,
-            "num_alloc_retries": 0,
-            "num_ooms": 0,
-        }
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         """The kernel keeps the peak of the whole life of the process."""
@@ -80,10 +72,10 @@ def local_ranks() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library (glibc) reuse what is freed instead of returning it to the system.
+    """Have glibc reuse what is freed instead of returning it to the system.
 
-    A step on the CPU takes and frees gigabytes in large pieces. By default each is fetched as fresh
-    pages and cleared by the system: a third of a step of flux-debug (docs/benchmarks.md).
+    A step on the CPU takes and frees gigabytes in large pieces; fetched as fresh pages each time
+    they are a third of a step of flux-debug (docs/benchmarks.md).
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -92,28 +84,21 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return what was freed to the system, where the C library (glibc) can.
-
-    A save frees as much as it wrote, in many pieces; the C library keeps them, and a process that
-    saves for weeks seems to grow.
-    """
+    """Return what was freed to the system, where the C library (glibc) can: a process that saves
+    for weeks would seem to grow."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def _needs_triton(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("mixture-of-experts kernels need triton, which is not installed")
-
-
 def _import_torchtitan() -> None:
     """Import torchtitan; where triton is missing, without its one module of triton kernels.
 
-    Those kernels serve mixture-of-experts models alone, which FLUX is not.
+    Those serve mixture-of-experts models alone, which FLUX is not.
     """
     if importlib.util.find_spec("triton") is None:
         kernels = types.ModuleType(MOE_KERNELS)
-        kernels.generate_permute_indices = _needs_triton  # type: ignore[attr-defined]
+        kernels.generate_permute_indices = None  # type: ignore[attr-defined]
         sys.modules[MOE_KERNELS] = kernels
     import torchtitan.models.moe
     import torchtitan.tools.utils  # noqa: F401
@@ -131,7 +116,7 @@ def present_device() -> None:
         )
     found_type = torch._utils._get_available_device_type
     found_module = torch._utils._get_device_module
-    device = CpuDevice()
+    device = CpuDevice("torchtitan_flux.torchtitan_shim.cpu")
     torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda _type: device  # type: ignore[assignment]
     try:

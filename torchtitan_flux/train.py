@@ -9,7 +9,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-import torchtitan_flux.torchtitan_shim
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+from torchtitan_flux.torchtitan_shim import keep_freed_memory, local_ranks
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -60,39 +61,34 @@ def main() -> None:
     init_logger()
     quieten_libraries()
     config = load_config_or_exit(sys.argv[1:])
-    if utils.device_type == "cpu" and torchtitan_flux.torchtitan_shim.local_ranks() == 1:
-        torchtitan_flux.torchtitan_shim.keep_freed_memory()
+    if utils.device_type == "cpu" and local_ranks() == 1:
+        keep_freed_memory()
     # What holds after StopSignals: a saved run ends well. SIG_IGN would also drop a signal that the
     # launcher's rank holds back until StopSignals listens.
     for number in SIGNALS:
         signal.signal(number, noted)
-    with exit_on_config_error():
+    with exit_on_config_error(), exit_when_out_of_memory(lambda: training_remedies(config)):
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         device = int(os.environ.get("LOCAL_RANK", "0"))
         from torchtitan_flux.planning.fits import fits  # which training does not need
 
-        if reason := fits(config, ranks, torchtitan_flux.torchtitan_shim.local_ranks(), device):
+        if reason := fits(config, ranks, local_ranks(), device):
             raise ConfigError([reason])
-        with exit_when_out_of_memory(lambda: training_remedies(config)):
-            trainer = FluxTrainer(config, hooks_of(config))
+        trainer = FluxTrainer(config, hooks_of(config))
     try:
         with exit_when_out_of_memory(lambda: training_remedies(config)):
-            _train(trainer)
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.save_seed_checkpoint()
+            else:
+                trainer.train()
     except (NonFinite, TooManyUnreadable, CheckpointNotSaved) as error:
-        logger.error(str(error))  # it says all there is to say, and on every rank the same
+        logger.error(str(error))  # a complete message, and the same on every rank
         sys.exit(1)
     finally:
         trainer.close()
     if torch.distributed.get_rank() == 0:
         print("\n".join(trainer.results), flush=True)
     torch.distributed.destroy_process_group()
-
-
-def _train(trainer: FluxTrainer) -> None:
-    if trainer.job_config.checkpoint.create_seed_checkpoint:
-        trainer.save_seed_checkpoint()
-    else:
-        trainer.train()
 
 
 if __name__ == "__main__":

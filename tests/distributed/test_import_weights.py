@@ -32,9 +32,9 @@ from torchtitan_flux.inference import open_run as session
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.initial_values import own_slices
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
+from torchtitan_flux.shards import local
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.trainer import FluxTrainer
 from torchtitan_flux.weights.key_maps import from_bfl, to_bfl
@@ -109,13 +109,13 @@ def imported(
     wrong, first = [], {}
     for path in paths:
         for p in own.values():
-            own_slices(p.detach())[0].fill_(torch.nan)
+            local(p.detach()).fill_(torch.nan)
         import_weights(own, open_weights(path, ARGS))
         if not first:
-            first = {name: own_slices(p)[0].clone() for name, p in own.items()}
+            first = {name: local(p).clone() for name, p in own.items()}
             wrong += [n for n, p in own.items() if not torch.equal(whole(p.detach()), values[n])]
         # gathering is slow, and what equals locally does so as a whole
-        equal = {name: torch.equal(own_slices(p)[0], first[name]) for name, p in own.items()}
+        equal = {name: torch.equal(local(p), first[name]) for name, p in own.items()}
         wrong += [f"{name} of {path}" for name in own if not equal[name]]
     return set(own), wrong
 

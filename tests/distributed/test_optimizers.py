@@ -11,8 +11,9 @@ from ranks import run_ranks
 from tiny_run import arguments
 from torch import Tensor, nn
 
-from torchtitan_flux.optimizers import local, state_bytes
+from torchtitan_flux.optimizers import state_bytes
 from torchtitan_flux.randomness import Stream, digest
+from torchtitan_flux.shards import local
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.hooks import Hook
 from torchtitan_flux.training.trainer import FluxTrainer

@@ -22,7 +22,7 @@ from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel import pipeline_stage
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
-from torchtitan_flux.parallel.pipeline import _Loss, pipeline_flux
+from torchtitan_flux.parallel.pipeline import Pipeline, pipeline_flux
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.losses import forward_backward
 from torchtitan_flux.training.trainer import FluxTrainer
@@ -83,7 +83,7 @@ def vec_without_gradient(self, *hidden, img_ids, txt_ids):
     return self.run(streams, vec.detach(), img_ids, txt_ids)
 
 
-def mean_of_microbatches(self, velocity, target, call=_Loss.__call__):
+def mean_of_microbatches(self, velocity, target, call=Pipeline._microbatch_loss):
     return call(self, velocity, target) / 4
 
 
@@ -94,7 +94,8 @@ def joined_the_other_way(self, img_ids, txt_ids):
 MUTANTS = {
     "vec's gradient stops at a stage": (
         pipeline_stage.LaterStage, "forward", vec_without_gradient),
-    "a loss is divided by the microbatches": (_Loss, "__call__", mean_of_microbatches),
+    "a loss is divided by the microbatches": (
+        Pipeline, "_microbatch_loss", mean_of_microbatches),
     "later stages turn by other positions": (
         pipeline_stage.LaterStage, "rotations", joined_the_other_way),
 }  # fmt: skip

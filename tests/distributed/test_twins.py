@@ -131,7 +131,7 @@ def in_another_order(self, x, exchange=context.ContextAttention._exchange):
 
 
 def counted_twice(ctx, grad):
-    return 2 * ctx.sequences.own_part(grad), None
+    return 2 * ctx.sequences.local_shard(grad), None
 
 
 class NotAddedUp(RowwiseParallel):
@@ -148,9 +148,9 @@ MUTANTS = {
         Case(cp=2), context.ContextAttention, "_exchange", in_another_order),
     "CP: the loss of every rank counts": (
         Case(cp=2), context._Join, "backward", staticmethod(counted_twice)),
-    "CP: pads are attended to": (Case(cp=2, **UNEVEN), context, "_real_places", lambda *_: None),
-    "TP: QK-norm as if it saw all heads": (Case(tp=2), tensor, "_each_head", NoParallel),
-    "TP: contributions not added up": (Case(tp=2), tensor, "_add_up", NotAddedUp),
+    "CP: pads are attended to": (Case(cp=2, **UNEVEN), context, "_valid_index", lambda *_: None),
+    "TP: QK-norm as if it saw all heads": (Case(tp=2), tensor, "_per_head_norm", NoParallel),
+    "TP: contributions not added up": (Case(tp=2), tensor, "_rowwise", NotAddedUp),
     "FSDP: gradients averaged, as unless told otherwise": (
         Case(shard=2), FSDPModule, "set_gradient_divide_factor", lambda *_: None),
     "DDP: replicas never meet": (

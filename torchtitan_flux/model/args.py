@@ -1,6 +1,6 @@
 """Model arguments and flavors. A flavor shows only its differences."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torchtitan_flux.latents import Geometry
 
@@ -48,34 +48,21 @@ class FluxModelArgs:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        for name in (
-            "in_channels",
-            "out_channels",
-            "vec_in_dim",
-            "context_in_dim",
-            "hidden_size",
-            "num_heads",
-            "downscale",
-            "patch_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("depth", "depth_single_blocks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for field in fields(self):
+            least = 0 if field.name.startswith("depth") else 1
+            if field.type is int and getattr(self, field.name) < least:
+                raise ValueError(
+                    f"{field.name} must be at least {least}, not {getattr(self, field.name)}"
+                )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
             )
-        if self.mlp_hidden < 1 or self.mlp_hidden != self.hidden_size * self.mlp_ratio:
+        width = self.hidden_size * self.mlp_ratio
+        if width < 1 or width != int(width) or width % self.num_heads:
             raise ValueError(
-                f"hidden_size * mlp_ratio must be a positive integer, not "
-                f"{self.hidden_size * self.mlp_ratio}"
-            )
-        if self.mlp_hidden % self.num_heads:
-            raise ValueError(
-                f"hidden_size * mlp_ratio = {self.mlp_hidden} is not divisible by "
-                f"num_heads {self.num_heads}"
+                f"hidden_size * mlp_ratio = {width} is not a positive multiple of num_heads "
+                f"{self.num_heads}"
             )
         if any(dim < 2 or dim % 2 for dim in self.axes_dim):
             raise ValueError(f"axes_dim must be positive even numbers, not {self.axes_dim}")
@@ -108,6 +95,9 @@ class FluxModelArgs:
 
 
 _FLUX_12B = FluxModelArgs()
+_PIXELS = replace(  # 1 channel here, `encoder.pixel_channels = 3` for colour
+    _FLUX_12B, in_channels=4, out_channels=4, vec_in_dim=32, context_in_dim=32, downscale=1
+)
 
 FLAVORS: dict[str, FluxModelArgs] = {
     "flux-dev": replace(_FLUX_12B, guidance_embed=True),
@@ -115,32 +105,16 @@ FLAVORS: dict[str, FluxModelArgs] = {
     "flux-debug": replace(
         _FLUX_12B, hidden_size=1536, num_heads=12, depth=2, depth_single_blocks=2
     ),
-    # pixel space; 1 channel here, `encoder.pixel_channels = 3` for colour
     "flux-mnist": replace(
-        _FLUX_12B,
-        in_channels=4,
-        out_channels=4,
-        vec_in_dim=32,
-        context_in_dim=32,
+        _PIXELS,
         hidden_size=384,
         num_heads=6,
         depth=6,
         depth_single_blocks=8,
         axes_dim=(16, 24, 24),
-        downscale=1,
     ),
     "flux-digits": replace(
-        _FLUX_12B,
-        in_channels=4,
-        out_channels=4,
-        vec_in_dim=32,
-        context_in_dim=32,
-        hidden_size=128,
-        num_heads=4,
-        depth=2,
-        depth_single_blocks=4,
-        axes_dim=(8, 12, 12),
-        downscale=1,
+        _PIXELS, hidden_size=128, num_heads=4, depth=2, depth_single_blocks=4, axes_dim=(8, 12, 12)
     ),
     "flux-tiny": replace(
         _FLUX_12B,

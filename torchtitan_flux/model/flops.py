@@ -1,23 +1,17 @@
 """Arithmetic of one training image, for TFLOP/s and MFU, and for balanced pipeline stages."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model.args import FluxModelArgs
 
 
-@dataclass(frozen=True)
-class PartFlops:
-    """Floating point operations of each part of the model, as `flops_per_image` counts them.
-
-    Attributes:
-        embedders: all that comes before the blocks.
-        double_block, single_block: one of them.
-        final_layer: what comes after.
-    """
+class PartFlops(NamedTuple):
+    """Floating point operations of each part of the model, as `flops_per_image` counts them."""
 
     embedders: int
     double_block: int
+    """One of them, as of the single blocks."""
     single_block: int
     final_layer: int
 

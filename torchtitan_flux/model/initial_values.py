@@ -33,15 +33,7 @@ def canonical_name(name: str) -> str:
 def initial_rows(seed: int, name: str, shape: tuple[int, ...], first_row: int, rows: int) -> Tensor:
     """Rows [first_row, first_row + rows) of a parameter's initial value, float32.
 
-    Args:
-        seed: the run's seed.
-        name: canonical parameter name.
-        shape: global shape of the parameter.
-        first_row: first index along dimension 0.
-        rows: how many.
-
-    Returns:
-        tensor of shape (rows, *shape[1:]).
+    `name` is canonical, and `shape` that of the whole parameter.
     """
     local_shape = (rows, *shape[1:])
     if _ONE.search(name):

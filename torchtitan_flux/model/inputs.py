@@ -56,15 +56,9 @@ def flux_inputs(
     size: ImageSize,
     guidance: float | None,
 ) -> FluxInputs:
-    """Inputs for packed tokens x of images of `size` at times t.
+    """Inputs for noisy packed tokens x of images of `size` at times t (0 = data, 1 = noise).
 
-    Args:
-        x: noisy packed tokens.
-        t: times, 0 = data, 1 = noise.
-        text: of each sample.
-        geometry: of the flavor.
-        size: of the images, in pixels.
-        guidance: of every sample; None for models without guidance embedding.
+    `guidance` is that of every sample; None for models without guidance embedding.
     """
     b = x.shape[0]
     return FluxInputs(

@@ -114,8 +114,7 @@ class FluxModel(nn.Module):
 
     def _check(self, img, img_ids, txt, txt_ids, timesteps, y, guidance) -> None:
         args = self.args
-        b = img.shape[0] if img.ndim else None
-        axes = len(args.axes_dim)
+        b, axes = (img.shape[0] if img.ndim else None), len(args.axes_dim)
         expected = {
             "img": (img, (b, None, args.in_channels)),
             "img_ids": (img_ids, (b, img.shape[1] if img.ndim == 3 else None, axes)),
@@ -124,16 +123,13 @@ class FluxModel(nn.Module):
             "timesteps": (timesteps, (b,)),
             "y": (y, (b, args.vec_in_dim)),
         }
-        if args.guidance_embed and guidance is None:
-            raise ValueError("guidance is required: args.guidance_embed is true")
+        if (guidance is not None) != args.guidance_embed:
+            given = "missing" if guidance is None else "given"
+            raise ValueError(f"guidance is {given}, but guidance_embed is {args.guidance_embed}")
         if guidance is not None:
-            if not args.guidance_embed:
-                raise ValueError("guidance given, but args.guidance_embed is false")
             expected["guidance"] = (guidance, (b,))
         for name, (tensor, shape) in expected.items():
-            fits = tensor.ndim == len(shape) and all(
-                want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-            )
-            if not fits:
-                wanted = ", ".join("any" if want is None else str(want) for want in shape)
+            fits = zip(tensor.shape, shape, strict=False)
+            if tensor.ndim != len(shape) or any(n not in (have, None) for have, n in fits):
+                wanted = ", ".join("any" if n is None else str(n) for n in shape)
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted})")

@@ -8,7 +8,6 @@ memory_budget   the compiler chooses what to keep in each block's graph.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan_flux.model import FluxModel
-from torchtitan_flux.parallel.recomputation_checks import AC_MODES
 
 _aten, _collective = torch.ops.aten, torch.ops._c10d_functional
 
@@ -38,7 +36,7 @@ SAVED_OPS = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    # what came over the network is dearer still
+    # what came over the network is more expensive still
     _collective.all_to_all_single.default,
     _collective.all_reduce.default,
     _collective.all_gather_into_tensor.default,
@@ -63,52 +61,34 @@ def apply_activation_checkpoint(
 
     Args:
         model: its blocks are replaced by wrappers; a wrapper's `state_dict` has the bare names.
-        mode: one of AC_MODES.
+        mode: none, full, selective or memory_budget.
         selective_ac_option: "op" or a number, for mode "selective".
         memory_budget: share of activations that compiled blocks keep, for mode "memory_budget".
         offload_inputs: where whole blocks are recomputed, keep their inputs in the CPU's memory.
         options: of torch.utils.checkpoint: preserve_rng_state, early_stop, determinism_check and
             debug.
-
-    Raises:
-        ValueError: for a mode that does not exist here.
     """
-    if mode not in AC_MODES:
-        raise ValueError(
-            f"activation_checkpoint.mode = {mode!r} is not available; use one of {AC_MODES}"
-        )
     # read by the compiler when it cuts a graph into forward and backward; 1 keeps what is fastest
     torch._functorch.config.activation_memory_budget = (
         memory_budget if mode == "memory_budget" else 1.0
     )
-    if mode == "full":
-        _wrap(model, 1, functools.partial(_whole_block, offload_inputs, options))
-    elif mode == "selective" and selective_ac_option == "op":
-        _wrap(model, 1, functools.partial(_by_operation, options))
-    elif mode == "selective":
-        every = int(selective_ac_option)
-        _wrap(model, every, functools.partial(_whole_block, offload_inputs, options))
-
-
-def _wrap(model: FluxModel, every: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    if mode not in ("full", "selective"):
+        return
+    by_operation = mode == "selective" and selective_ac_option == "op"
+    every = 1 if mode == "full" or by_operation else int(selective_ac_option)
+    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     blocks = [
         (group, name) for group in (model.double_blocks, model.single_blocks) for name in group
     ]
     for group, name in blocks[every - 1 :: every]:
-        group[name] = wrap(group[name])
+        if by_operation:
+            group[name] = SavesByOperation(group[name], context_fn=contexts, **options)
+        else:
+            run = _checkpoint_with_inputs_on_cpu if offload_inputs else None
+            group[name] = checkpoint_wrapper(group[name], checkpoint_fn=run, **options)
 
 
-def _whole_block(offload_inputs: bool, options: dict[str, Any], block: nn.Module) -> nn.Module:
-    run = _with_inputs_on_cpu if offload_inputs else None
-    return checkpoint_wrapper(block, checkpoint_fn=run, **options)
-
-
-def _by_operation(options: dict[str, Any], block: nn.Module) -> nn.Module:
-    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
-    return SavesByOperation(block, context_fn=contexts, **options)
-
-
-def _with_inputs_on_cpu(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+def _checkpoint_with_inputs_on_cpu(block: nn.Module, *inputs: Any, **options: Any) -> Any:
     """torch.utils.checkpoint, its saved inputs in pinned memory where there is a GPU.
 
     What the block saves inside is the checkpoint's own matter, so nothing else is moved.

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-TINY = 1e-6
-"""Added to the norm before dividing by it, as torch.nn.utils.clip_grad_norm_ does."""
+from torchtitan_flux.shards import local
+
+EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 @torch.no_grad()
@@ -19,9 +20,8 @@ def clip_gradients(
 ) -> Tensor:
     """Scale gradients so that their norm is at most `max_norm`; collective.
 
-    Works on the shards themselves. Through DTensor, torch 2.13 takes 8 s at the first step of a
-    small model on two ranks (it goes through every way to lay out a list of gradients), and a
-    dispatch for each gradient afterwards.
+    Works on the shards themselves: through DTensor, torch 2.13 takes 8 s at the first step of a
+    small model on two ranks, and a dispatch for each gradient afterwards.
 
     Args:
         parameters: of this rank's part of the model; DTensors, sharded or replicated.
@@ -32,12 +32,12 @@ def clip_gradients(
         the norm before clipping, a scalar on the device of the gradients, the same on all ranks.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+    shards = [local(grad) for grad in grads]
     # gradients whose shards lie on the same ranks are summed together
     groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
-    for grad, own in zip(grads, local, strict=True):
+    for grad, own in zip(grads, shards, strict=True):
         groups[_sharded_over(grad)].append(own)
-    total = torch.zeros((), device=local[0].device)
+    total = torch.zeros((), device=shards[0].device)
     for sharded_over, tensors in groups.items():
         squares = torch.stack(torch._foreach_norm(tensors)).float().square().sum()
         for group in sharded_over:
@@ -46,9 +46,9 @@ def clip_gradients(
     if pp_mesh is not None:
         dist.all_reduce(total, group=pp_mesh.get_group())
     norm = total.sqrt()
-    factor = (max_norm / (norm + TINY)).clamp(max=1.0)
+    factor = (max_norm / (norm + EPS)).clamp(max=1.0)
     if factor.device.type != "cpu" or factor < 1.0:  # to look at a GPU's is to wait for it
-        torch._foreach_mul_(local, factor)
+        torch._foreach_mul_(shards, factor)
     return norm
 
 

@@ -59,7 +59,7 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, gather: bool = Tr
         sequences.begin(img_ids.shape[1], txt_ids.shape[1], img_ids.device)
         for name in TOKENS:
             if name in call.arguments:
-                call.arguments[name] = sequences.own_part(call.arguments[name])
+                call.arguments[name] = sequences.local_shard(call.arguments[name])
         return call.args, call.kwargs
 
     def join(_: nn.Module, args: Any, velocity: Tensor) -> Tensor:
@@ -71,27 +71,21 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, gather: bool = Tr
 
 
 class Sequences:
-    """How the sequences of the current call are cut; one for all blocks of a model.
-
-    Args:
-        group: the ranks that share them.
-    """
+    """How the sequences of the current call are cut; one for all blocks of a model."""
 
     def __init__(self, group: ProcessGroup):
         self.group = group
         self.ranks = group.size()
         self.rank = group.rank()
-        self.img_tokens = 0
-        """Of the whole image."""
-        self.real: Tensor | None = None
-        """Places of tokens among tokens and pads of all ranks; None where there are no pads."""
+        self.img_tokens = 0  # of the whole image
+        self.valid: Tensor | None = None  # as of `_valid_index`
 
     def begin(self, img_tokens: int, txt_tokens: int, device: torch.device) -> None:
         """The next call has sequences of these lengths."""
         self.img_tokens = img_tokens
-        self.real = _real_places(self.ranks, (txt_tokens, img_tokens), device)
+        self.valid = _valid_index(self.ranks, (txt_tokens, img_tokens), device)
 
-    def own_part(self, x: Tensor) -> Tensor:
+    def local_shard(self, x: Tensor) -> Tensor:
         """This rank's share of a whole sequence [b, tokens, …], pads at its end."""
         share = tokens_per_rank(x.shape[1], self.ranks)
         own = x[:, self.rank * share : (self.rank + 1) * share]
@@ -105,25 +99,24 @@ def tokens_per_rank(tokens: int, ranks: int) -> int:
 
 
 @functools.cache
-def _real_places(ranks: int, lengths: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Cached: finding them makes a GPU wait, once for each size."""
+def _valid_index(ranks: int, lengths: tuple[int, int], device: torch.device) -> Tensor | None:
+    """Index of tokens among tokens and pads of all ranks; None where there are no pads.
+
+    Cached: finding them makes a GPU wait, once for each size.
+    """
     if not any(tokens % ranks for tokens in lengths):
         return None
     shares = [tokens_per_rank(tokens, ranks) for tokens in lengths]
-    real = [
+    valid = [
         torch.arange(rank * share, (rank + 1) * share) < tokens
         for rank in range(ranks)
         for tokens, share in zip(lengths, shares, strict=True)
     ]
-    return torch.cat(real).nonzero()[:, 0].to(device)
+    return torch.cat(valid).nonzero()[:, 0].to(device)
 
 
 class ContextAttention(Attention):
-    """Attention over the tokens of all ranks; arguments and result are this rank's.
-
-    Args:
-        sequences: how they are cut.
-    """
+    """Attention over the tokens of all ranks; arguments and result are this rank's."""
 
     def __init__(self, sequences: Sequences):
         super().__init__()
@@ -132,34 +125,34 @@ class ContextAttention(Attention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         q, k = apply_rope(q, table), apply_rope(k, table)
         if q.shape[1] % self.sequences.ranks == 0:
-            return self._by_heads(q, k, v)
-        return self._by_queries(q, k, v)
+            return self._ulysses(q, k, v)
+        return self._all_gather_kv(q, k, v)
 
-    def _by_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _ulysses(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Some heads over all tokens."""
-        ranks, real = self.sequences.ranks, self.sequences.real
+        ranks, valid = self.sequences.ranks, self.sequences.valid
         b, heads, tokens, dim = q.shape
         # [to rank, q k v, b, heads of that rank, tokens, dim] -> [.., tokens of all ranks, dim]
         sent = torch.stack([q, k, v]).unflatten(2, (ranks, heads // ranks)).movedim(2, 0)
         whole = self._exchange(sent).permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
-        if real is not None:
-            whole = whole[:, :, :, real]
+        if valid is not None:
+            whole = whole[:, :, :, valid]
         q, k, v = whole.unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=False)
-        if real is not None:
+        if valid is not None:
             padded = attended.new_zeros(b, heads // ranks, ranks * tokens, dim)
-            attended = padded.index_copy(2, real, attended)
+            attended = padded.index_copy(2, valid, attended)
         # [to rank, b, heads, tokens of that rank, dim] -> [b, heads of all ranks, tokens, dim]
         returned = attended.unflatten(2, (ranks, tokens)).movedim(2, 0)
         return self._exchange(returned).movedim(0, 1).flatten(1, 2)
 
-    def _by_queries(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _all_gather_kv(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Where the heads do not divide: own queries over the keys and values of all tokens."""
         # tokens first, the dimension that is gathered
         own = torch.stack([k, v]).movedim(3, 0).contiguous()
         whole = all_gather_autograd(own, 0, self.sequences.group).movedim(0, 3)
-        if self.sequences.real is not None:
-            whole = whole[:, :, :, self.sequences.real]
+        if self.sequences.valid is not None:
+            whole = whole[:, :, :, self.sequences.valid]
         k, v = whole.unbind(0)
         return F.scaled_dot_product_attention(q, k, v, is_causal=False)
 
@@ -188,4 +181,4 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.sequences.own_part(grad), None
+        return ctx.sequences.local_shard(grad), None

@@ -16,8 +16,7 @@ class FluxParallelDims(ParallelDims):
     """ParallelDims whose dp_replicate and fsdp meshes always exist.
 
     One call of fully_shard on `data_mesh` is then one rank, DDP, FSDP and HSDP alike (contract 4).
-    torchtitan's own drops dimensions of size one, and with them mixed precision and the
-    synchronisation of replicas.
+    torchtitan's own drops dimensions of size one, and mixed precision with them.
     """
 
     _peer_group: ProcessGroup | None = None

@@ -13,7 +13,6 @@ from typing import Any
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torchtitan.components.quantization.float8 import Float8LinearConverter
 from torchtitan.components.quantization.mx import MXLinearConverter
 from torchtitan.protocols import model_converter
@@ -21,6 +20,7 @@ from torchtitan.protocols import model_converter
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model.args import EMBEDDERS
 from torchtitan_flux.parallel.low_precision_checks import FLOAT8, MX
+from torchtitan_flux.shards import laid_out_as, local
 
 
 class FluxFloat8Converter(Float8LinearConverter):
@@ -39,7 +39,7 @@ class FluxFloat8Converter(Float8LinearConverter):
 
 
 class FluxMXConverter(MXLinearConverter):
-    """torchtitan's, which knows no embedders."""
+    """torchtitan's, without the embedders."""
 
     def __init__(self, job_config: FluxJobConfig, parallel_dims: Any):
         super().__init__(_embedders_kept(job_config), parallel_dims)
@@ -64,21 +64,9 @@ def _plain_weight(module: nn.Module, state: dict[str, Any], prefix: str, _: Any)
     """
     from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
-    weight = state[f"{prefix}weight"]
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    if not isinstance(local, WeightWithDynamicFloat8CastTensor):
-        return
-    plain = local._tensor
-    if isinstance(weight, DTensor):
-        plain = DTensor.from_local(
-            plain,
-            weight.device_mesh,
-            weight.placements,
-            run_check=False,
-            shape=weight.shape,
-            stride=weight.stride(),
-        )
-    state[f"{prefix}weight"] = plain
+    name = f"{prefix}weight"
+    if isinstance(shard := local(state[name]), WeightWithDynamicFloat8CastTensor):
+        state[name] = laid_out_as(state[name], shard._tensor)
 
 
 # register_model_converter refuses a name that is taken

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -16,6 +15,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel
+from torchtitan_flux.model.args import EMBEDDERS
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.model.trainable import trainable
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -59,10 +59,10 @@ def parallelize_flux(
     ac = job_config.activation_checkpoint
     apply_activation_checkpoint(
         model,
-        ac.mode,
-        ac.selective_ac_option,
-        ac.memory_budget,
-        ac.offload_inputs,
+        mode=ac.mode,
+        selective_ac_option=ac.selective_ac_option,
+        memory_budget=ac.memory_budget,
+        offload_inputs=ac.offload_inputs,
         preserve_rng_state=ac.preserve_rng_state,
         early_stop=ac.early_stop,
         determinism_check=ac.determinism_check,
@@ -75,11 +75,10 @@ def parallelize_flux(
 
     # What is not trained has no gradient: nothing is reduced or kept for it.
     for name, parameter in model.named_parameters():
-        only = job_config.training.train_only
-        parameter.requires_grad_(trainable(canonical_name(name), only))
+        parameter.requires_grad_(trainable(canonical_name(name), job_config.training.train_only))
 
     # Data parallel last: it owns the parameters.
-    reshards = _reshards(job_config, parallel_dims)
+    reshards = _reshards_after_forward(job_config, parallel_dims)
     shard_model(
         model,
         parallel_dims.data_mesh,
@@ -93,12 +92,10 @@ def parallelize_flux(
     return model
 
 
-def _reshards(config: FluxJobConfig, dims: FluxParallelDims) -> bool:
-    """Whether weights are given back after the forward pass.
-
-    By default not in a pipeline, where they would be gathered again for each of its microbatches,
-    and not where a rank has all of them anyway: they would be cast again, and what they take is
-    free before the gradients, no smaller, are whole. Where weights are offloaded memory is scarce.
+def _reshards_after_forward(config: FluxJobConfig, dims: FluxParallelDims) -> bool:
+    """By default not in a pipeline, which would gather the weights again for each microbatch, and
+    not where a rank has all of them: they would be cast again, to free memory that is free anyway
+    by the time that the gradients need it. Where weights are offloaded memory is scarce.
     """
     policy = config.parallelism.fsdp_reshard_after_forward
     if policy != "default":
@@ -107,7 +104,7 @@ def _reshards(config: FluxJobConfig, dims: FluxParallelDims) -> bool:
     return not (dims.pp_enabled or whole)
 
 
-def _reshard_unless_training(model: nn.Module, *_: Any) -> None:
+def _reshard_unless_training(model: nn.Module, *_: object) -> None:
     if not torch.is_grad_enabled():  # no backward pass will do it
         reshard(model)
 
@@ -141,42 +138,32 @@ def shard_model(
         reduce_dtype=reduce_dtype,
         cast_forward_inputs=False,  # True would take times, position ids and rope to bf16
     )
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    shard = functools.partial(
+        fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+    )
     if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy()
-    embedders = [
-        module
-        for name, module in model.named_children()
-        if name.endswith("_in")  # img_in, txt_in, time_in, vector_in, guidance_in
-    ]
+        shard = functools.partial(shard, offload_policy=CPUOffloadPolicy())
+    embedders = [module for name, module in model.named_children() if name in EMBEDDERS]
     if embedders:  # only the first pipeline stage has them
-        fully_shard(embedders, **options)  # type: ignore[arg-type]
-    for blocks in (model.double_blocks, model.single_blocks):
-        for block in blocks.values():
-            fully_shard(block, **options)  # type: ignore[arg-type]
+        shard(embedders)
+    for block in (*model.double_blocks.values(), *model.single_blocks.values()):
+        shard(block)
     if hasattr(model, "final_layer"):  # only the last pipeline stage has it
-        fully_shard(model.final_layer, **options)  # type: ignore[arg-type]
-    fully_shard(model, **options)  # type: ignore[arg-type]
-    if mesh.size() > 1:  # alone, even a factor of 1 costs a pass over all gradients
-        sum_gradients(model)
-    else:
-        keep_gradients_in_place(model)
-
-
-def sum_gradients(model: nn.Module) -> None:
-    """Make gradient reduction a plain sum.
-
-    The forced sum keeps gloo from being asked for PREMUL_SUM, which it lacks.
-    """
+        shard(model.final_layer)
+    shard(model)
     for module in _sharded(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        if mesh.size() == 1:
+            module.set_custom_reduce_scatter(NoCopyReduceScatter())  # type: ignore[arg-type]
+        else:  # alone, even a factor of 1 would cost a pass over all gradients
+            module.set_gradient_divide_factor(1.0)
+            # the forced sum keeps gloo from being asked for PREMUL_SUM, which it lacks
+            module.set_force_sum_reduction_for_comms(True)
 
 
-class InPlace:
-    """FSDP2's reduction of gradients where there is nobody to reduce with: out is what went in.
+class NoCopyReduceScatter:
+    """FSDP2's reduction of gradients where there is nobody to reduce with.
 
-    FSDP2 asks for a buffer to reduce from, then for one to reduce into, and copies the one to the
+    FSDP2 allocates a buffer to reduce from, then one to reduce into, and copies the one to the
     other. Given the same tensor twice it copies nothing.
     """
 
@@ -192,14 +179,8 @@ class InPlace:
         given, self._filled = self._filled, None
         return given
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         raise AssertionError("a lone rank has nobody to reduce with")
-
-
-def keep_gradients_in_place(model: nn.Module) -> None:
-    """Spare a lone rank one pass over all gradients."""
-    for module in _sharded(model):
-        module.set_custom_reduce_scatter(InPlace())  # type: ignore[arg-type]
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:

@@ -22,7 +22,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.flow_matching import Errors
+from torchtitan_flux.flow_matching import Errors, squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.context import tokens_per_rank
@@ -43,13 +43,8 @@ def pipeline_flux(
 ) -> tuple["Pipeline", list[nn.Module], bool, bool]:
     """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`.
 
-    Args:
-        model: its modules move into the stages.
-        parallel_dims, job_config: as of `parallelize_flux`.
-        device: where this rank computes.
-        model_args: as resolved.
-        parallelize: applied to each stage of this rank.
-        loss_fn: torchtitan's; ours is given to each step.
+    `parallelize` (`parallelize_flux`) is applied to each stage of this rank. `loss_fn` is
+    torchtitan's; ours is given to each step.
 
     Returns:
         the pipeline, this rank's stages, whether it has the first stage, and whether the last.
@@ -59,11 +54,12 @@ def pipeline_flux(
         p, model_args, job_config.training.image_size, job_config.encoder.max_t5_encoding_len
     )
     schedule = pipeline_schedule(p)
-    own = schedule.stages_of(mesh.get_local_rank(), mesh.size(), len(split))
-    stages: dict[int, FluxStage] = {}
-    for index in own:
-        kind = LaterStage if index else FirstStage
-        stages[index] = parallelize(kind(model, split[index]), parallel_dims, job_config)
+    stages = {
+        index: parallelize(
+            (LaterStage if index else FirstStage)(model, split[index]), parallel_dims, job_config
+        )
+        for index in schedule.stages_of(mesh.get_local_rank(), mesh.size(), len(split))
+    }
     for index, names in enumerate(split):
         logger.info(f"pipeline stage {index}: {names[0]} to {names[-1]}")
     microbatches = job_config.training.local_batch_size // p.pipeline_parallel_microbatch_size
@@ -73,22 +69,18 @@ def pipeline_flux(
             "other; raise training.local_batch_size, or lower "
             "parallelism.pipeline_parallel_microbatch_size"
         )
-    pipeline = Pipeline(
-        stages,
-        Layout(
-            args=model_args,
-            stages=len(split),
-            joined=sum(any("double_blocks." in name for name in names) for names in split),
-            microbatch=p.pipeline_parallel_microbatch_size,
-            context_ranks=parallel_dims.cp,
-            dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
-        ),
-        schedule,
-        mesh.get_group(),
-        # torchtitan numbers even the CPU by the local rank
-        torch.device("cpu") if device.type == "cpu" else device,
+    layout = Layout(
+        args=model_args,
+        stages=len(split),
+        joined=sum(any("double_blocks." in name for name in names) for names in split),
+        microbatch=p.pipeline_parallel_microbatch_size,
+        context_ranks=parallel_dims.cp,
+        dtype=TORCH_DTYPE_MAP[job_config.training.mixed_precision_param],
     )
-    return pipeline, list(stages.values()), 0 in stages, len(split) - 1 in stages
+    # torchtitan numbers even the CPU by the local rank
+    device = torch.device("cpu") if device.type == "cpu" else device
+    pipeline = Pipeline(stages, layout, schedule, mesh.get_group(), device)
+    return pipeline, list(stages.values()), pipeline.has_first, pipeline.has_last
 
 
 @dataclass(frozen=True)
@@ -111,20 +103,21 @@ class Layout:
     context_ranks: int
     dtype: torch.dtype
 
-    def taken_by(self, stage: int, img: int, txt: int) -> tuple[Tensor, ...]:
-        """What a stage after the first takes for a microbatch of so many tokens; without data."""
-        img, txt = (tokens_per_rank(n, self.context_ranks) for n in (img, txt))
-        hidden = self.args.hidden_size
-        tokens = [(n, hidden) for n in ((img, txt) if stage < self.joined else (img + txt,))]
-        return tuple(self._empty(*shape) for shape in (*tokens, (hidden,)))
-
-    def velocity(self, img: int) -> Tensor:
-        """What the last stage returns for a microbatch; without data."""
-        return self._empty(img, self.args.out_channels)
-
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(
-            self.microbatch, *shape, dtype=self.dtype, device="meta", requires_grad=True
+    def inputs_of(self, stage: int, img: int, txt: int) -> tuple[Tensor, ...]:
+        """What a stage takes from the one before for a microbatch of so many tokens, on meta; of
+        the number after the last stage, the velocity."""
+        if stage == self.stages:
+            shapes = [(img, self.args.out_channels)]
+        else:
+            hidden = self.args.hidden_size
+            img, txt = (tokens_per_rank(n, self.context_ranks) for n in (img, txt))
+            lengths = (img, txt) if stage < self.joined else (img + txt,)
+            shapes = [*((n, hidden) for n in lengths), (hidden,)]
+        return tuple(
+            torch.empty(
+                self.microbatch, *shape, dtype=self.dtype, device="meta", requires_grad=True
+            )
+            for shape in shapes
         )
 
 
@@ -132,13 +125,7 @@ class Pipeline(nn.Module):
     """The model of all pipeline ranks. Every one of them calls, with the same whole batch.
 
     Called like FluxModel it gives the velocity, without gradients; `forward_backward` trains.
-
-    Args:
-        stages: of this rank, by number, after `parallelize_flux`.
-        layout: of all stages.
-        schedule: how microbatches go through them.
-        group: the ranks that share the model.
-        device: of this rank.
+    `stages` are this rank's by number, `group` the ranks that share the model.
     """
 
     def __init__(
@@ -156,11 +143,13 @@ class Pipeline(nn.Module):
         self.group = group
         self.device = device
         ranks, last = group.size(), layout.stages - 1
+        self.has_first, self.has_last = 0 in stages, last in stages
         self.last_rank = next(
             r for r in range(ranks) if last in schedule.stages_of(r, ranks, layout.stages)
         )
-        self._loss = _Loss()
-        self._runs: dict[tuple[object, ...], _Run] = {}
+        self._losses: Errors = squared_errors
+        self._sample_losses: list[Tensor] = []
+        self._schedules: dict[tuple[object, ...], tuple[Any, list[_Stage]]] = {}
         # NCCL makes a group's connections in its first collective, where all must take part
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
@@ -182,19 +171,25 @@ class Pipeline(nn.Module):
         Returns:
             loss of each sample, on every rank, without gradient.
         """
-        run = self._run(inputs, training=True)
-        for stage in run.stages:
+        schedule, stages = self._schedule_for(inputs, training=True)
+        for stage in stages:
             stage.reduces = reduce
-        self._loss.begin(losses)
-        run.schedule.step(
-            *(_of_first_stage(inputs) if run.has_first else ()),
-            **_of_every_stage(inputs),
-            target=target if run.has_last else None,
+        self._losses, self._sample_losses = losses, []
+        schedule.step(
+            *self._positional(inputs),
+            **_keywords(inputs),
+            target=target if self.has_last else None,
             return_outputs=False,
         )
-        if not run.has_last:
+        if not self.has_last:
             return self._from_last(torch.empty(target.shape[0], device=self.device))
-        return self._from_last(torch.cat(self._loss.of_samples))
+        return self._from_last(torch.cat(self._sample_losses))
+
+    def _microbatch_loss(self, velocity: Tensor, target: Tensor) -> Tensor:
+        """What the last stage calls on each microbatch, in order."""
+        losses = self._losses(velocity, target)
+        self._sample_losses.append(losses.detach())
+        return losses.sum()
 
     @torch.no_grad()
     def forward(self, *arguments: Tensor | None) -> Tensor:
@@ -206,18 +201,13 @@ class Pipeline(nn.Module):
         if self.schedule.in_rounds and count > ranks:
             count = -(-count // ranks) * ranks
         inputs = inputs.padded_to(count * microbatch)
-        run = self._run(inputs, training=False)
-        velocity = run.schedule.eval(
-            *(_of_first_stage(inputs) if run.has_first else ()), **_of_every_stage(inputs)
-        )
+        schedule, _ = self._schedule_for(inputs, training=False)
+        velocity = schedule.eval(*self._positional(inputs), **_keywords(inputs))
         reshard(self.stages)
         if velocity is None:
-            velocity = torch.empty(
-                count * microbatch,
-                *self.layout.velocity(inputs.img.shape[1]).shape[1:],
-                dtype=self.layout.dtype,
-                device=self.device,
-            )
+            (of_one,) = self.layout.inputs_of(self.layout.stages, inputs.img.shape[1], 0)
+            shape = (count * microbatch, *of_one.shape[1:])
+            velocity = torch.empty(shape, dtype=of_one.dtype, device=self.device)
         return self._from_last(velocity)[:b]
 
     def _from_last(self, x: Tensor) -> Tensor:
@@ -226,42 +216,42 @@ class Pipeline(nn.Module):
         dist.broadcast(x, group=self.group, group_src=self.last_rank)
         return x
 
-    def _run(self, inputs: FluxInputs, training: bool) -> "_Run":
-        """The schedule for a batch of this size, made when it is first met."""
-        size = (inputs.img.shape[:2], inputs.txt.shape[1], inputs.guidance is None, training)
-        if size not in self._runs:
-            self._runs[size] = self._new_run(inputs, training)
-        return self._runs[size]
+    def _positional(self, inputs: FluxInputs) -> tuple[Tensor, ...]:
+        """What the first stage takes by position: torch cuts it into microbatches."""
+        return _of_first_stage(inputs) if self.has_first else ()
 
-    def _new_run(self, inputs: FluxInputs, training: bool) -> "_Run":
+    def _schedule_for(self, inputs: FluxInputs, training: bool) -> tuple[Any, list["_Stage"]]:
+        """The schedule for a batch of this size and its stages of this rank, kept once made."""
+        size = (inputs.img.shape[:2], inputs.txt.shape[1], inputs.guidance is None, training)
+        if size not in self._schedules:
+            self._schedules[size] = self._new_schedule(inputs, training)
+        return self._schedules[size]
+
+    def _new_schedule(self, inputs: FluxInputs, training: bool) -> tuple[Any, list["_Stage"]]:
         layout, (b, img), txt = self.layout, inputs.img.shape[:2], inputs.txt.shape[1]
-        last = layout.stages - 1
         assert b % layout.microbatch == 0, f"{b} samples in microbatches of {layout.microbatch}"
+        first = tuple(x[: layout.microbatch].to("meta") for x in _of_first_stage(inputs))
         stages = [
             _Stage(
                 stage,
-                int(index),
+                index,
                 layout.stages,
                 self.device,
                 # given here, they need not be found out by a forward and a backward pass
-                input_args=layout.taken_by(int(index), img, txt)
-                if int(index)
-                else tuple(x[: layout.microbatch].to("meta") for x in _of_first_stage(inputs)),
-                output_args=layout.velocity(img)
-                if int(index) == last
-                else layout.taken_by(int(index) + 1, img, txt),
+                input_args=layout.inputs_of(index, img, txt) if index else first,
+                output_args=layout.inputs_of(index + 1, img, txt),
                 group=self.group,
             )
-            for index, stage in self.stages.items()
+            for index, stage in ((int(name), stage) for name, stage in self.stages.items())
         ]
         kind = get_schedule_class(self.schedule.name if training else self.schedule.evaluation)
         schedule = kind(
             stages if self.schedule.several else stages[0],
             n_microbatches=b // layout.microbatch,
-            loss_fn=self._loss if training else None,
+            loss_fn=self._microbatch_loss if training else None,
             scale_grads=False,  # the loss is a sum, and divided already
         )
-        return _Run(schedule, stages)
+        return schedule, stages
 
 
 class _Stage(PipelineStage):
@@ -283,42 +273,11 @@ class _Stage(PipelineStage):
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
-class _Loss:
-    """What the last stage calls on each microbatch, in order; keeps the loss of each sample."""
-
-    def begin(self, losses: Errors) -> None:
-        """A new batch begins."""
-        self.losses = losses
-        self.of_samples: list[Tensor] = []
-
-    def __call__(self, velocity: Tensor, target: Tensor) -> Tensor:
-        losses = self.losses(velocity, target)
-        self.of_samples.append(losses.detach())
-        return losses.sum()
-
-
-@dataclass
-class _Run:
-    """A schedule, and this rank's stages in it."""
-
-    schedule: Any
-    stages: list[_Stage]
-
-    @property
-    def has_first(self) -> bool:
-        return any(stage.is_first for stage in self.stages)
-
-    @property
-    def has_last(self) -> bool:
-        return any(stage.is_last for stage in self.stages)
-
-
 def _of_first_stage(inputs: FluxInputs) -> tuple[Tensor, ...]:
-    """What the first stage takes alone, by position: torch cuts it into microbatches."""
     given = (inputs.img, inputs.txt, inputs.timesteps, inputs.y)
     return given if inputs.guidance is None else (*given, inputs.guidance)
 
 
-def _of_every_stage(inputs: FluxInputs) -> dict[str, Tensor]:
-    """What every stage takes, by keyword."""
+def _keywords(inputs: FluxInputs) -> dict[str, Tensor]:
+    """What every stage takes."""
     return {"img_ids": inputs.img_ids, "txt_ids": inputs.txt_ids}

@@ -1,7 +1,6 @@
 """Where a model is cut into pipeline stages: so that the slowest stage is as fast as can be."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -13,7 +12,8 @@ from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.flops import flops_of_parts
 from torchtitan_flux.parallel.pipeline_plan import check_parts, module_names, stage_count
 
-Number = int | float  # exact while finite
+POWER = 256
+"""Costs of parts are compared by the sum of this power: the largest alone decides."""
 
 
 def split_model(
@@ -23,12 +23,6 @@ def split_model(
 
     A double block has twice the weights of a single one and costs the same: a token meets one half
     of them. FLUX.1's embedders cost 0.05 blocks at 256 pixels, less above; its final layer 0.001.
-
-    Args:
-        parallelism: section [parallelism].
-        args: the model.
-        size: of the images, in pixels.
-        text_tokens: length of the text sequence.
 
     Raises:
         ValueError: naming the key that does not fit.
@@ -51,9 +45,8 @@ def split_model(
 
 
 def balanced(costs: Sequence[int], parts: int) -> list[int]:
-    """Cut a sequence into parts, none empty, so that the dearest part is as cheap as possible.
-
-    Among such cuts, the one whose parts are most alike (least sum of squares).
+    """Cut a sequence into parts, none empty, so that the most expensive part is as cheap as can be,
+    then the second, and so on.
 
     Args:
         costs: of each element.
@@ -62,32 +55,16 @@ def balanced(costs: Sequence[int], parts: int) -> list[int]:
     Returns:
         where each part ends, the last at len(costs).
     """
-    dearest, _ = _cut(costs, parts, max)
-
-    def squares(before: Number, part: int) -> Number:
-        return before + part * part if part <= dearest else math.inf
-
-    _, ends = _cut(costs, parts, squares)
-    return ends
-
-
-def _cut(
-    costs: Sequence[int], parts: int, join: Callable[[Number, int], Number]
-) -> tuple[Number, list[int]]:
-    """Dynamic programming: the least that `join`, from part to part, can make, and the ends."""
-    count = len(costs)
     total = [0, *accumulate(costs)]
-    # best[n][i]: the least for n parts of the first i elements; begins[n][i]: of the n-th of them
-    best: list[list[Number]] = [[0, *[math.inf] * count]]
-    begins: list[list[int]] = [[0] * (count + 1)]
-    for n in range(1, parts + 1):
-        best.append([math.inf] * (count + 1))
-        begins.append([0] * (count + 1))
-        for i in range(n, count + 1):
-            best[n][i], begins[n][i] = min(
-                (join(best[n - 1][j], total[i] - total[j]), j) for j in range(n - 1, i)
+    # by the first so many elements: the least cost of a cut, and where its parts end
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for _ in range(parts):
+        best = {
+            end: min(
+                (cost + (total[end] - total[begin]) ** POWER, [*ends, end])
+                for begin, (cost, ends) in best.items()
+                if begin < end
             )
-    ends = [count]
-    for n in range(parts, 1, -1):
-        ends.insert(0, begins[n][ends[0]])
-    return best[parts][count], ends
+            for end in range(min(best) + 1, len(total))
+        }
+    return best[len(costs)][1]

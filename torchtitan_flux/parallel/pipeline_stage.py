@@ -36,15 +36,9 @@ class FluxStage(FluxModel):
     def run(
         self, streams: Sequence[Tensor], vec: Tensor, img_ids: Tensor, txt_ids: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
-        """Through this stage's blocks.
+        """Through this stage's blocks: what the next stage takes, or of the last the velocity.
 
-        Args:
-            streams: image and text tokens, or both joined, each [b, tokens, hidden].
-            vec: [b, hidden].
-            img_ids, txt_ids: position ids [b, tokens, axes].
-
-        Returns:
-            what the next stage takes, or of the last the velocity [b, img, out_channels].
+        `streams` are image and text tokens, or both joined, each [b, tokens, hidden].
         """
         table = self.rotations(img_ids, txt_ids)
         if len(streams) == 2:

@@ -107,7 +107,7 @@ def dry_run(
                 errors.sum().backward()
                 del velocity, target, errors
             tracker.mark("end")
-        context._real_places.cache_clear()  # it keeps tensors, here fake ones
+        context._valid_index.cache_clear()  # it keeps tensors, here fake ones
     counts = blocks_of(args)
     for kind, number in blocks_of(probe).items():
         parameters[kind] = parameters[kind] // max(1, number) * counts[kind]

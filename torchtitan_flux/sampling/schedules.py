@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, ValidationError
 
-from torchtitan_flux.flow_matching import SHIFT_BASE, SHIFT_MAX, resolution_mu, stretch_times
+from torchtitan_flux.flow_matching import SHIFT_BASE, SHIFT_MAX, resolution_mu, shift_times
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TRAIN_TIMESTEPS = 1000
@@ -138,7 +138,7 @@ class Schedule(NamedTuple):
         """
         if steps < 1:
             raise ValueError(f"denoising steps must be at least 1, not {steps}")
-        times = stretch_times(np.linspace(1.0, 0.0, steps + 1), self._alpha(tokens))
+        times = shift_times(np.linspace(1.0, 0.0, steps + 1), self._alpha(tokens))
         if self.shift_terminal is None:
             return times
         if steps < 2:

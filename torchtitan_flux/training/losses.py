@@ -15,13 +15,9 @@ from torchtitan_flux.training.transfer import sent
 def flow_inputs(
     args: FluxModelArgs, encoded: EncodedBatch, t: Tensor, guidance: float | None
 ) -> tuple[FluxInputs, Float[Tensor, "b tokens features"]]:
-    """The flow step before the model: its inputs at time t, and the velocity it is to give.
+    """The flow step before the model: its inputs at times t [b], and the velocity it is to give.
 
-    Args:
-        args: resolved model arguments.
-        encoded: from `Encoders.encode`.
-        t: time of each sample [b].
-        guidance: constant guidance input, for models that take one.
+    `guidance` is the constant input of models that take one.
     """
     t = sent(t, encoded.latents.device)
     x_t, target = interpolate(encoded.latents, encoded.noise, t)
@@ -53,10 +49,9 @@ def forward_backward(
 
     Args:
         model: what is trained; gradients are added to its parameters.
-        inputs, target: from `flow_inputs`.
+        inputs, target, errors: as of `sample_losses`.
         elements: of the global batch.
         last: whether no other microbatch adds to these gradients, and data ranks reduce them.
-        errors: as of `sample_losses`.
     """
 
     def losses(velocity: Tensor, target: Tensor) -> Tensor:

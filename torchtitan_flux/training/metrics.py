@@ -1,10 +1,9 @@
-"""Log lines, TensorBoard and the progress bar: images/s, tokens/s, TFLOP/s, memory, waiting."""
+"""Log lines and TensorBoard: images/s, tokens/s, TFLOP/s, memory, waiting."""
 
-import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +13,11 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 from torchtitan_flux.torchtitan_shim import give_back_freed_memory
 
 import numpy as np
-import torch
 from torchtitan.components.metrics import (
     BaseLogger,
     LoggerContainer,
     MetricsProcessor,
     TensorBoardLogger,
-    _build_metric_logger,
-    build_device_memory_monitor,
 )
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
@@ -43,50 +39,27 @@ class FluxMetrics(MetricsProcessor):
     sampling is taken out of them.
     """
 
+    job_config: FluxJobConfig  # type: ignore[assignment]
+
     def __init__(
         self, job_config: FluxJobConfig, parallel_dims: ParallelDims, model_args: FluxModelArgs
     ):
-        # not super().__init__: ours counts in images, and colours a terminal only
-        self.logger = _build_metric_logger(job_config, _RANK_0)  # type: ignore[arg-type]
+        super().__init__(job_config, _RANK_0)  # type: ignore[arg-type]
         self.parallel_dims = parallel_dims
-        self.job_config = job_config
-        self.device_memory_monitor = build_device_memory_monitor()
-        plain = job_config.metrics.disable_color_printing or not sys.stdout.isatty()
-        self.color = utils.NoColor() if plain else utils.Color()
-        # not a number on a CPU, and then there is no MFU
-        self.gpu_peak_flops = utils.get_peak_flops(self.device_memory_monitor.device_name)
-        self.num_flops_per_token = -1
-        self.optimizers = None
-        self.lr_schedulers = None
-        self.model_parts = None
-
+        if not sys.stdout.isatty():
+            self.color = utils.NoColor()
         size, text_tokens = job_config.training.image_size, job_config.encoder.max_t5_encoding_len
         self.tokens_per_image = model_args.geometry.grid(size).tokens + text_tokens
         self.flops_per_image = flops_per_image(model_args, size, text_tokens)
         self.images_since_last_log = 0
-        self.data_loading_times: list[float] = []
-        self.time_last_log = time.perf_counter()
         self.steps_timed = 0
         self.seconds_timed = 0.0
         self.last_logged_step: int | None = None
-        self.bar: tqdm | None = None
-        self.device_memory_monitor.reset_peak_stats()
 
     def start(self, step: int) -> None:
         """Called when training starts, after a checkpoint was loaded."""
         self.last_logged_step = step
         self.time_last_log = time.perf_counter()
-        if torch.distributed.get_rank() == 0 and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.job_config.training.steps, initial=step, unit="step", leave=False
-            )
-            _log_through_bar()
-
-    def advance(self, images: int) -> None:
-        """Count one step of `images` images over all ranks."""
-        self.images_since_last_log += images
-        if self.bar is not None:
-            self.bar.update()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -114,19 +87,17 @@ class FluxMetrics(MetricsProcessor):
             global_avg_loss: mean squared velocity error over the global batch.
             global_max_loss: the largest mean of one rank.
             grad_norm: before clipping.
-            extra_metrics: more scalars for TensorBoard; "lr" is in the line, too.
+            extra_metrics: more scalars; "lr" is in the log line, too.
         """
         assert self.last_logged_step is not None
         seconds = time.perf_counter() - self.time_last_log
         steps = step - self.last_logged_step
         images_per_second = self.images_since_last_log / seconds
         tokens_per_second = images_per_second * self.tokens_per_image
-        devices = self.parallel_dims.world_size
-        tflops = images_per_second * self.flops_per_image / devices / 1e12
-        mfu = 100 * tflops * 1e12 / self.gpu_peak_flops
+        tflops = images_per_second * self.flops_per_image / self.parallel_dims.world_size / 1e12
+        mfu = 100 * tflops * 1e12 / self.gpu_peak_flops  # not a number on a CPU
         waiting = 100 * sum(self.data_loading_times) / seconds
         memory = self.device_memory_monitor.get_peak_stats()
-        left = self._time_left(step, steps, seconds)
 
         metrics = {
             "loss_metrics/global_avg_loss": global_avg_loss,
@@ -140,28 +111,33 @@ class FluxMetrics(MetricsProcessor):
             "memory/max_reserved(GiB)": memory.max_reserved_gib,
             **(extra_metrics or {}),
         }
-        has_mfu = not math.isnan(mfu)
-        if has_mfu:
+        mfu_text = lr_text = ""
+        if not math.isnan(mfu):
             metrics["mfu(%)"] = mfu
+            mfu_text = f"  mfu: {mfu:.1f}%"
+        if "lr" in metrics:
+            lr_text = f"lr: {metrics['lr']:.2e}  "
         self.write(metrics, step)
 
         c = self.color
-        mfu_text = f"  mfu: {mfu:.1f}%" if has_mfu else ""
-        lr_text = f"lr: {metrics['lr']:.2e}  " if "lr" in metrics else ""
         logger.info(
             f"{c.red}step: {step:5d}  {c.green}loss: {global_avg_loss:8.5f}  "
             f"{c.orange}grad_norm: {grad_norm:7.4f}  {lr_text}"
             f"{c.blue}images/s: {images_per_second:,.2f}  tokens/s: {tokens_per_second:,.0f}  "
             f"{c.cyan}TFLOP/s/device: {tflops:,.3f}{mfu_text}  "
-            f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  "
-            f"{c.magenta}data wait: {waiting:.1f}%  left: {left}{c.reset}"
+            f"{c.turquoise}memory: {memory.max_reserved_gib:.2f}GiB  {c.magenta}"
+            f"data wait: {waiting:.1f}%  left: {self._time_left(step, steps, seconds)}{c.reset}"
         )
-        self._begin_interval(step)
+        self.images_since_last_log = 0
+        self.data_loading_times.clear()
+        self.last_logged_step = step
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None, weights: str = ""
     ) -> None:
-        """Validation loss, overall and by time, of the trained weights or of an average's name."""
+        """Validation loss, overall and by time; `weights` names an average, "" those trained."""
         section = f"validation_metrics/{weights}/" if weights else "validation_metrics/"
         values = {"loss": loss, **(extra_metrics or {})}
         self.write({section + name: value for name, value in values.items()}, step)
@@ -172,48 +148,33 @@ class FluxMetrics(MetricsProcessor):
 
     def log_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """A picture [H, W] or [H, W, 3], uint8, into TensorBoard where that is on."""
-        formats = "HW" if image.ndim == 2 else "HWC"
-        for one in list(self._loggers):
-            if isinstance(one, TensorBoardLogger):
-                with self._may_fail(one):
-                    one.writer.add_image(tag, image, step, dataformats=formats)
+
+        def add(backend: BaseLogger) -> None:
+            if isinstance(backend, TensorBoardLogger):
+                formats = "HW" if image.ndim == 2 else "HWC"
+                backend.writer.add_image(tag, image, step, dataformats=formats)
+
+        self._on_backends(add)
 
     def write(self, metrics: dict[str, Any], step: int) -> None:
         """Scalars into TensorBoard and Weights & Biases, where they are on."""
-        for one in list(self._loggers):
-            with self._may_fail(one):
-                one.log(metrics, step)
+        self._on_backends(lambda backend: backend.log(metrics, step))
 
-    @property
-    def _loggers(self) -> list[BaseLogger]:
-        return self.logger._loggers if isinstance(self.logger, LoggerContainer) else [self.logger]
-
-    @contextmanager
-    def _may_fail(self, one: BaseLogger) -> Iterator[None]:
-        """A full disk must not end the run here; TensorBoard's writer fails ever after."""
-        try:
-            yield
-        except OSError as error:
-            if not isinstance(one, TensorBoardLogger):
-                raise
-            why = disk_full(error, Path(self.job_config.job.dump_folder)) or error
-            logger.error(
-                f"TensorBoard's file could not be written ({why}); no more is, until the run is "
-                "started again"
-            )
-            self._loggers.remove(one)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        super().close()
-
-    def _begin_interval(self, step: int) -> None:
-        self.images_since_last_log = 0
-        self.data_loading_times.clear()
-        self.last_logged_step = step
-        self.time_last_log = time.perf_counter()
-        self.device_memory_monitor.reset_peak_stats()
+    def _on_backends(self, call: Callable[[BaseLogger], None]) -> None:
+        """A full disk must not end the run here; TensorBoard's writer fails from then on."""
+        backends = self.logger._loggers if isinstance(self.logger, LoggerContainer) else []
+        for backend in list(backends):
+            try:
+                call(backend)
+            except OSError as error:
+                if not isinstance(backend, TensorBoardLogger):
+                    raise
+                why = disk_full(error, Path(self.job_config.job.dump_folder)) or error
+                logger.error(
+                    f"TensorBoard's file could not be written ({why}); nothing more is written to "
+                    "it until the run is restarted"
+                )
+                backends.remove(backend)
 
     def _time_left(self, step: int, steps: int, seconds: float) -> str:
         if step > 1:  # the first step warms up
@@ -222,30 +183,4 @@ class FluxMetrics(MetricsProcessor):
         if not self.steps_timed:
             return "?"
         left = self.job_config.training.steps - step
-        minutes, rest = divmod(round(left * self.seconds_timed / self.steps_timed), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _log_through_bar() -> None:
-    """Let log lines scroll above the progress bar instead of through it."""
-
-    class ThroughBar(logging.StreamHandler):
-        def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stdout)
-
-    for handler in list(logger.handlers):
-        through = ThroughBar()
-        through.setFormatter(handler.formatter)
-        logger.removeHandler(handler)
-        logger.addHandler(through)
-
-
-def build_metrics_processor(
-    job_config: FluxJobConfig,
-    parallel_dims: ParallelDims,
-    model_args: FluxModelArgs,
-    tag: str | None = None,
-) -> FluxMetrics:
-    """torchtitan's MetricsProcessorBuilder."""
-    return FluxMetrics(job_config, parallel_dims, model_args)
+        return tqdm.format_interval(left * self.seconds_timed / self.steps_timed)

@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.job_config import Training
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.training.step_flags import Step
-
-_SHOWN = 20
 
 
 class NonFinite(RuntimeError):
@@ -17,9 +16,9 @@ class NonFinite(RuntimeError):
 
 
 def report_nonfinite(step: Step, training: Training, skipped_in_a_row: int) -> None:
-    """Say which samples of the step it came from; collective, the same on every rank.
+    """Report which samples of the step it came from, its optimizer step having been skipped.
 
-    The optimizer did not move in it.
+    Collective, the same on every rank.
 
     Args:
         step: what this rank knows of it.
@@ -34,8 +33,7 @@ def report_nonfinite(step: Step, training: Training, skipped_in_a_row: int) -> N
     dist.all_gather_object(gathered, bad)
     found = sorted({position for of_rank in gathered for position in of_rank})
     if found:
-        more = f" … and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        where = f"the loss is not finite at positions {found[:_SHOWN]}{more}"
+        where = f"the loss is not finite at positions [{listed(found, 20)}]"
     else:
         where = "every loss is finite, the gradient is not"
     message = f"Step {step.number}: {where}; gradient norm {float(step.grad_norm)}"

@@ -20,7 +20,7 @@ from torchtitan_flux.parallel.pipeline import pipeline_flux
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.data import build_dataloader
-from torchtitan_flux.training.metrics import build_metrics_processor
+from torchtitan_flux.training.metrics import FluxMetrics
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,6 @@ register_train_spec(
         build_tokenizer_fn=build_tokenizer,  # type: ignore[arg-type]
         build_loss_fn=build_mse_loss,
         build_validator_fn=no_validator_yet,  # type: ignore[arg-type]
-        build_metrics_processor_fn=build_metrics_processor,
+        build_metrics_processor_fn=FluxMetrics,
     ),
 )

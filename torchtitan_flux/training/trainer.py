@@ -1,13 +1,5 @@
-"""FluxTrainer: torchtitan's Trainer with FLUX's batch, loss, validation and pictures.
+"""FluxTrainer: torchtitan's Trainer with FLUX's batch, loss, validation and pictures."""
 
-    torchrun --nproc_per_node 1 -m torchtitan_flux.training.trainer \
-        --job.config_file train_configs/flux_digits.toml
-"""
-
-# pyright: reportIncompatibleVariableOverride=false
-# (torchtitan's attributes hold classes derived from its own)
-
-import runpy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -85,36 +77,35 @@ class FluxTrainer(Trainer):
         ConfigError: when the newest checkpoint belongs to another run than is configured.
     """
 
-    metrics_processor: FluxMetrics
-    checkpointer: FluxCheckpointManager
-    dataloader: FluxDataLoader
-    parallel_dims: FluxParallelDims
+    metrics_processor: FluxMetrics  # type: ignore[assignment]
+    checkpointer: FluxCheckpointManager  # type: ignore[assignment]
+    dataloader: FluxDataLoader  # type: ignore[assignment]
+    parallel_dims: FluxParallelDims  # type: ignore[assignment]
     model_args: FluxModelArgs  # type: ignore[assignment]
 
     def __init__(
         self, job_config: FluxJobConfig, hooks: Sequence[Callable[["FluxTrainer"], Hook]] = ()
     ):
-        self.results: list[str] = []
-        """Lines that a run ends with."""
-        self.stopped = False
-        """Whether the run was stopped on request before its last step, and saved."""
+        self.results: list[str] = []  # lines that a run ends with
+        self.stopped = False  # by a signal, before the last step
         self._step_is_new = False
         self._skipped_in_a_row = 0
         self._signals = StopSignals()
         self._heartbeat = Heartbeat()
         device = start_process_group(job_config)
         self.resume_plan = plan_resume(job_config)
+        self.config = self.resume_plan.config
         self.facts = self.resume_plan.facts
         self.quarantine = Quarantine(
             Path(job_config.job.dump_folder) / "quarantine.jsonl",
             job_config.data.max_unreadable_share,
         )
-        log_resolved(self.resume_plan.config)
+        log_resolved(self.config)
         with checkpoint_manager_bound(self.resume_plan):
-            super().__init__(self.resume_plan.config)
-        config = self.config
+            super().__init__(self.config)
+        config = self.config  # complete
         self.device = device  # torchtitan numbers even the CPU by the local rank
-        self.model_args = resolve_model_args(config)
+        self.model_args = resolve_model_args(config)  # type: ignore[assignment]
         frozen = build_frozen_encoders(
             config,
             self.model_args,
@@ -130,6 +121,7 @@ class FluxTrainer(Trainer):
             if config.compiles("loss")
             else squared_errors
         )
+        self._guidance = config.flow.guidance if self.model_args.guidance_embed else None
         self.image_sampler = ImageSampler(
             self.model,
             frozen,
@@ -141,18 +133,21 @@ class FluxTrainer(Trainer):
         weights = ema.weights(config.ema.use_for)
         self.hooks: list[Hook] = [ema, *(build(self) for build in hooks)]
         if config.sampling.enable:
-            # the settings once: what says the schedule need not stay where it is
             settings = sample_settings(config, self.model_args)
             beat = partial(self._heartbeat.beat, phase="drawing")
-            grids = SampleGrids(
-                config, self.image_sampler, settings, self.metrics_processor, weights, beat
+            self.hooks.append(
+                SampleGrids(
+                    config, self.image_sampler, settings, self.metrics_processor, weights, beat
+                )
             )
-            self.hooks.append(grids)
         for hook in self.hooks:
             self.checkpointer.add_states(hook.states())
+        sources = {"training": self.dataloader.samples.source}
         if config.validation.enable:
+            loader = build_validation_loader(self.parallel_dims, frozen.tokenizer, config)
+            sources["validation"] = loader.samples.source
             self.validator = FluxValidator(  # type: ignore[assignment]
-                build_validation_loader(self.parallel_dims, frozen.tokenizer, config),
+                loader,
                 self.encoders,
                 self._losses,
                 config,
@@ -163,22 +158,12 @@ class FluxTrainer(Trainer):
                 weights,
             )
         if torch.distributed.get_rank() == 0:
-            sources = {"training": self.dataloader.samples.source}
-            if config.validation.enable:
-                assert isinstance(self.validator, FluxValidator)
-                sources["validation"] = self.validator.loader.samples.source
             log_surveys(sources, config.training.image_size, frozen.tokenizer)
 
     @property
     def model(self) -> FluxModel | Pipeline:
         """What is called like FluxModel, on any mesh."""
         return self.pp_schedule if self.parallel_dims.pp_enabled else self.model_parts[0]  # type: ignore[return-value]
-
-    @property
-    def config(self) -> FluxJobConfig:
-        """The complete configuration."""
-        assert isinstance(self.job_config, FluxJobConfig)
-        return self.job_config
 
     def init_distributed(self) -> FluxParallelDims:
         """Our meshes (torchtitan calls this)."""
@@ -188,10 +173,8 @@ class FluxTrainer(Trainer):
 
     def batch_generator(self, data_iterable: Iterable[TrainingBatch]) -> Iterator[TrainingBatch]:  # type: ignore[override]
         """Batches of the loader, with the time spent waiting for them."""
-        self.metrics_processor.start(self.step)  # here, before the loop counts its first step
-        return self._timed(iter(data_iterable))
-
-    def _timed(self, iterator: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
+        self.metrics_processor.start(self.step - 1)  # the loop has counted its first step already
+        iterator = iter(data_iterable)
         while True:
             self._heartbeat.beat(self.step, "data")
             begin = time.perf_counter()
@@ -215,10 +198,10 @@ class FluxTrainer(Trainer):
         elements = images * microbatches[0].noise[0].numel()
 
         self._heartbeat.beat(self.step, "forward/backward")
-        losses: list[Tensor] = []  # of each sample, over `elements`
-        for number, batch in enumerate(microbatches):
-            last = number == len(microbatches) - 1
-            losses.append(self._forward_backward(batch, elements, last))
+        losses = [  # of each sample, over `elements`; the last microbatch reduces the gradients
+            self._forward_backward(batch, elements, last=number == len(microbatches))
+            for number, batch in enumerate(microbatches, start=1)
+        ]
         loss = torch.stack([part.sum() for part in losses]).sum()
 
         grad_norm = clip_gradients(
@@ -227,13 +210,9 @@ class FluxTrainer(Trainer):
             self.parallel_dims.get_optional_mesh("pp"),
         )
         self._heartbeat.beat(self.step, "reducing flags")
+        positions = torch.cat([batch.position for batch in microbatches])
         skip = self._flags.send(
-            Step(
-                self.step,
-                torch.cat([batch.position for batch in microbatches]),
-                torch.cat(losses),
-                grad_norm,
-            ),
+            Step(self.step, positions, torch.cat(losses), grad_norm),
             loss,
             stop=self._signals.requested,
             unreadable=len(self.dataloader.replaced) > 0,
@@ -250,7 +229,7 @@ class FluxTrainer(Trainer):
         self.lr_schedulers.step()
 
         self.ntokens_seen += images * self.metrics_processor.tokens_per_image
-        self.metrics_processor.advance(images)
+        self.metrics_processor.images_since_last_log += images
         if self.step == 1 and self.device.type == "cuda":
             note_second_step(self.optimizers, self.device, lambda: training_remedies(self.config))
         if self.metrics_processor.should_log(self.step):
@@ -259,7 +238,11 @@ class FluxTrainer(Trainer):
         self._heartbeat.beat(self.step, "saving")
         if any(one.unreadable for one in received):
             self.quarantine.record(take_replaced(self.dataloader), "training")
-            self._check_unreadable()
+            try:
+                self.quarantine.check(self.dataloader.position)
+            except TooManyUnreadable:
+                self.checkpointer.save_now(self.step)
+                raise
         if any(one.stop for one in received) and self.step < self.config.training.steps:
             self._stop()
 
@@ -287,8 +270,6 @@ class FluxTrainer(Trainer):
             or any(hook.acts_after(step) for hook in self.hooks)
         )
 
-    # ---- stopping, and what cannot be read --------------------------------------------------
-
     def _stop(self) -> None:
         """Save and leave the loop, as a signal asked for."""
         saved = self.checkpointer.save_now(self.step)
@@ -300,27 +281,16 @@ class FluxTrainer(Trainer):
             else f"stopped at step {self.step}; nothing was saved, as [checkpoint] says"
         ]
 
-    def _check_unreadable(self) -> None:
-        try:
-            self.quarantine.check(self.dataloader.position)
-        except TooManyUnreadable:
-            self.checkpointer.save_now(self.step)
-            raise
-
     def _forward_backward(self, batch: TrainingBatch, elements: int, last: bool) -> Tensor:
         """Loss of each sample over `elements`; gradients are added up, and shared with the last."""
         inputs, target = self._flow_inputs(self.encoders.encode(batch), batch.t)
         return forward_backward(self.model, inputs, target, elements, last, self._errors)
 
-    def _flow_inputs(self, encoded: EncodedBatch, t: Tensor) -> tuple[FluxInputs, Tensor]:
-        return flow_inputs(self.model_args, encoded, t, self._guidance)
-
     def _losses(self, encoded: EncodedBatch, t: Tensor) -> Tensor:
         return sample_losses(self.model, *self._flow_inputs(encoded, t), self._errors)
 
-    @property
-    def _guidance(self) -> float | None:
-        return self.config.flow.guidance if self.model_args.guidance_embed else None
+    def _flow_inputs(self, encoded: EncodedBatch, t: Tensor) -> tuple[FluxInputs, Tensor]:
+        return flow_inputs(self.model_args, encoded, t, self._guidance)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         mean, worst = loss.clone(), loss * self.parallel_dims.data_degree
@@ -329,11 +299,8 @@ class FluxTrainer(Trainer):
             torch.distributed.all_reduce(mean, group=group)
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, group=group)
         values = torch.stack([mean, worst, grad_norm.to(mean)]).tolist()  # waits, once
-        self.metrics_processor.log(
-            self.step,
-            *values,
-            extra_metrics={"n_tokens_seen": self.ntokens_seen, "lr": lr},
-        )
+        more = {"n_tokens_seen": self.ntokens_seen, "lr": lr}
+        self.metrics_processor.log(self.step, *values, extra_metrics=more)
 
     # ---- around the steps -------------------------------------------------------------------
 
@@ -346,27 +313,19 @@ class FluxTrainer(Trainer):
         return not self.stopped and super().should_continue_training()
 
     def train(self) -> None:
-        """Train to the last step, then collect what hooks have to say.
-
-        A run that was finished before goes straight to its results.
-        """
+        """Train to the last step (a finished run does not), then collect the results of hooks."""
         if self.resume_plan.finished:
             self._load_finished()
         else:
-            self._note_environment()
+            if torch.distributed.get_rank() == 0:
+                dims = self.parallel_dims
+                mesh = {n: getattr(dims, n) for n in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
+                facts = environment(dims.world_size, mesh, self.device)
+                append_environment(Path(self.config.job.dump_folder), facts)
             super().train()
         self._heartbeat.beat(self.step, "done")
-        if self.stopped:
-            return
-        self.results += [line for hook in self.hooks for line in hook.results(self.step)]
-
-    def _note_environment(self) -> None:
-        """What this start runs on, for scripts/report.py."""
-        if torch.distributed.get_rank() == 0:
-            dims = self.parallel_dims
-            mesh = {n: getattr(dims, n) for n in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
-            facts = environment(dims.world_size, mesh, self.device)
-            append_environment(Path(self.config.job.dump_folder), facts)
+        if not self.stopped:
+            self.results += [line for hook in self.hooks for line in hook.results(self.step)]
 
     def save_seed_checkpoint(self) -> None:
         """The initial weights as step 0, for runs that are to begin from the same ones."""
@@ -411,21 +370,16 @@ class FluxTrainer(Trainer):
             before = (before, now[1])
         if before[0] != now[0]:
             logger.warning(
-                f"The data set had {before[0]} items and now has {now[0]}: from here on they come "
-                "in another order, and other ones are held out by data.held_out_share"
+                f"The data set had {before[0]} items and now has {now[0]}: their order changes "
+                "from here on, and so do the items held out by data.held_out_share"
             )
         elif tuple(before) != now:
             logger.warning(
-                f"The data set has {now[0]} items as before, but they are other ones: renamed, "
-                "exchanged or in another order; what is held out for validation may have been "
-                "trained on"
+                f"The data set has {now[0]} items as before, but other ones (renamed, exchanged or "
+                "reordered): what is held out for validation may have been trained on"
             )
 
     def _items(self) -> tuple[int, str]:
         """Number of training items, and the digest of their ids."""
         source = self.dataloader.samples.source
         return len(source), items_digest(source)
-
-
-if __name__ == "__main__":  # as before there was an entry point of its own
-    runpy.run_module("torchtitan_flux.train", run_name="__main__", alter_sys=True)

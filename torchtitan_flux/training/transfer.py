@@ -15,21 +15,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Returning:
-    """Numbers on their way from a device to the host, sent off when this is made.
-
-    Args:
-        values: one dimension; not to be changed afterwards.
-    """
+    """Numbers on their way from a device to the host, sent off when this is made; `values` of one
+    dimension are not to be changed afterwards."""
 
     def __init__(self, values: Tensor):
-        self._arrived: torch.cuda.Event | None = None
+        self._values, self._arrived = values, None
         if values.is_cuda:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        else:
-            self._values = values
 
     def read(self) -> list[float]:
         """The numbers, once they are here."""

@@ -1,6 +1,7 @@
 """Loss on a fixed held-out set, at fixed times with fixed noise, overall and by time."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -16,14 +17,11 @@ from torchtitan_flux.data.batch import Replacement
 from torchtitan_flux.data.loader import ValidationLoader
 from torchtitan_flux.flow_matching import midpoint_times, mlperf_times
 from torchtitan_flux.training.conditioning import EncodedBatch, Encoders
-from torchtitan_flux.training.ema import MODEL_ALONE, Weights
+from torchtitan_flux.training.ema import Weights
 from torchtitan_flux.training.metrics import FluxMetrics
 from torchtitan_flux.training.quarantine import take_replaced
 
-TIME_GRIDS: dict[str, Callable[[], np.ndarray]] = {
-    "midpoints": midpoint_times,
-    "mlperf": mlperf_times,
-}
+TIME_GRIDS = {"midpoints": midpoint_times, "mlperf": mlperf_times}
 
 
 class NoItems(RuntimeError):
@@ -54,7 +52,7 @@ def mean_loss(
         device: where that group communicates.
     """
     count = len(times)
-    # rows: summed squared error and elements, both by time; float64 whatever the ranks
+    # summed squared errors and elements, both by time; float64 on any number of ranks
     sums = torch.zeros(2, count, dtype=torch.float64)
     for batch in islice(loader, None if limit == -1 else limit):
         elements = batch.noise[0].numel()
@@ -75,40 +73,29 @@ def mean_loss(
     return float(total[0] / total[1]), (sums[0] / sums[1]).numpy()
 
 
+@dataclass
 class FluxValidator:
     """What torchtitan's loop calls to validate.
 
-    Args:
+    Attributes:
         loader: held-out samples of this data rank.
-        encoders, losses: called as encode(batch) and losses(encoded, t): what trains.
+        encoders, losses: called as encoders.encode(batch) and losses(encoded, t), as in training.
         config: sections validation and training.
         group, device: the data ranks and where they communicate.
         metrics: reports, and takes the time out of the throughput.
-        report: told the items that could not be read, and what they were wanted for; collective.
+        report: collective; called with the items that could not be read and their purpose.
         weights: which the loss is measured with, one after another.
     """
 
-    def __init__(
-        self,
-        loader: ValidationLoader,
-        encoders: Encoders,
-        losses: Callable[[EncodedBatch, Tensor], Tensor],
-        config: FluxJobConfig,
-        group: ProcessGroup | None,
-        device: torch.device,
-        metrics: FluxMetrics,
-        report: Callable[[list[Replacement], str], None],
-        weights: Sequence[Weights] = MODEL_ALONE,
-    ):
-        self.loader = loader
-        self.encoders = encoders
-        self.losses = losses
-        self.config = config
-        self.group = group
-        self.device = device
-        self.metrics = metrics
-        self.report = report
-        self.weights = weights
+    loader: ValidationLoader
+    encoders: Encoders
+    losses: Callable[[EncodedBatch, Tensor], Tensor]
+    config: FluxJobConfig
+    group: ProcessGroup | None
+    device: torch.device
+    metrics: FluxMetrics
+    report: Callable[[list[Replacement], str], None]
+    weights: Sequence[Weights]
 
     def should_validate(self, step: int) -> bool:
         """Every `validation.freq` steps and at the last."""
@@ -117,7 +104,7 @@ class FluxValidator:
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Measure and report; a whole set gives the same numbers on any number of ranks.
 
-        `model_parts` is torchtitan's; `losses` knows the model, whose parts may be elsewhere.
+        `model_parts` is torchtitan's: `losses` knows the model.
         """
         with self.metrics.pause():
             for name, applied in self.weights:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
+from torchtitan_flux.shards import box, local
 from torchtitan_flux.tensor_files.element_types import narrows
 from torchtitan_flux.weights.open import Guidance, Unknown, Weights, open_weights
 
@@ -70,23 +70,11 @@ def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
         weights: opened for this model's arguments.
     """
     for name, parameter in parameters.items():
-        local, box = _own_part(parameter)
-        if local.numel() == 0:
+        shard = local(parameter)
+        if shard.numel() == 0:
             continue
         # where nothing can be lost, the cast is the device's
-        narrow = narrows(weights.dtypes[name], local.dtype)
-        values = weights.read(name, box, local.dtype if narrow else None)
-        assert values.shape == local.shape, name  # copy_ would broadcast
-        local.copy_(values)
-
-
-def _own_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this rank holds of a parameter, and where that lies in the whole.
-
-    One box on every mesh: tensor parallelism cuts first and FSDP cuts the pieces.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(slice(0, size) for size in parameter.shape)
-    (chunk,) = parameter.__create_chunk_list__()  # what DCP saves and loads by
-    box = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
-    return parameter.to_local(), box
+        narrow = narrows(weights.dtypes[name], shard.dtype)
+        values = weights.read(name, box(parameter), shard.dtype if narrow else None)
+        assert values.shape == shard.shape, name  # copy_ would broadcast
+        shard.copy_(values)

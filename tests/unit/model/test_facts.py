@@ -9,13 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan_flux.latents import Geometry, ImageSize
-from torchtitan_flux.model import (
-    FIXED_WIDTH_FLAVORS,
-    FLAVORS,
-    FluxModel,
-    FluxModelArgs,
-    flops_per_image,
-)
+from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.model.flops import flops_per_image
 
 
 def parameters(args: FluxModelArgs) -> int:

@@ -98,13 +98,6 @@ def test_on_the_meta_device_a_model_stays_empty():
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_canonical_name_is_free_of_wrappers():
-    plain = "double_blocks.0.img_mlp.2.weight"
-    assert canonical_name(plain) == plain
-    wrapped = "double_blocks.0._checkpoint_wrapped_module._orig_mod.img_mlp.2.weight"
-    assert canonical_name(wrapped) == plain
-
-
 def test_compiled_and_checkpointed_models_start_with_the_same_values():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

