@@ -1,39 +1,31 @@
 """The FLUX.1 autoencoder as a codec, and loading it from a file of BFL's or a diffusers folder."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers, without_prefix
+from torchtitan_flux.encoders.autoencoder_keys import layout_names, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
     AutoencoderArgs,
     Decoder,
     Encoder,
+    parameter_shapes,
 )
 from torchtitan_flux.encoders.codec import check_channels
-from torchtitan_flux.encoders.stored import read_header, read_stored
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.element_types import BeyondRange, cast
-from torchtitan_flux.tensor_files.file_kinds import other_kind
+from torchtitan_flux.tensor_files.element_types import BeyondRange
 from torchtitan_flux.tensor_files.file_sets import weight_files
-from torchtitan_flux.tensor_files.quantized import (
-    QuantizedWeights,
-    check_config,
-    check_integers,
-    find_scales,
-    plain,
-)
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
+from torchtitan_flux.tensor_files.quantized import check_config, without_scales
+from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
+from torchtitan_flux.tensor_files.sources import Box, FilesSource, RenamedSource, Source
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, check_keys
 from torchtitan_flux.tensor_files.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
@@ -99,6 +91,34 @@ class Autoencoder(nn.Module):
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(latents.dtype)
 
 
+class StoredAutoencoder(Source):
+    """The weights of an autoencoder where they lie, under our names; every key is accounted for.
+
+    Attributes:
+        args: its architecture.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_autoencoder`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.args, file = read_args(path)
+        stored = FilesSource([TensorsFile.open(file)])
+        named = RenamedSource(stored, without_prefix({name: name for name in stored.shapes}))
+        self._source = without_scales(named, file)
+        names = layout_names("diffusers" if path.is_dir() else "bfl", self.args)
+        check_keys(self._source.shapes, dict(names.values()), str(file))
+        self._names = {own: name for own, (name, _) in names.items()}
+        self.dtypes = {own: self._source.dtypes[name] for own, name in self._names.items()}
+        self.shapes = parameter_shapes(self.args)
+
+    def part(self, name: str, box: Box) -> Tensor:
+        return self._source.whole(self._names[name]).reshape(self.shapes[name])[box]
+
+    def release(self, name: str) -> None:
+        self._source.release(self._names[name])
+
+
 def load_autoencoder(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
@@ -117,14 +137,11 @@ def load_autoencoder(
         ValueError: not safetensors, not this architecture (KeyMismatch names the keys), a
             configuration this code does not implement, or quantised but for scaled float8.
     """
-    path = Path(path)
-    args, weights = read_args(path)
-    with _naming(weights):
-        state_dict = _to_ours(path)(plain(without_prefix(load_file(weights))), args)
-        state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
+    with _naming_key(path):
+        stored = StoredAutoencoder(Path(path))
+        state_dict = {name: stored.read(name, dtype).to(device) for name in stored.shapes}
     with torch.device("meta"):
-        autoencoder = Autoencoder(args)
-    state_dict = {name: value.to(device) for name, value in state_dict.items()}
+        autoencoder = Autoencoder(stored.args)
     autoencoder.load_state_dict(state_dict, assign=True)
     return autoencoder.requires_grad_(False).eval()
 
@@ -135,39 +152,23 @@ def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     Reads only the configuration and the safetensors header. Raises as `load_autoencoder` does, but
     where a value does not fit.
     """
-    path = Path(path)
-    args, weights = read_args(path)
-    with _naming(weights):
-        stored, strings = read_header(weights)
-        tensors = without_prefix(stored)
-        dtypes = {name: one.dtype for name, one in tensors.items()}
-        shapes = {name: one.shape for name, one in tensors.items()}
-        scales = find_scales(
-            dtypes, shapes, [strings], lambda name: read_stored(weights, tensors[name].name)
-        )
-        own = {name: one for name, one in shapes.items() if name not in scales.beside}
-        _to_ours(path)({name: torch.empty(one, device="meta") for name, one in own.items()}, args)
-        check_integers({name: dtypes[name] for name in own})
+    with _naming_key(path):
+        args = StoredAutoencoder(Path(path)).args
     return args.z_channels, args.downscale
 
 
-def _to_ours(path: Path) -> Callable[[Mapping[str, Tensor], AutoencoderArgs], dict[str, Tensor]]:
-    """The key map of a folder is diffusers', that of a file BFL's."""
-    return from_diffusers if path.is_dir() else from_bfl
-
-
 @contextmanager
-def _naming(weights: Path) -> Iterator[None]:
-    """What is wrong with weights is said with their file and the TOML key."""
+def _naming_key(path: str | Path) -> Iterator[None]:
+    """Messages begin with the TOML key."""
     try:
         yield
-    except QuantizedWeights as error:
-        raise ValueError(f"{_KEY}: {weights} {error}") from None
     except KeyMismatch as error:
-        what = f"{_KEY}: {weights}"
+        what = f"{_KEY}: {path}"
         raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
-    except (BeyondRange, SafetensorError) as error:
-        raise ValueError(f"{_KEY}: {weights}: {error}") from None
+    except BeyondRange as error:
+        raise ValueError(f"{_KEY}: {path}: {error}") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{_KEY}: {error}") from None
 
 
 def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
@@ -176,15 +177,15 @@ def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
         config, weights = path / "config.json", weights_in(path)
         if not config.is_file():
             raise FileNotFoundError(
-                f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
-                "the file ae.safetensors itself"
+                f"the folder {path} has no config.json; give a diffusers vae folder, or the file "
+                "ae.safetensors itself"
             )
         if not weights.is_file():
-            raise FileNotFoundError(f"{_KEY}: the folder {path} has no {_WEIGHTS}")
+            raise FileNotFoundError(f"the folder {path} has no {_WEIGHTS}")
         return _args_from_config(config), weights
     if not path.is_file():
         raise FileNotFoundError(
-            f"{_KEY}: {path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
+            f"{path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
         )
     return _args_from_shapes(path), path
 
@@ -198,13 +199,7 @@ def weights_in(folder: Path) -> Path:
 
 def _args_from_shapes(path: Path) -> AutoencoderArgs:
     """Architecture of a file in BFL's layout, from the names and shapes in its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        kind = other_kind(path) or f"is not a safetensors file ({error})"
-        raise ValueError(f"{_KEY}: {path} {kind}") from None
-    shapes = without_prefix(shapes)
+    shapes = without_prefix(TensorsFile.open(path).shapes)
     try:
         conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
         ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")
@@ -219,8 +214,8 @@ def _args_from_shapes(path: Path) -> AutoencoderArgs:
         )
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{_KEY}: {path} {_other(shapes)} ({error}); give ae.safetensors of FLUX.1, or a "
-            "diffusers vae folder with its config.json"
+            f"{path} {_other(shapes)} ({error}); give ae.safetensors of FLUX.1, or a diffusers vae "
+            "folder with its config.json"
         ) from None
 
 
@@ -237,7 +232,7 @@ def _other(names: Iterable[str]) -> str:
 def _args_from_config(path: Path) -> AutoencoderArgs:
     """Architecture of a diffusers AutoencoderKL, from its config.json."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         _check_supported(config)
         check_config(config)
         widths = config["block_out_channels"]
@@ -253,9 +248,9 @@ def _args_from_config(path: Path) -> AutoencoderArgs:
             out_ch=config["out_channels"],
         )
     except KeyError as error:
-        raise ValueError(f"{_KEY}: {path} has no entry {error}; not an AutoencoderKL?") from None
+        raise ValueError(f"{path} has no entry {error}; not an AutoencoderKL?") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{_KEY}: {path} does not describe a FLUX autoencoder: {error}") from None
+        raise ValueError(f"{path} does not describe a FLUX autoencoder: {error}") from None
 
 
 def _check_supported(config: Mapping[str, Any]) -> None:

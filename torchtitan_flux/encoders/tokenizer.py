@@ -63,8 +63,8 @@ class CaptionTokenizer:
             raise ValueError(
                 f"encoder.max_t5_encoding_len: at least 1 token is needed, got {max_t5_len}"
             )
-        t5 = load_tokenizer(t5_path, T5_KEY, "tokenizer_2")
-        clip = load_tokenizer(clip_path, CLIP_KEY, "tokenizer")
+        t5 = load_tokenizer(t5_path, T5_KEY)
+        clip = load_tokenizer(clip_path, CLIP_KEY)
         self.max_t5_len = max_t5_len
         self.limits = {"T5": max_t5_len, "CLIP": CLIP_LENGTH}
         """Name of each encoder -> tokens that it takes."""

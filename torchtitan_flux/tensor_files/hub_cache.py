@@ -6,41 +6,33 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from torchtitan_flux.formatting import listed
-from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.safetensors_file import (
-    PICKLES,
-    SAFETENSORS,
-    UnreadableWeights,
-)
+from torchtitan_flux.paths import absence, is_hub_name
+from torchtitan_flux.tensor_files.safetensors_file import PICKLES, SAFETENSORS, UnreadableWeights
 
 _CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
-_REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/transformer)?")
 _ADDRESS = re.compile(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)(?:/.*)?")
 
 
 def why_absent(path: str | Path) -> str:
-    """What to say of weights that are not there: how a path goes on that names them.
+    """How a message goes on that names a path where no weights are.
 
     A name on the hub, or an address there, gets the command that downloads it.
     """
-    said, text = absence(path), str(path)
+    why, text = absence(path), str(path)
     address = _ADDRESS.fullmatch(text)
-    if address is not None:
-        repository = address[1]
-    elif (named := _REPOSITORY.fullmatch(text)) and not _means_local(text):
-        repository = named[1]
-    else:
-        return said
+    repository = address[1] if address else text.removesuffix("/transformer")
+    if not (address or _may_be_repository(repository)):
+        return why
     cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     if cached.is_dir():
-        return f"{said} here; the hub's cache has it: name {cached}"
-    how = download_command(repository)
-    return f"{said} here; what the hub has is downloaded first: {how}"
+        return f"{why} here; the hub's cache has it: name {cached}"
+    return f"{why} here; what the hub has is downloaded first: {download_command(repository)}"
 
 
-def _means_local(text: str) -> bool:
-    """Whether a name can only mean a file here, or something in a folder that is here."""
-    return text.endswith((*SAFETENSORS, *PICKLES, ".gguf")) or Path(text.split("/")[0]).exists()
+def _may_be_repository(text: str) -> bool:
+    """Whether a name can mean something else than a file, or something in a folder that is here."""
+    local = text.endswith((*SAFETENSORS, *PICKLES, ".gguf")) or Path(text.split("/")[0]).exists()
+    return "/" in text and is_hub_name(text) and not local
 
 
 def download_command(repository: str) -> str:
@@ -67,17 +59,13 @@ def snapshot_of(folder: Path) -> Path:
     if found is None:
         return folder
     main = folder / "refs" / "main"
-    if main.is_file():
-        named = folder / "snapshots" / main.read_text().strip()
-        if named.is_dir():
-            return named
-    there = sorted(one for one in folder.glob("snapshots/*") if one.is_dir())
-    if len(there) == 1:
-        return there[0]
-    if there:
-        raise UnreadableWeights(
-            f"{folder} holds several snapshots; give one: {listed(str(one) for one in there)}"
-        )
+    if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()).is_dir():
+        return named
+    snapshots = sorted(one for one in folder.glob("snapshots/*") if one.is_dir())
+    if len(snapshots) == 1:
+        return snapshots[0]
+    if snapshots:
+        raise UnreadableWeights(f"{folder} holds several snapshots; give one: {listed(snapshots)}")
     how = download_command(f"{found['owner']}/{found['name']}")
     raise UnreadableWeights(
         f"{folder} is a folder of the hub's cache without any snapshot: the download did not end; "
