@@ -55,7 +55,7 @@ def kind_of_bytes(head: bytes) -> str:
     return "" if kind == "bzip2" and head[4:10] != b"1AY&SY" else kind
 
 
-def not_weights(path: Path) -> str | None:
+def other_kind(path: Path) -> str | None:
     """What a file is instead of safetensors and what to do, as "is …"; None if not known.
 
     Raises OSError where it cannot be read.

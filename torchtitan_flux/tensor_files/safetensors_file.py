@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchtitan_flux.paths import absence
 from torchtitan_flux.tensor_files.element_types import DTYPES, PACKED
-from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, not_weights
+from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, other_kind
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAFETENSORS = (".safetensors", ".sft")
@@ -58,7 +58,7 @@ class TensorsFile:
                 pass
         except SafetensorError as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
-            kind = not_weights(path) or (
+            kind = other_kind(path) or (
                 f"is no safetensors file, or was cut off or damaged ({reason}); get it again"
             )
             raise UnreadableWeights(f"{path} {kind}") from None

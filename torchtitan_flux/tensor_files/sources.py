@@ -1,4 +1,4 @@
-"""Tensors by name that are read part by part: those of safetensors files, also under other names."""
+"""Tensors by name, read part by part: those of safetensors files, also under other names."""
 
 from collections.abc import Mapping, Sequence
 

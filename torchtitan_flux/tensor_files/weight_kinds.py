@@ -28,9 +28,7 @@ class Kind(NamedTuple):
 
 # Are these even where a transformer's tensors are there as well.
 _BESIDE = (
-    Kind(
-        r"\.base_layer\.", "is a model with a LoRA (adapter) that is not merged into it", _MERGE
-    ),
+    Kind(r"\.base_layer\.", "is a model with a LoRA (adapter) that is not merged into it", _MERGE),
     Kind(
         r"(^|\.)(controlnet_(?!$)|input_hint_block\.|pos_embed_input\.)",
         "is a ControlNet, which steers a transformer and is none",

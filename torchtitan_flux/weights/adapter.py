@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.protocols import BaseStateDictAdapter
 
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.tensor_files.quantized import plain
+from torchtitan_flux.tensor_files.quantized import dequantize
 from torchtitan_flux.weights.key_maps import from_diffusers, to_diffusers
 
 
@@ -32,7 +32,7 @@ class FluxStateDictAdapter(BaseStateDictAdapter):
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Tensor]:
         """Scales are applied; QuantizedWeights names a quantisation that is not read."""
-        return from_diffusers(plain(_whole(hf_state_dict)), self.model_args)
+        return from_diffusers(dequantize(_whole(hf_state_dict)), self.model_args)
 
     def get_hf_storage_reader(
         self, path: str, from_quantized: bool = False

@@ -84,9 +84,7 @@ class DcpSource(Source):
 
 def _box(bounds: Iterable[tuple[int, int]], origin: Iterable[int]) -> Box:
     """Bounds as slices, counted from `origin`."""
-    return tuple(
-        slice(low - at, high - at) for (low, high), at in zip(bounds, origin, strict=True)
-    )
+    return tuple(slice(low - at, high - at) for (low, high), at in zip(bounds, origin, strict=True))
 
 
 def _average(folder: Path, entries: Iterable[str], decay: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.tensor_files.state_dict_keys import check_keys
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys, shapes_of
 
 StateDict = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ def to_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> State
 def _to_ours(
     state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry], what: str
 ) -> StateDict:
-    check_keys(state_dict, foreign_shapes(args, entries), what)
+    check_keys(shapes_of(state_dict), foreign_shapes(args, entries), what)
     return {
         entry.ours: entry.join([state_dict[name] for name in entry.theirs]).contiguous()
         for entry in entries
@@ -77,7 +77,7 @@ def _to_ours(
 def _from_ours(
     state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry]
 ) -> StateDict:
-    check_keys(state_dict, our_shapes(args), "transformer state dict")
+    check_keys(shapes_of(state_dict), our_shapes(args), "transformer state dict")
     return {
         name: tensor.contiguous()
         for entry in entries

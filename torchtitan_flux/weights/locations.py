@@ -208,7 +208,7 @@ def _nothing(path: Path) -> UnreadableWeights:
         if one.is_dir() and repository_of(one) and not repository_of(path):
             return UnreadableWeights(f"{path} is a cache of the hub; give one folder of it: {one}")
     if any(path.glob("*.distcp")):
-        what = f"has no {METADATA}: it is a DCP checkpoint that was not saved completely; give another one"
+        what = f"has no {METADATA}: a DCP checkpoint that was not saved completely; give another"
     elif (path / "zero_to_fp32.py").is_file():
         what = (
             "is a checkpoint of DeepSpeed: run its zero_to_fp32.py with --safe_serialization, and "

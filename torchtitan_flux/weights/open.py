@@ -27,10 +27,12 @@ from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
 from torchtitan_flux.tensor_files.element_types import BeyondRange
-from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_integers
+from torchtitan_flux.tensor_files.quantized import without_scales
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
+from torchtitan_flux.tensor_files.sources import Box, RenamedSource, Source
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, check_keys
 from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.dcp_source import DcpSource
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
 from torchtitan_flux.weights.locations import (
     COMFYUI_PREFIX,
@@ -42,9 +44,7 @@ from torchtitan_flux.weights.locations import (
     find,
 )
 from torchtitan_flux.weights.names import layout_of
-from torchtitan_flux.weights.scaled import without_scales
 from torchtitan_flux.weights.slices import joined_dtype, read_joined
-from torchtitan_flux.weights.tensor_sources import Box, DcpSource, RenamedSource, Source
 
 __all__ = [
     "COMFYUI_PREFIX",
@@ -105,10 +105,6 @@ class Weights:
         _check_keys(path, source, expected)
         self._source = source
         _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
-        try:
-            check_integers(source.dtypes)
-        except QuantizedWeights as error:
-            raise UnreadableWeights(f"{path} {error}") from None
         self._entries = {entry.ours: entry for entry in entries}
         self.shapes = our_shapes(args)
         self.dtypes = {
@@ -187,11 +183,11 @@ def open_weights(
     path = found.path
     if average is not None:
         found = replace(found, source=DcpSource(path, average))
-    found = replace(found, source=without_scales(path, found.source))
+    found = replace(found, source=without_scales(found.source, path))
     if args is None:
         args = found.declared
         if args is None:
-            args = architecture.from_shapes(path, found.source.shapes, alike or found.alike)
+            args = architecture.from_shapes(path, found.source.shapes, alike or found.flavor)
         elif alike is not None:
             architecture.check_alike(path, asdict(args), alike)
         wanted = {"match": args.guidance_embed, "drop": False, "initialize": True}[guidance]
@@ -229,9 +225,8 @@ def _tell(weights: Weights, found: Found) -> None:
 
 def _check_keys(path: Path, source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise KeyMismatch, with what to do where nothing but unknown tensors is wrong."""
-    found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
     try:
-        check_keys(found, expected, str(path))
+        check_keys(source.shapes, expected, str(path))
     except KeyMismatch as error:
         if error.missing or error.mis_shaped:
             raise

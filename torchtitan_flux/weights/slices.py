@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_flux.tensor_files.element_types import cast
+from torchtitan_flux.tensor_files.sources import Source
 from torchtitan_flux.weights.key_maps import Entry
-from torchtitan_flux.weights.tensor_sources import Source
 
 Bounds = list[tuple[int, int]]
 """First index and the one after the last, for each dimension."""

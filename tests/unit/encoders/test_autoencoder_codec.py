@@ -20,8 +20,9 @@ from torchtitan_flux.encoders.autoencoder import (
     autoencoder_geometry,
     load_autoencoder,
 )
-from torchtitan_flux.encoders.autoencoder_keys import from_diffusers, to_bfl
+from torchtitan_flux.encoders.autoencoder_keys import from_ours, to_ours
 from torchtitan_flux.startup.encoder_checks import encoder_problems
+from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 from torchtitan_flux.weights.convert_autoencoder import (
     convert_autoencoder,
@@ -56,7 +57,9 @@ def vae_folder(kl, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bfl_file(kl, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vae") / "weights"  # neither name tells the format
-    save_file(to_bfl(from_diffusers(kl.state_dict(), FLUX_NARROW), FLUX_NARROW), path)
+    save_file(
+        from_ours("bfl", to_ours("diffusers", kl.state_dict(), FLUX_NARROW), FLUX_NARROW), path
+    )
     return path
 
 
@@ -128,7 +131,7 @@ def test_loaded_frozen_in_the_dtype_asked_for(vae_folder: Path):
 
 
 def test_geometry_reads_no_weights(vae_folder: Path, bfl_file: Path, monkeypatch):
-    monkeypatch.setattr("torchtitan_flux.encoders.autoencoder.load_file", None)
+    monkeypatch.setattr(TensorsFile, "tensor", None)
     assert autoencoder_geometry(vae_folder) == (16, 8)
     assert autoencoder_geometry(bfl_file) == (16, 8)
 

@@ -28,9 +28,9 @@ from torchtitan_flux.checkpoint.storage import SafeReader
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.dcp_source import DcpSource
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes, to_bfl
 from torchtitan_flux.weights.open import open_weights
-from torchtitan_flux.weights.tensor_sources import DcpSource
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def is_whole(path: Path, format: str) -> None:
 def test_any_prefix_is_read(tmp_path, prefix, tensors):
     path = save(tmp_path / "some.safetensors", {prefix + n: t for n, t in tensors.items()})
     format = "bfl" if tensors is BFL else "diffusers"
-    is_whole(path, "comfyui" if prefix == "model.diffusion_model." else format)
+    is_whole(path, "comfyui" if (format, prefix) == ("bfl", "model.diffusion_model.") else format)
 
 
 def test_wrappers_within_a_name_are_taken_out(tmp_path):

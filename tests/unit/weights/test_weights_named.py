@@ -113,7 +113,7 @@ CONTENTS = {
     "JSON": (lambda: b'{"error": "Repository is gated"}', r"is a JSON text.*Repository is gated"),
     "text": (lambda: b"Invalid username or password.", "is a text, .*Invalid username.*token"),
     "short text": (lambda: b"denied", "is a text, .*denied"),
-    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"),
+    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     "GGUF": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(90), "is a GGUF file"),
     "pickle": (lambda: pickle.dumps(list(range(99))), "is a pickle by its contents"),
     "torch": (lambda: zipped("archive/data.pkl"), "is a pickle by its contents"),
@@ -165,7 +165,7 @@ def test_a_folder_tells_what_it_holds_instead(tmp_path):
     for name, said in (
         ("flux1-dev-Q8_0.gguf", "is a GGUF file"),
         ("flux1-dev.pt", "is a pickle by its name"),
-        ("__0_0.distcp", r"has no \.metadata: it is a DCP checkpoint that was not saved"),
+        ("__0_0.distcp", r"has no \.metadata: a DCP checkpoint that was not saved"),
         ("optimizer.bin", "holds no FLUX weights: expected is"),
         ("zero_to_fp32.py", "is a checkpoint of DeepSpeed: run its zero_to_fp32.py"),
     ):

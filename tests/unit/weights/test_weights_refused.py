@@ -245,7 +245,7 @@ def metadata_with_code(path):
 
 CASES: list[tuple[str, Callable, str]] = [
     ("bfl", missing_key, r"1 missing: txt_in\.bias"),
-    ("bfl", pointer, r"is a git-lfs pointer, not the weights: run `git lfs pull` there"),
+    ("bfl", pointer, r"is a Git LFS pointer, not the weights: run `git lfs pull` there"),
     ("bfl", extra_key, r"1 unknown: lora_A\.weight"),
     ("bfl", mis_shaped_key, r"1 mis-shaped: double_blocks\.1\.img_mlp\.0\.bias: \(7,\), expected"),
     ("diffusers", missing_in_diffusers, r"missing: .*transformer_blocks\.1\.attn\.to_k\.bias"),
@@ -272,7 +272,7 @@ CASES: list[tuple[str, Callable, str]] = [
     ("sharded", missing_shard, r"index\.json names .*00002-of-00003\.safetensors, which"),
     ("sharded", missing_index_and_shard, r"has .*00001-of-00003.*, 2 of 3 files; get the others"),
     ("sharded", index_outside, r"weight_map is no table of file names"),
-    ("sharded", index_of_another, r"names tensors that are not there: .* \(in .*00001-of"),
+    ("sharded", index_of_another, r"missing: x_embedder"),
     ("sharded", index_no_json, r"index\.json is not JSON"),
     ("sharded", no_config, r"does not say how its heads of 8 are divided .*--flavor"),
     ("diffusers", other_class, r"'SD3Transformer2DModel', needed is a FluxTransformer2DModel"),
@@ -354,5 +354,5 @@ def test_a_file_of_ours_without_its_metadata_needs_a_flavor(tmp_path):
 
 def test_a_foreign_checkpoint_of_another_model(tmp_path):
     dcp.save({"layers.0.weight": torch.ones(3)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
-    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0.*another program"):
+    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0.*without manifest"):
         convert(tmp_path / "step-1", tmp_path / "out", "dcp")
