@@ -1,7 +1,7 @@
 """The FLUX.1 autoencoder as a codec, and loading it from a file of BFL's or a diffusers folder."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torchtitan_flux.tensor_files.file_sets import weight_files
 from torchtitan_flux.tensor_files.quantized import check_config, without_scales
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
 from torchtitan_flux.tensor_files.sources import Box, FilesSource, RenamedSource, Source
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, check_keys
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
 from torchtitan_flux.tensor_files.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
@@ -52,19 +52,10 @@ class Autoencoder(nn.Module):
     def encode(
         self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None = None
     ) -> Float[Tensor, "b ch h w"]:
-        """Normalised latents: scale_factor * (z - shift_factor), z from the posterior.
+        """Normalised latents in the dtype of `images`: scale_factor * (z - shift_factor).
 
-        z = mean + exp(logvar / 2) * noise, logvar clamped to [-30, 20] as in diffusers.
-
-        Args:
-            images: pixels in [-1, 1]; height and width multiples of `downscale`.
-            noise: standard normal numbers in the shape of the latents; None takes z = mean.
-
-        Returns:
-            Latents in the dtype of `images`.
-
-        Raises:
-            ValueError: other channels, or a size that is no multiple of `downscale`.
+        z = mean + exp(logvar / 2) * noise, logvar clamped to [-30, 20] as in diffusers; without
+        `noise`, z = mean. ValueError: other channels, or a size that is no multiple of `downscale`.
         """
         check_channels("images", images, self.args.in_channels)
         if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
@@ -81,11 +72,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c H W"]:
-        """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`.
-
-        Raises:
-            ValueError: latents with other than `channels` channels.
-        """
+        """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`."""
         check_channels("latents", latents, self.channels)
         z = latents / self.args.scale_factor + self.args.shift_factor
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(latents.dtype)
@@ -94,17 +81,22 @@ class Autoencoder(nn.Module):
 class StoredAutoencoder(Source):
     """The weights of an autoencoder where they lie, under our names; every key is accounted for.
 
-    Attributes:
-        args: its architecture.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_autoencoder`.
+    `args` is its architecture. Raises FileNotFoundError or ValueError, see `load_autoencoder`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.args, file = read_args(path)
+        file = path
+        if path.is_dir():
+            file = weights_in(path)
+            self.args = _args_of_folder(path, file)
+        elif not path.is_file():
+            raise FileNotFoundError(
+                f"{path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
+            )
         stored = FilesSource([TensorsFile.open(file)])
         named = RenamedSource(stored, without_prefix({name: name for name in stored.shapes}))
+        if not path.is_dir():
+            self.args = _args_of_shapes(path, named.shapes)
         self._source = without_scales(named, file)
         names = layout_names("diffusers" if path.is_dir() else "bfl", self.args)
         check_keys(self._source.shapes, dict(names.values()), str(file))
@@ -171,66 +163,52 @@ def _naming_key(path: str | Path) -> Iterator[None]:
         raise type(error)(f"{_KEY}: {error}") from None
 
 
-def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
-    """The architecture, and the file that holds the weights."""
-    if path.is_dir():
-        config, weights = path / "config.json", weights_in(path)
-        if not config.is_file():
-            raise FileNotFoundError(
-                f"the folder {path} has no config.json; give a diffusers vae folder, or the file "
-                "ae.safetensors itself"
-            )
-        if not weights.is_file():
-            raise FileNotFoundError(f"the folder {path} has no {_WEIGHTS}")
-        return _args_from_config(config), weights
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
-        )
-    return _args_from_shapes(path), path
-
-
 def weights_in(folder: Path) -> Path:
     """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
     stem = _WEIGHTS.partition(".")[0]
     found = [one for one in weight_files(folder) if one.stem == stem and one.count == 1]
-    return folder / found[0].names[0] if len(found) == 1 else folder / _WEIGHTS
+    return folder / (found[0].names[0] if len(found) == 1 else _WEIGHTS)
 
 
-def _args_from_shapes(path: Path) -> AutoencoderArgs:
-    """Architecture of a file in BFL's layout, from the names and shapes in its header."""
-    shapes = without_prefix(TensorsFile.open(path).shapes)
+def _args_of_shapes(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderArgs:
+    """Architecture of a file in BFL's layout, from names and shapes of its tensors."""
+
+    def count(pattern: str) -> int:
+        return len({found[1] for name in shapes if (found := re.match(pattern, name))})
+
     try:
-        conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
-        ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")
+        ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+        levels = count(r"encoder\.down\.(\d+)\.")
         widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         return AutoencoderArgs(
-            in_channels=conv_in[1],
+            in_channels=in_channels,
             ch=ch,
             ch_mult=_multiples(widths, ch),
-            num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+            num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
             z_channels=shapes["decoder.conv_in.weight"][1],
-            out_ch=conv_out[0],
+            out_ch=shapes["decoder.conv_out.weight"][0],
         )
     except (KeyError, IndexError, ValueError) as error:
+        kind, what = kind_of(shapes, transformer=False), "is not an autoencoder in BFL's layout"
+        if is_transformer(shapes):
+            what = "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
+        elif kind is not None and "autoencoder" not in kind.what:
+            what = f"{kind.what}, and no autoencoder of FLUX.1"
         raise ValueError(
-            f"{path} {_other(shapes)} ({error}); give ae.safetensors of FLUX.1, or a diffusers vae "
-            "folder with its config.json"
+            f"{path} {what} ({error}); give ae.safetensors of FLUX.1, or a diffusers vae folder "
+            "with its config.json"
         ) from None
 
 
-def _other(names: Iterable[str]) -> str:
-    """What a file is instead of an autoencoder in Black Forest Labs' layout."""
-    kind = kind_of(names, transformer=False)
-    if is_transformer(names):
-        return "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
-    if kind is not None and "autoencoder" not in kind.what:
-        return f"{kind.what}, and no autoencoder of FLUX.1"
-    return "is not an autoencoder in Black Forest Labs' layout"
-
-
-def _args_from_config(path: Path) -> AutoencoderArgs:
+def _args_of_folder(folder: Path, weights: Path) -> AutoencoderArgs:
     """Architecture of a diffusers AutoencoderKL, from its config.json."""
+    path = folder / "config.json"
+    for file in (path, weights):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"the folder {folder} has no {file.name}; give a diffusers vae folder, or the file "
+                "ae.safetensors itself"
+            )
     try:
         config = read_json(path)
         _check_supported(config)
@@ -256,7 +234,7 @@ def _args_from_config(path: Path) -> AutoencoderArgs:
 def _check_supported(config: Mapping[str, Any]) -> None:
     """Refuse what AutoencoderKL can be and FLUX.1's autoencoder is not."""
     levels = len(config["block_out_channels"])
-    only = {
+    supported = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "norm_num_groups": NORM_GROUPS,
@@ -266,12 +244,12 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    # What AutoencoderKL takes an entry for that its configuration leaves out.
-    absent = {**only, "use_quant_conv": True, "use_post_quant_conv": True}
+    # AutoencoderKL's defaults for what a configuration leaves out
+    found = {**supported, "use_quant_conv": True, "use_post_quant_conv": True, **config}
     wrong = [
-        f"{name} is {config.get(name, absent[name])!r}, supported is {value!r}"
-        for name, value in only.items()
-        if config.get(name, absent[name]) != value
+        f"{name} is {found[name]!r}, supported is {value!r}"
+        for name, value in supported.items()
+        if found[name] != value
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -281,8 +259,3 @@ def _multiples(widths: list[int], ch: int) -> tuple[int, ...]:
     if any(width % ch for width in widths):
         raise ValueError(f"level widths {widths} are not multiples of the first, {ch}")
     return tuple(width // ch for width in widths)
-
-
-def _count(names: Mapping[str, Any], pattern: str) -> int:
-    """How many different numbers the pattern's group takes among the names."""
-    return len({found[1] for name in names if (found := re.match(pattern, name))})

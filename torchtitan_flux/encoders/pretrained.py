@@ -68,10 +68,7 @@ def read_t5_config(path: str | Path) -> Any:
 
 
 def read_clip_config(path: str | Path) -> Any:
-    """Configuration of CLIP's text model at `path`, also out of a whole CLIP's.
-
-    Raises FileNotFoundError or ValueError naming the TOML key.
-    """
+    """The same of CLIP's text model, also out of a whole CLIP's."""
     from transformers import CLIPTextConfig
 
     config = _read_config(path, CLIP_KEY, "clip_text_model", "clip")

@@ -26,16 +26,9 @@ class _TextEncoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Load the weights.
+        """Load the weights of a local folder or hub name; `dtype` is also that of the output.
 
-        Args:
-            path: local folder or hub name; a whole T5 or CLIP serves too.
-            device: where the weights go.
-            dtype: of the weights, the computation and the output.
-
-        Raises:
-            FileNotFoundError, ValueError: what is there is not exactly this encoder, naming the
-                TOML key.
+        Raises FileNotFoundError or ValueError, naming the TOML key, unless all of it is there.
         """
         super().__init__()
         weights = TextWeights(self.key, path)

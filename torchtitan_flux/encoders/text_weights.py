@@ -45,15 +45,12 @@ class TextWeights:
             key: which encoder, `encoder.t5_encoder` or `encoder.clip_encoder`.
             path: local folder or hub name; a whole T5 or CLIP serves too.
 
-        Raises:
-            FileNotFoundError, ValueError: names the key, and all that is missing, unknown, of
-                another shape or no floating-point numbers, or the quantisation that is not read;
-                a CLIP that reads fewer than 77 tokens or has no end-of-text token.
+        Raises FileNotFoundError or ValueError, which name the key and all that does not fit.
         """
         self._key, self._path, self._kind = key, path, _KINDS[key]
         self.config = self._kind.config(path)
         with torch.device("meta"):
-            model = self._kind.model()._from_config(self.config)
+            model = self._kind.model._from_config(self.config)
         self._theirs = {name: self._kind.renamed(name) for name in model.state_dict()}
         theirs = shapes_of(model.state_dict())
         self.shapes = {own: theirs[name] for name, own in self._theirs.items()}
@@ -83,10 +80,10 @@ class TextWeights:
         transformers.utils.logging.disable_progress_bar()  # one bar for each encoder and rank
         values = {name: self.read(name, dtype) for name in self.shapes}
         state = {name: values[own] for name, own in self._theirs.items()}
-        model = self._kind.model()
-        return model.from_pretrained(None, config=self.config, state_dict=state, dtype=dtype).to(
-            device
+        model = self._kind.model.from_pretrained(
+            None, config=self.config, state_dict=state, dtype=dtype
         )
+        return model.to(device)
 
 
 @dataclass(frozen=True)
@@ -95,15 +92,22 @@ class _Kind:
 
     Attributes:
         config: reads config.json.
-        model: transformers' class, which takes seconds to import.
+        class_name: of transformers' model.
         alias: how a name in a file, or of transformers, may begin, and how it begins here.
         others: what a whole model has beside its text encoder.
     """
 
     config: Callable[[str | Path], Any]
-    model: Callable[[], Any]
+    class_name: str
     alias: tuple[str, str]
     others: str
+
+    @property
+    def model(self) -> Any:
+        """transformers' class, which takes seconds to import."""
+        import transformers
+
+        return getattr(transformers, self.class_name)
 
     def renamed(self, name: str) -> str:
         """The name used here."""
@@ -139,28 +143,16 @@ def _clip_config(path: str | Path) -> Any:
     return config
 
 
-def _t5_model() -> Any:
-    from transformers import T5EncoderModel
-
-    return T5EncoderModel
-
-
-def _clip_model() -> Any:
-    from transformers import CLIPTextModel
-
-    return CLIPTextModel
-
-
 _KINDS = {
     T5_KEY: _Kind(
         read_t5_config,
-        _t5_model,
+        "T5EncoderModel",
         ("encoder.embed_tokens.", _EMBEDDING),
         r"decoder\.|lm_head\.|spiece_model$",
     ),
     CLIP_KEY: _Kind(
         _clip_config,
-        _clip_model,
+        "CLIPTextModel",
         ("text_model.", ""),
         r"(vision_model|visual_projection|text_projection)\.|logit_scale$"
         r"|(text_model\.)?embeddings\.position_ids$",

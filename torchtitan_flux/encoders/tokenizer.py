@@ -48,16 +48,10 @@ class CaptionTokenizer:
     """
 
     def __init__(self, t5_path: str | Path, clip_path: str | Path, max_t5_len: int) -> None:
-        """Load both tokenizers.
+        """Load both tokenizers from local folders or hub names; T5 gets `max_t5_len` tokens.
 
-        Args:
-            t5_path: local folder or hub name, `encoder.t5_encoder`.
-            clip_path: local folder or hub name, `encoder.clip_encoder`.
-            max_t5_len: tokens given to T5, end-of-sequence included.
-
-        Raises:
-            FileNotFoundError, ValueError: a tokenizer that cannot be loaded or is not of its kind,
-                naming the TOML key and the path.
+        Raises FileNotFoundError or ValueError, naming the TOML key, for one that cannot be loaded
+        or is not of its kind.
         """
         if max_t5_len < 1:
             raise ValueError(

@@ -24,7 +24,7 @@ from torchtitan.tools import utils
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, read_args
+from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, StoredAutoencoder
 from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
 from torchtitan_flux.encoders.pretrained import read_clip_config, read_t5_config
 from torchtitan_flux.latents import ImageSize
@@ -130,7 +130,7 @@ def configured_parts(
         known.append("CLIP-L")
     if not args.pixel_space:
         try:
-            shape, _ = read_args(Path(resolved_path(encoder.autoencoder_path)))
+            shape = StoredAutoencoder(Path(resolved_path(encoder.autoencoder_path))).args
         except (OSError, ValueError):
             shape = AutoencoderArgs()
             known.append("autoencoder")

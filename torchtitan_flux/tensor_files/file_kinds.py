@@ -1,8 +1,10 @@
-"""What a file is that was given as something else, by its first bytes: of weights and of data."""
+"""What a file of weights or data really is, by its first bytes or its name."""
 
 import zipfile
 from pathlib import Path
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Suffixes that stand for a pickle, which could run code when it is read."""
 HEAD = 2048
 """Bytes by which a file is known."""
 
@@ -32,9 +34,10 @@ _KINDS = {
 }
 
 _PICKLE = (
-    "a pickle by its {}, and unpickling runs whatever code is in it; give a safetensors file "
+    "is a pickle by its {}, and unpickling runs whatever code is in it; give a safetensors file "
     "(where the pickle is trusted: safetensors.torch.save_file writes one)"
 )
+PICKLE_BY_NAME, _PICKLE_BY_CONTENTS = _PICKLE.format("name"), _PICKLE.format("contents")
 _AGAIN = (
     "where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if "
     "the model asks for one"
@@ -44,7 +47,6 @@ _INSTEAD = {
     "a GGUF file": "whose weights are quantised; give the safetensors file it was made from",
 }
 _SHOWN = 80
-PICKLE_BY_NAME, _PICKLE_BY_CONTENTS = _PICKLE.format("name"), _PICKLE.format("contents")
 
 
 def kind_of_bytes(head: bytes) -> str:
@@ -63,27 +65,20 @@ def other_kind(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(HEAD)
     kind = kind_of_bytes(head)
-    if kind == "zip":
-        return _archive(path)
+    if kind == "zip":  # what torch.save writes: an archive with a pickle in it
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError):
+            return "is a ZIP archive, or a pickle of PyTorch, that was cut off; get it again"
+        kind = "a pickle" if any(name.endswith(".pkl") for name in names) else kind
     if kind == "a pickle":
-        return f"is {_PICKLE_BY_CONTENTS}"
+        return _PICKLE_BY_CONTENTS
     if kind in COMPRESSED:
         return f"is compressed by {kind}; unpack it, and give the safetensors file in it"
     if kind and kind != WEB_PAGE:
         return f"is {kind}, {_INSTEAD.get(kind, 'not weights; give a safetensors file')}"
     return _text(head)
-
-
-def _archive(path: Path) -> str:
-    """torch.save writes a ZIP archive with a pickle in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
-        return "is a ZIP archive, or a pickle of PyTorch, that was cut off; get it again"
-    if any(name.endswith(".pkl") for name in names):
-        return f"is {_PICKLE_BY_CONTENTS}"
-    return "is a ZIP archive; unpack it, and give the safetensors file in it"
 
 
 def _text(head: bytes) -> str | None:

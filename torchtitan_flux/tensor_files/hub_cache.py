@@ -7,7 +7,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.paths import absence, is_hub_name
-from torchtitan_flux.tensor_files.safetensors_file import PICKLES, SAFETENSORS, UnreadableWeights
+from torchtitan_flux.tensor_files.file_kinds import PICKLES
+from torchtitan_flux.tensor_files.safetensors_file import SAFETENSORS, UnreadableWeights
 
 _CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _ADDRESS = re.compile(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)(?:/.*)?")

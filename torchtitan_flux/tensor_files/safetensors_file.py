@@ -18,9 +18,8 @@ from torch import Tensor
 
 from torchtitan_flux.paths import absence
 from torchtitan_flux.tensor_files.element_types import DTYPES, PACKED
-from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, other_kind
+from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, PICKLES, other_kind
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAFETENSORS = (".safetensors", ".sft")
 """Suffixes of the format."""
 
@@ -115,7 +114,7 @@ def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
 def refuse_pickle(path: Path) -> None:
     """Raise UnreadableWeights for a file name that stands for a pickle."""
     if path.suffix.lower() in PICKLES:
-        raise UnreadableWeights(f"{path} is {PICKLE_BY_NAME}")
+        raise UnreadableWeights(f"{path} {PICKLE_BY_NAME}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

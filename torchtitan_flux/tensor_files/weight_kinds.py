@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 _GIVE = "give the transformer, as flux1-dev.safetensors or the folder transformer"
 _OTHER = "another model than FLUX.1, which is not read here"
+_STEERS = "which steers a transformer and is none"
 _MERGE = (
     "there is no LoRA here: merge it into the model that it was made for (diffusers: "
     "load_lora_weights, fuse_lora), and give the result"
@@ -28,24 +29,18 @@ class Kind(NamedTuple):
 
 # Are these even where a transformer's tensors are there as well.
 _BESIDE = (
-    Kind(r"\.base_layer\.", "is a model with a LoRA (adapter) that is not merged into it", _MERGE),
+    Kind(r"\.base_layer\.", "is a model with a LoRA (adapter) that is not merged", _MERGE),
     Kind(
         r"(^|\.)(controlnet_(?!$)|input_hint_block\.|pos_embed_input\.)",
-        "is a ControlNet, which steers a transformer and is none",
+        f"is a ControlNet, {_STEERS}",
     ),
     Kind(
         r"(^|[._])ip_adapter[._]|^image_proj(_model)?\.|\.to_[kv]_ip\.",
-        "is an IP-Adapter, which steers a transformer and is none",
+        f"is an IP-Adapter, {_STEERS}",
     ),
     Kind(r"(^|\.)distilled_guidance_layer\.", f"is Chroma, {_OTHER}"),
-    Kind(
-        r"(^|\.)(double_stream_modulation_(img|txt)|single_stream_modulation)\.",
-        f"is FLUX.2, {_OTHER}",
-    ),
-    Kind(
-        r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.",
-        f"is Qwen-Image or a relative of it: {_OTHER}",
-    ),
+    Kind(r"(^|\.)(double|single)_stream_modulation(_\w+)?\.", f"is FLUX.2, {_OTHER}"),
+    Kind(r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.", f"is Qwen-Image, {_OTHER}"),
 )
 _INSTEAD = (
     # peft, diffusers, kohya, XLabs, LyCORIS (LoKr, LoHa, OFT, full differences), DoRA
@@ -59,10 +54,7 @@ _INSTEAD = (
         r"(^|\.)input_blocks\.\d+\.|^(unet\.)?down_blocks\.\d+\.(attentions|resnets)\.",
         f"is a U-Net, as of Stable Diffusion: {_OTHER}",
     ),
-    Kind(
-        r"(^|\.)joint_blocks\.\d+\.|(^|\.)pos_embed\.proj\.",
-        f"is Stable Diffusion 3 or a relative of it: {_OTHER}",
-    ),
+    Kind(r"(^|\.)(joint_blocks\.\d+|pos_embed\.proj)\.", f"is Stable Diffusion 3, {_OTHER}"),
     Kind(
         r"layer\.\d+\.SelfAttention\.|(^|\.)enc\.blk\.\d+\.",
         "is a T5 text encoder",
@@ -79,19 +71,15 @@ _INSTEAD = (
         f"{_GIVE} (the autoencoder goes to encoder.autoencoder_path)",
     ),
     Kind(
-        r"(^|\.)(model\.)?layers\.\d+\.(self_attn|attention|feed_forward|mlp)\.",
-        f"is a language model or a relative of it: {_OTHER}",
+        r"(^|\.)layers\.\d+\.(self_attn|attention|feed_forward|mlp)\.",
+        f"is a language model, {_OTHER}",
     ),
-    Kind(
-        r"(^|\.)exp_avg(_sq)?(\.|$)|^optim(izer)?\.",
-        "is the state of an optimizer, and no weights",
-    ),
+    Kind(r"(^|\.)exp_avg(_sq)?(\.|$)|^optim(izer)?\.", "is the state of an optimizer, no weights"),
 )
 
 CLASSES = {
     "FluxControlNetModel": "a ControlNet",
     "AutoencoderKL": "an autoencoder",
-    "AutoencoderTiny": "an autoencoder of another kind",
     "T5EncoderModel": "a T5 text encoder",
     "CLIPTextModel": "a CLIP text encoder",
     "UNet2DConditionModel": "a U-Net, as of Stable Diffusion",
@@ -102,11 +90,9 @@ CLASSES = {
 
 
 def kind_of(names: Iterable[str], transformer: bool) -> Kind | None:
-    """What weights are known to be that are no whole FLUX.1 transformer.
+    """What weights of these tensors are known to be that are no whole FLUX.1 transformer.
 
-    Args:
-        names: of all tensors.
-        transformer: whether they hold the input layer of one.
+    `transformer`: whether they hold the input layer of one.
     """
     names = list(names)
     for kind in (*_BESIDE, *(() if transformer else _INSTEAD)):

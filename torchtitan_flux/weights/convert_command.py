@@ -91,7 +91,7 @@ def open_as(
         if guidance == ("drop" if args.guidance_embed else "initialize"):
             raise ValueError(f"--guidance_weights {guidance} contradicts --flavor {flavor}")
         args, fixed = None, with_blocks_of(path, args)
-    return open_weights(path, fixed, guidance, alike=args, unknown=unknown, average=average)
+    return open_weights(path, fixed, guidance, flavor=args, unknown=unknown, average=average)
 
 
 @contextmanager

@@ -1,16 +1,16 @@
-"""What lies at a path: which files hold the weights, in whose names, and what they say of
-themselves."""
+"""What lies at a path: which files hold the weights, in which layout, and what they state."""
 
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from torchtitan_flux.checkpoint.folder import verify
 from torchtitan_flux.checkpoint.manifest import MANIFEST, Damaged, Manifest
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.tensor_files.file_kinds import PICKLES
 from torchtitan_flux.tensor_files.file_sets import all_files, is_index, shard_count, weight_files
 from torchtitan_flux.tensor_files.hub_cache import (
     download_command,
@@ -18,33 +18,36 @@ from torchtitan_flux.tensor_files.hub_cache import (
     snapshot_of,
     why_absent,
 )
-from torchtitan_flux.tensor_files.safetensors_file import (
-    PICKLES,
-    TensorsFile,
-    UnreadableWeights,
-    refuse_pickle,
-)
+from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights
 from torchtitan_flux.tensor_files.sources import FilesSource, RenamedSource, Source
-from torchtitan_flux.tensor_files.weight_kinds import kind_of
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.dcp_source import DcpSource
-from torchtitan_flux.weights.names import Naming, layout_of, naming
+from torchtitan_flux.weights.names import find_transformer, layout_of
 
 Format = Literal["diffusers", "bfl", "comfyui", "dcp", "torchtitan"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 Trust = Literal["verify", "verify alone", "sizes"]
 """How a checkpoint of ours is checked: every byte, by all ranks together or by this one; or only
 that all its files are there in full size."""
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+PIPELINE_INDEX = "model_index.json"
 COMFYUI_PREFIX = "model.diffusion_model."
-_CONFIG, _PIPELINE = "config.json", "model_index.json"
-_FIRST = (WEIGHTS_NAME, "flux1", "model", "pytorch_model", "pytorch_lora_weights")
+
+_STEMS = (WEIGHTS_NAME, "flux1", "model", "pytorch_model", "pytorch_lora_weights")
 """Which files of a folder count, where it holds several sets."""
-_NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|random_states|rng_state|training_args)\b.*")
 _BELOW = ("transformer", "pytorch_model_fsdp_0", "model", "pytorch_model", "weights")
 """Where the checkpoints of other trainers keep the model."""
-_SHOWN = 4
+_TRAINING_STATE = re.compile(r"(optimizer|scheduler|scaler|random_states|rng_state|training)")
+_INSTEAD = {
+    "*.distcp": f"has no {METADATA}: a DCP checkpoint that was not saved completely; give another",
+    "zero_to_fp32.py": "is a checkpoint of DeepSpeed: run its zero_to_fp32.py with "
+    "--safe_serialization, and give what that writes",
+    PIPELINE_INDEX: "is a pipeline without its folder transformer; get that as well",
+    "*": f"holds no FLUX weights: expected is a diffusers folder ({PIPELINE_INDEX} and "
+    f"transformer/, or config.json and {WEIGHTS_NAME}*.safetensors), one flux1-*.safetensors, or a "
+    "DCP checkpoint (step-N)",
+}
+"""Files in a folder without weights -> what it is."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,8 @@ def find(path: Path, trust: Trust = "verify") -> Found:
     """Find out what a path holds; its tensors are looked at by name only.
 
     Raises:
-        UnreadableWeights: it is nothing that can be read; the message says what it is instead, and
-            what to do.
-        FileNotFoundError: there is nothing; the message says why where that is known.
+        UnreadableWeights: it is nothing that can be read; says what it is instead.
+        FileNotFoundError: there is nothing.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} {why_absent(path)}")
@@ -85,11 +87,11 @@ def find(path: Path, trust: Trust = "verify") -> Found:
 def _folder(path: Path, trust: Trust) -> Found:
     if (path / MANIFEST).is_file():
         return _checkpoint(path, trust)
-    if (path / METADATA).is_file():
-        return _foreign_checkpoint(path)
-    if (path / _PIPELINE).is_file() and (path / "transformer").is_dir():
+    if (path / METADATA).is_file():  # of another program
+        return _transformer(path, DcpSource(path), None, path, dcp=True)
+    if (path / PIPELINE_INDEX).is_file() and (path / "transformer").is_dir():
         return replace(_folder(path / "transformer", trust), path=path)
-    sets = weight_files(path, _FIRST)
+    sets = weight_files(path, _STEMS)
     if len(sets) > 1:
         raise UnreadableWeights(
             f"{path} holds several models: {listed(s.shown for s in sets)}; give one of the files"
@@ -99,7 +101,7 @@ def _folder(path: Path, trust: Trust) -> Found:
     for name in _BELOW:
         if (path / name).is_dir():
             return _folder(path / name, trust)
-    raise _nothing(path)
+    raise _no_weights(path)
 
 
 def _file(path: Path) -> Found:
@@ -118,22 +120,21 @@ def _file(path: Path) -> Found:
 def _files(path: Path, files: list[Path], stem: str) -> Found:
     """A set of files, with what their headers and a `config.json` beside them say."""
     opened = [TensorsFile.open(file) for file in files]
-    config, declared = files[0].with_name(_CONFIG), None
+    config, declared = files[0].with_name("config.json"), None
     if config.is_file() and stem == WEIGHTS_NAME:
         declared = architecture.from_diffusers_config(config)
     stated = architecture.from_metadata(files[0], opened[0].metadata)
     if declared is not None and stated is not None:  # what config.json has no entry for
         declared = replace(declared, downscale=stated.downscale, patch_size=stated.patch_size)
-    return _transformer(
-        path, FilesSource(opened), declared or stated, files[0] if len(files) == 1 else path
-    )
+    where = files[0] if len(files) == 1 else path
+    return _transformer(path, FilesSource(opened), declared or stated, where)
 
 
 def _transformer(
     path: Path, source: Source, declared: FluxModelArgs | None, where: Path, dcp: bool = False
 ) -> Found:
-    """The transformer among tensors in anybody's names; messages begin with `where`."""
-    names = _named(where, source)
+    """The transformer among tensors under any names; messages begin with `where`."""
+    names = find_transformer(where, source.shapes)
     format: Format
     layout = layout_of(names.names)
     if layout == "ours" and dcp:
@@ -148,40 +149,14 @@ def _transformer(
     return Found(path, format, renamed, declared, left_out=names.left_out)
 
 
-def _named(path: Path, source: Source) -> Naming:
-    """The names of a transformer; UnreadableWeights says what it is where it is none."""
-    try:
-        names = naming(source.shapes)
-    except ValueError as error:
-        raise UnreadableWeights(f"{path} {error}") from None
-    if kind := kind_of(source.shapes, names.transformer):
-        raise UnreadableWeights(f"{path} {kind.what}; {kind.remedy}")
-    if not names.transformer and not names.blocks:
-        named = f": its {len(source.shapes)} tensors are named {listed(source.shapes, _SHOWN)}"
-        raise UnreadableWeights(
-            f"{path} holds no FLUX transformer{named if source.shapes else ', nor any tensor'}"
-        )
-    return names
-
-
 def _checkpoint(folder: Path, trust: Trust) -> Found:
     """A checkpoint of ours."""
-    problem = _damage(folder, trust)
-    if problem:
+    if problem := _damage(folder, trust):
         raise UnreadableWeights(f"{folder} is damaged: {problem}; give another checkpoint")
     source, stated = DcpSource(folder), folder / architecture.ARGS_FILE
     if stated.is_file():
         return Found(folder, "dcp", source, declared=architecture.from_args_file(stated))
     return Found(folder, "dcp", source, flavor=architecture.flavor_of_run(folder))
-
-
-def _foreign_checkpoint(folder: Path) -> Found:
-    """A DCP checkpoint of another program: its names tell whether it is FLUX."""
-    source = DcpSource(folder)
-    try:
-        return _transformer(folder, source, None, folder, dcp=True)
-    except UnreadableWeights as error:
-        raise UnreadableWeights(f"{error} (a DCP checkpoint without {MANIFEST})") from None
 
 
 def _damage(checkpoint: Path, trust: Trust) -> str:
@@ -198,32 +173,18 @@ def _damage(checkpoint: Path, trust: Trust) -> str:
     return ""
 
 
-def _nothing(path: Path) -> UnreadableWeights:
+def _no_weights(path: Path) -> UnreadableWeights:
     """What to say of a folder without weights: what it holds instead."""
     for one in sorted(path.iterdir()):
-        if one.suffix.lower() in PICKLES and not _NOT_WEIGHTS.match(one.name):
-            refuse_pickle(one)
-        if one.suffix.lower() == ".gguf":
+        if one.suffix.lower() in (*PICKLES, ".gguf") and not _TRAINING_STATE.match(one.name):
             TensorsFile.open(one)  # which says what that is
         if one.is_dir() and repository_of(one) and not repository_of(path):
             return UnreadableWeights(f"{path} is a cache of the hub; give one folder of it: {one}")
-    if any(path.glob("*.distcp")):
-        what = f"has no {METADATA}: a DCP checkpoint that was not saved completely; give another"
-    elif (path / "zero_to_fp32.py").is_file():
-        what = (
-            "is a checkpoint of DeepSpeed: run its zero_to_fp32.py with --safe_serialization, and "
-            "give what that writes"
-        )
-    elif last := _last_step(path):
+    what = next(
+        (what for pattern, what in _INSTEAD.items() if any(path.glob(pattern))), _INSTEAD["*"]
+    )
+    if last := _last_step(path):
         what = f"holds checkpoints of a run; give one, as {last}"
-    elif (path / _PIPELINE).is_file():
-        what = "is a pipeline without its folder transformer; get that as well"
-    else:
-        what = (
-            f"holds no FLUX weights: expected is a diffusers folder ({_PIPELINE} and transformer/, "
-            f"or {_CONFIG} and {WEIGHTS_NAME}*.safetensors), one flux1-*.safetensors, or a DCP "
-            "checkpoint (step-N)"
-        )
     if repository := repository_of(path):
         what += f"; {repository} was downloaded without them: {download_command(repository)}"
     return UnreadableWeights(f"{path} {what}")

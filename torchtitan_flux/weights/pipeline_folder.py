@@ -22,9 +22,9 @@ from torchtitan_flux.tensor_files.safetensors_file import (
 )
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.convert_autoencoder import open_autoencoder, verify_vae, write_vae
+from torchtitan_flux.weights.locations import PIPELINE_INDEX
 from torchtitan_flux.weights.open import Weights
 from torchtitan_flux.weights.scheduler import (
-    PIPELINE_INDEX,
     SCHEDULER_FILE,
     StatedScheduler,
     flavor_scheduler,

@@ -42,18 +42,9 @@ def read_joined(entry: Entry, source: Source, bounds: Bounds, dtype: torch.dtype
 
 
 def _copy(
-    out: Tensor,
-    ours: Tensor,
-    theirs: Tensor,
-    name: str,
-    source: Source,
-    bounds: Bounds,
-    axis: int,
+    out: Tensor, ours: Tensor, theirs: Tensor, name: str, source: Source, bounds: Bounds, axis: int
 ) -> None:
-    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result.
-
-    Raises BeyondRange where the result cannot hold a value.
-    """
+    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result; BeyondRange."""
     first, last = int(theirs.min()), int(theirs.max()) + 1
     box = [slice(low, high) for low, high in bounds]
     box[axis] = slice(first, last)

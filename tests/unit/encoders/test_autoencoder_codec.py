@@ -174,7 +174,7 @@ def test_names_behind_a_prefix(kl, vae_folder, bfl_file, tmp_path: Path, prefix:
     save_file({**stored, "model.diffusion_model.double_blocks.0.x": torch.ones(1)}, single)
     refused(single, ValueError, "is a FLUX transformer, or a whole checkpoint")
     save_file({**stored, "stray": torch.ones(1)}, single)
-    refused(single, ValueError, "is not an autoencoder in Black Forest Labs' layout")
+    refused(single, ValueError, "is not an autoencoder in BFL's layout")
 
 
 def test_images_that_do_not_fit_are_refused(vae_folder: Path):
@@ -248,7 +248,7 @@ def test_float64_beyond_the_range_is_refused(bfl_file: Path, tmp_path: Path, dty
         ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "a whole checkpoint"),
         ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", r"is a LoRA \(adapter\)"),
         ("text_model.encoder.layers.0.mlp.fc1.weight", "is a CLIP encoder, and no autoencoder"),
-        ("encoder.mid_block.resnets.0.conv1.weight", "is not an autoencoder in Black Forest"),
+        ("encoder.mid_block.resnets.0.conv1.weight", "is not an autoencoder in BFL"),
     ],
 )
 def test_other_weights_are_called_what_they_are(refused, name: str, because: str, tmp_path: Path):

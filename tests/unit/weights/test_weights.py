@@ -209,9 +209,9 @@ def test_a_runs_checkpoint_takes_its_flavor_from_the_configuration_beside_it(tmp
     config = {"model": {"flavor": "flux-digits"}, "training": {}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert open_weights(folder).args == args
-    assert open_weights(folder, alike=FLAVORS["flux-digits"]).args == args
+    assert open_weights(folder, flavor=FLAVORS["flux-digits"]).args == args
     with pytest.raises(ValueError, match=r"hidden_size is 128, the flavor's 384"):
-        open_weights(folder, alike=FLAVORS["flux-mnist"])
+        open_weights(folder, flavor=FLAVORS["flux-mnist"])
 
 
 # ---- full size -----------------------------------------------------------------------------

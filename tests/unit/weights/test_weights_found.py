@@ -106,7 +106,7 @@ def test_a_whole_checkpoint_gives_its_transformer(tmp_path, caplog):
 def test_two_transformers_in_one_file_are_not_guessed_between(tmp_path):
     both = {f"{prefix}.{n}": t.clone() for prefix in ("ema", "model") for n, t in BFL.items()}
     path = save(tmp_path / "two.safetensors", both)
-    with pytest.raises(UnreadableWeights, match=r"several transformers: .*'ema', of .*'model'"):
+    with pytest.raises(UnreadableWeights, match=r"several transformers, .*'ema' and 'model'"):
         open_weights(path, made.ARGS)
 
 
@@ -282,7 +282,7 @@ def test_shapes_tell_a_pruned_model(tmp_path, layout):
     weights = open_weights(path)
     assert weights.args == pruned
     assert weights.format == layout
-    assert open_weights(path, alike=FLAVORS["flux-dev"]).args == pruned
+    assert open_weights(path, flavor=FLAVORS["flux-dev"]).args == pruned
 
 
 def test_shapes_tell_a_model_of_single_blocks_alone(tmp_path):

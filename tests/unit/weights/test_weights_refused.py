@@ -354,5 +354,5 @@ def test_a_file_of_ours_without_its_metadata_needs_a_flavor(tmp_path):
 
 def test_a_foreign_checkpoint_of_another_model(tmp_path):
     dcp.save({"layers.0.weight": torch.ones(3)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
-    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0.*without manifest"):
+    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0"):
         convert(tmp_path / "step-1", tmp_path / "out", "dcp")
