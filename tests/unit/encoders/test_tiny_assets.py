@@ -29,9 +29,6 @@ def test_written_again_byte_for_byte(tiny: Path, tmp_path: Path):
     assert {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()} == files
     for file in files:
         assert (tmp_path / file).read_bytes() == (tiny / file).read_bytes(), file
-
-
-def test_size(tiny: Path):
     assert sum(file.stat().st_size for file in tiny.rglob("*")) < 1_900_000
 
 

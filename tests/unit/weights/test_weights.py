@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from weight_files import torchtitan_states
 
 from torchtitan_flux.checkpoint import manifest
 from torchtitan_flux.checkpoint.folder import verify
@@ -176,7 +177,7 @@ def test_a_sharded_checkpoint_is_put_together(tmp_path, states):
 
 
 def test_torchtitans_own_checkpoint_is_read_with_a_warning(tmp_path, states, caplog):
-    theirs = made.torchtitan_states(made.ARGS, states["plain"])
+    theirs = torchtitan_states(states["plain"], made.ARGS)
     more = {"optimizer.state.img_in.weight.exp_avg": torch.zeros(3), "train_state.step": 7}
     dcp.save(theirs | more, checkpoint_id=tmp_path / "step-7", no_dist=True)
     weights = open_weights(tmp_path / "step-7", made.ARGS)
