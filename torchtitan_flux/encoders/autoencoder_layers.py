@@ -23,13 +23,12 @@ class AutoencoderArgs:
     """Shape of the autoencoder; the defaults are those of FLUX.1.
 
     Attributes:
-        in_channels: channels of the image encoded.
+        in_channels, out_ch: channels of the image encoded, and of the one decoded.
         ch: width of the first level; a multiple of 32.
         ch_mult: width of each level over `ch`, highest resolution first; each halves it.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         z_channels: latent channels.
         scale_factor, shift_factor: latent = scale_factor * (z - shift_factor).
-        out_ch: channels of the image decoded.
     """
 
     in_channels: int = 3

@@ -41,10 +41,9 @@ def locate(path: str | Path, key: str) -> dict[str, Any]:
 
 
 def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> ValueError:
-    """The one error for a thing that does not load: key, path, what, and the reason in short.
+    """The one error for a thing that does not load; for a name on the hub, also the way around.
 
-    For a name on the hub also the way around it: not every repository can be reached, and some
-    (google/t5-v1_1-xxl) have their weights as a pickle alone, which could run code.
+    Not every repository can be reached, and some (google/t5-v1_1-xxl) have only pickles.
     """
     reason = " ".join(str(error).split()).rstrip(".")
     if len(reason) > _REASON_LENGTH and not isinstance(error, _OWN):

@@ -15,6 +15,7 @@ from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.encoders.pretrained import PUBLISHED
 from torchtitan_flux.inference.draw import Request
 from torchtitan_flux.inference.option_checks import (
     MOST_PIXELS,
@@ -116,8 +117,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest if options.weights is None else with_parts_of(options.weights, rest)
 
 
-PARTS = {"t5_encoder": "text_encoder_2", "clip_encoder": "text_encoder", "autoencoder_path": "vae"}
-"""Keys of [encoder] and where a diffusers pipeline folder keeps them."""
+PARTS = {key: folder for key, (folder, _) in PUBLISHED.items()} | {
+    "encoder.autoencoder_path": "vae"
+}
+"""Configuration keys and where a diffusers pipeline folder keeps what they name."""
 
 
 def with_parts_of(weights: str, rest: list[str]) -> list[str]:
@@ -135,8 +138,8 @@ def with_parts_of(weights: str, rest: list[str]) -> list[str]:
     return rest + [
         word
         for key, folder in PARTS.items()
-        if (root / folder).is_dir() and f"encoder.{key}" not in given
-        for word in (f"--encoder.{key}", str(root / folder))
+        if (root / folder).is_dir() and key not in given
+        for word in (f"--{key}", str(root / folder))
     ]
 
 

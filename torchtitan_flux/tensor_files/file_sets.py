@@ -27,8 +27,8 @@ class WeightFiles:
     Attributes:
         stem: what their names begin with, such as "diffusion_pytorch_model".
         variant: "" or such as "fp16".
-        names: of the files; those that are missing are not among them.
-        index: the name of the file that says what lies where; empty without.
+        names: of the files that are there.
+        index: name of the file that says what lies where; empty without.
         count: how many files there have to be, by their names.
     """
 

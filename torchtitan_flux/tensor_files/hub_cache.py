@@ -10,7 +10,7 @@ from torchtitan_flux.paths import absence, is_hub_name
 from torchtitan_flux.tensor_files.file_kinds import PICKLES
 from torchtitan_flux.tensor_files.safetensors_file import SAFETENSORS, UnreadableWeights
 
-_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+_CACHE = re.compile(r"models--(.+?)--(.+)")
 _ADDRESS = re.compile(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)(?:/.*)?")
 
 
@@ -22,18 +22,14 @@ def why_absent(path: str | Path) -> str:
     why, text = absence(path), str(path)
     address = _ADDRESS.fullmatch(text)
     repository = address[1] if address else text.removesuffix("/transformer")
-    if not (address or _may_be_repository(repository)):
+    # a name may also mean a file, or something in a folder that is here
+    local = text.endswith((*SAFETENSORS, *PICKLES, ".gguf")) or Path(text.split("/")[0]).exists()
+    if not address and (local or "/" not in repository or not is_hub_name(repository)):
         return why
     cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     if cached.is_dir():
         return f"{why} here; the hub's cache has it: name {cached}"
     return f"{why} here; what the hub has is downloaded first: {download_command(repository)}"
-
-
-def _may_be_repository(text: str) -> bool:
-    """Whether a name can mean something else than a file, or something in a folder that is here."""
-    local = text.endswith((*SAFETENSORS, *PICKLES, ".gguf")) or Path(text.split("/")[0]).exists()
-    return "/" in text and is_hub_name(text) and not local
 
 
 def download_command(repository: str) -> str:
@@ -48,16 +44,12 @@ def download_command(repository: str) -> str:
 def snapshot_of(folder: Path) -> Path:
     """The files of a repository in the hub's cache; any other folder is itself.
 
-    Args:
-        folder: such as `models--black-forest-labs--FLUX.1-dev`, or `snapshots` in it.
-
-    Raises:
-        UnreadableWeights: it holds none, or several without saying which is the newest.
+    `folder` is such as `models--black-forest-labs--FLUX.1-dev`, or `snapshots` in it.
+    UnreadableWeights: it holds none, or several without saying which is the newest.
     """
-    if folder.name == "snapshots" and _CACHE.fullmatch(folder.resolve().parent.name):
+    if folder.name == "snapshots" and repository_of(folder.resolve().parent):
         folder = folder.parent
-    found = _CACHE.fullmatch(folder.resolve().name)
-    if found is None:
+    if (found := _CACHE.fullmatch(folder.resolve().name)) is None:
         return folder
     main = folder / "refs" / "main"
     if main.is_file() and (named := folder / "snapshots" / main.read_text().strip()).is_dir():
@@ -67,10 +59,9 @@ def snapshot_of(folder: Path) -> Path:
         return snapshots[0]
     if snapshots:
         raise UnreadableWeights(f"{folder} holds several snapshots; give one: {listed(snapshots)}")
-    how = download_command(f"{found['owner']}/{found['name']}")
     raise UnreadableWeights(
         f"{folder} is a folder of the hub's cache without any snapshot: the download did not end; "
-        f"get it by {how}"
+        f"get it by {download_command('/'.join(found.groups()))}"
     )
 
 
@@ -78,5 +69,5 @@ def repository_of(folder: Path) -> str:
     """The repository whose snapshot a folder is or lies in; empty for any other folder."""
     for one in (folder, *folder.absolute().parents):
         if found := _CACHE.fullmatch(one.name):
-            return f"{found['owner']}/{found['name']}"
+            return "/".join(found.groups())
     return ""

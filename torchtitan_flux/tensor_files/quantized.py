@@ -63,11 +63,8 @@ class QuantizedWeights(UnreadableWeights):
 class ScaledSource(Source):
     """Another source without its scales, scaled weights in float32.
 
-    `scales` has the name of the scale of each scaled weight.
-
-    Raises:
-        QuantizedWeights: names the quantisation that is not read, or the scale that is missing or
-            does not fit its weight; `part`, where a scale is no finite number.
+    `scales` has the name of the scale of each scaled weight. QuantizedWeights names another
+    quantisation, and the scale that is missing, does not fit its weight or is no finite number.
     """
 
     def __init__(self, source: Source) -> None:
@@ -123,10 +120,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _dequantized(part: Tensor, scale: Tensor, rows: slice, name: str) -> Tensor:
-    """Values of a part of a scaled weight that has these of its rows (its first dimension).
-
-    `scale` is that of the whole weight: one number, or one each row.
-    """
+    """Values of these rows of a weight; `scale`, of all of it, is one number or one each row."""
     scale = scale.flatten().float()
     if scale.numel() > 1:
         scale = scale[rows].view(-1, *[1] * (part.dim() - 1))

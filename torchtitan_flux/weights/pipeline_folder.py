@@ -10,7 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY, TOKENIZER_FILES, has_tokenizer
+from torchtitan_flux.encoders.pretrained import (
+    CLIP_KEY,
+    PUBLISHED,
+    T5_KEY,
+    TOKENIZER_FILES,
+    has_tokenizer,
+)
 from torchtitan_flux.encoders.text_files import INDEX, SINGLE, files_in
 from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.paths import locate
@@ -33,8 +39,8 @@ from torchtitan_flux.weights.scheduler import (
 
 _KEYS = {"t5": T5_KEY, "clip": CLIP_KEY, "autoencoder": "encoder.autoencoder_path"}
 """Option that names a part -> key of a run's configuration that does."""
-_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
-_TOKENIZERS = {"t5": "tokenizer_2", "clip": "tokenizer"}
+_FOLDERS = {"t5": PUBLISHED[T5_KEY][0], "clip": PUBLISHED[CLIP_KEY][0], "autoencoder": "vae"}
+_TOKENIZERS = {"t5": PUBLISHED[T5_KEY][1], "clip": PUBLISHED[CLIP_KEY][1]}
 _TOKENIZER_FILES = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",

@@ -23,6 +23,7 @@ from transformers import (
 
 from torchtitan_flux.encoders.pretrained import text_widths
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.paths import is_hub_name, looks_local
 
 PROMPTS = [
     "",
@@ -205,7 +206,21 @@ def test_tokenizers_of_a_diffusers_repository(tiny: Path, tokenizer, tmp_path: P
         assert torch.equal(ours, theirs)
 
 
-BAD_PATHS = ["/nowhere/t5", "some/folder/deep", "surely/not-there"]
+BAD_PATHS = ["/nowhere/t5", "some/folder/deep", "surely/not-there", "-x/y", "owner/.."]
+
+
+def test_names_of_the_hub_follow_its_own_rule():
+    for name, possible in (
+        ("google/t5-v1_1-xxl", True),
+        ("gpt2", True),
+        ("-x/y", False),
+        ("owner/..", False),
+        ("a/b/c", False),
+        ("owner/na--me", False),
+        ("assets/hf", True),
+    ):
+        assert is_hub_name(name) == possible, name
+        assert looks_local(name) == (not possible or name.startswith("assets/")), name
 
 
 @pytest.mark.parametrize("bad", BAD_PATHS)
