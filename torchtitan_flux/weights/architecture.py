@@ -115,11 +115,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def from_diffusers_config(path: Path) -> FluxModelArgs:
-    """Arguments from a transformer folder's `config.json`.
-
-    Raises UnreadableWeights where it describes another class, a variant that is not FLUX.1's, or
-    quantised weights.
-    """
+    """Arguments from `config.json`; UnreadableWeights unless it is of FLUX.1, not quantised."""
     config = read_json(path)
     classes = config.get("architectures")  # of transformers' models
     first = classes[0] if isinstance(classes, list) and classes else None
@@ -179,14 +175,8 @@ def from_shapes(
 ) -> FluxModelArgs:
     """Arguments from the shapes of tensors in any layout.
 
-    Args:
-        path: for messages.
-        shapes: of every tensor.
-        flavor: one with the same rotary axes and geometry, where it is known. Without, they are
-            FLUX.1's where heads are 128 wide as FLUX.1's are.
-
-    Raises:
-        UnreadableWeights: a tensor that is needed is missing, or the rotary axes cannot be known.
+    Rotary axes and geometry are those of `flavor`; without one, FLUX.1's, where heads are 128 wide
+    as FLUX.1's are. UnreadableWeights: a tensor that is needed is missing, or the axes are unknown.
     """
     layout = 1 if _IN[1] in shapes else 0
 

@@ -87,8 +87,7 @@ class Weights:
         Raises:
             KeyMismatch: names all that is missing, of another shape or, unless `unknown` is "drop",
                 unknown.
-            UnreadableWeights: guidance weights on one side only, or element types that are not
-                floating-point numbers.
+            UnreadableWeights: guidance weights on one side only.
         """
         self.path, self.format, self.args = path, format, args
         has_guidance = any(name.startswith(architecture.GUIDANCE) for name in source.shapes)
