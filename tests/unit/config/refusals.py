@@ -302,12 +302,12 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "picture.toml"',
-            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is a PNG picture, not weights",
+            "run.toml:3: encoder.autoencoder_path = 'picture.toml': picture.toml is a PNG picture, not weights; give a safetensors file",
             needs=("picture.toml",),
         ),
         file(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "pointer.safetensors"',
-            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a git-lfs pointer, not the weights: run `git lfs pull` there",
+            "run.toml:3: encoder.autoencoder_path = 'pointer.safetensors': pointer.safetensors is a Git LFS pointer, not the weights: run `git lfs pull` there",
             needs=("pointer.safetensors",),
         ),
         file(
@@ -334,7 +334,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'encoder.t5_encoder = "shards"',
-            "run.toml:1: encoder.t5_encoder = 'shards': shards/model.safetensors.index.json names model-00002-of-00002.safetensors, which does not exist",
+            "run.toml:1: encoder.t5_encoder = 'shards': shards/model.safetensors.index.json names model-00002-of-00002.safetensors, which does not exist; get it again",
             needs=("shards",),
         ),
         file(
@@ -345,12 +345,12 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         file(
             'encoder.t5_encoder = "int8"',
-            "run.toml:1: encoder.t5_encoder: cannot load the weights from int8: holds bitsandbytes int8 weights (encoder.block.0.layer.1.DenseReluDense.wi_0.SCB), which are not read; give the file that it was made from, or one in float8 with a scale for each tensor or row",
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from int8: it holds bitsandbytes int8 weights (encoder.block.0.layer.1.DenseReluDense.wi_0.SCB), which are not read; give the file that it was made from, or one in float8 with a scale for each tensor or row",
             needs=("int8",),
         ),
         file(
             'encoder.t5_encoder = "unscaled"',
-            "run.toml:1: encoder.t5_encoder: cannot load the weights from unscaled: says by scaled_fp8 that its float8 weights are scaled, and holds no scales (scale_weight or weight_scale); get it again",
+            "run.toml:1: encoder.t5_encoder: cannot load the weights from unscaled: it says by scaled_fp8 that its float8 weights are scaled, and holds no scales (scale_weight or weight_scale); get it again",
             needs=("unscaled",),
         ),
         file(

@@ -76,21 +76,6 @@ def test_every_part_of_every_parameter(paths, states, source, variant):
         assert found.untyped_storage().nbytes() == 0, "the part has memory of its own"
 
 
-def test_a_root_and_a_folder_with_one_file(tmp_path, paths, states):
-    """model_index.json beside transformer/; exactly one flux1-*.safetensors; index file itself."""
-    made.make(tmp_path / "root" / "transformer", "sharded", made.ARGS, states["plain"])
-    (tmp_path / "root" / "model_index.json").write_text("{}")
-    index = "diffusion_pytorch_model.safetensors.index.json"
-    for path, format in (
-        (tmp_path / "root", "diffusers"),
-        (tmp_path / "root" / "transformer" / index, "diffusers"),
-        (paths["bfl", "plain"].parent, "bfl"),
-    ):
-        weights = open_weights(path)
-        assert weights.format == format
-        assert torch.equal(weights.read("img_in.weight"), states["plain"]["img_in.weight"])
-
-
 def test_element_types_are_kept_and_mixed_pieces_joined(tmp_path, states):
     theirs = {name: t.bfloat16() for name, t in to_bfl(states["plain"], made.ARGS).items()}
     theirs["img_in.weight"] = states["plain"]["img_in.weight"].to(torch.float8_e4m3fn)

@@ -33,6 +33,7 @@ from torchtitan_flux.weights.open import open_weights
 from torchtitan_flux.weights.pipeline_folder import pipeline_plan
 
 SINGLE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 STATES = made.state_dict(made.ARGS)
 BFL, DIFFUSERS = to_bfl(STATES, made.ARGS), to_diffusers(STATES, made.ARGS)
 NAME = "single_blocks.1.linear1_by_head.weight"
@@ -189,7 +190,20 @@ def dcp_of(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
+def pipeline(path: Path) -> Path:
+    variant("diffusion_pytorch_model-0000{}-of-00002.safetensors", index=INDEX)(
+        path / "transformer"
+    )
+    (path / "model_index.json").write_text("{}")
+    return path
+
+
 FOUND: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "pipeline": (pipeline, "diffusers"),
+    "index by name": (lambda path: pipeline(path) / "transformer" / INDEX, "diffusers"),
+    "folder with one file": (
+        lambda path: save(path / "flux1-x.safetensors", BFL).parent, "bfl",
+    ),
     "fp16 alone": (variant(FP16), "diffusers"),
     "plain beside a variant": (variant(SINGLE, FP16), "diffusers"),
     "bf16 in shards": (variant(BF16[0], index=BF16_INDEX), "diffusers"),
