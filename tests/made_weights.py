@@ -12,12 +12,13 @@ import torch.distributed.checkpoint as dcp
 from helpers import nonzero_model
 from safetensors.torch import save_file
 from torch import Tensor
+from weight_files import diffusers_folder
 
 from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.weights import architecture
-from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
+from torchtitan_flux.weights.key_maps import to_bfl
 
 ARGS = FluxModelArgs(
     in_channels=12,
@@ -56,19 +57,7 @@ def make(folder: Path, source: str, args: FluxModelArgs, states: dict[str, Tenso
         others = {"vae.decoder.conv_in.bias": torch.ones(3)}
         save_file(named | others, path, metadata=architecture.to_metadata(args))
         return path
-    theirs = to_diffusers(states, args)
-    (folder / "config.json").write_text(json.dumps(architecture.to_diffusers_config(args)))
-    if source == "diffusers":
-        save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
-        return folder
-    names, table = list(theirs), {}
-    for i in range(3):
-        file = f"diffusion_pytorch_model-{i + 1:05d}-of-00003.safetensors"
-        save_file({name: theirs[name] for name in names[i::3]}, folder / file)
-        table |= dict.fromkeys(names[i::3], file)
-    index = {"metadata": {"total_size": 1}, "weight_map": table}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
+    return diffusers_folder(folder, states, args, shards={"diffusers": 1, "sharded": 3}[source])
 
 
 def save_checkpoint(folder: Path, args: FluxModelArgs, states: dict[str, Tensor]) -> Path:
@@ -78,15 +67,6 @@ def save_checkpoint(folder: Path, args: FluxModelArgs, states: dict[str, Tensor]
     optimizer = {f"optimizer.state.{n}.exp_avg": torch.zeros_like(t) for n, t in states.items()}
     dcp.save({**states, **optimizer}, storage_writer=writer, no_dist=True)
     return folder
-
-
-def torchtitan_states(args: FluxModelArgs, states: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of torchtitan 0.2's own FLUX."""
-    theirs = to_bfl(states, args)
-    return {
-        f"{n.removesuffix('scale')}weight" if n.endswith("_norm.scale") else n: t
-        for n, t in theirs.items()
-    }
 
 
 def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:

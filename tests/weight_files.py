@@ -10,46 +10,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.weights.architecture import to_diffusers_config
 from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
-
-
-def transformer_config(args: FluxModelArgs) -> dict[str, object]:
-    """config.json of a FluxTransformer2DModel."""
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "attention_head_dim": args.head_dim,
-        "axes_dims_rope": list(args.axes_dim),
-        "guidance_embeds": args.guidance_embed,
-        "in_channels": args.in_channels,
-        "joint_attention_dim": args.context_in_dim,
-        "num_attention_heads": args.num_heads,
-        "num_layers": args.depth,
-        "num_single_layers": args.depth_single_blocks,
-        "out_channels": None,
-        "patch_size": 1,
-        "pooled_projection_dim": args.vec_in_dim,
-    }
 
 
 def diffusers_folder(
     folder: Path, state: Mapping[str, Tensor], args: FluxModelArgs, shards: int = 2
 ) -> Path:
     """Our state dict as `transformer/` of a pipeline, in so many files and an index."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(transformer_config(args)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_diffusers_config(args)))
     theirs = to_diffusers(state, args)
     if shards == 1:
         save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
         return folder
-    names = sorted(theirs)
-    weight_map = {}
+    names, weight_map = list(theirs), {}
     for shard in range(shards):
         file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         mine = names[shard::shards]
         save_file({name: theirs[name] for name in mine}, folder / file)
         weight_map |= dict.fromkeys(mine, file)
-    size = sum(x.numel() * x.element_size() for x in theirs.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     path = folder / "diffusion_pytorch_model.safetensors.index.json"
     path.write_text(json.dumps(index))
     return folder
@@ -72,12 +53,16 @@ def bfl_file(
     return path
 
 
+def torchtitan_states(state: Mapping[str, Tensor], args: FluxModelArgs) -> dict[str, Tensor]:
+    """Our state dict under the names of torchtitan 0.2's own FLUX."""
+    theirs = to_bfl(state, args)
+    return {name.replace("_norm.scale", "_norm.weight"): x for name, x in theirs.items()}
+
+
 def torchtitan_checkpoint(folder: Path, state: Mapping[str, Tensor], args: FluxModelArgs) -> Path:
-    """Our state dict as a checkpoint of torchtitan 0.2's own FLUX, with what else it saves."""
-    theirs = {
-        name.replace("_norm.scale", "_norm.weight"): x for name, x in to_bfl(state, args).items()
-    }
-    dcp.save({**theirs, "train_state.step": torch.tensor(5)}, checkpoint_id=folder, no_dist=True)
+    """A checkpoint of torchtitan 0.2's own FLUX, with what else it saves."""
+    more = {"train_state.step": torch.tensor(5)}
+    dcp.save(torchtitan_states(state, args) | more, checkpoint_id=folder, no_dist=True)
     return folder
 
 

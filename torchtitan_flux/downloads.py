@@ -29,8 +29,9 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from torchtitan_flux.files import try_lock
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.paths import PACKAGE, locate
+from torchtitan_flux.tensor_files.file_kinds import PICKLES
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+NOT_FETCHED = (*PICKLES, ".msgpack", ".h5")
 TOKENIZER = "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.txt vocab.json"
 KINDS = {
     "tokenizer": (*TOKENIZER.split(), "merges.txt", "special_tokens_map.json"),
@@ -181,12 +182,12 @@ def choose(
             near = get_close_matches(given, [*folders, *names], n=3, cutoff=0.5)
             hint = f"near: {', '.join(near)}" if near else f"it has: {listed(names)}"
             problems.append(f"{flag} {given}: no such file or folder in the repository ({hint})")
-        elif all(name.endswith(PICKLES) for name in found):
+        elif all(name.endswith(NOT_FETCHED) for name in found):
             problems.append(f"{flag} {given}: a pickle, which can run code; fetch the safetensors")
         chosen |= found
     if problems:
         raise DownloadError("\n".join(problems))
-    return [f for f in files if f.rfilename in chosen and not f.rfilename.endswith(PICKLES)]
+    return [f for f in files if f.rfilename in chosen and not f.rfilename.endswith(NOT_FETCHED)]
 
 
 def is_right(path: Path, file: RepoSibling) -> bool:

@@ -39,13 +39,21 @@ def absence(path: str | Path) -> str:
     return _ABSENT
 
 
-def looks_local(path: str) -> bool:
-    """Whether a name that was not found can only have meant a file, not a hub repository.
+def is_hub_name(name: str) -> bool:
+    """Whether a repository on the Hugging Face hub can have this name: "name" or "owner/name"."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    Hub names are "name" or "owner/name".
-    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def looks_local(path: str) -> bool:
+    """Whether a name that was not found can only have meant a file, not a hub repository."""
     link = absence(path) != _ABSENT
-    return link or path.startswith((".", "/", "~", "assets/")) or path.count("/") > 1
+    return link or path.startswith("assets/") or not is_hub_name(path)
 
 
 def _places(path: str) -> list[Path]:

@@ -185,7 +185,7 @@ def load_states(states: dict[str, Any], model_keys: set[str], folder: Path) -> N
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     found = {
-        name: torch.empty(entry.size, device="meta")
+        name: tuple(entry.size)
         for name, entry in stored.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith(NOT_MODEL)
     }

@@ -1,39 +1,31 @@
 """The FLUX.1 autoencoder as a codec, and loading it from a file of BFL's or a diffusers folder."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from torchtitan_flux.encoders.autoencoder_keys import from_bfl, from_diffusers, without_prefix
+from torchtitan_flux.encoders.autoencoder_keys import layout_names, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
     AutoencoderArgs,
     Decoder,
     Encoder,
+    parameter_shapes,
 )
 from torchtitan_flux.encoders.codec import check_channels
-from torchtitan_flux.encoders.stored import read_header, read_stored
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.element_types import BeyondRange, cast
-from torchtitan_flux.tensor_files.file_kinds import other_kind
+from torchtitan_flux.tensor_files.element_types import BeyondRange
 from torchtitan_flux.tensor_files.file_sets import weight_files
-from torchtitan_flux.tensor_files.quantized import (
-    QuantizedWeights,
-    check_config,
-    check_integers,
-    find_scales,
-    plain,
-)
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
+from torchtitan_flux.tensor_files.quantized import check_config, without_scales
+from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
+from torchtitan_flux.tensor_files.sources import Box, FilesSource, RenamedSource, Source
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
 from torchtitan_flux.tensor_files.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
@@ -60,19 +52,10 @@ class Autoencoder(nn.Module):
     def encode(
         self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None = None
     ) -> Float[Tensor, "b ch h w"]:
-        """Normalised latents: scale_factor * (z - shift_factor), z from the posterior.
+        """Normalised latents in the dtype of `images`: scale_factor * (z - shift_factor).
 
-        z = mean + exp(logvar / 2) * noise, logvar clamped to [-30, 20] as in diffusers.
-
-        Args:
-            images: pixels in [-1, 1]; height and width multiples of `downscale`.
-            noise: standard normal numbers in the shape of the latents; None takes z = mean.
-
-        Returns:
-            Latents in the dtype of `images`.
-
-        Raises:
-            ValueError: other channels, or a size that is no multiple of `downscale`.
+        z = mean + exp(logvar / 2) * noise, logvar clamped to [-30, 20] as in diffusers; without
+        `noise`, z = mean. ValueError: other channels, or a size that is no multiple of `downscale`.
         """
         check_channels("images", images, self.args.in_channels)
         if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
@@ -89,14 +72,43 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c H W"]:
-        """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`.
-
-        Raises:
-            ValueError: latents with other than `channels` channels.
-        """
+        """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`."""
         check_channels("latents", latents, self.channels)
         z = latents / self.args.scale_factor + self.args.shift_factor
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(latents.dtype)
+
+
+class StoredAutoencoder(Source):
+    """The weights of an autoencoder where they lie, under our names; every key is accounted for.
+
+    `args` is its architecture. Raises FileNotFoundError or ValueError, see `load_autoencoder`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file = path
+        if path.is_dir():
+            file = weights_in(path)
+            self.args = _args_of_folder(path, file)
+        elif not path.is_file():
+            raise FileNotFoundError(
+                f"{path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
+            )
+        stored = FilesSource([TensorsFile.open(file)])
+        named = RenamedSource(stored, without_prefix({name: name for name in stored.shapes}))
+        if not path.is_dir():
+            self.args = _args_of_shapes(path, named.shapes)
+        self._source = without_scales(named, file)
+        names = layout_names("diffusers" if path.is_dir() else "bfl", self.args)
+        check_keys(self._source.shapes, dict(names.values()), str(file))
+        self._names = {own: name for own, (name, _) in names.items()}
+        self.dtypes = {own: self._source.dtypes[name] for own, name in self._names.items()}
+        self.shapes = parameter_shapes(self.args)
+
+    def part(self, name: str, box: Box) -> Tensor:
+        return self._source.whole(self._names[name]).reshape(self.shapes[name])[box]
+
+    def release(self, name: str) -> None:
+        self._source.release(self._names[name])
 
 
 def load_autoencoder(
@@ -117,14 +129,11 @@ def load_autoencoder(
         ValueError: not safetensors, not this architecture (KeyMismatch names the keys), a
             configuration this code does not implement, or quantised but for scaled float8.
     """
-    path = Path(path)
-    args, weights = read_args(path)
-    with _naming(weights):
-        state_dict = _to_ours(path)(plain(without_prefix(load_file(weights))), args)
-        state_dict = {name: cast(one, dtype, name) for name, one in state_dict.items()}
+    with _naming_key(path):
+        stored = StoredAutoencoder(Path(path))
+        state_dict = {name: stored.read(name, dtype).to(device) for name in stored.shapes}
     with torch.device("meta"):
-        autoencoder = Autoencoder(args)
-    state_dict = {name: value.to(device) for name, value in state_dict.items()}
+        autoencoder = Autoencoder(stored.args)
     autoencoder.load_state_dict(state_dict, assign=True)
     return autoencoder.requires_grad_(False).eval()
 
@@ -135,109 +144,73 @@ def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     Reads only the configuration and the safetensors header. Raises as `load_autoencoder` does, but
     where a value does not fit.
     """
-    path = Path(path)
-    args, weights = read_args(path)
-    with _naming(weights):
-        stored, strings = read_header(weights)
-        tensors = without_prefix(stored)
-        dtypes = {name: one.dtype for name, one in tensors.items()}
-        shapes = {name: one.shape for name, one in tensors.items()}
-        scales = find_scales(
-            dtypes, shapes, [strings], lambda name: read_stored(weights, tensors[name].name)
-        )
-        own = {name: one for name, one in shapes.items() if name not in scales.beside}
-        _to_ours(path)({name: torch.empty(one, device="meta") for name, one in own.items()}, args)
-        check_integers({name: dtypes[name] for name in own})
+    with _naming_key(path):
+        args = StoredAutoencoder(Path(path)).args
     return args.z_channels, args.downscale
 
 
-def _to_ours(path: Path) -> Callable[[Mapping[str, Tensor], AutoencoderArgs], dict[str, Tensor]]:
-    """The key map of a folder is diffusers', that of a file BFL's."""
-    return from_diffusers if path.is_dir() else from_bfl
-
-
 @contextmanager
-def _naming(weights: Path) -> Iterator[None]:
-    """What is wrong with weights is said with their file and the TOML key."""
+def _naming_key(path: str | Path) -> Iterator[None]:
+    """Messages begin with the TOML key."""
     try:
         yield
-    except QuantizedWeights as error:
-        raise ValueError(f"{_KEY}: {weights} {error}") from None
     except KeyMismatch as error:
-        what = f"{_KEY}: {weights}"
+        what = f"{_KEY}: {path}"
         raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
-    except (BeyondRange, SafetensorError) as error:
-        raise ValueError(f"{_KEY}: {weights}: {error}") from None
-
-
-def read_args(path: Path) -> tuple[AutoencoderArgs, Path]:
-    """The architecture, and the file that holds the weights."""
-    if path.is_dir():
-        config, weights = path / "config.json", weights_in(path)
-        if not config.is_file():
-            raise FileNotFoundError(
-                f"{_KEY}: the folder {path} has no config.json; give a diffusers vae folder, or "
-                "the file ae.safetensors itself"
-            )
-        if not weights.is_file():
-            raise FileNotFoundError(f"{_KEY}: the folder {path} has no {_WEIGHTS}")
-        return _args_from_config(config), weights
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{_KEY}: {path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
-        )
-    return _args_from_shapes(path), path
+    except BeyondRange as error:
+        raise ValueError(f"{_KEY}: {path}: {error}") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{_KEY}: {error}") from None
 
 
 def weights_in(folder: Path) -> Path:
     """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
     stem = _WEIGHTS.partition(".")[0]
     found = [one for one in weight_files(folder) if one.stem == stem and one.count == 1]
-    return folder / found[0].names[0] if len(found) == 1 else folder / _WEIGHTS
+    return folder / (found[0].names[0] if len(found) == 1 else _WEIGHTS)
 
 
-def _args_from_shapes(path: Path) -> AutoencoderArgs:
-    """Architecture of a file in BFL's layout, from the names and shapes in its header."""
+def _args_of_shapes(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderArgs:
+    """Architecture of a file in BFL's layout, from names and shapes of its tensors."""
+
+    def count(pattern: str) -> int:
+        return len({found[1] for name in shapes if (found := re.match(pattern, name))})
+
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        kind = other_kind(path) or f"is not a safetensors file ({error})"
-        raise ValueError(f"{_KEY}: {path} {kind}") from None
-    shapes = without_prefix(shapes)
-    try:
-        conv_in, conv_out = shapes["encoder.conv_in.weight"], shapes["decoder.conv_out.weight"]
-        ch, levels = conv_in[0], _count(shapes, r"encoder\.down\.(\d+)\.")
+        ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+        levels = count(r"encoder\.down\.(\d+)\.")
         widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         return AutoencoderArgs(
-            in_channels=conv_in[1],
+            in_channels=in_channels,
             ch=ch,
             ch_mult=_multiples(widths, ch),
-            num_res_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+            num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
             z_channels=shapes["decoder.conv_in.weight"][1],
-            out_ch=conv_out[0],
+            out_ch=shapes["decoder.conv_out.weight"][0],
         )
     except (KeyError, IndexError, ValueError) as error:
+        kind, what = kind_of(shapes, transformer=False), "is not an autoencoder in BFL's layout"
+        if is_transformer(shapes):
+            what = "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
+        elif kind is not None and "autoencoder" not in kind.what:
+            what = f"{kind.what}, and no autoencoder of FLUX.1"
         raise ValueError(
-            f"{_KEY}: {path} {_other(shapes)} ({error}); give ae.safetensors of FLUX.1, or a "
-            "diffusers vae folder with its config.json"
+            f"{path} {what} ({error}); give ae.safetensors of FLUX.1, or a diffusers vae folder "
+            "with its config.json"
         ) from None
 
 
-def _other(names: Iterable[str]) -> str:
-    """What a file is instead of an autoencoder in Black Forest Labs' layout."""
-    kind = kind_of(names, transformer=False)
-    if is_transformer(names):
-        return "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
-    if kind is not None and "autoencoder" not in kind.what:
-        return f"{kind.what}, and no autoencoder of FLUX.1"
-    return "is not an autoencoder in Black Forest Labs' layout"
-
-
-def _args_from_config(path: Path) -> AutoencoderArgs:
+def _args_of_folder(folder: Path, weights: Path) -> AutoencoderArgs:
     """Architecture of a diffusers AutoencoderKL, from its config.json."""
+    path = folder / "config.json"
+    for file in (path, weights):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"the folder {folder} has no {file.name}; give a diffusers vae folder, or the file "
+                "ae.safetensors itself"
+            )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         _check_supported(config)
         check_config(config)
         widths = config["block_out_channels"]
@@ -253,15 +226,15 @@ def _args_from_config(path: Path) -> AutoencoderArgs:
             out_ch=config["out_channels"],
         )
     except KeyError as error:
-        raise ValueError(f"{_KEY}: {path} has no entry {error}; not an AutoencoderKL?") from None
+        raise ValueError(f"{path} has no entry {error}; not an AutoencoderKL?") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{_KEY}: {path} does not describe a FLUX autoencoder: {error}") from None
+        raise ValueError(f"{path} does not describe a FLUX autoencoder: {error}") from None
 
 
 def _check_supported(config: Mapping[str, Any]) -> None:
     """Refuse what AutoencoderKL can be and FLUX.1's autoencoder is not."""
     levels = len(config["block_out_channels"])
-    only = {
+    supported = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "norm_num_groups": NORM_GROUPS,
@@ -271,12 +244,12 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    # What AutoencoderKL takes an entry for that its configuration leaves out.
-    absent = {**only, "use_quant_conv": True, "use_post_quant_conv": True}
+    # AutoencoderKL's defaults for what a configuration leaves out
+    found = {**supported, "use_quant_conv": True, "use_post_quant_conv": True, **config}
     wrong = [
-        f"{name} is {config.get(name, absent[name])!r}, supported is {value!r}"
-        for name, value in only.items()
-        if config.get(name, absent[name]) != value
+        f"{name} is {found[name]!r}, supported is {value!r}"
+        for name, value in supported.items()
+        if found[name] != value
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -286,8 +259,3 @@ def _multiples(widths: list[int], ch: int) -> tuple[int, ...]:
     if any(width % ch for width in widths):
         raise ValueError(f"level widths {widths} are not multiples of the first, {ch}")
     return tuple(width // ch for width in widths)
-
-
-def _count(names: Mapping[str, Any], pattern: str) -> int:
-    """How many different numbers the pattern's group takes among the names."""
-    return len({found[1] for name in names if (found := re.match(pattern, name))})

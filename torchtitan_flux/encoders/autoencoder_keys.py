@@ -1,8 +1,4 @@
-"""Names of the autoencoder's weights: ours (Black Forest Labs' layout) and diffusers'.
-
-Dict to dict. Our layout is that of BFL's `ae.safetensors`; `from_bfl` and `to_bfl` therefore change
-nothing, but check. Every function raises KeyMismatch naming all missing, unknown and mis-shaped
-keys.
+"""Names of the autoencoder's weights: ours, which are those of BFL's `ae.safetensors`, elsewhere.
 
 | BFL | diffusers AutoencoderKL |
 |---|---|
@@ -18,14 +14,15 @@ keys.
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
-from torchtitan_flux.tensor_files.state_dict_keys import check_keys
+from torchtitan_flux.tensor_files.state_dict_keys import Shape, check_keys, shapes_of
 
 T = TypeVar("T")
+AutoencoderLayout = Literal["bfl", "diffusers"]
 
 _RENAMES = (
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
@@ -41,34 +38,24 @@ _RENAMES = (
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
 )
 _INPUT = "encoder.conv_in.weight"  # in either layout
-_ATTENTION_PROJECTION = re.compile(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$")
 
 
 @cache
-def _diffusers_names(args: AutoencoderArgs) -> dict[str, str]:
-    """Our name -> diffusers' name, for every parameter."""
-    levels = len(args.ch_mult)
+def layout_names(layout: AutoencoderLayout, args: AutoencoderArgs) -> dict[str, tuple[str, Shape]]:
+    """Our name -> name and shape in a layout, for every parameter; values are in equal order."""
+    if layout == "bfl":
+        return {name: (name, shape) for name, shape in parameter_shapes(args).items()}
+    last = len(args.ch_mult) - 1
 
-    def rename(name: str) -> str:
-        name = re.sub(
-            r"^decoder\.up\.(\d+)\.",
-            lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.",
-            name,
-        )
+    def entry(name: str, shape: Shape) -> tuple[str, Shape]:
+        matrix = re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name)
+        if level := re.match(r"decoder\.up\.(\d+)\.", name):
+            name = f"decoder.up_blocks.{last - int(level[1])}.{name[level.end() :]}"
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
-        return name
+        return name, shape[:2] if matrix else shape
 
-    return {name: rename(name) for name in parameter_shapes(args)}
-
-
-@cache
-def _diffusers_shapes(args: AutoencoderArgs) -> dict[str, tuple[int, ...]]:
-    names = _diffusers_names(args)
-    return {
-        names[name]: shape[:2] if _ATTENTION_PROJECTION.search(name) else shape
-        for name, shape in parameter_shapes(args).items()
-    }
+    return {name: entry(name, shape) for name, shape in parameter_shapes(args).items()}
 
 
 def without_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -79,39 +66,19 @@ def without_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
     return {name.removeprefix(found[0]): one for name, one in tensors.items()}
 
 
-def from_bfl(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:
-    """BFL's `ae.safetensors` to ours: the same names, checked (KeyMismatch)."""
-    check_keys(state_dict, parameter_shapes(args), "autoencoder in BFL layout")
-    return dict(state_dict)
+def to_ours(
+    layout: AutoencoderLayout, state_dict: Mapping[str, Tensor], args: AutoencoderArgs
+) -> dict[str, Tensor]:
+    """A layout's state dict under our names and in our shapes. Raises KeyMismatch."""
+    names, ours = layout_names(layout, args), parameter_shapes(args)
+    check_keys(shapes_of(state_dict), dict(names.values()), f"autoencoder in {layout} layout")
+    return {own: state_dict[name].reshape(ours[own]) for own, (name, _) in names.items()}
 
 
-def to_bfl(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:
-    """Ours to BFL's `ae.safetensors`: the same names, checked (KeyMismatch)."""
-    check_keys(state_dict, parameter_shapes(args), "autoencoder")
-    return dict(state_dict)
-
-
-def from_diffusers(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:
-    """AutoencoderKL to ours; the attention's (O, I) matrices become (O, I, 1, 1) convolutions.
-
-    Raises:
-        KeyMismatch: naming every missing, unknown and mis-shaped key in diffusers' names.
-    """
-    check_keys(state_dict, _diffusers_shapes(args), "autoencoder in diffusers layout")
-    return {
-        ours: state_dict[theirs].reshape(parameter_shapes(args)[ours])
-        for ours, theirs in _diffusers_names(args).items()
-    }
-
-
-def to_diffusers(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:
-    """Ours to AutoencoderKL; the inverse of `from_diffusers`.
-
-    Raises:
-        KeyMismatch: naming every missing, unknown and mis-shaped key in our names.
-    """
-    check_keys(state_dict, parameter_shapes(args), "autoencoder")
-    return {
-        theirs: state_dict[ours].reshape(_diffusers_shapes(args)[theirs])
-        for ours, theirs in _diffusers_names(args).items()
-    }
+def from_ours(
+    layout: AutoencoderLayout, state_dict: Mapping[str, Tensor], args: AutoencoderArgs
+) -> dict[str, Tensor]:
+    """The inverse of `to_ours`. Raises KeyMismatch."""
+    check_keys(shapes_of(state_dict), parameter_shapes(args), "autoencoder")
+    names = layout_names(layout, args)
+    return {name: state_dict[own].reshape(shape) for own, (name, shape) in names.items()}

@@ -23,14 +23,12 @@ class AutoencoderArgs:
     """Shape of the autoencoder; the defaults are those of FLUX.1.
 
     Attributes:
-        in_channels: channels of the image encoded.
+        in_channels, out_ch: channels of the image encoded, and of the one decoded.
         ch: width of the first level; a multiple of 32.
-        ch_mult: width of each level in units of `ch`, highest resolution first. Each level after
-            the first halves the resolution.
+        ch_mult: width of each level over `ch`, highest resolution first; each halves it.
         num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
         z_channels: latent channels.
         scale_factor, shift_factor: latent = scale_factor * (z - shift_factor).
-        out_ch: channels of the image decoded.
     """
 
     in_channels: int = 3
@@ -80,13 +78,11 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSwish(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        )
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        shortcut = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return shortcut + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return self.nin_shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
 
 class AttnBlock(nn.Module):
@@ -95,10 +91,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         normed = self.norm(x)
@@ -149,29 +142,17 @@ class Level(nn.Module):
     """The residual blocks of one resolution, then the change of resolution where there is one."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        blocks: int,
-        downsample: bool = False,
-        upsample: bool = False,
+        self, channels: int, out: int, blocks: int, downsample: bool = False, upsample: bool = False
     ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(in_channels if j == 0 else out_channels, out_channels)
-            for j in range(blocks)
-        )
-        self.downsample = Downsample(out_channels) if downsample else None
-        self.upsample = Upsample(out_channels) if upsample else None
+        self.block = nn.ModuleList(ResnetBlock(out if j else channels, out) for j in range(blocks))
+        self.downsample = Downsample(out) if downsample else nn.Identity()
+        self.upsample = Upsample(out) if upsample else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
         for block in self.block:
             x = block(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-        if self.upsample is not None:
-            x = self.upsample(x)
-        return x
+        return self.upsample(self.downsample(x))
 
 
 class Encoder(nn.Module):

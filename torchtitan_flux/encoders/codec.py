@@ -23,15 +23,10 @@ class Codec(Protocol):
     def encode(
         self, images: Float[Tensor, "b c H W"], noise: Float[Tensor, "b ch h w"] | None = None
     ) -> Float[Tensor, "b ch h w"]:
-        """Latents of images in [-1, 1].
+        """Latents of images in [-1, 1], normalised as the model sees them, in the images' dtype.
 
-        Args:
-            images: pixels in [-1, 1].
-            noise: standard normal numbers in the shape of the latents that pick a sample of the
-                posterior; None gives its mean. A codec that is not stochastic ignores it.
-
-        Returns:
-            Latents, normalised as the model sees them, in the dtype of `images`.
+        `noise`, standard normal, picks a sample of the posterior; None gives its mean. A codec that
+        is not stochastic ignores it.
         """
         ...
 
@@ -56,9 +51,6 @@ class PixelCodec:
     stochastic: bool = False
 
     def __init__(self, channels: int) -> None:
-        """`channels`: colour channels of the images, 1 (grey) or 3 (RGB)."""
-        if channels < 1:
-            raise ValueError(f"a pixel codec needs at least one channel, got {channels}")
         self.channels = channels
 
     def encode(

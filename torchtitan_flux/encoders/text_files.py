@@ -1,31 +1,27 @@
 """Which files of a folder, or of a repository on the hub, hold the weights of a text encoder."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from torchtitan_flux.encoders.pretrained import locate
-from torchtitan_flux.paths import absence
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files import file_sets
+from torchtitan_flux.tensor_files.safetensors_file import read_weight_map
 
-STEM = "model"
-SINGLE = f"{STEM}.safetensors"
+_STEM = "model"
+SINGLE = f"{_STEM}.safetensors"
 INDEX = f"{SINGLE}.index.json"
 
 
 def weight_files(path: str | Path, key: str) -> list[Path]:
     """The safetensors files of an encoder: one, or those of an index.
 
-    Args:
-        path: local folder, or a name on the hub, whose files are then fetched: there, variants are
-            not looked for.
-        key: TOML key for the message.
+    Of a repository on the hub they are fetched; variants are not looked for there.
 
     Raises:
-        FileNotFoundError: no such folder, and it cannot be a name on the hub either; or a file is
-            missing.
+        FileNotFoundError: no such folder, nor can `path` be a name on the hub; a file is missing.
         OSError, ValueError: the hub cannot be asked; the index is none; there are several variants.
     """
     name = locate(path, key)["pretrained_model_name_or_path"]
@@ -35,9 +31,9 @@ def weight_files(path: str | Path, key: str) -> list[Path]:
         return [single]
     if (index := _fetched(name, INDEX)) is None:
         raise FileNotFoundError(f"there is no {SINGLE} and no {INDEX} (pickles are not read)")
-    shards = {one: _fetched(name, one) for one in _shards(index)}
+    shards = {one: _fetched(name, one) for one in sorted(set(read_weight_map(index).values()))}
     if missing := [one for one, shard in shards.items() if shard is None]:
-        raise FileNotFoundError(f"{INDEX} names {', '.join(missing)}, which is not there")
+        raise FileNotFoundError(f"{INDEX} names {listed(missing)}, which is not there")
     return [shard for shard in shards.values() if shard is not None]
 
 
@@ -47,14 +43,12 @@ def files_in(folder: Path) -> tuple[list[Path], Path | None]:
     A variant, such as fp16, counts where the plain files are not there; one file before shards, as
     transformers has it. Shards need no index.
 
-    Raises:
-        FileNotFoundError: there are none, or a shard is missing; names it.
-        ValueError: the index is none; there are several variants.
+    Raises FileNotFoundError, ValueError: there are none, or several variants; a shard is missing.
     """
     there = file_sets.weight_files(folder)
-    found = [one for one in there if one.stem == STEM]
+    found = [one for one in there if one.stem == _STEM]
     if not found:
-        pickles = [path.name for path in sorted(folder.glob("pytorch_model*.bin"))]
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
         hint = f"; {pickles[0]} is not read, for it could run code" if pickles else ""
         others = ", ".join(one.shown for one in there)
         hint += f"; what it holds is named otherwise: {others}" if others else ""
@@ -63,33 +57,10 @@ def files_in(folder: Path) -> tuple[list[Path], Path | None]:
         names = ", ".join(one.shown for one in found)
         raise ValueError(f"{folder} holds several variants: {names}; keep one of them there")
     (files,) = found
-    whole = [name for name in files.names if file_sets.shard_count(folder / name) == 1]
-    if whole:
-        return [folder / whole[0]], None
-    if not files.index:
-        if len(files.names) < files.count:
-            names = ", ".join(files.names)
-            raise FileNotFoundError(
-                f"{folder} has {names}, {len(files.names)} of {files.count} files; get the others"
-            )
-        return [folder / name for name in files.names], None
-    index = folder / files.index
-    shards = [folder / name for name in _shards(index)]
-    for shard in shards:
-        if not shard.is_file():
-            raise FileNotFoundError(f"{index} names {shard.name}, which {absence(shard)}")
-    return shards, index
-
-
-def _shards(index: Path) -> list[str]:
-    """Names of the files beside an index that it speaks of."""
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        if not names or any(Path(one).name != one for one in names):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is no index of weights") from None
-    return sorted(names)
+    for name in files.names:
+        if file_sets.shard_count(folder / name) == 1:
+            return [folder / name], None
+    return files.paths(), folder / files.index if files.index else None
 
 
 def _fetched(repository: str, name: str) -> Path | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from torchtitan_flux.encoders.pretrained import (
@@ -17,17 +16,12 @@ from torchtitan_flux.encoders.pretrained import (
     read_t5_config,
     refusal,
 )
-from torchtitan_flux.encoders.stored import StoredTensor, read_header, read_stored
 from torchtitan_flux.encoders.text_files import weight_files
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH
-from torchtitan_flux.tensor_files.element_types import cast
-from torchtitan_flux.tensor_files.quantized import check_integers, dequantized, find_scales
-from torchtitan_flux.tensor_files.state_dict_keys import check_keys
-
-Stored = Callable[[Path, str], Tensor]
-"""(file, name in it) -> values as they are stored."""
-
-Shapes = dict[str, tuple[int, ...]]
+from torchtitan_flux.tensor_files.quantized import without_scales
+from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
+from torchtitan_flux.tensor_files.sources import FilesSource, RenamedSource, Source
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys, shapes_of
 
 _EMBEDDING = "shared."
 
@@ -44,70 +38,52 @@ class TextWeights:
         scaled: whether some are stored as scaled float8.
     """
 
-    def __init__(
-        self, key: str, path: str | Path, stored: Stored = read_stored, flag: str = ""
-    ) -> None:
+    def __init__(self, key: str, path: str | Path) -> None:
         """Compare what is there with what config.json asks for; of the values, nothing is read.
 
         Args:
             key: which encoder, `encoder.t5_encoder` or `encoder.clip_encoder`.
             path: local folder or hub name; a whole T5 or CLIP serves too.
-            stored: how values are read.
-            flag: for messages, in place of the key.
 
-        Raises:
-            FileNotFoundError, ValueError: names the key, and all that is missing, unknown, of
-                another shape or no floating-point numbers, or the quantisation that is not read;
-                a CLIP that reads fewer than 77 tokens or has no end-of-text token.
+        Raises FileNotFoundError or ValueError, which name the key and all that does not fit.
         """
-        self._kind = _KINDS[key]
-        self._key, self._path, self._stored = flag or key, path, stored
+        self._key, self._path, self._kind = key, path, _KINDS[key]
         self.config = self._kind.config(path)
-        self.shapes = self._kind.shapes(self.config)
+        with torch.device("meta"):
+            model = self._kind.model._from_config(self.config)
+        self._theirs = {name: self._kind.renamed(name) for name in model.state_dict()}
+        theirs = shapes_of(model.state_dict())
+        self.shapes = {own: theirs[name] for name, own in self._theirs.items()}
         try:
-            self._tensors, headers = _headers(weight_files(path, key), self._kind)
-            dtypes = {name: one.dtype for name, one in self._tensors.items()}
-            shapes = {name: one.shape for name, one in self._tensors.items()}
-            scales = find_scales(dtypes, shapes, headers, self._raw)
-            own = [name for name in shapes if name not in scales.beside]
-            found = {name: torch.empty(shapes[name], device="meta") for name in own}
-            check_keys(found, self.shapes, "it")
-            check_integers({name: dtypes[name] for name in own})
-        except (OSError, ValueError, SafetensorError) as error:
-            raise refusal(self._key, path, "weights", error) from None
-        self._scales = scales.of
-        self.scaled = bool(scales.of)
+            stored = FilesSource([TensorsFile.open(one) for one in weight_files(path, key)])
+            named = RenamedSource(stored, _own_names(stored, self._kind))
+            self._source = without_scales(named, "it")
+            check_keys(self._source.shapes, self.shapes, "it")
+        except (OSError, ValueError) as error:
+            raise refusal(key, path, "weights", error) from None
+        self.scaled = bool(self._source.scales)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A parameter as the numbers that it stands for.
+        """A parameter as the numbers that it stands for, by its name in `shapes`.
 
-        Args:
-            name: as in `shapes`, or as transformers has it.
-            dtype: of the result.
-
-        Raises:
-            KeyError: there is no such parameter.
-            ValueError: the file cannot be read, or `dtype` cannot hold a value.
+        Raises ValueError where the file cannot be read, or `dtype` cannot hold a value.
         """
-        name = self.own_name(name)
-        scale = self._scales.get(name)
         try:
-            values = self._raw(name)
-            if scale is not None:
-                values = dequantized(values, self._raw(scale), slice(None), scale)
-            return cast(values, dtype, name)
-        except (OSError, ValueError, SafetensorError) as error:
+            return self._source.read(name, dtype)
+        except (OSError, ValueError) as error:
             raise refusal(self._key, self._path, "weights", error) from None
 
-    def own_name(self, name: str) -> str:
-        """The name in `shapes` of what transformers, or a file, calls `name`."""
-        return self._kind.renamed(name)
+    def load(self, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """transformers' model with these weights, which have been found to be all of them."""
+        import transformers
 
-    def _raw(self, name: str) -> Tensor:
-        return self._stored(self._tensors[name].file, self._tensors[name].name)
-
-
-# ---- what is in a file ---------------------------------------------------------------------
+        transformers.utils.logging.disable_progress_bar()  # one bar for each encoder and rank
+        values = {name: self.read(name, dtype) for name in self.shapes}
+        state = {name: values[own] for name, own in self._theirs.items()}
+        model = self._kind.model.from_pretrained(
+            None, config=self.config, state_dict=state, dtype=dtype
+        )
+        return model.to(device)
 
 
 @dataclass(frozen=True)
@@ -116,57 +92,44 @@ class _Kind:
 
     Attributes:
         config: reads config.json.
-        shapes: configuration -> shape of every parameter.
-        renamed: a name in a file or of transformers -> the one used here.
+        class_name: of transformers' model.
+        alias: how a name in a file, or of transformers, may begin, and how it begins here.
         others: what a whole model has beside its text encoder.
     """
 
     config: Callable[[str | Path], Any]
-    shapes: Callable[[Any], Shapes]
-    renamed: Callable[[str], str]
-    others: re.Pattern[str]
+    class_name: str
+    alias: tuple[str, str]
+    others: str
+
+    @property
+    def model(self) -> Any:
+        """transformers' class, which takes seconds to import."""
+        import transformers
+
+        return getattr(transformers, self.class_name)
+
+    def renamed(self, name: str) -> str:
+        """The name used here."""
+        theirs, own = self.alias
+        return own + name.removeprefix(theirs) if name.startswith(theirs) else name
 
 
-def _headers(
-    files: list[Path], kind: _Kind
-) -> tuple[dict[str, StoredTensor], list[dict[str, str]]]:
-    """The encoder's tensors by the names used here, and the strings beside them."""
-    found: dict[str, StoredTensor] = {}
-    headers = []
-    for file in files:
-        tensors, strings = read_header(file)
-        headers.append(strings)
-        for name, tensor in tensors.items():
-            ours = kind.renamed(name)
-            if kind.others.match(name):
+def _own_names(source: Source, kind: _Kind) -> dict[str, str]:
+    """The encoder's tensors: the name used here -> the one in the file."""
+    found: dict[str, str] = {}
+    for name in source.shapes:
+        own = kind.renamed(name)
+        if re.match(kind.others, name):
+            continue
+        if (other := found.get(own)) is not None:
+            same = all(of[other] == of[name] for of in (source.shapes, source.dtypes))
+            if not (same and own.startswith(_EMBEDDING)):
+                raise ValueError(f"{own} is there twice: {other} and {name}")
+            if name != own:
                 continue
-            if (other := found.get(ours)) is not None:
-                same = (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
-                if other.name == name or not (same and ours.startswith(_EMBEDDING)):
-                    raise ValueError(f"{ours} is there twice: {other.name} and {name} in {file}")
-                if name != ours:
-                    continue
-            found[ours] = tensor
-    return found, headers
-
-
-def _t5_shapes(config: Any) -> Shapes:
-    width, inner = config.d_model, config.num_heads * config.d_kv
-    shapes: Shapes = {
-        "shared.weight": (config.vocab_size, width),
-        "encoder.final_layer_norm.weight": (width,),
-    }
-    attention = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    shapes[attention] = (config.relative_attention_num_buckets, config.num_heads)
-    for i in range(config.num_layers):
-        layer = f"encoder.block.{i}.layer"
-        shapes |= {f"{layer}.0.SelfAttention.{one}.weight": (inner, width) for one in "qkv"}
-        shapes[f"{layer}.0.SelfAttention.o.weight"] = (width, inner)
-        for one in ("wi_0", "wi_1") if config.is_gated_act else ("wi",):
-            shapes[f"{layer}.1.DenseReluDense.{one}.weight"] = (config.d_ff, width)
-        shapes[f"{layer}.1.DenseReluDense.wo.weight"] = (width, config.d_ff)
-        shapes |= {f"{layer}.{j}.layer_norm.weight": (width,) for j in (0, 1)}
-    return shapes
+        found[own] = name
+    return found
 
 
 def _clip_config(path: str | Path) -> Any:
@@ -180,40 +143,18 @@ def _clip_config(path: str | Path) -> Any:
     return config
 
 
-def _clip_shapes(config: Any) -> Shapes:
-    width, hidden = config.hidden_size, config.intermediate_size
-    shapes: Shapes = {
-        "embeddings.token_embedding.weight": (config.vocab_size, width),
-        "embeddings.position_embedding.weight": (config.max_position_embeddings, width),
-    }
-    layers = {f"self_attn.{one}_proj": (width, width) for one in ("q", "k", "v", "out")}
-    layers |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    norms = [
-        f"encoder.layers.{i}.layer_norm{j}" for i in range(config.num_hidden_layers) for j in (1, 2)
-    ]
-    for norm in (*norms, "final_layer_norm"):
-        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    for i in range(config.num_hidden_layers):
-        for layer, shape in layers.items():
-            name = f"encoder.layers.{i}.{layer}"
-            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
-
-
 _KINDS = {
     T5_KEY: _Kind(
         read_t5_config,
-        _t5_shapes,
-        lambda name: re.sub(r"^encoder\.embed_tokens\.", _EMBEDDING, name),
-        re.compile(r"decoder\.|lm_head\.|spiece_model$"),
+        "T5EncoderModel",
+        ("encoder.embed_tokens.", _EMBEDDING),
+        r"decoder\.|lm_head\.|spiece_model$",
     ),
     CLIP_KEY: _Kind(
         _clip_config,
-        _clip_shapes,
-        lambda name: name.removeprefix("text_model."),
-        re.compile(
-            r"(vision_model|visual_projection|text_projection)\.|logit_scale$"
-            r"|(text_model\.)?embeddings\.position_ids$"
-        ),
+        "CLIPTextModel",
+        ("text_model.", ""),
+        r"(vision_model|visual_projection|text_projection)\.|logit_scale$"
+        r"|(text_model\.)?embeddings\.position_ids$",
     ),
 }

@@ -1,10 +1,9 @@
 """Captions to the tokens of both text encoders."""
 
-from collections import OrderedDict
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64
@@ -19,8 +18,7 @@ CLIP_LENGTH = 77
 _CACHED_CAPTIONS = 4096
 
 
-@dataclass(frozen=True)
-class Unread:
+class Unread(NamedTuple):
     """What an encoder does not read of a caption.
 
     Attributes:
@@ -48,29 +46,22 @@ class CaptionTokenizer:
     """
 
     def __init__(self, t5_path: str | Path, clip_path: str | Path, max_t5_len: int) -> None:
-        """Load both tokenizers.
+        """Load both tokenizers from local folders or hub names; T5 gets `max_t5_len` tokens.
 
-        Args:
-            t5_path: local folder or hub name, `encoder.t5_encoder`.
-            clip_path: local folder or hub name, `encoder.clip_encoder`.
-            max_t5_len: tokens given to T5, end-of-sequence included.
-
-        Raises:
-            FileNotFoundError, ValueError: a tokenizer that cannot be loaded or is not of its kind,
-                naming the TOML key and the path.
+        Raises FileNotFoundError or ValueError, naming the TOML key, for one that cannot be loaded
+        or is not of its kind.
         """
         if max_t5_len < 1:
             raise ValueError(
                 f"encoder.max_t5_encoding_len: at least 1 token is needed, got {max_t5_len}"
             )
-        t5 = load_tokenizer(t5_path, T5_KEY, "tokenizer_2")
-        clip = load_tokenizer(clip_path, CLIP_KEY, "tokenizer")
+        t5 = load_tokenizer(t5_path, T5_KEY)
+        clip = load_tokenizer(clip_path, CLIP_KEY)
         self.max_t5_len = max_t5_len
         self.limits = {"T5": max_t5_len, "CLIP": CLIP_LENGTH}
         """Name of each encoder -> tokens that it takes."""
         self._t5 = _fixed_length(t5, max_t5_len)
         self._clip = _fixed_length(clip, CLIP_LENGTH)
-        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         # The empty caption shows whether the two are what they were given for.
         if self._t5.encode("").ids[0] != t5.eos_token_id:
             raise refusal(T5_KEY, t5_path, "tokenizer", "it does not end captions as T5's does")
@@ -81,18 +72,16 @@ class CaptionTokenizer:
 
     def __call__(self, caption: str) -> tuple[Int64[Tensor, " t5_len"], Int64[Tensor, "77"]]:
         """(T5 tokens of shape [max_t5_len], CLIP tokens of shape [77]), the caller's own copies."""
-        tokens = self._cache.get(caption)
-        if tokens is None:
-            tokens = (
-                torch.tensor(self._t5.encode(caption).ids),
-                torch.tensor(self._clip.encode(caption).ids),
-            )
-            self._cache[caption] = tokens
-            if len(self._cache) > _CACHED_CAPTIONS:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(caption)
-        return tokens[0].clone(), tokens[1].clone()
+        t5, clip = self._tokens(caption)
+        return t5.clone(), clip.clone()
+
+    @cached_property
+    def _tokens(self) -> Callable[[str], tuple[Tensor, Tensor]]:
+        def encode(caption: str) -> tuple[Tensor, Tensor]:
+            both = (self._t5.encode(caption).ids, self._clip.encode(caption).ids)
+            return torch.tensor(both[0]), torch.tensor(both[1])
+
+        return lru_cache(_CACHED_CAPTIONS)(encode)
 
     def count(self, caption: str) -> tuple[int, int]:
         """Tokens of the whole caption for T5 and CLIP, those that both add included."""
@@ -109,7 +98,7 @@ class CaptionTokenizer:
         return both
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
 
     def unread(self, caption: str) -> list[Unread]:
         """What is cut of a caption, for each encoder that does not read all of it."""

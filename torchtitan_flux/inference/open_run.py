@@ -25,10 +25,10 @@ from torchtitan_flux.training.conditioning import (
 )
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.resume import checkpoint_folder
+from torchtitan_flux.weights.dcp_source import DcpSource
 from torchtitan_flux.weights.load import import_weights, open_for
 from torchtitan_flux.weights.open import Weights
 from torchtitan_flux.weights.pruned import blocks_told
-from torchtitan_flux.weights.tensor_sources import DcpSource
 
 
 @dataclass(frozen=True)

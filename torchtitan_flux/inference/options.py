@@ -9,6 +9,7 @@ from typing import Any
 
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.problems import ConfigError
+from torchtitan_flux.encoders.pretrained import PUBLISHED
 from torchtitan_flux.image_file import FORMATS
 from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
 from torchtitan_flux.paths import locate
@@ -95,8 +96,7 @@ OF_OTHER_PROGRAMS = {
 """What does here what other programs have options for, by their names with underscores."""
 
 PIPELINE_FOLDERS = {
-    "t5_encoder": "text_encoder_2",
-    "clip_encoder": "text_encoder",
+    **{key.removeprefix("encoder."): folder for key, (folder, _) in PUBLISHED.items()},
     "autoencoder_path": "vae",
 }
 """Keys of [encoder] and where a diffusers pipeline folder keeps them."""

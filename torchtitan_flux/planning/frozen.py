@@ -20,7 +20,7 @@ from torchtitan.tools import utils
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, read_args
+from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs, StoredAutoencoder
 from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
 from torchtitan_flux.encoders.pretrained import read_clip_config, read_t5_config
 from torchtitan_flux.latents import ImageSize
@@ -88,7 +88,7 @@ def frozen_parts(
     codec = None
     if not args.pixel_space:
         try:
-            codec, _ = read_args(Path(resolved_path(encoder.autoencoder_path)))
+            codec = StoredAutoencoder(Path(resolved_path(encoder.autoencoder_path))).args
         except (OSError, ValueError):
             codec = AutoencoderArgs()
             published.append("autoencoder")

@@ -18,7 +18,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of element types in a header of safetensors, those of quantised files among them."""
+"""Names in a header of safetensors, those of quantised files among them."""
+
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+"""The same of types that are no whole bytes."""
 
 
 class BeyondRange(ValueError):
@@ -31,12 +34,7 @@ def narrows(source: torch.dtype, target: torch.dtype) -> bool:
 
 
 def overflows(values: Tensor, result: Tensor) -> bool:
-    """Whether a finite value became infinite.
-
-    Args:
-        values: floating-point numbers.
-        result: the same in another element type.
-    """
+    """Whether a finite value became infinite in `result`, the same in another element type."""
     if not narrows(values.dtype, result.dtype) or not values.numel():
         return False
     # both ends are NaN where one value is
@@ -48,19 +46,12 @@ def overflows(values: Tensor, result: Tensor) -> bool:
 def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`values` in another floating-point type; the same tensor where that is its type.
 
-    Args:
-        values: floating-point numbers; infinite ones and NaN stay what they are.
-        dtype: of the result.
-        name: of the tensor, for the message.
-
-    Raises:
-        BeyondRange: names the tensor.
+    Infinite values and NaN stay what they are. Raises BeyondRange, naming the tensor.
     """
     result = values.to(dtype)
     if overflows(values, result):
-        largest = torch.finfo(dtype).max
         raise BeyondRange(
-            f"{name} has values that {dtype} cannot hold (beyond {largest:.5g} in size); keep "
-            f"{values.dtype}, or take another type with its range"
+            f"{name} has values that {dtype} cannot hold (beyond {torch.finfo(dtype).max:.5g} in "
+            f"size); keep {values.dtype}, or take another type with its range"
         )
     return result

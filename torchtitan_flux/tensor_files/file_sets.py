@@ -2,8 +2,13 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torchtitan_flux.formatting import listed
+from torchtitan_flux.paths import absence
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, read_weight_map
 
 _VARIANT = r"(?:\.(?:fp|bf|float|bfloat|int)\d+\w*|\.(?:non_)?ema)"
 _FILE = re.compile(
@@ -20,11 +25,10 @@ class WeightFiles:
     """Files that hold one set of tensors.
 
     Attributes:
-        folder: where they lie.
         stem: what their names begin with, such as "diffusion_pytorch_model".
         variant: "" or such as "fp16".
-        names: of the files; those that are missing are not among them.
-        index: the name of the file that says what lies where; empty without.
+        names: of the files that are there.
+        index: name of the file that says what lies where; empty without.
         count: how many files there have to be, by their names.
     """
 
@@ -40,6 +44,24 @@ class WeightFiles:
         """For a message: the one file, or the index, or the first."""
         return self.index or self.names[0]
 
+    def paths(self) -> list[Path]:
+        """All files of the set; UnreadableWeights names what is missing of them."""
+        if not self.index:
+            if len(self.names) < self.count:
+                raise UnreadableWeights(
+                    f"{self.folder} has {listed(self.names)}, {len(self.names)} of {self.count} "
+                    "files; get the others"
+                )
+            return [self.folder / name for name in self.names]
+        index = self.folder / self.index
+        files = [self.folder / name for name in sorted(set(read_weight_map(index).values()))]
+        if missing := [one for one in files if not one.is_file()]:
+            raise UnreadableWeights(
+                f"{index} names {listed(one.name for one in missing)}, which "
+                f"{absence(missing[0])}; get it again"
+            )
+        return files
+
 
 def is_index(path: Path) -> bool:
     """Whether a file, by its name, says in which shards tensors lie."""
@@ -52,19 +74,25 @@ def shard_count(path: Path) -> int:
     return int(found["count"] or 1) if found else 1
 
 
-def weight_files(folder: Path) -> list[WeightFiles]:
-    """Sets of safetensors files in a folder; a variant only where the plain set is not there."""
+def weight_files(folder: Path, stems: Iterable[str] = ()) -> list[WeightFiles]:
+    """Sets of safetensors files in a folder; a variant only where the plain set is not there.
+
+    Where there are several, those of the first of the `stems` that any of them has count.
+    """
     sets = all_files(folder)
     plain = {one.stem for one in sets if not one.variant}
-    return [one for one in sets if not one.variant or one.stem not in plain]
+    sets = [one for one in sets if not one.variant or one.stem not in plain]
+    for stem in stems:
+        if found := [one for one in sets if one.stem == stem or one.stem.startswith(f"{stem}-")]:
+            return found
+    return sets
 
 
-def all_files(folder: Path) -> list[WeightFiles]:
+def all_files(folder: Path) -> Sequence[WeightFiles]:
     """Every set of safetensors files in a folder, variants included."""
-    entries = sorted(path.name for path in folder.iterdir())  # broken links included
     indexes: dict[tuple[str, str], str] = {}
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name in entries:
+    for name in sorted(path.name for path in folder.iterdir()):  # broken links included
         if found := _INDEX.fullmatch(name):
             indexes[_set_of(found)] = name
         elif found := _FILE.fullmatch(name):

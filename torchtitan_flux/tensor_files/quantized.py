@@ -8,46 +8,43 @@ like any other.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchtitan_flux.formatting import listed
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
+from torchtitan_flux.tensor_files.sources import Box, Source, StateDict
+
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-FLOATS = (*_WIDE, *_FLOAT8)
-"""Element types whose values are the weights."""
 
-PACKED = ("F4", "F6_E2M3", "F6_E3M2")
-"""safetensors' names of element types that are no whole bytes."""
-
-MARKER = "scaled_fp8"
+_MARKER = "scaled_fp8"
 """Tensor of ComfyUI's older files that says that there are scales; it holds no value."""
-
 _SCALES = ("scale_weight", "weight_scale")
 _WITHOUT_VALUE = ("scale_input", "input_scale", "comfy_quant")
 """Beside a weight: scales of activations, and the format by name."""
 
-_KINDS = (
-    ("bitsandbytes 4-bit", r"\.quant_state\.bitsandbytes__|\.(nested_)?(absmax|quant_map)$"),
-    ("bitsandbytes int8", r"\.(SCB|weight_format)$"),
-    ("optimum-quanto", r"\.weight\._(data|scale|shift)"),
-    ("torchao", r"[._:](qdata|int_data|scale_and_zero)$"),
-    ("SVDQuant (nunchaku)", r"\.(smooth(_factor)?(_orig)?|w(c|t)?scales?)$"),
-    ("NVFP4", r"\.weight_(scale_2|global_scale)$"),
-    ("packed compressed-tensors", r"\.weight_(packed|zero_point|shape)$"),
-    ("GPTQ or AWQ", r"\.(qweight|qzeros|g_idx|scales)$"),
-    ("HQQ", r"\.W_q$"),
-    ("SDNQ", r"\.(zero_point|svd_up|svd_down)$"),
-    ("smoothed (pre_quant_scale)", r"\.pre_quant_scale$"),
-    ("block-wise float8", r"\.weight_scale_inv$"),
-    ("ModelOpt simulated", r"_quantizer\."),
-    ("MXFP4", r"_blocks$"),
-    ("codebook (AQLM or VPTQ)", r"\.(codebooks|centroids)"),
-)
-"""What leaves tensors of these names beside its codes."""
+_KINDS = {
+    "bitsandbytes 4-bit": r"\.quant_state\.bitsandbytes__|\.(nested_)?(absmax|quant_map)$",
+    "bitsandbytes int8": r"\.(SCB|weight_format)$",
+    "optimum-quanto": r"\.weight\._(data|scale|shift)",
+    "torchao": r"[._:](qdata|int_data|scale_and_zero)$",
+    "SVDQuant (nunchaku)": r"\.(smooth(_factor)?(_orig)?|w(c|t)?scales?)$",
+    "NVFP4": r"\.weight_(scale_2|global_scale)$",
+    "packed compressed-tensors": r"\.weight_(packed|zero_point|shape)$",
+    "GPTQ or AWQ": r"\.(qweight|qzeros|g_idx|scales)$",
+    "HQQ": r"\.W_q$",
+    "SDNQ": r"\.(zero_point|svd_up|svd_down)$",
+    "smoothed (pre_quant_scale)": r"\.pre_quant_scale$",
+    "block-wise float8": r"\.weight_scale_inv$",
+    "ModelOpt simulated": r"_quantizer\.",
+    "MXFP4": r"_blocks$",
+    "codebook (AQLM or VPTQ)": r"\.(codebooks|centroids)",
+}
+"""Quantisation -> names of the tensors that it leaves beside its codes."""
 
 _METADATA = "_quantization_metadata"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -59,116 +56,49 @@ _METHODS = ("compressed-tensors", "fbgemm_fp8", "modelopt")
 _GIVE = "give the file that it was made from, or one in float8 with a scale for each tensor or row"
 
 
-class QuantizedWeights(ValueError):
-    """Weights whose values cannot be had from the file; says of what kind they are."""
+class QuantizedWeights(UnreadableWeights):
+    """Weights whose values cannot be read from the file; says of what kind they are."""
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What is beside the weights of a file.
+class ScaledSource(Source):
+    """Another source without its scales, scaled weights in float32.
 
-    Attributes:
-        of: name of a weight -> name of its scale.
-        beside: names that are no weights: scales and descriptions.
+    `scales` has the name of the scale of each scaled weight. QuantizedWeights names another
+    quantisation, and the scale that is missing, does not fit its weight or is no finite number.
     """
 
-    of: Mapping[str, str]
-    beside: frozenset[str]
+    def __init__(self, source: Source) -> None:
+        self._source, self.headers = source, source.headers
+        self.scales, beside = _find_scales(source)
+        self.shapes = {name: one for name, one in source.shapes.items() if name not in beside}
+        self.dtypes = {
+            name: torch.float32 if name in self.scales else source.dtypes[name]
+            for name in self.shapes
+        }
+
+    def part(self, name: str, box: Box) -> Tensor:
+        stored = self._source.part(name, box)
+        if name not in self.scales:
+            return stored
+        scale = self._source.whole(self.scales[name])
+        return _dequantized(stored, scale, box[0] if box else slice(None), self.scales[name])
+
+    def release(self, name: str) -> None:
+        self._source.release(name)
 
 
-def find_scales(
-    dtypes: Mapping[str, torch.dtype],
-    shapes: Mapping[str, tuple[int, ...]],
-    headers: Sequence[Mapping[str, str]],
-    read: Callable[[str], Tensor],
-) -> Scales:
-    """Which tensors of a file are scales, and of what.
-
-    Args:
-        dtypes, shapes: of every tensor, by name.
-        headers: the strings in the header of each file.
-        read: finds the values of small tensors: descriptions of formats.
-
-    Raises:
-        QuantizedWeights: names the kind of quantisation that is not read, or the scale that is
-            missing or does not fit its weight.
-    """
-    for kind, pattern in _KINDS:
-        if found := next((name for name in dtypes if re.search(pattern, name)), None):
-            raise _refused(kind, found)
-    described = _described(dtypes, headers, read)
-    for weight, description in described.items():
-        _check_format(weight, description)
-    scales: dict[str, str] = {}
-    beside = {name for name in dtypes if name.rpartition(".")[2] == MARKER}
-    marked = bool(beside)
-    for name in dtypes:
-        layer, _, last = name.rpartition(".")
-        weight = f"{layer}.weight" if layer else "weight"
-        if weight not in dtypes:
-            continue  # the check of keys names it
-        if last in _WITHOUT_VALUE:
-            beside.add(name)
-        elif last in _SCALES:
-            if weight in scales:
-                raise QuantizedWeights(f"holds two scales of {weight}: {scales[weight]} and {name}")
-            _check_scale(weight, name, dtypes, shapes)
-            scales[weight] = name
-            beside.add(name)
-    _check_complete(dtypes, scales, described, marked)
-    # codes of an unknown kind are named before anything is made of their shapes
-    check_integers({n: dtypes[n] for n, s in shapes.items() if n.endswith("weight") and len(s) > 1})
-    return Scales(scales, frozenset(beside))
+def without_scales(source: Source, where: object) -> ScaledSource:
+    """The source with its scales applied; messages begin with `where` they were found."""
+    try:
+        return ScaledSource(source)
+    except QuantizedWeights as error:
+        raise QuantizedWeights(f"{where} {error}") from None
 
 
-def dequantized(part: Tensor, scale: Tensor, rows: slice, name: str) -> Tensor:
-    """Values of a part of a scaled weight, in float32.
-
-    Args:
-        part: as stored, of any of its rows and columns.
-        scale: of the whole weight: one number, or one each row.
-        rows: which of the weight's rows (its first dimension) the part has.
-        name: of the scale.
-
-    Raises:
-        QuantizedWeights: the scale, or a product with it, is no finite number.
-    """
-    scale = scale.flatten().float()
-    if scale.numel() > 1:
-        scale = scale[rows].view(-1, *[1] * (part.dim() - 1))
-    values = part.to(torch.float32, copy=True).mul_(scale)
-    largest = (scale.double() * torch.finfo(part.dtype).max).abs().sum()
-    within = largest <= torch.finfo(torch.float32).max  # not where it is NaN
-    if not within and not torch.equal(values.isfinite(), part.float().isfinite()):
-        raise QuantizedWeights(f"{name} is not finite, or scales its weight beyond float32")
-    return values
-
-
-def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without its scales, scaled weights in float32; all are floating-point numbers.
-
-    Raises:
-        QuantizedWeights: see `find_scales`.
-    """
-    dtypes = {name: one.dtype for name, one in tensors.items()}
-    shapes = {name: tuple(one.shape) for name, one in tensors.items()}
-    scales = find_scales(dtypes, shapes, [], lambda name: tensors[name])
-    found = {name: one for name, one in tensors.items() if name not in scales.beside}
-    check_integers({name: dtypes[name] for name in found})
-    for name, scale in scales.of.items():
-        found[name] = dequantized(tensors[name], tensors[scale], slice(None), scale)
-    return found
-
-
-def check_integers(dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise QuantizedWeights where weights are codes: of another type than `FLOATS`."""
-    wrong = [f"{name} ({one})" for name, one in dtypes.items() if one not in FLOATS]
-    if wrong:
-        more = f" … and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise QuantizedWeights(
-            f"holds quantised or integer weights, which are not read: {', '.join(wrong[:8])}"
-            f"{more}; {_GIVE}"
-        )
+def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without its scales, scaled weights in float32; or QuantizedWeights."""
+    source = ScaledSource(StateDict(tensors))
+    return {name: source.whole(name) for name in source.shapes}
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -189,24 +119,67 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-# ---- checks --------------------------------------------------------------------------------
+def _dequantized(part: Tensor, scale: Tensor, rows: slice, name: str) -> Tensor:
+    """Values of these rows of a weight; `scale`, of all of it, is one number or one each row."""
+    scale = scale.flatten().float()
+    if scale.numel() > 1:
+        scale = scale[rows].view(-1, *[1] * (part.dim() - 1))
+    values = part.to(torch.float32, copy=True).mul_(scale)
+    largest = (scale.double() * torch.finfo(part.dtype).max).abs().sum()
+    within = largest <= torch.finfo(torch.float32).max  # not where it is NaN
+    if not within and not torch.equal(values.isfinite(), part.float().isfinite()):
+        raise QuantizedWeights(f"{name} is not finite, or scales its weight beyond float32")
+    return values
+
+
+# ---- what lies beside weights --------------------------------------------------------------
+
+
+def _find_scales(source: Source) -> tuple[dict[str, str], set[str]]:
+    """(weight -> its scale, names that are no weights: scales and descriptions)."""
+    dtypes = source.dtypes
+    for kind, pattern in _KINDS.items():
+        if found := next((name for name in dtypes if re.search(pattern, name)), None):
+            raise _refused(kind, found)
+    described = _described(source)
+    for weight, description in described.items():
+        _check_format(weight, description)
+    scales: dict[str, str] = {}
+    beside = {name for name in dtypes if name.rpartition(".")[2] == _MARKER}
+    marked = bool(beside)
+    for name in dtypes:
+        layer, _, last = name.rpartition(".")
+        weight = f"{layer}.weight" if layer else "weight"
+        if weight not in dtypes or last not in (*_SCALES, *_WITHOUT_VALUE):
+            continue  # a scale of nothing is named by the check of keys
+        beside.add(name)
+        if last in _SCALES:
+            if weight in scales:
+                raise QuantizedWeights(f"holds two scales of {weight}: {scales[weight]} and {name}")
+            _check_scale(source, weight, name)
+            scales[weight] = name
+    _check_complete(dtypes, scales, set(described), marked)
+    codes = [
+        f"{name} ({one})"
+        for name, one in dtypes.items()
+        if one not in (*_WIDE, *_FLOAT8) and re.search(r"(^|\.)(weight|bias|scale)$", name)
+    ]
+    if codes:  # named before anything is made of their shapes
+        raise _refused("quantised or integer", listed(codes))
+    return scales, beside
 
 
 def _refused(kind: str, example: str) -> QuantizedWeights:
     return QuantizedWeights(f"holds {kind} weights ({example}), which are not read; {_GIVE}")
 
 
-def _check_scale(
-    weight: str,
-    scale: str,
-    dtypes: Mapping[str, torch.dtype],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    if dtypes[weight] not in FLOATS:
-        raise _refused(f"{str(dtypes[weight]).removeprefix('torch.')} scaled", weight)
-    if dtypes[scale] not in _WIDE:
-        raise _refused(f"MX (block-wise, scales of type {dtypes[scale]})", scale)
-    shape, found = shapes[weight], shapes[scale]
+def _check_scale(source: Source, weight: str, scale: str) -> None:
+    stored, of_scale = source.dtypes[weight], source.dtypes[scale]
+    if stored not in (*_WIDE, *_FLOAT8):
+        raise _refused(f"{str(stored).removeprefix('torch.')} scaled", weight)
+    if of_scale not in _WIDE:
+        raise _refused(f"MX (block-wise, scales of type {of_scale})", scale)
+    shape, found = source.shapes[weight], source.shapes[scale]
     whole = all(size == 1 for size in found)
     by_row = bool(shape) and found in ((shape[0],), (shape[0], *[1] * (len(shape) - 1)))
     if not (whole or by_row):
@@ -214,71 +187,53 @@ def _check_scale(
 
 
 def _check_complete(
-    dtypes: Mapping[str, torch.dtype],
-    scales: Mapping[str, str],
-    described: Iterable[str],
-    marked: bool,
+    dtypes: Mapping[str, torch.dtype], scales: Mapping[str, str], described: set[str], marked: bool
 ) -> None:
     """A float8 weight lacks a scale if the same layer of another block has one, or it should."""
 
     def layer(name: str) -> str:
         return re.sub(r"\d+", "#", name)
 
-    scaled = {layer(name) for name in scales if dtypes[name] in _FLOAT8} | {
-        layer(name) for name in described
-    }
-    lost = [
-        name
-        for name, dtype in dtypes.items()
-        if dtype in _FLOAT8 and name not in scales and layer(name) in scaled
-    ]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    float8 = [name for name, dtype in dtypes.items() if dtype in _FLOAT8]
+    scaled = {layer(name) for name in described | (scales.keys() & set(float8))}
+    if lost := [name for name in float8 if name not in scales and layer(name) in scaled]:
         raise QuantizedWeights(
-            f"is scaled float8, and the scale of {lost[0]}{more} is missing; get it again"
+            f"is scaled float8, and the scale of {listed(lost, 1)} is missing; get it again"
         )
-    if marked and not scales and any(one in _FLOAT8 for one in dtypes.values()):
+    if marked and not scales and any(not name.endswith(_MARKER) for name in float8):
         raise QuantizedWeights(
-            f"says by {MARKER} that its float8 weights are scaled, and holds no scales "
+            f"says by {_MARKER} that its float8 weights are scaled, and holds no scales "
             f"({' or '.join(_SCALES)}); get it again"
         )
 
 
-def _described(
-    dtypes: Mapping[str, torch.dtype],
-    headers: Sequence[Mapping[str, str]],
-    read: Callable[[str], Tensor],
-) -> dict[str, Any]:
+def _described(source: Source) -> dict[str, Any]:
     """What ComfyUI says of the formats of weights, in headers and beside them.
 
     A header may also speak of other parts of its file, and with a prefix that is cut off here.
     """
-    weights = {name for name in dtypes if name.endswith(".weight")}
+    weights = {name for name in source.dtypes if name.endswith(".weight")}
     found = {}
-    for layer, description in (item for header in headers for item in _layers(header)):
-        parts = f"{layer}.weight".split(".")
-        names = (".".join(parts[begin:]) for begin in range(len(parts) - 1))
-        if name := next((name for name in names if name in weights), None):
-            found[name] = description
-    for name, dtype in dtypes.items():
+    for header in source.headers:
+        try:
+            layers = json.loads(header.get(_METADATA, "{}")).get("layers", {}).items()
+        except (ValueError, AttributeError):
+            raise QuantizedWeights(f"has a {_METADATA} that is not usable; get it again") from None
+        for layer, description in layers:
+            parts = f"{layer}.weight".split(".")
+            names = (".".join(parts[begin:]) for begin in range(len(parts) - 1))
+            if name := next((name for name in names if name in weights), None):
+                found[name] = description
+    for name in source.dtypes:
         if name.endswith(".comfy_quant"):
             try:
-                if dtype != torch.uint8:
-                    raise ValueError
-                description = json.loads(bytes(read(name).flatten().tolist()))
-            except ValueError:  # not JSON, not UTF-8
+                text = bytes(source.whole(name).flatten().tolist())
+                found[f"{name.removesuffix('comfy_quant')}weight"] = json.loads(text)
+            except (ValueError, TypeError):  # no bytes, not JSON, not UTF-8
                 raise QuantizedWeights(
                     f"holds a {name} that is no description of a format; get it again"
                 ) from None
-            found[f"{name.removesuffix('comfy_quant')}weight"] = description
     return found
-
-
-def _layers(header: Mapping[str, str]) -> list[tuple[str, Any]]:
-    try:
-        return list(json.loads(header.get(_METADATA, "{}")).get("layers", {}).items())
-    except (ValueError, AttributeError):
-        raise QuantizedWeights(f"has a {_METADATA} that is not usable; get it again") from None
 
 
 def _check_format(weight: str, described: Any) -> None:

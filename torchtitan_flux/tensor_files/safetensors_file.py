@@ -17,11 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.element_types import DTYPES
-from torchtitan_flux.tensor_files.file_kinds import other_kind
-from torchtitan_flux.tensor_files.quantized import PACKED
+from torchtitan_flux.tensor_files.element_types import DTYPES, PACKED
+from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, PICKLES, other_kind
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAFETENSORS = (".safetensors", ".sft")
 """Suffixes of the format."""
 
@@ -116,10 +114,7 @@ def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
 def refuse_pickle(path: Path) -> None:
     """Raise UnreadableWeights for a file name that stands for a pickle."""
     if path.suffix.lower() in PICKLES:
-        raise UnreadableWeights(
-            f"{path} is a pickle by its name, and unpickling runs whatever code is in it; give a "
-            "safetensors file (where the pickle is trusted: safetensors.torch.save_file writes one)"
-        )
+        raise UnreadableWeights(f"{path} {PICKLE_BY_NAME}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from torchtitan_flux.formatting import listed
+
+Shape = tuple[int, ...]
+
 _SHOWN = 20
 
 
 class KeyMismatch(ValueError):
-    """State dict keys that are missing, unknown or of another shape than the model's.
+    """State dict keys that are `missing`, `unknown` or `mis_shaped`.
 
-    Attributes:
-        missing: expected names that are not there.
-        unknown: names that nothing expects.
-        mis_shaped: lines "name: (found shape), expected (shape)".
+    The last are lines "name: (found shape), expected (shape)"; `remedy` ends the message.
     """
 
     def __init__(
@@ -24,42 +25,30 @@ class KeyMismatch(ValueError):
         mis_shaped: Sequence[str],
         remedy: str = "",
     ):
-        self.missing = list(missing)
-        self.unknown = list(unknown)
+        self.missing, self.unknown = list(missing), list(unknown)
         self.mis_shaped = list(mis_shaped)
+        named = {"missing": missing, "unknown": unknown, "mis-shaped": mis_shaped}
         parts = [
-            f"{len(names)} {label}: {_listed(names)}"
-            for label, names in (
-                ("missing", self.missing),
-                ("unknown", self.unknown),
-                ("mis-shaped", self.mis_shaped),
-            )
+            f"{len(names)} {label}: {listed(names, _SHOWN)}"
+            for label, names in named.items()
             if names
         ]
         super().__init__("; ".join([f"{what} does not fit", *parts, *([remedy] if remedy else [])]))
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} … and {len(names) - _SHOWN} more"
-
-
-def check_keys(
-    found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Raise KeyMismatch unless `found` has exactly the expected names and shapes.
-
-    Args:
-        found: the state dict.
-        expected: name -> shape.
-        what: what is being loaded, for the message.
-    """
+def check_keys(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
+    """Raise KeyMismatch unless `found` has exactly the expected names and shapes."""
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     mis_shaped = [
-        f"{name}: {tuple(found[name].shape)}, expected {tuple(shape)}"
+        f"{name}: {tuple(found[name])}, expected {tuple(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(shape)
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
     if missing or unknown or mis_shaped:
         raise KeyMismatch(what, missing, unknown, mis_shaped)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Shape of each tensor of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

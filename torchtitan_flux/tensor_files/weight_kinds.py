@@ -2,111 +2,84 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _GIVE = "give the transformer, as flux1-dev.safetensors or the folder transformer"
 _OTHER = "another model than FLUX.1, which is not read here"
+_STEERS = "which steers a transformer and is none"
 _MERGE = (
     "there is no LoRA here: merge it into the model that it was made for (diffusers: "
     "load_lora_weights, fuse_lora), and give the result"
 )
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """One kind of weights.
 
     Attributes:
-        names: what a tensor's name holds.
+        names: pattern that a tensor's name holds.
         what: how a message goes on after the path.
         remedy: what to do where a transformer is wanted.
-        beside: whether it is this even where a transformer's tensors are there as well.
     """
 
-    names: re.Pattern[str]
+    names: str
     what: str
-    remedy: str
-    beside: bool = False
+    remedy: str = _GIVE
 
 
-def _kind(names: str, what: str, remedy: str = _GIVE, beside: bool = False) -> Kind:
-    return Kind(re.compile(names), what, remedy, beside)
-
-
-KINDS = (
-    _kind(
-        r"\.base_layer\.",
-        "is a model with a LoRA (adapter) that is not merged into it",
-        _MERGE,
-        beside=True,
-    ),
-    _kind(
+# Are these even where a transformer's tensors are there as well.
+_BESIDE = (
+    Kind(r"\.base_layer\.", "is a model with a LoRA (adapter) that is not merged", _MERGE),
+    Kind(
         r"(^|\.)(controlnet_(?!$)|input_hint_block\.|pos_embed_input\.)",
-        "is a ControlNet, which steers a transformer and is none",
-        beside=True,
+        f"is a ControlNet, {_STEERS}",
     ),
-    _kind(
+    Kind(
         r"(^|[._])ip_adapter[._]|^image_proj(_model)?\.|\.to_[kv]_ip\.",
-        "is an IP-Adapter, which steers a transformer and is none",
-        beside=True,
+        f"is an IP-Adapter, {_STEERS}",
     ),
-    _kind(r"(^|\.)distilled_guidance_layer\.", f"is Chroma, {_OTHER}", beside=True),
-    _kind(
-        r"(^|\.)(double_stream_modulation_(img|txt)|single_stream_modulation)\.",
-        f"is FLUX.2, {_OTHER}",
-        beside=True,
-    ),
-    _kind(
-        r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.",
-        f"is Qwen-Image or a relative of it: {_OTHER}",
-        beside=True,
-    ),
+    Kind(r"(^|\.)distilled_guidance_layer\.", f"is Chroma, {_OTHER}"),
+    Kind(r"(^|\.)(double|single)_stream_modulation(_\w+)?\.", f"is FLUX.2, {_OTHER}"),
+    Kind(r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.", f"is Qwen-Image, {_OTHER}"),
+)
+_INSTEAD = (
     # peft, diffusers, kohya, XLabs, LyCORIS (LoKr, LoHa, OFT, full differences), DoRA
-    _kind(
+    Kind(
         r"(^|[._])(lora|lokr|hada|oft|boft|ia3|dora|glora|lycoris)(_|\.|\d)|\.(diff|diff_b)$",
         "is a LoRA (adapter), not whole weights",
         _MERGE,
     ),
-    _kind(r"^redux_(up|down)\.", "is FLUX.1 Redux, which makes text of pictures"),
-    _kind(
+    Kind(r"^redux_(up|down)\.", "is FLUX.1 Redux, which makes text of pictures"),
+    Kind(
         r"(^|\.)input_blocks\.\d+\.|^(unet\.)?down_blocks\.\d+\.(attentions|resnets)\.",
         f"is a U-Net, as of Stable Diffusion: {_OTHER}",
     ),
-    _kind(
-        r"(^|\.)joint_blocks\.\d+\.|(^|\.)pos_embed\.proj\.",
-        f"is Stable Diffusion 3 or a relative of it: {_OTHER}",
-    ),
-    _kind(
+    Kind(r"(^|\.)(joint_blocks\.\d+|pos_embed\.proj)\.", f"is Stable Diffusion 3, {_OTHER}"),
+    Kind(
         r"layer\.\d+\.SelfAttention\.|(^|\.)enc\.blk\.\d+\.",
         "is a T5 text encoder",
         f"{_GIVE} (T5's folder goes to encoder.t5_encoder)",
     ),
-    _kind(
+    Kind(
         r"(^|\.)(text_model|vision_model)\.|(^|\.)transformer\.resblocks\.\d+\.",
         "is a CLIP encoder",
         f"{_GIVE} (CLIP's folder goes to encoder.clip_encoder)",
     ),
-    _kind(
+    Kind(
         r"(^|\.)(en|de)coder\.(conv_in|conv_out|layers\.\d+|mid|mid_block)\.(.*\.)?(weight|bias)$",
         "is an autoencoder",
         f"{_GIVE} (the autoencoder goes to encoder.autoencoder_path)",
     ),
-    _kind(
-        r"(^|\.)(model\.)?layers\.\d+\.(self_attn|attention|feed_forward|mlp)\.",
-        f"is a language model or a relative of it: {_OTHER}",
+    Kind(
+        r"(^|\.)layers\.\d+\.(self_attn|attention|feed_forward|mlp)\.",
+        f"is a language model, {_OTHER}",
     ),
-    _kind(
-        r"(^|\.)exp_avg(_sq)?(\.|$)|^optim(izer)?\.",
-        "is the state of an optimizer, and no weights",
-    ),
+    Kind(r"(^|\.)exp_avg(_sq)?(\.|$)|^optim(izer)?\.", "is the state of an optimizer, no weights"),
 )
-
-_BLOCKS = re.compile(r"(^|\.)((double|single)_blocks|(single_)?transformer_blocks)\.\d+\.")
 
 CLASSES = {
     "FluxControlNetModel": "a ControlNet",
     "AutoencoderKL": "an autoencoder",
-    "AutoencoderTiny": "an autoencoder of another kind",
     "T5EncoderModel": "a T5 text encoder",
     "CLIPTextModel": "a CLIP text encoder",
     "UNet2DConditionModel": "a U-Net, as of Stable Diffusion",
@@ -117,22 +90,18 @@ CLASSES = {
 
 
 def kind_of(names: Iterable[str], transformer: bool) -> Kind | None:
-    """What weights are that are no whole FLUX.1 transformer.
+    """What weights of these tensors are known to be that are no whole FLUX.1 transformer.
 
-    Args:
-        names: of all tensors.
-        transformer: whether they hold the input layer of one.
-
-    Returns:
-        None where they are not known to be anything else.
+    `transformer`: whether they hold the input layer of one.
     """
     names = list(names)
-    for kind in KINDS:
-        if (kind.beside or not transformer) and any(map(kind.names.search, names)):
+    for kind in (*_BESIDE, *(() if transformer else _INSTEAD)):
+        if any(re.search(kind.names, name) for name in names):
             return kind
     return None
 
 
 def is_transformer(names: Iterable[str]) -> bool:
     """Whether there are blocks of a FLUX transformer, whole or not."""
-    return any(map(_BLOCKS.search, names))
+    blocks = r"(^|\.)((double|single)_blocks|(single_)?transformer_blocks)\.\d+\."
+    return any(re.search(blocks, name) for name in names)

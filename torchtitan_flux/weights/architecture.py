@@ -1,10 +1,9 @@
 """Which architecture a file of weights holds: from what is written beside it, else from shapes."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ import tomli
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
 from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_config
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, read_json
+from torchtitan_flux.tensor_files.state_dict_keys import Shape
 from torchtitan_flux.tensor_files.weight_kinds import CLASSES
 
 METADATA_KEY = "torchtitan_flux.model_args"
 """Where our safetensors files keep the arguments that shapes do not show."""
 ARGS_FILE = "model_args.json"
 """The same beside a checkpoint that was converted."""
-
-Shapes = Mapping[str, tuple[int, ...]]
+GUIDANCE = ("guidance_in.", "time_text_embed.guidance_embedder.")
+"""What names of guidance weights begin with: ours and Black Forest Labs', diffusers'."""
 
 _FREE = (
     "in_channels",
@@ -37,8 +37,31 @@ _CONDITIONED = {
     128: "FLUX.1 Canny or Depth, which see a second picture",
 }
 """Features of an image token that goes in, where 64 come out -> whose they are."""
+
 _CLASS = "FluxTransformer2DModel"
-_MLP_RATIO, _THETA = 4.0, 10_000  # what FluxTransformer2DModel has no entry for
+_CONFIG = {
+    "in_channels": "in_channels",
+    "vec_in_dim": "pooled_projection_dim",
+    "context_in_dim": "joint_attention_dim",
+    "num_heads": "num_attention_heads",
+    "depth": "num_layers",
+    "depth_single_blocks": "num_single_layers",
+    "guidance_embed": "guidance_embeds",
+}
+"""Our argument -> entry of FluxTransformer2DModel's configuration."""
+_FIXED = {"mlp_ratio": 4.0, "theta": 10_000, "qkv_bias": True}
+"""What it has no entry for."""
+
+_IN = ("img_in.weight", "x_embedder.weight")
+_LAYERS = {
+    "out_channels": ("final_layer.linear.weight", "proj_out.weight"),
+    "vec_in_dim": ("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight"),
+    "context_in_dim": ("txt_in.weight", "context_embedder.weight"),
+}
+"""Argument -> the layer that has it, in BFL's and diffusers' names."""
+_QUERY_NORM = r"query_norm\.(scale|weight)$|attn\.norm_q\.weight$"
+_MLP = r"\.(img_mlp\.0|ff\.net\.0\.proj|proj_mlp)\.weight$"
+_QKV_BIAS = r"img_attn\.qkv(_by_head)?\.bias$|^transformer_blocks\.\d+\.attn\.to_q\.bias$"
 
 
 def to_metadata(args: FluxModelArgs) -> dict[str, str]:
@@ -47,7 +70,7 @@ def to_metadata(args: FluxModelArgs) -> dict[str, str]:
 
 
 def from_metadata(path: Path, metadata: Mapping[str, str]) -> FluxModelArgs | None:
-    """The arguments that `to_metadata` wrote, or None. UnreadableWeights where they are spoilt."""
+    """The arguments that `to_metadata` wrote, or None; UnreadableWeights if they are corrupt."""
     if METADATA_KEY not in metadata:
         return None
     try:
@@ -70,8 +93,7 @@ def _from_json(content: dict[str, Any]) -> FluxModelArgs:
 
 def flavor_of_run(checkpoint: Path) -> FluxModelArgs | None:
     """The flavor that the run of a checkpoint names in the configuration that it left."""
-    config = run_config(checkpoint)
-    model = config.get("model") if config else None
+    model = (run_config(checkpoint) or {}).get("model")
     return FLAVORS.get(str(model.get("flavor"))) if isinstance(model, dict) else None
 
 
@@ -93,12 +115,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def from_diffusers_config(path: Path) -> FluxModelArgs:
-    """Arguments from a transformer folder's `config.json`.
-
-    Raises:
-        UnreadableWeights: it describes another class, a variant that is not FLUX.1's, or quantised
-            weights.
-    """
+    """Arguments from `config.json`; UnreadableWeights unless it is of FLUX.1, not quantised."""
     config = read_json(path)
     classes = config.get("architectures")  # of transformers' models
     first = classes[0] if isinstance(classes, list) and classes else None
@@ -112,29 +129,18 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
         )
     try:
         check_config(config)
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(f"patch_size is {config['patch_size']!r}, FLUX.1's is 1 there")
+        found = {ours: config[entry] for ours, entry in _CONFIG.items()}
+        return FluxModelArgs(
+            **found | {"guidance_embed": bool(found["guidance_embed"])},
+            out_channels=config.get("out_channels") or config["in_channels"],
+            hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
+            axes_dim=tuple(config.get("axes_dims_rope", FluxModelArgs.axes_dim)),
+            **_FIXED,
+        )
     except QuantizedWeights as error:
         raise UnreadableWeights(f"{path}: {error}") from None
-    if config.get("patch_size", 1) != 1:
-        raise UnreadableWeights(
-            f"{path}: patch_size is {config['patch_size']!r}; FLUX.1 has 1 there, images are cut "
-            "into patches before"
-        )
-    try:
-        heads, width = config["num_attention_heads"], config["attention_head_dim"]
-        return FluxModelArgs(
-            in_channels=config["in_channels"],
-            out_channels=config.get("out_channels") or config["in_channels"],
-            vec_in_dim=config["pooled_projection_dim"],
-            context_in_dim=config["joint_attention_dim"],
-            hidden_size=heads * width,
-            mlp_ratio=_MLP_RATIO,
-            num_heads=heads,
-            depth=config["num_layers"],
-            depth_single_blocks=config["num_single_layers"],
-            axes_dim=tuple(config.get("axes_dims_rope", FluxModelArgs.axes_dim)),
-            theta=_THETA,
-            guidance_embed=bool(config["guidance_embeds"]),
-        )
     except KeyError as error:
         raise UnreadableWeights(f"{path} has no entry {error}") from None
     except (ValueError, TypeError) as error:
@@ -142,15 +148,10 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
 
 
 def to_diffusers_config(args: FluxModelArgs) -> dict[str, Any]:
-    """`config.json` for FluxTransformer2DModel.
-
-    Raises:
-        ValueError: diffusers' model cannot be built like this; names each argument.
-    """
-    fixed = {"mlp_ratio": _MLP_RATIO, "theta": _THETA, "qkv_bias": True}
+    """`config.json` for FluxTransformer2DModel; ValueError names what it has no entry for."""
     wrong = [
         f"{name} is {getattr(args, name)}, there it is always {value}"
-        for name, value in fixed.items()
+        for name, value in _FIXED.items()
         if getattr(args, name) != value
     ]
     if wrong:
@@ -163,76 +164,74 @@ def to_diffusers_config(args: FluxModelArgs) -> dict[str, Any]:
         "_diffusers_version": "0.30.0",  # the first release with FLUX.1
         "attention_head_dim": args.head_dim,
         "axes_dims_rope": list(args.axes_dim),
-        "guidance_embeds": args.guidance_embed,
-        "in_channels": args.in_channels,
-        "joint_attention_dim": args.context_in_dim,
-        "num_attention_heads": args.num_heads,
-        "num_layers": args.depth,
-        "num_single_layers": args.depth_single_blocks,
         "out_channels": None if args.out_channels == args.in_channels else args.out_channels,
         "patch_size": 1,
-        "pooled_projection_dim": args.vec_in_dim,
+        **{entry: getattr(args, ours) for ours, entry in _CONFIG.items()},
     }
 
 
-def from_shapes(path: Path, shapes: Shapes, alike: FluxModelArgs | None) -> FluxModelArgs:
-    """Arguments from the shapes of tensors in anybody's names.
+def from_shapes(
+    path: Path, shapes: Mapping[str, Shape], flavor: FluxModelArgs | None
+) -> FluxModelArgs:
+    """Arguments from the shapes of tensors in any layout.
 
-    Args:
-        path: for messages.
-        shapes: of every tensor.
-        alike: a flavor that has the same rotary axes and geometry, where one is known. Without,
-            they are FLUX.1's where heads are 128 wide as FLUX.1's are.
-
-    Raises:
-        UnreadableWeights: a tensor that is needed is missing, or the rotary axes cannot be known.
+    Rotary axes and geometry are those of `flavor`; without one, FLUX.1's, where heads are 128 wide
+    as FLUX.1's are. UnreadableWeights: a tensor that is needed is missing, or the axes are unknown.
     """
-    norm = next((name for name in shapes if _NORM.search(name)), None)
-    names = _DIFFUSERS if "x_embedder.weight" in shapes else _BFL
+    layout = 1 if _IN[1] in shapes else 0
+
+    def first(pattern: str) -> Shape | None:
+        return next((shape for name, shape in shapes.items() if re.search(pattern, name)), None)
+
     try:
-        if norm is None:
-            raise KeyError(f"{names.double}.0: the norm of queries")
-        hidden, in_channels = shapes[names.img_in]
-        (head_dim,) = shapes[norm]
+        hidden, in_channels = shapes[_IN[layout]]
+        if (norm := first(_QUERY_NORM)) is None:
+            raise KeyError("the norm of queries")
+        mlp, fused = first(_MLP), first(r"\.linear2(_by_head)?\.weight$")
+        if mlp is None and fused is None:
+            raise KeyError("the first layer of the MLP")
+        layers = {name: shapes[names[layout]] for name, names in _LAYERS.items()}
         found = {
+            "out_channels": layers["out_channels"][0],
+            "vec_in_dim": layers["vec_in_dim"][1],
+            "context_in_dim": layers["context_in_dim"][1],
             "in_channels": in_channels,
-            "out_channels": shapes[names.out][0],
-            "vec_in_dim": shapes[names.vector_in][1],
-            "context_in_dim": shapes[names.txt_in][1],
             "hidden_size": hidden,
-            "mlp_ratio": _mlp_hidden(shapes, names, hidden) / hidden,
-            "num_heads": hidden // head_dim,
-            **_blocks(shapes),
-            "qkv_bias": any(re.search(names.qkv_bias, name) for name in shapes),
-            "guidance_embed": any(name.startswith(names.guidance) for name in shapes),
+            "mlp_ratio": (mlp[0] if mlp else fused[1] - hidden) / hidden,  # type: ignore[index]
+            "num_heads": hidden // norm[0],
+            "depth": _count(shapes, "(double|transformer)_blocks"),
+            "depth_single_blocks": _count(shapes, "single(_transformer)?_blocks"),
+            "qkv_bias": first(_QKV_BIAS) is not None,
+            "guidance_embed": any(name.startswith(GUIDANCE) for name in shapes),
         }
     except KeyError as error:
+        whose = ("Black Forest Labs'", "diffusers'")[layout]
         raise UnreadableWeights(
-            f"{path} holds no FLUX transformer in {names.whose} names: {error.args[0]} is missing"
+            f"{path} holds no FLUX transformer in {whose} names: {error.args[0]} is missing"
         ) from None
     except (ValueError, IndexError, ZeroDivisionError):
         raise UnreadableWeights(f"{path} holds tensors that are no FLUX transformer's") from None
-    if alike is not None:
-        check_alike(path, found, alike)
-    elif head_dim == FluxModelArgs().head_dim:
-        alike = FluxModelArgs()
-    else:
+    if flavor is not None:
+        check_matches_flavor(path, found, flavor)
+    elif norm[0] != FluxModelArgs().head_dim:
         raise UnreadableWeights(
-            f"{path} does not say how its heads of {head_dim} are divided among the rotary axes; "
+            f"{path} does not say how its heads of {norm[0]} are divided among the rotary axes; "
             f"name the flavor that it was made with (--flavor, one of {', '.join(FLAVORS)})"
         )
     try:
-        return replace(alike, **found)
+        return replace(flavor or FluxModelArgs(), **found)
     except ValueError as error:
         raise UnreadableWeights(f"{path} is no FLUX transformer: {error}") from None
 
 
-def check_alike(path: Path, found: Mapping[str, Any], flavor: FluxModelArgs) -> None:
-    """Weights must be of a flavor, but for widths that follow encoders, and guidance.
+def _count(names: Mapping[str, Shape], blocks: str) -> int:
+    """Blocks of a kind, up to the highest number; one missing in between is named later."""
+    found = (re.match(rf"{blocks}\.(?P<number>\d+)\.", name) for name in names)
+    return max((int(one["number"]) for one in found if one), default=-1) + 1
 
-    Raises:
-        UnreadableWeights: names what differs.
-    """
+
+def check_matches_flavor(path: Path, found: Mapping[str, Any], flavor: FluxModelArgs) -> None:
+    """Raise UnreadableWeights unless weights are of a flavor, whatever its encoders and blocks."""
     differ = [
         f"{name} is {value}, the flavor's {getattr(flavor, name)}"
         for name, value in found.items()
@@ -245,13 +244,9 @@ def check_alike(path: Path, found: Mapping[str, Any], flavor: FluxModelArgs) -> 
         )
 
 
-def refuse_conditioned(path: Path, shapes: Shapes, args: FluxModelArgs) -> None:
-    """Refuse weights that see another picture beside the noise, where the model does not.
-
-    Raises:
-        UnreadableWeights: names the model.
-    """
-    shape = shapes.get(_BFL.img_in) or shapes.get(_DIFFUSERS.img_in)
+def refuse_conditioned(path: Path, shapes: Mapping[str, Shape], args: FluxModelArgs) -> None:
+    """Refuse weights that see another picture beside the noise, where the model does not."""
+    shape = shapes.get(_IN[0]) or shapes.get(_IN[1])
     if shape is not None and len(shape) == 2 and shape[1] != args.in_channels:
         raise_conditioned(path, shape[1], args.out_channels)
 
@@ -264,71 +259,3 @@ def raise_conditioned(path: Path, in_channels: int, out_channels: int) -> None:
             f"image token go in, {out_channels} come out); it is not trained or drawn with here: "
             "give FLUX.1-dev or FLUX.1-schnell, or another model of text alone"
         )
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Tensors whose shapes tell the architecture, in one layout."""
-
-    whose: str
-    img_in: str
-    txt_in: str
-    vector_in: str
-    out: str
-    guidance: str
-    double: str
-    mlp: str
-    qkv_bias: str
-
-
-_BFL = _Names(
-    whose="Black Forest Labs'",
-    img_in="img_in.weight",
-    txt_in="txt_in.weight",
-    vector_in="vector_in.in_layer.weight",
-    out="final_layer.linear.weight",
-    guidance="guidance_in.",
-    double="double_blocks",
-    mlp="double_blocks.0.img_mlp.0.weight",
-    qkv_bias=r"img_attn\.qkv(_by_head)?\.bias$",
-)
-_DIFFUSERS = _Names(
-    whose="diffusers'",
-    img_in="x_embedder.weight",
-    txt_in="context_embedder.weight",
-    vector_in="time_text_embed.text_embedder.linear_1.weight",
-    out="proj_out.weight",
-    guidance="time_text_embed.guidance_embedder.",
-    double="transformer_blocks",
-    mlp="transformer_blocks.0.ff.net.0.proj.weight",
-    qkv_bias=r"(?<!single_)transformer_blocks\.\d+\.attn\.to_q\.bias$",
-)
-_NORM = re.compile(r"query_norm\.(scale|weight)$|attn\.norm_q\.weight$")
-
-
-def _mlp_hidden(shapes: Shapes, names: _Names, hidden: int) -> int:
-    if names.mlp in shapes:
-        return shapes[names.mlp][0]
-    fused = next((n for n in shapes if re.search(r"\.linear2(_by_head)?\.weight$", n)), None)
-    if fused is not None:
-        return math.prod(shapes[fused]) // hidden - hidden
-    apart = next((n for n in shapes if n.endswith(".proj_mlp.weight")), None)
-    if apart is None:
-        raise KeyError(names.mlp)
-    return shapes[apart][0]
-
-
-def _blocks(shapes: Shapes) -> dict[str, int]:
-    """How many blocks there are, by the arguments' names, in anybody's layout.
-
-    Up to the highest number; one that is missing in between is named later.
-    """
-    return {
-        "depth": _count(shapes, "(double|transformer)_blocks"),
-        "depth_single_blocks": _count(shapes, "single(_transformer)?_blocks"),
-    }
-
-
-def _count(shapes: Shapes, blocks: str) -> int:
-    found = [m["number"] for n in shapes if (m := re.match(rf"{blocks}\.(?P<number>\d+)\.", n))]
-    return max(map(int, found), default=-1) + 1

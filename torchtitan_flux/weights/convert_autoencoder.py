@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.encoders import autoencoder_keys as keys
-from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, read_args
+from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, StoredAutoencoder
+from torchtitan_flux.encoders.autoencoder_keys import from_ours, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
 from torchtitan_flux.tensor_files.element_types import cast
-from torchtitan_flux.tensor_files.quantized import QuantizedWeights, plain
 from torchtitan_flux.tensor_files.safetensors_file import (
     SAFETENSORS,
     TensorsFile,
@@ -20,6 +19,7 @@ from torchtitan_flux.tensor_files.safetensors_file import (
     refuse_pickle,
     write_json,
 )
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 from torchtitan_flux.weights.open import WEIGHTS_NAME
 from torchtitan_flux.weights.staging import TargetRefused, check_suffix, staged
 
@@ -31,7 +31,7 @@ def is_autoencoder(path: Path) -> bool:
         return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
     if path.suffix not in SAFETENSORS or not path.is_file():
         return False
-    return "encoder.conv_in.weight" in keys.without_prefix(TensorsFile.open(path).shapes)
+    return "encoder.conv_in.weight" in without_prefix(TensorsFile.open(path).shapes)
 
 
 def open_autoencoder(path: Path) -> tuple[AutoencoderArgs, dict[str, Tensor]]:
@@ -41,15 +41,12 @@ def open_autoencoder(path: Path) -> tuple[AutoencoderArgs, dict[str, Tensor]]:
     """
     refuse_pickle(path)
     try:
-        args, file = read_args(path)
-        opened = TensorsFile.open(file)
-        stored = {name: opened.tensor(name) for name in opened.shapes}
-        found = plain(keys.without_prefix(stored))
-    except QuantizedWeights as error:
-        raise UnreadableWeights(f"{path} {error}") from None
+        stored = StoredAutoencoder(path)
+    except KeyMismatch:
+        raise
     except (ValueError, FileNotFoundError) as error:
-        raise UnreadableWeights(str(error).removeprefix("encoder.autoencoder_path: ")) from None
-    return args, (keys.from_bfl if path.is_file() else keys.from_diffusers)(found, args)
+        raise UnreadableWeights(str(error)) from None
+    return stored.args, {name: stored.whole(name) for name in stored.shapes}
 
 
 def convert_autoencoder(
@@ -83,13 +80,13 @@ def _write_file(args: AutoencoderArgs, tensors: dict[str, Tensor], path: Path) -
             f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
             f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
         )
-    _save(keys.to_bfl(tensors, args), path)
+    _save(from_ours("bfl", tensors, args), path)
 
 
 def write_vae(args: AutoencoderArgs, tensors: dict[str, Tensor], folder: Path) -> None:
     """A folder that AutoencoderKL opens; it must not exist."""
     folder.mkdir()
-    _save(keys.to_diffusers(tensors, args), folder / f"{WEIGHTS_NAME}.safetensors")
+    _save(from_ours("diffusers", tensors, args), folder / f"{WEIGHTS_NAME}.safetensors")
     write_json(folder / "config.json", vae_config(args))
 
 

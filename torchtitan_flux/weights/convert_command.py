@@ -77,12 +77,12 @@ def open_as(
 
     Widths that follow the encoders are taken from the weights, unless the flavor fixes them.
     """
-    args, alike = None, FLAVORS[flavor] if flavor else None
-    if alike is not None and flavor in FIXED_WIDTH_FLAVORS:
-        if guidance == ("drop" if alike.guidance_embed else "initialize"):
+    args, fixed = FLAVORS[flavor] if flavor else None, None
+    if args is not None and flavor in FIXED_WIDTH_FLAVORS:
+        if guidance == ("drop" if args.guidance_embed else "initialize"):
             raise ValueError(f"--guidance_weights {guidance} contradicts --flavor {flavor}")
-        args, alike = with_blocks_of(path, alike), None
-    return open_weights(path, args, guidance, alike=alike, unknown=unknown, average=average)
+        args, fixed = None, with_blocks_of(path, args)
+    return open_weights(path, fixed, guidance, flavor=args, unknown=unknown, average=average)
 
 
 @contextmanager

@@ -6,11 +6,11 @@ Every missing, unknown or mis-shaped key is named and refused.
 
 A map is a list of `Entry`: one of our parameters, the names it has elsewhere, and how values move
 between the layouts. The same list is read in both directions, dict to dict here and part by part
-in weights.py.
+in slices.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -19,9 +19,11 @@ from einops import rearrange
 from torch import Tensor
 
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.tensor_files.state_dict_keys import check_keys
+from torchtitan_flux.tensor_files.state_dict_keys import check_keys, shapes_of
 
 StateDict = dict[str, Tensor]
+
+_KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def to_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> State
 def _to_ours(
     state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry], what: str
 ) -> StateDict:
-    check_keys(state_dict, foreign_shapes(args, entries), what)
+    check_keys(shapes_of(state_dict), foreign_shapes(args, entries), what)
     return {
         entry.ours: entry.join([state_dict[name] for name in entry.theirs]).contiguous()
         for entry in entries
@@ -77,7 +79,7 @@ def _to_ours(
 def _from_ours(
     state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry]
 ) -> StateDict:
-    check_keys(state_dict, our_shapes(args), "transformer state dict")
+    check_keys(shapes_of(state_dict), our_shapes(args), "transformer state dict")
     return {
         name: tensor.contiguous()
         for entry in entries
@@ -113,7 +115,7 @@ def _same(ours: str, theirs: str) -> Entry:
 
 
 def _layer(ours: str, theirs: str) -> list[Entry]:
-    return [_same(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in ("weight", "bias")]
+    return [_same(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in _KINDS]
 
 
 def _rows_by_head(parts: list[Tensor], heads: int) -> Tensor:
@@ -174,48 +176,29 @@ def layout_entries(layout: Layout, args: FluxModelArgs) -> list[Entry]:
     """The map between our parameters and those of a layout, in the order of ours or theirs."""
     if layout == "ours":
         return [_same(name, name) for name in our_shapes(args)]
-    return {
-        "bfl": _bfl_entries,
-        "diffusers": _diffusers_entries,
-        "torchtitan": _torchtitan_entries,
-    }[layout](args)
+    if layout == "diffusers":
+        return _diffusers_entries(args)
+    return _bfl_entries(args, norm="weight" if layout == "torchtitan" else "scale")
 
 
-def _kinds(bias: bool) -> tuple[str, ...]:
-    return ("weight", "bias") if bias else ("weight",)
+def _bfl_entries(args: FluxModelArgs, norm: str = "scale") -> list[Entry]:
+    """In torchtitan 0.2's own FLUX, the weight of a norm has torch's name."""
+    return [_bfl_entry(name, args, norm) for name in our_shapes(args)]
 
 
-def _bfl_entries(args: FluxModelArgs) -> list[Entry]:
-    return [_bfl_entry(name, args) for name in our_shapes(args)]
-
-
-def _bfl_entry(name: str, args: FluxModelArgs) -> Entry:
+def _bfl_entry(name: str, args: FluxModelArgs, norm: str) -> Entry:
     heads, d = args.num_heads, args.head_dim
     m = args.mlp_hidden // heads
+    theirs = name.replace("_by_head", "")
     if "qkv_by_head" in name:
-        theirs = name.replace("qkv_by_head", "qkv")
         return _fused_rows(name, (theirs,), heads, [d, d, d], fused_there=True)
     if "linear1_by_head" in name:
-        theirs = name.replace("linear1_by_head", "linear1")
         return _fused_rows(name, (theirs,), heads, [d, d, d, m], fused_there=True)
     if name.endswith("linear2_by_head.weight"):
-        return _fused_columns(name, name.replace("linear2_by_head", "linear2"), heads, [d, m])
-    if name.endswith("linear2_by_head.bias"):
-        return _same(name, name.replace("linear2_by_head", "linear2"))
+        return _fused_columns(name, theirs, heads, [d, m])
     if name.endswith(("query_norm.weight", "key_norm.weight")):
-        return _same(name, name.removesuffix("weight") + "scale")
-    return _same(name, name)
-
-
-def _torchtitan_entries(args: FluxModelArgs) -> list[Entry]:
-    """torchtitan 0.2's own FLUX: BFL's layout with torch's name for the weight of a norm."""
-
-    def rename(entry: Entry) -> Entry:
-        if len(entry.theirs) == 1 and entry.theirs[0].endswith("_norm.scale"):
-            return replace(entry, theirs=(entry.theirs[0].removesuffix("scale") + "weight",))
-        return entry
-
-    return [rename(entry) for entry in _bfl_entries(args)]
+        return _same(name, name.removesuffix("weight") + norm)
+    return _same(name, theirs)
 
 
 def _diffusers_entries(args: FluxModelArgs) -> list[Entry]:
@@ -225,7 +208,7 @@ def _diffusers_entries(args: FluxModelArgs) -> list[Entry]:
         *_layer("final_layer.linear", "proj_out"),
         *(
             _swap_halves(f"final_layer.adaLN_modulation.1.{kind}", f"norm_out.linear.{kind}")
-            for kind in ("weight", "bias")
+            for kind in _KINDS
         ),
         *_diffusers_embedders(args),
         *(e for i in range(args.depth) for e in _diffusers_double(i, args)),
@@ -250,7 +233,7 @@ def _diffusers_double(i: int, args: FluxModelArgs) -> Iterable[Entry]:
         ("txt", "norm1_context", "add_{}_proj", "to_add_out", "ff_context", "added_"),
     ):
         yield from _layer(f"{ours}.{stream}_mod.lin", f"{theirs}.{norm}.linear")
-        for kind in _kinds(args.qkv_bias):
+        for kind in _KINDS if args.qkv_bias else _KINDS[:1]:
             names = tuple(f"{theirs}.attn.{qkv.format(part)}.{kind}" for part in "qkv")
             yield _fused_rows(
                 f"{ours}.{stream}_attn.qkv_by_head.{kind}",
@@ -274,7 +257,7 @@ def _diffusers_single(i: int, args: FluxModelArgs) -> Iterable[Entry]:
     heads, d = args.num_heads, args.head_dim
     m = args.mlp_hidden // heads
     yield from _layer(f"{ours}.modulation.lin", f"{theirs}.norm.linear")
-    for kind in ("weight", "bias"):
+    for kind in _KINDS:
         names = (
             *(f"{theirs}.attn.to_{part}.{kind}" for part in "qkv"),
             f"{theirs}.proj_mlp.{kind}",

@@ -20,18 +20,9 @@ def open_for(
     unknown: Unknown,
     contents: bool = True,
 ) -> Weights:
-    """Open weights for a configured model; collective where `path` is a checkpoint of ours.
+    """`open_weights` for a configured model of this flavor; collective for a checkpoint of ours.
 
-    Args:
-        path: file or folder of any readable format.
-        flavor: `model.flavor`, for the message.
-        args: what the configuration makes of it.
-        guidance: `checkpoint.guidance_weights`.
-        unknown: `checkpoint.unknown_weights`.
-        contents: whether a checkpoint of ours is verified, which is what ranks do together.
-
-    Raises:
-        ValueError, OSError: why they cannot be used, and of which flavor they are.
+    Raises ValueError or OSError: why they cannot be used, and of which flavor they are.
     """
     try:
         return open_weights(path, args, guidance, unknown=unknown, contents=contents)
@@ -50,11 +41,11 @@ def _flavors_of(path: Path) -> list[str]:
         found = open_weights(path, alone=True, contents=False).args
     except (ValueError, OSError):
         return []
-    told = ("hidden_size", "num_heads", "depth", "depth_single_blocks", "guidance_embed")
+    same = ("hidden_size", "num_heads", "depth", "depth_single_blocks", "guidance_embed")
     return [
         flavor
         for flavor, args in FLAVORS.items()
-        if all(getattr(args, name) == getattr(found, name) for name in told)
+        if all(getattr(args, name) == getattr(found, name) for name in same)
     ]
 
 
@@ -63,11 +54,7 @@ def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
     """Give parameters the values of a file or folder, in place and in their own dtype.
 
     No communication: every rank maps the files and reads the part that it holds, one parameter at a
-    time.
-
-    Args:
-        parameters: by canonical name, sharded in any dimensions; a pipeline rank has its own.
-        weights: opened for this model's arguments.
+    time. `parameters`: by canonical name, sharded in any dimensions; a pipeline rank has its own.
     """
     for name, parameter in parameters.items():
         shard = local(parameter)

@@ -1,39 +1,32 @@
-"""Where in somebody's names of tensors the transformer is: behind which prefix, in which layout."""
+"""The transformer among the names of tensors: behind which prefix, in which layout."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
 
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.model.initial_values import canonical_name
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
+from torchtitan_flux.tensor_files.weight_kinds import kind_of
 from torchtitan_flux.weights.key_maps import Layout
 
-OTHER_PARTS = (
-    "vae.",
-    "first_stage_model.",
-    "autoencoder.",
-    "text_encoder.",
-    "text_encoder_2.",
-    "text_encoders.",
-    "cond_stage_model.",
-    "conditioner.",
+_OTHER_PARTS = re.compile(
+    r"(vae|first_stage_model|autoencoder|text_encoder|text_encoder_2|text_encoders"
+    r"|cond_stage_model|conditioner)\."
+    # beside the weights, in checkpoints of other trainers
+    r"|optim|lr_sched|scheduler\.|scaler|grad_scaler|rng|random|dataloader|train(er|ing)?_state"
+    r"|step$|epoch$|global_step"
 )
-"""What files hold beside the transformer, by the beginning of the names."""
-
 _INPUT = re.compile(r"(?:(.*)\.)?(?:img_in|x_embedder)\.weight")
 _BLOCK = re.compile(
     r"(?:(.*?)\.)?(?:(?:double|single)_blocks|(?:single_)?transformer_blocks)\.\d+\."
 )
 _DIFFUSERS = re.compile(r"x_embedder\.|(single_)?transformer_blocks\.\d+\.")
-_TRAINING = re.compile(
-    r"optim|lr_sched|scheduler\.|scaler|grad_scaler|rng|random|dataloader|train(er|ing)?_state|step$"
-    r"|epoch$|global_step"
-)
-"""What checkpoints of other trainers hold beside the weights."""
 
 
-@dataclass(frozen=True)
-class Naming:
+class Names(NamedTuple):
     """How tensors are named.
 
     Attributes:
@@ -47,59 +40,46 @@ class Naming:
     names: dict[str, str]
     left_out: tuple[str, ...]
 
-    @property
-    def transformer(self) -> bool:
-        """Whether the input layer of a transformer is there."""
-        return "img_in.weight" in self.names or "x_embedder.weight" in self.names
 
-    @property
-    def blocks(self) -> bool:
-        """Whether there are blocks of a transformer."""
-        return any(map(_BLOCK.match, self.names))
-
-    @property
-    def layout(self) -> Layout:
-        """Whose names they are."""
-        return layout_of(self.names)
-
-
-def naming(stored: Iterable[str]) -> Naming:
+def find_transformer(path: Path, stored: Collection[str]) -> Names:
     """Find the transformer among names.
 
     Wrappers (`_orig_mod.` of torch.compile, `_fsdp_wrapped_module.`) are taken out wherever they
     stand. A prefix is whatever stands before the input layer, such as `transformer.`, `module.` or
-    `model.diffusion_model.`.
-
-    Raises:
-        ValueError: there are several transformers, or two names mean one tensor.
+    `model.diffusion_model.`. UnreadableWeights: there is none, and what is there instead; there
+    are several; or two names mean one tensor.
     """
     plain = {name: canonical_name(name) for name in stored}
-    found = {match[1] or "" for one in plain.values() if (match := _INPUT.fullmatch(one))}
-    if len(found) > 1:
-        raise ValueError(
-            "holds several transformers: the names of one begin with "
-            f"{', of another with '.join(repr(one) for one in sorted(found))}; save one of them "
-            "alone"
+    prefixes = {match[1] or "" for one in plain.values() if (match := _INPUT.fullmatch(one))}
+    if len(prefixes) > 1:
+        raise UnreadableWeights(
+            f"{path} holds several transformers, with names that begin with "
+            f"{' and '.join(map(repr, sorted(prefixes)))}; save one of them alone"
         )
-    if not found:  # the input layer is missing: the blocks tell, and what is missing is named later
+    if not prefixes:  # the input layer is missing: the blocks tell, what is missing is named later
         counted = Counter(m[1] or "" for one in plain.values() if (m := _BLOCK.match(one)))
-        found = {one for one, _ in counted.most_common(1)}
-    prefix = "".join(f"{one}." for one in found if one)
+        prefixes = {one for one, _ in counted.most_common(1)}
+    prefix = "".join(f"{one}." for one in prefixes if one)
     names: dict[str, str] = {}
     left_out = set()
     for full, one in plain.items():
         inside = one.startswith(prefix)
-        part = next((part for part in OTHER_PARTS if one.startswith(part)), None)
-        if part is None and _TRAINING.match(one):
-            part = f"{one.split('.')[0]}."
-        if found and part and not (inside and prefix):
-            left_out.add(part)
+        if prefixes and _OTHER_PARTS.match(one) and not (inside and prefix):
+            left_out.add(f"{one.split('.')[0]}.")
             continue
         name = one.removeprefix(prefix) if inside else full
         if name in names:
-            raise ValueError(f"holds {name} twice, as {names[name]} and as {full}")
+            raise UnreadableWeights(f"{path} holds {name} twice, as {names[name]} and as {full}")
         names[name] = full
-    return Naming(prefix, names, tuple(sorted(left_out)))
+    whole = "img_in.weight" in names or "x_embedder.weight" in names
+    if kind := kind_of(stored, whole):
+        raise UnreadableWeights(f"{path} {kind.what}; {kind.remedy}")
+    if not whole and not any(map(_BLOCK.match, names)):
+        named = f": its {len(stored)} tensors are named {listed(stored, 4)}"
+        raise UnreadableWeights(
+            f"{path} holds no FLUX transformer{named if stored else ', nor any tensor'}"
+        )
+    return Names(prefix, names, tuple(sorted(left_out)))
 
 
 def layout_of(names: Iterable[str]) -> Layout:

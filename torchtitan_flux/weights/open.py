@@ -9,10 +9,10 @@
 | torchtitan | a checkpoint of torchtitan 0.2's own FLUX, read only |
 
 Any other prefix of all names is cut off as well (names.py); what else a path can be, and what is
-refused, is found out in locations.py and kinds.py.
+refused, is found out in locations.py and weight_kinds.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -27,28 +27,25 @@ from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
 from torchtitan_flux.tensor_files.element_types import BeyondRange
-from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_integers
+from torchtitan_flux.tensor_files.quantized import without_scales
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, check_keys
+from torchtitan_flux.tensor_files.sources import Box, RenamedSource, Source
+from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
 from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.dcp_source import DcpSource
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
 from torchtitan_flux.weights.locations import (
     COMFYUI_PREFIX,
-    FORMATS,
     WEIGHTS_NAME,
     Format,
-    Found,
     Trust,
     find,
 )
 from torchtitan_flux.weights.names import layout_of
-from torchtitan_flux.weights.scaled import without_scales
-from torchtitan_flux.weights.slices import joined_dtype, read_joined
-from torchtitan_flux.weights.tensor_sources import Box, DcpSource, RenamedSource, Source
+from torchtitan_flux.weights.slices import Bounds, joined_dtype, read_joined
 
 __all__ = [
     "COMFYUI_PREFIX",
-    "FORMATS",
     "WEIGHTS_NAME",
     "Guidance",
     "Unknown",
@@ -60,8 +57,6 @@ __all__ = [
 Guidance = Literal["match", "drop", "initialize"]
 Unknown = Literal["refuse", "drop"]
 
-_GUIDANCE = "guidance_in."
-_GUIDANCE_DIFFUSERS = "time_text_embed.guidance_embedder."
 _TWIN = "time_in.in_layer.weight"
 """Whose element type new guidance weights get."""
 
@@ -92,11 +87,11 @@ class Weights:
         Raises:
             KeyMismatch: names all that is missing, of another shape or, unless `unknown` is "drop",
                 unknown.
-            UnreadableWeights: guidance weights on one side only, or element types that are not
-                floating-point numbers.
+            UnreadableWeights: guidance weights on one side only.
         """
         self.path, self.format, self.args = path, format, args
-        self.stored = stored = replace(args, guidance_embed=_has_guidance(source))
+        has_guidance = any(name.startswith(architecture.GUIDANCE) for name in source.shapes)
+        self.stored = stored = replace(args, guidance_embed=has_guidance)
         entries = layout_entries(layout_of(source.shapes), stored)
         expected = foreign_shapes(stored, entries)
         self.left_out = [one for one in source.shapes if one not in expected and unknown == "drop"]
@@ -105,10 +100,6 @@ class Weights:
         _check_keys(path, source, expected)
         self._source = source
         _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
-        try:
-            check_integers(source.dtypes)
-        except QuantizedWeights as error:
-            raise UnreadableWeights(f"{path} {error}") from None
         self._entries = {entry.ours: entry for entry in entries}
         self.shapes = our_shapes(args)
         self.dtypes = {
@@ -119,17 +110,14 @@ class Weights:
     def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """A part of one of our parameters, in memory of its own.
 
-        Reads the pages that hold the part; from a DCP checkpoint, the stored pieces that it
-        touches, one at a time.
+        Reads only what holds the part: pages of a file, stored pieces of a DCP checkpoint.
 
         Args:
             name: our name.
             box: a slice (step 1) for each dimension; None for all of it.
             dtype: of the result; None for the stored one.
 
-        Raises:
-            KeyError: no such parameter.
-            UnreadableWeights: the file could not be read, or a value is beyond what `dtype` holds.
+        Raises UnreadableWeights where the file cannot be read or `dtype` cannot hold a value.
         """
         shape = self.shapes[name]
         dtype = dtype or self.dtypes[name]
@@ -138,7 +126,7 @@ class Weights:
             for one, size in zip(box or [slice(None)] * len(shape), shape, strict=True)
         ]
         if name not in self._entries:
-            return _initialized(name, shape, bounds).to(dtype)
+            return _new_guidance(name, shape, bounds).to(dtype)
         try:
             return read_joined(self._entries[name], self._source, bounds, dtype)
         except BeyondRange as error:
@@ -150,7 +138,7 @@ def open_weights(
     args: FluxModelArgs | None = None,
     guidance: Guidance = "match",
     alone: bool = False,
-    alike: FluxModelArgs | None = None,
+    flavor: FluxModelArgs | None = None,
     unknown: Unknown = "refuse",
     contents: bool = True,
     average: str | None = None,
@@ -167,10 +155,10 @@ def open_weights(
             guidance it is given, until it is trained.
         alone: this process asks no other one. Otherwise, where ranks are joined, all of them have
             to call this: each verifies a share of a checkpoint's files.
-        alike: without `args`, a flavor that the weights are of, for what they do not say; widths
+        flavor: without `args`, one that the weights are of, for what they do not say; widths
             that follow encoders, the number of blocks, and guidance, may differ from it.
-        unknown: what to do with tensors that no FLUX.1 transformer has. "refuse" names them; "drop"
-            leaves them out, with a line in the log.
+        unknown: "refuse" names tensors that no FLUX.1 transformer has; "drop" leaves them out, with
+            a line in the log.
         contents: whether the files of a checkpoint of ours are read and compared with its manifest;
             else only their sizes are.
         average: decay of the average of the weights to read from a checkpoint of ours, "" where
@@ -185,53 +173,51 @@ def open_weights(
     trust: Trust = "verify alone" if alone else "verify"
     found = find(Path(path), trust if contents else "sizes")
     path = found.path
-    if average is not None:
-        found = replace(found, source=DcpSource(path, average))
-    found = replace(found, source=without_scales(path, found.source))
+    stored = found.source if average is None else DcpSource(path, average)
+    source = without_scales(stored, path)
     if args is None:
         args = found.declared
         if args is None:
-            args = architecture.from_shapes(path, found.source.shapes, alike or found.alike)
-        elif alike is not None:
-            architecture.check_alike(path, asdict(args), alike)
+            args = architecture.from_shapes(path, source.shapes, flavor or found.flavor)
+        elif flavor is not None:
+            architecture.check_matches_flavor(path, asdict(args), flavor)
         wanted = {"match": args.guidance_embed, "drop": False, "initialize": True}[guidance]
         args = replace(args, guidance_embed=wanted)
     else:
-        architecture.refuse_conditioned(path, found.source.shapes, args)
-        if found.declared is not None:
-            _check_declared(path, found.declared, args)
-    weights = Weights(path, found.format, args, found.source, guidance, unknown)
+        architecture.refuse_conditioned(path, source.shapes, args)
+        for name in ("axes_dim", "theta") if found.declared else ():  # shapes do not show these
+            if (other := getattr(found.declared, name)) != getattr(args, name):
+                raise UnreadableWeights(
+                    f"{path} was made with {name} {other}, the model has {getattr(args, name)}; "
+                    "take the flavor that it was made with"
+                )
+    weights = Weights(path, found.format, args, source, guidance, unknown)
     if contents:  # a mere check is no reading
-        _tell(weights, found)
+        _log(weights, found.left_out)
     return weights
 
 
-def _tell(weights: Weights, found: Found) -> None:
-    """Say in the log what is left out, and what the weights are."""
+def _log(weights: Weights, other_parts: Sequence[str]) -> None:
+    """Say what is left out, and what the weights are."""
     path = weights.path
-    if found.left_out:
-        logger.info(f"{path}: {', '.join(found.left_out)} are not read, only the transformer")
+    if other_parts:
+        logger.info(f"{path}: {', '.join(other_parts)} are not read, only the transformer")
     if weights.left_out:
         logger.warning(
             f"{path}: {len(weights.left_out)} unknown tensors are left out: "
             f"{listed(weights.left_out, 20)}"
         )
-    if found.format == "torchtitan":
+    if weights.format == "torchtitan":
         logger.warning(
             f"{path} was trained by torchtitan 0.2's own FLUX, with causal attention in every "
-            "block; here attention is bidirectional, so these weights are a beginning and not a "
-            "finished model"
+            "block; here attention is bidirectional: train it further before use"
         )
 
 
-# ---- checks --------------------------------------------------------------------------------
-
-
-def _check_keys(path: Path, source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_keys(path: Path, source: Source, expected: Mapping[str, Shape]) -> None:
     """Raise KeyMismatch, with what to do where nothing but unknown tensors is wrong."""
-    found = {name: torch.empty(one, device="meta") for name, one in source.shapes.items()}
     try:
-        check_keys(found, expected, str(path))
+        check_keys(source.shapes, expected, str(path))
     except KeyMismatch as error:
         if error.missing or error.mis_shaped:
             raise
@@ -240,10 +226,6 @@ def _check_keys(path: Path, source: Source, expected: Mapping[str, tuple[int, ..
             "--unknown_weights drop), or give a file without them"
         )
         raise KeyMismatch(str(path), [], error.unknown, [], remedy) from None
-
-
-def _has_guidance(source: Source) -> bool:
-    return any(name.startswith((_GUIDANCE, _GUIDANCE_DIFFUSERS)) for name in source.shapes)
 
 
 def _check_guidance(path: Path, stored: bool, wanted: bool, guidance: Guidance) -> None:
@@ -261,20 +243,8 @@ def _check_guidance(path: Path, stored: bool, wanted: bool, guidance: Guidance) 
         )
 
 
-def _check_declared(path: Path, declared: FluxModelArgs, args: FluxModelArgs) -> None:
-    """What shapes do not show must agree as well."""
-    for name in ("axes_dim", "theta"):
-        if getattr(declared, name) != getattr(args, name):
-            raise UnreadableWeights(
-                f"{path} was made with {name} {getattr(declared, name)}, the model has "
-                f"{getattr(args, name)}; take the flavor that it was made with"
-            )
-
-
-def _initialized(name: str, shape: tuple[int, ...], bounds: Iterable[tuple[int, int]]) -> Tensor:
+def _new_guidance(name: str, shape: Shape, bounds: Bounds) -> Tensor:
     """New guidance weights, whose contribution is zero until they are trained."""
-    if name.startswith(f"{_GUIDANCE}out_layer."):
-        whole = torch.zeros(shape)
-    else:
-        whole = initial_rows(0, name, shape, 0, shape[0])
+    last = name.startswith(f"{architecture.GUIDANCE[0]}out_layer.")
+    whole = torch.zeros(shape) if last else initial_rows(0, name, shape, 0, shape[0])
     return whole[tuple(slice(low, high) for low, high in bounds)].clone()

@@ -10,7 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY, TOKENIZER_FILES, has_tokenizer
+from torchtitan_flux.encoders.pretrained import (
+    CLIP_KEY,
+    PUBLISHED,
+    T5_KEY,
+    TOKENIZER_FILES,
+    has_tokenizer,
+)
 from torchtitan_flux.encoders.text_files import INDEX, SINGLE, files_in
 from torchtitan_flux.encoders.text_weights import TextWeights
 from torchtitan_flux.paths import locate
@@ -22,9 +28,9 @@ from torchtitan_flux.tensor_files.safetensors_file import (
 )
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.convert_autoencoder import open_autoencoder, verify_vae, write_vae
+from torchtitan_flux.weights.locations import PIPELINE_INDEX
 from torchtitan_flux.weights.open import Weights
 from torchtitan_flux.weights.scheduler import (
-    PIPELINE_INDEX,
     SCHEDULER_FILE,
     StatedScheduler,
     flavor_scheduler,
@@ -42,8 +48,8 @@ class _Part(NamedTuple):
 
 
 _PARTS = {
-    "t5": _Part(T5_KEY, "text_encoder_2", "tokenizer_2"),
-    "clip": _Part(CLIP_KEY, "text_encoder", "tokenizer"),
+    "t5": _Part(T5_KEY, *PUBLISHED[T5_KEY]),
+    "clip": _Part(CLIP_KEY, *PUBLISHED[CLIP_KEY]),
     "autoencoder": _Part("encoder.autoencoder_path", "vae"),
 }
 _MORE_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

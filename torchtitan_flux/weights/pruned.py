@@ -24,21 +24,16 @@ def with_blocks_of(path: Path, args: FluxModelArgs) -> FluxModelArgs:
 def _with_blocks_of(path: Path, args: FluxModelArgs, changed: int) -> FluxModelArgs:
     try:
         found = find(path, "sizes")
-        told = found.declared or architecture.from_shapes(path, found.source.shapes, args)
+        stored = found.declared or architecture.from_shapes(path, found.source.shapes, args)
     except (ValueError, OSError):
         return args
-    if (told.hidden_size, told.head_dim) != (args.hidden_size, args.head_dim):
+    if (stored.hidden_size, stored.head_dim) != (args.hidden_size, args.head_dim):
         return args
-    return replace(args, depth=told.depth, depth_single_blocks=told.depth_single_blocks)
+    return replace(args, depth=stored.depth, depth_single_blocks=stored.depth_single_blocks)
 
 
 def with_blocks_of_run(checkpoints: Path, args: FluxModelArgs) -> FluxModelArgs | None:
-    """`args` with as many blocks as the checkpoints of a run have; None where there are none.
-
-    Args:
-        checkpoints: the folder of a run's checkpoints.
-        args: what the configuration makes of the flavor.
-    """
+    """`args` with as many blocks as the checkpoints in a folder have; None where there are none."""
     for step in list_steps(checkpoints):
         try:
             facts = Manifest.read(step_folder(checkpoints, step)).facts
@@ -51,13 +46,7 @@ def with_blocks_of_run(checkpoints: Path, args: FluxModelArgs) -> FluxModelArgs 
 
 
 def blocks_told(path: Path, flavor: str, args: FluxModelArgs) -> str | None:
-    """A line for the log where a model has other blocks than its flavor; None where not.
-
-    Args:
-        path: where the number comes from.
-        flavor: `model.flavor`.
-        args: those of the model.
-    """
+    """A line for the log where a model, by `path`, has other blocks than its flavor."""
     stated = FLAVORS[flavor]
     if (stated.depth, stated.depth_single_blocks) == (args.depth, args.depth_single_blocks):
         return None

@@ -1,4 +1,4 @@
-"""What weights say of the schedule that they are drawn with, wherever they keep it.
+"""What weights say of the schedule that they are sampled with, wherever they keep it.
 
 | weights | where |
 |---|---|
@@ -27,13 +27,11 @@ from torchtitan_flux.sampling.schedules import SCHEDULER, Schedule
 from torchtitan_flux.tensor_files.hub_cache import snapshot_of
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights, read_json
 from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.locations import PIPELINE_INDEX, WEIGHTS_NAME
 
 SCHEDULER_FILE = "scheduler_config.json"
 SCHEDULER_KEY = "torchtitan_flux.scheduler_config"
-PIPELINE_INDEX = "model_index.json"
 
-_IN_A_FOLDER = "diffusion_pytorch_model"
-"""Files that are part of a diffusers folder, which speaks for them."""
 _KNOWN = {*Schedule._fields, "num_train_timesteps"}
 
 
@@ -52,11 +50,7 @@ class StatedScheduler:
     name: str
 
     def schedule(self) -> Schedule:
-        """To draw with.
-
-        Raises:
-            UnreadableWeights: names what is not computed here, and what to do.
-        """
+        """The schedule to sample with; UnreadableWeights names what is not computed here."""
         config = json.loads(self.text)
         try:
             found = Schedule.of_config({**config, "_class_name": self.name})
@@ -65,26 +59,22 @@ class StatedScheduler:
                 f"{self.where}: its schedule cannot be drawn with here: {error}; choose one by "
                 'sampling.schedule, as "dev", "schnell" or "shift=3.0"'
             ) from None
-        aside = [
+        ignored = [
             f"{key} = {value!r}"
             for key, value in config.items()
             if not key.startswith("_") and key not in _KNOWN and value
         ]
-        if aside:
+        if ignored:
             logger.warning(
-                f"{self.where}: {', '.join(aside)} is no setting of {SCHEDULER}, and left out"
+                f"{self.where}: {', '.join(ignored)} is no setting of {SCHEDULER}, and left out"
             )
         return found
 
 
 def stated_scheduler(path: Path) -> StatedScheduler | None:
-    """What weights say of their scheduler; None where they say nothing.
+    """The scheduler of a file or folder of weights; None where it says nothing, or is not there.
 
-    Args:
-        path: file or folder of weights, of any format; one that is not there says nothing.
-
-    Raises:
-        UnreadableWeights: what says it is spoilt; names the file.
+    Raises UnreadableWeights, naming the file, where what says it is corrupt.
     """
     if not os.path.exists(path):  # Path.exists raises where a name is too long
         return None
@@ -97,13 +87,9 @@ def stated_scheduler(path: Path) -> StatedScheduler | None:
 
 
 def of_run(checkpoints: Path) -> StatedScheduler | None:
-    """How a run draws that has checkpoints, by the configuration that it left.
+    """The scheduler of a run, given its folder of checkpoints, by the configuration that it left.
 
-    None where there are no checkpoints, where no configuration can be read, and where the run draws
-    as its flavor.
-
-    Args:
-        checkpoints: the folder that holds them.
+    None without checkpoints or a readable configuration, and where it is the flavor's.
     """
     steps = list_steps(checkpoints)
     with suppress(UnreadableWeights):
@@ -122,37 +108,32 @@ def _ours(where: Path, schedule: Schedule) -> StatedScheduler:
 
 
 def _stated(path: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
-    if path.is_file() and path.name.startswith(_IN_A_FOLDER):
-        return _stated(path.parent, seen)
+    if path.is_file() and path.name.startswith(WEIGHTS_NAME):  # its folder speaks for it
+        path = path.parent
     if path.is_file():
         return _of_file(path) or _of_pipeline(path.parent)
     if (path / SCHEDULER_FILE).is_file():
         return _of_json(path / SCHEDULER_FILE)
     if (path / METADATA).is_file():
-        return _of_checkpoint(path, seen)
+        flavor = architecture.flavor_of_run(path)
+        return _of_run(path, seen) or (
+            _ours(path, Schedule.of_flavor(flavor.guidance_embed)) if flavor else None
+        )
     singles = list(path.glob("flux1-*.safetensors")) or list(path.glob("*.safetensors"))
     of_single = _of_file(singles[0]) if len(singles) == 1 else None
     return _of_pipeline(path) or of_single or _of_pipeline(path.parent)
-
-
-def _of_checkpoint(folder: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
-    stated = _of_run(folder, seen)
-    flavor = None if stated else architecture.flavor_of_run(folder)
-    if flavor is None:
-        return stated
-    return _ours(folder, Schedule.of_flavor(flavor.guidance_embed))
 
 
 def _of_run(checkpoint: Path, seen: tuple[Path, ...]) -> StatedScheduler | None:
     config = architecture.run_config(checkpoint) or {}
     given = _entry(config, "sampling", "schedule") or "auto"
     if given == "auto":
-        origin = _entry(config, "checkpoint", "initial_load_path")
-        begun = locate(origin) if origin else None
+        path = _entry(config, "checkpoint", "initial_load_path")
+        origin = locate(path) if path else None
         # a run may begin with a checkpoint of its own folder
-        if begun is None or begun in seen:
+        if origin is None or origin in seen:
             return None
-        return _stated(snapshot_of(begun), (*seen, begun))
+        return _stated(snapshot_of(origin), (*seen, origin))
     try:
         return _ours(checkpoint, Schedule.parse(given))
     except ValueError as error:
@@ -180,28 +161,20 @@ def _of_pipeline(folder: Path) -> StatedScheduler | None:
 
 def _of_json(file: Path, name: str | None = None) -> StatedScheduler:
     config, text = read_json(file), file.read_bytes().decode()
-    name = name or _class(config)
+    name = name or str(config.get("_class_name", SCHEDULER))
     if config.get("_class_name") != name:  # the text travels without the index
         text = json.dumps({**config, "_class_name": name}, indent=2) + "\n"
     return StatedScheduler(file, text, name)
 
 
 def _of_file(file: Path) -> StatedScheduler | None:
-    if file.suffix != ".safetensors":
-        return None
     text = None
     with suppress(UnreadableWeights):  # what is wrong with weights is said when they are opened
         text = TensorsFile.open(file).metadata.get(SCHEDULER_KEY)
     if text is None:
         return None
     try:
-        config = json.loads(text)
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
+        name = str(json.loads(text).get("_class_name", SCHEDULER))
+    except (ValueError, AttributeError) as error:  # no JSON, no object
         raise UnreadableWeights(f"{file}: its {SCHEDULER_KEY} is not usable ({error})") from None
-    return StatedScheduler(file, text, _class(config))
-
-
-def _class(config: Mapping[str, Any]) -> str:
-    return str(config.get("_class_name", SCHEDULER))
+    return StatedScheduler(file, text, name)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from torchtitan_flux.tensor_files.element_types import cast
+from torchtitan_flux.tensor_files.sources import Source
 from torchtitan_flux.weights.key_maps import Entry
-from torchtitan_flux.weights.tensor_sources import Source
 
 Bounds = list[tuple[int, int]]
 """First index and the one after the last, for each dimension."""
@@ -42,18 +42,9 @@ def read_joined(entry: Entry, source: Source, bounds: Bounds, dtype: torch.dtype
 
 
 def _copy(
-    out: Tensor,
-    ours: Tensor,
-    theirs: Tensor,
-    name: str,
-    source: Source,
-    bounds: Bounds,
-    axis: int,
+    out: Tensor, ours: Tensor, theirs: Tensor, name: str, source: Source, bounds: Bounds, axis: int
 ) -> None:
-    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result.
-
-    Raises BeyondRange where the result cannot hold a value.
-    """
+    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result; BeyondRange."""
     first, last = int(theirs.min()), int(theirs.max()) + 1
     box = [slice(low, high) for low, high in bounds]
     box[axis] = slice(first, last)

@@ -5,12 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from torchtitan_flux.encoders.autoencoder import Autoencoder, AutoencoderArgs
-from torchtitan_flux.encoders.autoencoder_keys import (
-    from_bfl,
-    from_diffusers,
-    to_bfl,
-    to_diffusers,
-)
+from torchtitan_flux.encoders.autoencoder_keys import from_ours, to_ours
 from torchtitan_flux.encoders.autoencoder_layers import parameter_shapes
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 
@@ -58,32 +53,35 @@ def test_names_and_shapes_are_those_of_diffusers_at_full_size():
         )
         ours = Autoencoder(args).state_dict()
     expected = {name: value.shape for name, value in kl.state_dict().items()}
-    assert {name: value.shape for name, value in to_diffusers(ours, args).items()} == expected
+    assert {
+        name: value.shape for name, value in from_ours("diffusers", ours, args).items()
+    } == expected
 
 
 def test_round_trips_are_bit_equal(weights):
-    diffusers = to_diffusers(weights, ARGS)
-    back = from_diffusers(diffusers, ARGS)
+    diffusers = from_ours("diffusers", weights, ARGS)
+    back = to_ours("diffusers", diffusers, ARGS)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
-    again = to_diffusers(back, ARGS)
+    again = from_ours("diffusers", back, ARGS)
     assert all(torch.equal(again[name], diffusers[name]) for name in diffusers)
     assert diffusers["encoder.mid_block.attentions.0.to_q.weight"].shape == (32, 32)
-    same = from_bfl(to_bfl(weights, ARGS), ARGS)
+    same = to_ours("bfl", from_ours("bfl", weights, ARGS), ARGS)
     assert same.keys() == weights.keys()
-    assert all(same[name] is weights[name] for name in weights)
+    assert all(torch.equal(same[name], weights[name]) for name in weights)
 
 
 def test_decoder_levels_are_numbered_the_other_way_round(weights):
-    diffusers = to_diffusers(weights, ARGS)
+    diffusers = from_ours("diffusers", weights, ARGS)
     for i in range(3):
         theirs = diffusers[f"decoder.up_blocks.{2 - i}.resnets.1.conv1.weight"]
         assert torch.equal(theirs, weights[f"decoder.up.{i}.block.1.conv1.weight"])
 
 
-@pytest.mark.parametrize("convert", [from_bfl, to_bfl, from_diffusers, to_diffusers])
-def test_every_key_that_does_not_fit_is_named(convert, weights):
-    given = to_diffusers(weights, ARGS) if convert is from_diffusers else dict(weights)
+@pytest.mark.parametrize("convert", [to_ours, from_ours])
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+def test_every_key_that_does_not_fit_is_named(convert, layout, weights):
+    given = dict(weights) if convert is from_ours else from_ours(layout, weights, ARGS)
     gone = [next(name for name in given if "norm1" in name), list(given)[-1]]
     for name in gone:
         del given[name]
@@ -91,7 +89,7 @@ def test_every_key_that_does_not_fit_is_named(convert, weights):
     given[bent] = given[bent][:1]
     given["quant_conv.weight"] = torch.zeros(1)
     with pytest.raises(KeyMismatch) as caught:
-        convert(given, ARGS)
+        convert(layout, given, ARGS)
     assert sorted(caught.value.missing) == sorted(gone)
     assert caught.value.unknown == ["quant_conv.weight"]
     assert len(caught.value.mis_shaped) == 1

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -16,7 +15,6 @@ from helpers import relative_l2
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.config.job_config import Encoder, FluxJobConfig
@@ -33,32 +31,6 @@ from torchtitan_flux.weights.open import Weights
 KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
 BUILD = {"t5": T5Encoder, "clip": ClipEncoder}
 CAPTIONS = ["a handwritten seven", "a large blue star on the left"]
-
-
-@pytest.mark.parametrize(
-    ("key", "model", "config"),
-    [
-        (T5_KEY, T5EncoderModel, T5Config(d_model=6, d_kv=5, num_heads=3, d_ff=7, num_layers=2)),
-        (
-            T5_KEY,
-            T5EncoderModel,
-            T5Config(d_model=6, d_ff=7, num_layers=3, feed_forward_proj="gated-gelu"),
-        ),
-        (
-            CLIP_KEY,
-            CLIPTextModel,
-            CLIPTextConfig(
-                hidden_size=12, intermediate_size=7, num_hidden_layers=3, num_attention_heads=2
-            ),
-        ),
-    ],
-)
-def test_names_and_shapes_are_those_of_transformers(key: str, model, config):
-    with torch.device("meta"):
-        theirs = model._from_config(config).state_dict()
-    kind = _KINDS[key]
-    expected = {kind.renamed(name): tuple(tensor.shape) for name, tensor in theirs.items()}
-    assert kind.shapes(config) == expected
 
 
 def copy(tiny: Path, folder: Path, kind: str) -> tuple[Path, dict[str, Tensor]]:
@@ -166,10 +138,10 @@ def test_shards_by_their_index(tiny: Path, tmp_path: Path):
     index.write_text(json.dumps({"weight_map": table}))
     assert torch.equal(T5Encoder(folder)(tokens(tiny)["t5"]), expected)
     index.write_text("[]")
-    with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json is no index of weights"):
+    with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json holds no JSON object"):
         T5Encoder(folder)
     index.write_text(json.dumps({"weight_map": {"a": "../../model.safetensors"}}))
-    with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json is no index of weights"):
+    with pytest.raises(ValueError, match=r"t5_encoder: .*index\.json.* no table of file names"):
         T5Encoder(folder)
 
 
@@ -219,7 +191,7 @@ def test_a_variant_is_read_where_the_plain_files_are_not(kind: str, case: str, t
         assert files_in(folder) == ([folder / "model.safetensors"], None)
 
 
-def configured(kind: str, folder: Path, tiny: Path) -> SimpleNamespace:
+def configured(kind: str, folder: Path, tiny: Path) -> FluxJobConfig:
     paths = {f"{name}_encoder": str(tiny / name) for name in KEYS}
     return FluxJobConfig(encoder=Encoder(**paths | {f"{kind}_encoder": str(folder)}))
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from helpers import relative_l2
 from transformers import AutoTokenizer, CLIPTokenizer, T5TokenizerFast
 
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry, load_autoencoder
@@ -29,9 +27,6 @@ def test_written_again_byte_for_byte(tiny: Path, tmp_path: Path):
     assert {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()} == files
     for file in files:
         assert (tmp_path / file).read_bytes() == (tiny / file).read_bytes(), file
-
-
-def test_size(tiny: Path):
     assert sum(file.stat().st_size for file in tiny.rglob("*")) < 1_900_000
 
 
@@ -112,16 +107,8 @@ def test_latents_are_of_unit_size(tiny: Path):
     assert 0.1 < decoded.std() < 1.0
 
 
-def test_diffusers_reads_the_same_autoencoder(tiny: Path):
-    ours = load_autoencoder(tiny / "ae.safetensors")
-    again = load_autoencoder(tiny / "vae")
+def test_both_files_of_the_autoencoder_are_the_same(tiny: Path):
+    ours, again = load_autoencoder(tiny / "ae.safetensors"), load_autoencoder(tiny / "vae")
     for name, value in ours.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert ours.args == again.args
-    kl = AutoencoderKL.from_pretrained(tiny / "vae", torch_dtype=torch.float32)
-    with torch.no_grad():
-        mean = kl.encode(smooth_images()).latent_dist.mode()
-        latents = (mean - kl.config.shift_factor) * kl.config.scaling_factor
-        decoded = kl.decode(mean).sample
-    assert relative_l2(ours.encode(smooth_images()), latents) <= 5e-6
-    assert relative_l2(ours.decode(latents), decoded) <= 1e-5

@@ -9,12 +9,12 @@ from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.tensor_files.quantized import (
     QuantizedWeights,
-    Scales,
+    ScaledSource,
     check_config,
-    dequantized,
-    find_scales,
-    plain,
+    dequantize,
+    without_scales,
 )
+from torchtitan_flux.tensor_files.sources import StateDict
 
 F8 = torch.float8_e4m3fn
 STATE = {
@@ -28,7 +28,7 @@ STATE = {
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_scales_are_applied(scaling: str):
     stored, _, numbers = scaled_float8(STATE, scaling)
-    found = plain(stored)
+    found = dequantize(stored)
     assert found.keys() == numbers.keys()
     for name, values in numbers.items():
         assert torch.equal(found[name], values), name
@@ -38,31 +38,34 @@ def test_scales_are_applied(scaling: str):
 def test_float8_without_scales_and_scales_of_wide_weights():
     """The first is a number like any other; of the second, ComfyUI takes the product too."""
     unscaled = {"a.weight": STATE["blocks.0.qkv.weight"].to(F8), "norm.weight": torch.ones(3)}
-    assert plain(unscaled) == unscaled
+    found = dequantize(unscaled)
+    assert found["a.weight"].dtype == F8
+    assert all(torch.equal(found[name].float(), one.float()) for name, one in unscaled.items())
     scale = torch.tensor([0.5], dtype=torch.bfloat16)
     wide = {"a.weight": torch.full((2, 3), 3.0, dtype=torch.float16), "a.scale_weight": scale}
-    assert torch.equal(plain(wide)["a.weight"], torch.full((2, 3), 1.5))
+    assert torch.equal(dequantize(wide)["a.weight"], torch.full((2, 3), 1.5))
 
 
 def test_a_part_has_its_own_rows_of_the_scale():
-    part = torch.full((2, 3), 2.0).to(F8)
     scale = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    found = dequantized(part, scale, slice(1, 3), "s")
-    assert torch.equal(found, torch.tensor([[4.0] * 3, [6.0] * 3]))
-    convolution = dequantized(part[:, :, None, None], scale[:2, 0], slice(0, 2), "s")
-    assert convolution.flatten(1).tolist() == [[2.0] * 3, [4.0] * 3]
+    matrix = torch.full((4, 3), 2.0).to(F8)
+    convolution = matrix[:, :, None, None].clone()
+    for weight, scales in ((matrix, scale), (convolution, scale[:, 0])):
+        source = without_scales(StateDict({"a.weight": weight, "a.weight_scale": scales}), "it")
+        found = source.part("a.weight", (slice(1, 3), *[slice(None)] * (weight.dim() - 1)))
+        assert found.flatten(1).tolist() == [[4.0] * 3, [6.0] * 3]
 
 
 @pytest.mark.parametrize("scale", [torch.nan, torch.inf, 1e37])
 def test_a_scale_that_makes_no_number(scale: float):
     stored = {"a.weight": torch.full((2, 2), 100.0).to(F8), "a.weight_scale": torch.tensor(scale)}
     with pytest.raises(QuantizedWeights, match=r"^a\.weight_scale is not finite, or scales"):
-        plain(stored)
+        dequantize(stored)
 
 
 def test_a_large_scale_of_small_codes_is_one():
     stored = {"a.weight": torch.ones(2, 2).to(F8), "a.weight_scale": torch.tensor(1e37)}
-    assert torch.equal(plain(stored)["a.weight"], torch.full((2, 2), 1e37))
+    assert torch.equal(dequantize(stored)["a.weight"], torch.full((2, 2), 1e37))
 
 
 def codes(dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -116,7 +119,7 @@ OTHERS = [
 @pytest.mark.parametrize(("kind", "stored"), OTHERS)
 def test_other_quantisations_are_refused_by_name(kind: str, stored: dict[str, Tensor]):
     with pytest.raises(QuantizedWeights, match=rf"^holds {kind}.*which are not read.*give the"):
-        plain(stored)
+        dequantize(stored)
 
 
 def without(name: str, **more: Tensor) -> dict[str, Tensor]:
@@ -149,22 +152,20 @@ def without(name: str, **more: Tensor) -> dict[str, Tensor]:
 )
 def test_a_file_that_lost_its_scales(stored: dict[str, Tensor], message: str):
     with pytest.raises(QuantizedWeights, match=message):
-        plain(stored)
+        dequantize(stored)
 
 
 def test_a_header_is_about_the_weights_that_are_read():
     """It may speak of other parts of the file, and with a prefix."""
 
-    def find(layers: object) -> Scales:
-        tensors = {"a.b.weight": codes(F8), "a.b.weight_scale": torch.ones(())}
-        dtypes = {name: one.dtype for name, one in tensors.items()}
-        shapes = {name: tuple(one.shape) for name, one in tensors.items()}
-        header = {"_quantization_metadata": json.dumps(layers)}
-        return find_scales(dtypes, shapes, [{}, header], tensors.__getitem__)
+    def find(layers: object) -> ScaledSource:
+        source = StateDict({"a.b.weight": codes(F8), "a.b.weight_scale": torch.ones(())})
+        source.headers = [{}, {"_quantization_metadata": json.dumps(layers)}]
+        return without_scales(source, "it")
 
     float8, other = {"format": "float8_e4m3fn"}, {"format": "nvfp4"}
     layers = {"model.diffusion_model.a.b": float8, "text_encoders.x.b": other}
-    assert find({"layers": layers}).of == {"a.b.weight": "a.b.weight_scale"}
+    assert find({"layers": layers}).scales == {"a.b.weight": "a.b.weight_scale"}
     with pytest.raises(QuantizedWeights, match=r"ComfyUI nvfp4 weights \(a\.b\.weight\)"):
         find({"layers": {"model.diffusion_model.a.b": other}})
     for spoilt in ([], {"layers": 3}):
@@ -174,7 +175,7 @@ def test_a_header_is_about_the_weights_that_are_read():
 
 def test_scales_of_nothing_stay_for_the_check_of_keys():
     stray = {"a.weight": torch.ones(2, 2), "b.weight_scale": torch.ones(())}
-    assert plain(stray).keys() == stray.keys()
+    assert dequantize(stray).keys() == stray.keys()
 
 
 @pytest.mark.parametrize(

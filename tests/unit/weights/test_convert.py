@@ -20,7 +20,7 @@ from helpers import diffusers_forward, model_inputs, relative_l2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
-from weight_files import scaled_float8
+from weight_files import scaled_float8, torchtitan_states
 
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.storage import load_states
@@ -108,7 +108,7 @@ def test_every_pair_of_formats(sources, models, tmp_path, source, to, variant):
 
 
 def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models):
-    theirs = made.torchtitan_states(made.ARGS, models[made.ARGS])
+    theirs = torchtitan_states(models[made.ARGS], made.ARGS)
     dcp.save(theirs, checkpoint_id=tmp_path / "step-9", no_dist=True)
     convert(tmp_path / "step-9", tmp_path / "ours", "dcp", args=made.ARGS)
     assert_same(tmp_path / "ours", models[made.ARGS], made.ARGS)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from documents import commands
+from weight_files import torchtitan_states
 
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.weights import compare, convert_command
@@ -42,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     for tokenizer in ("tokenizer", "tokenizer_2"):
         assert (folder / "FLUX.1-dev" / tokenizer).is_dir()
     shutil.copy(TINY / "ae.safetensors", folder / "ae.safetensors")
-    theirs = made.torchtitan_states(PLAIN, plain)
+    theirs = torchtitan_states(plain, PLAIN)
     dcp.save(theirs, checkpoint_id=folder / "torchtitan-outputs/checkpoint/step-500", no_dist=True)
     return folder
 

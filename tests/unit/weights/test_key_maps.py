@@ -179,19 +179,25 @@ def test_missing_unknown_and_misshaped_keys_are_named(layout):
 
 
 @pytest.mark.parametrize("layout", MAPS)
-def test_guidance_is_neither_dropped_nor_invented(layout):
+@pytest.mark.parametrize(
+    ("more", "part", "count"),
+    [(GUIDED, "guidance", {"bfl": 4, "diffusers": 4}), (TINY, "bias", {"bfl": 4, "diffusers": 12})],
+    ids=["guidance", "qkv bias"],
+)
+def test_optional_parts_are_neither_dropped_nor_invented(layout, more, part, count):
     to_theirs, to_ours = MAPS[layout]
-    guided = to_theirs(nonzero_model(GUIDED).state_dict(), GUIDED)
-    plain = to_theirs(nonzero_model(TINY).state_dict(), TINY)
-    guidance_keys = sorted(guided.keys() - plain.keys())
-    assert len(guidance_keys) == 4
-    assert all("guidance" in name for name in guidance_keys)
+    less = TINY if more is GUIDED else NO_BIAS
+    full = to_theirs(nonzero_model(more).state_dict(), more)
+    plain = to_theirs(nonzero_model(less).state_dict(), less)
+    keys = sorted(full.keys() - plain.keys())
+    assert len(keys) == count[layout]
+    assert all(part in name for name in keys)
     with pytest.raises(KeyMismatch) as caught:
-        to_ours(guided, TINY)
-    assert sorted(caught.value.unknown) == guidance_keys
+        to_ours(full, less)
+    assert sorted(caught.value.unknown) == keys
     with pytest.raises(KeyMismatch) as caught:
-        to_ours(plain, GUIDED)
-    assert sorted(caught.value.missing) == guidance_keys
+        to_ours(plain, more)
+    assert sorted(caught.value.missing) == keys
 
 
 def test_layouts_do_not_pass_for_one_another():
@@ -206,19 +212,3 @@ def test_layouts_do_not_pass_for_one_another():
         from_bfl(ours, TINY)
     with pytest.raises(KeyMismatch, match="linear1_by_head"):
         to_bfl(bfl, TINY)
-
-
-# ---- one door for transformer and autoencoder ----------------------------------------------
-
-
-@pytest.mark.parametrize("layout", MAPS)
-def test_without_qkv_bias_no_bias_is_expected(layout):
-    to_theirs, to_ours = MAPS[layout]
-    theirs = to_theirs(nonzero_model(NO_BIAS).state_dict(), NO_BIAS)
-    with_bias = to_theirs(nonzero_model(TINY).state_dict(), TINY)
-    extra = with_bias.keys() - theirs.keys()
-    per_stream = {"bfl": 1, "diffusers": 3}[layout]
-    assert len(extra) == TINY.depth * 2 * per_stream
-    with pytest.raises(KeyMismatch) as caught:
-        to_ours(with_bias, NO_BIAS)
-    assert set(caught.value.unknown) == extra

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from weight_files import torchtitan_states
 
 from torchtitan_flux.checkpoint import manifest
 from torchtitan_flux.checkpoint.folder import verify
@@ -28,9 +29,9 @@ from torchtitan_flux.checkpoint.storage import SafeReader
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.dcp_source import DcpSource
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes, to_bfl
 from torchtitan_flux.weights.open import open_weights
-from torchtitan_flux.weights.tensor_sources import DcpSource
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +74,6 @@ def test_every_part_of_every_parameter(paths, states, source, variant):
             found = weights.read(name, box)
             assert torch.equal(found, tensor[box]), (name, box)
         assert found.untyped_storage().nbytes() == 0, "the part has memory of its own"
-
-
-def test_a_root_and_a_folder_with_one_file(tmp_path, paths, states):
-    """model_index.json beside transformer/; exactly one flux1-*.safetensors; index file itself."""
-    made.make(tmp_path / "root" / "transformer", "sharded", made.ARGS, states["plain"])
-    (tmp_path / "root" / "model_index.json").write_text("{}")
-    index = "diffusion_pytorch_model.safetensors.index.json"
-    for path, format in (
-        (tmp_path / "root", "diffusers"),
-        (tmp_path / "root" / "transformer" / index, "diffusers"),
-        (paths["bfl", "plain"].parent, "bfl"),
-    ):
-        weights = open_weights(path)
-        assert weights.format == format
-        assert torch.equal(weights.read("img_in.weight"), states["plain"]["img_in.weight"])
 
 
 def test_element_types_are_kept_and_mixed_pieces_joined(tmp_path, states):
@@ -176,7 +162,7 @@ def test_a_sharded_checkpoint_is_put_together(tmp_path, states):
 
 
 def test_torchtitans_own_checkpoint_is_read_with_a_warning(tmp_path, states, caplog):
-    theirs = made.torchtitan_states(made.ARGS, states["plain"])
+    theirs = torchtitan_states(states["plain"], made.ARGS)
     more = {"optimizer.state.img_in.weight.exp_avg": torch.zeros(3), "train_state.step": 7}
     dcp.save(theirs | more, checkpoint_id=tmp_path / "step-7", no_dist=True)
     weights = open_weights(tmp_path / "step-7", made.ARGS)
@@ -209,9 +195,9 @@ def test_a_runs_checkpoint_takes_its_flavor_from_the_configuration_beside_it(tmp
     config = {"model": {"flavor": "flux-digits"}, "training": {}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert open_weights(folder).args == args
-    assert open_weights(folder, alike=FLAVORS["flux-digits"]).args == args
+    assert open_weights(folder, flavor=FLAVORS["flux-digits"]).args == args
     with pytest.raises(ValueError, match=r"hidden_size is 128, the flavor's 384"):
-        open_weights(folder, alike=FLAVORS["flux-mnist"])
+        open_weights(folder, flavor=FLAVORS["flux-mnist"])
 
 
 # ---- full size -----------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from torchtitan_flux.weights.open import open_weights
 from torchtitan_flux.weights.pipeline_folder import pipeline_plan
 
 SINGLE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 STATES = made.state_dict(made.ARGS)
 BFL, DIFFUSERS = to_bfl(STATES, made.ARGS), to_diffusers(STATES, made.ARGS)
 NAME = "single_blocks.1.linear1_by_head.weight"
@@ -81,7 +82,7 @@ def is_whole(path: Path, format: str) -> None:
 def test_any_prefix_is_read(tmp_path, prefix, tensors):
     path = save(tmp_path / "some.safetensors", {prefix + n: t for n, t in tensors.items()})
     format = "bfl" if tensors is BFL else "diffusers"
-    is_whole(path, "comfyui" if prefix == "model.diffusion_model." else format)
+    is_whole(path, "comfyui" if (format, prefix) == ("bfl", "model.diffusion_model.") else format)
 
 
 def test_wrappers_within_a_name_are_taken_out(tmp_path):
@@ -106,7 +107,7 @@ def test_a_whole_checkpoint_gives_its_transformer(tmp_path, caplog):
 def test_two_transformers_in_one_file_are_not_guessed_between(tmp_path):
     both = {f"{prefix}.{n}": t.clone() for prefix in ("ema", "model") for n, t in BFL.items()}
     path = save(tmp_path / "two.safetensors", both)
-    with pytest.raises(UnreadableWeights, match=r"several transformers: .*'ema', of .*'model'"):
+    with pytest.raises(UnreadableWeights, match=r"several transformers, .*'ema' and 'model'"):
         open_weights(path, made.ARGS)
 
 
@@ -137,60 +138,29 @@ def test_unknown_tensors_are_named_and_left_out_on_purpose(tmp_path, caplog, cap
 # ---- files and folders -----------------------------------------------------------------------
 
 
-def fp16_alone(path):
-    config(path)
-    save(path / "diffusion_pytorch_model.fp16.safetensors", DIFFUSERS)
+def variant(*files: str, index: str = "", with_config: bool = True) -> Callable[[Path], Path]:
+    """A diffusers folder of one file, or two shards; beside it are others without weights."""
+
+    def build(path: Path) -> Path:
+        if with_config:
+            config(path)
+        if "{}" in files[0]:
+            shards(path, files[0], index)
+        else:
+            save(path / files[0], DIFFUSERS)
+        for name in files[1:]:
+            save(path / name, {"x": torch.ones(1)})
+        return path
+
+    return build
 
 
-def plain_beside_a_variant(path):
-    config(path)
-    save(path / SINGLE, DIFFUSERS)
-    save(path / "diffusion_pytorch_model.fp16.safetensors", {"x": torch.ones(1)})
+BF16 = ("diffusion_pytorch_model.bf16-0000{}-of-00002.safetensors", SINGLE)
+BF16_INDEX = "diffusion_pytorch_model.safetensors.index.bf16.json"
+FP16 = "diffusion_pytorch_model.fp16.safetensors"
 
 
-def bf16_in_shards(path):
-    config(path)
-    shards(
-        path,
-        "diffusion_pytorch_model.bf16-0000{}-of-00002.safetensors",
-        "diffusion_pytorch_model.safetensors.index.bf16.json",
-    )
-
-
-def older_name_of_a_variant(path):
-    config(path)
-    shards(path, "diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors")
-
-
-def the_index_of_a_variant_by_name(path):
-    bf16_in_shards(path)
-    save(path / SINGLE, {"x": torch.ones(1)})
-    return path / "diffusion_pytorch_model.safetensors.index.bf16.json"
-
-
-def shards_without_index(path):
-    config(path)
-    shards(path, "diffusion_pytorch_model-0000{}-of-00002.safetensors")
-
-
-def shards_without_config(path):
-    shards(path, "model-0000{}-of-00002.safetensors", "model.safetensors.index.json")
-
-
-def one_file_in_diffusers_names(path):
-    return save(path / "flux.safetensors", DIFFUSERS)
-
-
-def sft(path):
-    return save(path / "flux1-dev.sft", BFL)
-
-
-def a_folder_with_sft(path):
-    save(path / "flux1-dev.sft", BFL)
-    save(path / "ae.sft", {"decoder.conv_in.weight": torch.ones(1)})
-
-
-def cache_of_the_hub(path):
+def cache_of_the_hub(path: Path) -> Path:
     root = path / "models--black-forest-labs--FLUX.1-dev"
     for commit in ("abc", "old"):
         config(root / "snapshots" / commit / "transformer")
@@ -202,21 +172,16 @@ def cache_of_the_hub(path):
     return root
 
 
-def snapshots_of_the_hub(path):
-    return cache_of_the_hub(path) / "snapshots"
+def trainers_checkpoint(path: Path) -> Path:
+    variant(SINGLE)(path / "transformer")
+    (path / "optimizer.bin").write_bytes(b"\x80\x02")
+    return path
 
 
-def a_trainers_checkpoint(path):
-    config(path / "checkpoint-500" / "transformer")
-    save(path / "checkpoint-500" / "transformer" / SINGLE, DIFFUSERS)
-    (path / "checkpoint-500" / "optimizer.bin").write_bytes(b"\x80\x02")
-    return path / "checkpoint-500"
-
-
-def what_accelerate_saves(path):
-    save(path / "checkpoint-500" / "model.safetensors", {f"module.{n}": t for n, t in BFL.items()})
-    (path / "checkpoint-500" / "random_states_0.pkl").write_bytes(b"\x80\x02")
-    return path / "checkpoint-500"
+def accelerates_checkpoint(path: Path) -> Path:
+    save(path / "model.safetensors", {f"module.{n}": t for n, t in BFL.items()})
+    (path / "random_states_0.pkl").write_bytes(b"\x80\x02")
+    return path
 
 
 def dcp_of(path: Path, tensors: dict[str, Tensor]) -> Path:
@@ -225,39 +190,59 @@ def dcp_of(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def dcp_in_bfls_names(path):
-    return dcp_of(path / "anything", BFL)
+def pipeline(path: Path) -> Path:
+    variant("diffusion_pytorch_model-0000{}-of-00002.safetensors", index=INDEX)(
+        path / "transformer"
+    )
+    (path / "model_index.json").write_text("{}")
+    return path
 
 
-def dcp_of_accelerate(path):
-    dcp_of(path / "checkpoint-9" / "pytorch_model_fsdp_0", DIFFUSERS)
-    return path / "checkpoint-9"
+FOUND: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "pipeline": (pipeline, "diffusers"),
+    "index by name": (lambda path: pipeline(path) / "transformer" / INDEX, "diffusers"),
+    "folder with one file": (
+        lambda path: save(path / "flux1-x.safetensors", BFL).parent, "bfl",
+    ),
+    "fp16 alone": (variant(FP16), "diffusers"),
+    "plain beside a variant": (variant(SINGLE, FP16), "diffusers"),
+    "bf16 in shards": (variant(BF16[0], index=BF16_INDEX), "diffusers"),
+    "older name of a variant": (
+        variant("diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors"), "diffusers",
+    ),
+    "index of a variant by name": (
+        lambda path: variant(*BF16, index=BF16_INDEX)(path) / BF16_INDEX, "diffusers",
+    ),
+    "shards without index": (
+        variant("diffusion_pytorch_model-0000{}-of-00002.safetensors"), "diffusers",
+    ),
+    "shards without config": (
+        variant("model-0000{}-of-00002.safetensors", index="model.safetensors.index.json",
+                with_config=False), "diffusers",
+    ),
+    "one file in diffusers' names": (
+        lambda path: save(path / "flux.safetensors", DIFFUSERS), "diffusers",
+    ),
+    "sft": (lambda path: save(path / "flux1-dev.sft", BFL), "bfl"),
+    "folder with sft": (
+        lambda path: save(save(path / "flux1-dev.sft", BFL).with_name("ae.sft"),
+                          {"decoder.conv_in.weight": torch.ones(1)}).parent, "bfl",
+    ),
+    "cache of the hub": (cache_of_the_hub, "diffusers"),
+    "snapshots of the hub": (lambda path: cache_of_the_hub(path) / "snapshots", "diffusers"),
+    "a trainer's checkpoint": (trainers_checkpoint, "diffusers"),
+    "accelerate's checkpoint": (accelerates_checkpoint, "bfl"),
+    "DCP in BFL's names": (lambda path: dcp_of(path, BFL), "bfl"),
+    "DCP of accelerate": (
+        lambda path: dcp_of(path / "pytorch_model_fsdp_0", DIFFUSERS).parent, "diffusers",
+    ),
+}  # fmt: skip
 
 
-FOUND: list[tuple[Callable, str]] = [
-    (fp16_alone, "diffusers"),
-    (plain_beside_a_variant, "diffusers"),
-    (bf16_in_shards, "diffusers"),
-    (older_name_of_a_variant, "diffusers"),
-    (the_index_of_a_variant_by_name, "diffusers"),
-    (shards_without_index, "diffusers"),
-    (shards_without_config, "diffusers"),
-    (one_file_in_diffusers_names, "diffusers"),
-    (sft, "bfl"),
-    (a_folder_with_sft, "bfl"),
-    (cache_of_the_hub, "diffusers"),
-    (snapshots_of_the_hub, "diffusers"),
-    (a_trainers_checkpoint, "diffusers"),
-    (what_accelerate_saves, "bfl"),
-    (dcp_in_bfls_names, "bfl"),
-    (dcp_of_accelerate, "diffusers"),
-]
-
-
-@pytest.mark.parametrize(("build", "format"), FOUND, ids=[one[0].__name__ for one in FOUND])
-def test_what_lies_there_is_found(tmp_path, build, format):
-    path = tmp_path / "given"
-    is_whole(build(path) or path, format)
+@pytest.mark.parametrize("case", FOUND)
+def test_what_lies_there_is_found(tmp_path, case):
+    build, format = FOUND[case]
+    is_whole(build(tmp_path / "given"), format)
 
 
 def test_the_command_converts_what_training_reads(tmp_path, capsys):
@@ -282,7 +267,7 @@ def test_shapes_tell_a_pruned_model(tmp_path, layout):
     weights = open_weights(path)
     assert weights.args == pruned
     assert weights.format == layout
-    assert open_weights(path, alike=FLAVORS["flux-dev"]).args == pruned
+    assert open_weights(path, flavor=FLAVORS["flux-dev"]).args == pruned
 
 
 def test_shapes_tell_a_model_of_single_blocks_alone(tmp_path):

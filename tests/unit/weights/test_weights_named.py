@@ -48,7 +48,7 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "not merged": (
         ("base_model.model.x_embedder.weight",
          "base_model.model.transformer_blocks.0.attn.to_q.base_layer.weight"),
-        "is a model with a LoRA (adapter) that is not merged into it",
+        "is a model with a LoRA (adapter) that is not merged",
     ),
     "ControlNet of XLabs": ((*BASE, "controlnet_blocks.0.weight"), CONTROL),
     "ControlNet of diffusers": (
@@ -77,7 +77,7 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
     "CLIP": (("text_model.encoder.layers.0.mlp.fc1.weight",), "is a CLIP encoder"),
     "SDXL": (("model.diffusion_model.input_blocks.0.0.weight",), "is a U-Net, as of Stable"),
     "U-Net of diffusers": (("down_blocks.0.resnets.0.conv1.weight",), "is a U-Net"),
-    "SD3": (("model.diffusion_model.joint_blocks.0.x.bias",), "Stable Diffusion 3 or"),
+    "SD3": (("model.diffusion_model.joint_blocks.0.x.bias",), "Stable Diffusion 3"),
     "Chroma": ((*BASE, "distilled_guidance_layer.in_proj.weight"), "is Chroma, another model"),
     "FLUX.2": ((*BASE, "double_stream_modulation_img.lin.weight"), "is FLUX.2, another model"),
     "Qwen-Image": (("img_in.weight", "transformer_blocks.0.img_mod.1.weight"), "is Qwen-Image"),
@@ -113,11 +113,11 @@ CONTENTS = {
     "JSON": (lambda: b'{"error": "Repository is gated"}', r"is a JSON text.*Repository is gated"),
     "text": (lambda: b"Invalid username or password.", "is a text, .*Invalid username.*token"),
     "short text": (lambda: b"denied", "is a text, .*denied"),
-    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer"),
+    "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     "GGUF": (lambda: b"GGUF\x03\x00\x00\x00" + bytes(90), "is a GGUF file"),
     "pickle": (lambda: pickle.dumps(list(range(99))), "is a pickle by its contents"),
     "torch": (lambda: zipped("archive/data.pkl"), "is a pickle by its contents"),
-    "zip": (lambda: zipped("flux1-dev.safetensors"), "is a ZIP archive; unpack it"),
+    "zip": (lambda: zipped("flux1-dev.safetensors"), "is compressed by zip; unpack it"),
     "cut zip": (lambda: zipped("archive/data.pkl")[:60], "that was cut off; get it again"),
     "gzip": (lambda: gzip.compress(bytes(90)), "is compressed by gzip; unpack it"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(90), "is an HDF5 file"),
@@ -165,7 +165,7 @@ def test_a_folder_tells_what_it_holds_instead(tmp_path):
     for name, said in (
         ("flux1-dev-Q8_0.gguf", "is a GGUF file"),
         ("flux1-dev.pt", "is a pickle by its name"),
-        ("__0_0.distcp", r"has no \.metadata: it is a DCP checkpoint that was not saved"),
+        ("__0_0.distcp", r"has no \.metadata: a DCP checkpoint that was not saved"),
         ("optimizer.bin", "holds no FLUX weights: expected is"),
         ("zero_to_fp32.py", "is a checkpoint of DeepSpeed: run its zero_to_fp32.py"),
     ):

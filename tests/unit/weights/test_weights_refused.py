@@ -56,181 +56,36 @@ def edit_json(path: Path, change: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(content))
 
 
-# Each takes a copy of what `source` names, spoils it, and may return another path to convert.
+def drop(name: str) -> Callable[[dict], dict]:
+    return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
 
-def missing_key(path):
-    rewrite(path, lambda t: {n: v for n, v in t.items() if n != "txt_in.bias"})
+def entry(**change: object) -> Callable[[Path], None]:
+    """Another entry of the header for one tensor."""
+    return lambda path: reheader(path, lambda header: header["img_in.bias"].update(change))
 
 
-def extra_key(path):
-    rewrite(path, lambda t: {**t, "lora_A.weight": torch.ones(2)})
+def config(**change: object) -> Callable[[Path], None]:
+    return lambda path: edit_json(path / "config.json", lambda content: content.update(change))
 
 
-def mis_shaped_key(path):
-    rewrite(path, lambda t: {**t, "double_blocks.1.img_mlp.0.bias": torch.ones(7)})
+def shard(number: int) -> str:
+    return f"diffusion_pytorch_model-0000{number}-of-00003.safetensors"
 
 
-def missing_in_diffusers(path):
-    rewrite(path / SINGLE, lambda t: {n: v for n, v in t.items() if "1.attn.to_k.bias" not in n})
+def overlap(header: dict) -> None:
+    begin, end = header["img_in.weight"]["data_offsets"]
+    header["img_in.weight"]["data_offsets"] = [begin - 4, end - 4]
 
 
-def extra_in_diffusers(path):
-    rewrite(path / SINGLE, lambda t: {**t, "controlnet.weight": torch.ones(2)})
-
-
-def no_transformer(path):
-    rewrite(path, lambda t: {"model.layers.0.weight": torch.ones(2)})
-
-
-def unknown_part(path):
-    rewrite(path, lambda t: {**t, "hypernet.weight": torch.ones(2)})
-
-
-def truncated(path):
-    os.truncate(path, path.stat().st_size - 100)
-
-
-def pointer(path):
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:46\nsize 2380\n")
-
-
-def too_short(path):
-    path.write_bytes(b"\x01\x02")
-
-
-def long_header(path):
-    path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
-
-
-def no_json(path):
-    reheader(path, lambda _: None, b"{broken")
-
-
-def overlapping(path):
-    def change(header):
-        begin, end = header["img_in.weight"]["data_offsets"]
-        header["img_in.weight"]["data_offsets"] = [begin - 4, end - 4]
-
-    reheader(path, change)
-
-
-def hole(path):
-    reheader(path, lambda header: header.pop("img_in.weight"))
-
-
-def unknown_type(path):
-    reheader(path, lambda header: header["img_in.bias"].update(dtype="F6_X"))
-
-
-def wrong_length(path):
-    reheader(path, lambda header: header["img_in.bias"].update(shape=[41]))
-
-
-def negative_size(path):
-    reheader(path, lambda header: header["img_in.bias"].update(shape=[-40]))
-
-
-def bad_arguments(path):
-    change = {"torchtitan_flux.model_args": '{"hidden_size": "wide"}'}
-    reheader(path, lambda header: header["__metadata__"].update(change))
-
-
-def quantised(path):
-    rewrite(path, lambda t: {**t, "img_in.weight": t["img_in.weight"].to(torch.int8)})
-
-
-def pickle_by_name(path):
-    torch.save({"img_in.weight": torch.ones(2)}, path.with_suffix(".pt"))
-    return path.with_suffix(".pt")
-
-
-def pickle_by_contents(path):
-    torch.save({"img_in.weight": torch.ones(2)}, path)
-
-
-def old_pickle_by_contents(path):
-    path.write_bytes(pickle.dumps({"weights": list(range(1000))}))
-
-
-def pickle_in_a_folder(path):
-    (path / SINGLE).rename(path / "diffusion_pytorch_model.bin")
-
-
-def gguf(path):
-    path.write_bytes(b"GGUF" + bytes(range(1, 60)))
-
-
-def a_shard_alone(path):
-    return path / "diffusion_pytorch_model-00002-of-00003.safetensors"
-
-
-def missing_shard(path):
-    (path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
-
-
-def missing_index_and_shard(path):
-    (path / INDEX).unlink()
-    missing_shard(path)
-
-
-def index_outside(path):
-    edit_json(path / INDEX, lambda i: i["weight_map"].update({"proj_out.bias": "../x"}))
-
-
-def index_of_another(path):
-    first = "diffusion_pytorch_model-00001-of-00003.safetensors"
-    edit_json(path / INDEX, lambda i: i["weight_map"].update(dict.fromkeys(i["weight_map"], first)))
-
-
-def index_no_json(path):
-    (path / INDEX).write_text("[")
-
-
-def no_config(path):
-    (path / "config.json").unlink()
-    return path / INDEX
-
-
-def other_class(path):
-    edit_json(path / "config.json", lambda c: c.update(_class_name="SD3Transformer2DModel"))
-
-
-def config_without_depth(path):
-    edit_json(path / "config.json", lambda c: c.pop("num_layers"))
-
-
-def deeper_config(path):
-    edit_json(path / "config.json", lambda c: c.update(num_layers=3))
-
-
-def wrong_folder(path):
-    (path.parent / "empty").mkdir()
-    return path.parent / "empty"
-
-
-def run_folder(path):
-    return path.parent
-
-
-def several_files(path):
-    shutil.copy(path, path.with_name("flux1-other.safetensors"))
-    return path.parent
-
-
-def nothing_there(path):
-    return path.with_name("absent")
-
-
-def damaged_checkpoint(path):
-    data = path / "__0_0.distcp"
-    content = bytearray(data.read_bytes())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray((path / "__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1
-    data.write_bytes(bytes(content))
+    (path / "__0_0.distcp").write_bytes(bytes(content))
 
 
-def no_manifest(path):
-    (path / "manifest.json").unlink()
+def map_all_to_one(index: dict) -> None:
+    index["weight_map"] = dict.fromkeys(index["weight_map"], shard(1))
 
 
 class Payload:
@@ -238,62 +93,167 @@ class Payload:
         return (print, ("this must not run",))
 
 
-def metadata_with_code(path):
+def code_in_metadata(path: Path) -> None:
     (path / "manifest.json").unlink()
     (path / ".metadata").write_bytes(pickle.dumps(Payload()))
 
 
-CASES: list[tuple[str, Callable, str]] = [
-    ("bfl", missing_key, r"1 missing: txt_in\.bias"),
-    ("bfl", pointer, r"is a git-lfs pointer, not the weights: run `git lfs pull` there"),
-    ("bfl", extra_key, r"1 unknown: lora_A\.weight"),
-    ("bfl", mis_shaped_key, r"1 mis-shaped: double_blocks\.1\.img_mlp\.0\.bias: \(7,\), expected"),
-    ("diffusers", missing_in_diffusers, r"missing: .*transformer_blocks\.1\.attn\.to_k\.bias"),
-    ("diffusers", extra_in_diffusers, r"1 unknown: controlnet\.weight"),
-    ("comfyui", unknown_part, r"1 unknown: hypernet\.weight; leave them out with .*_weights drop"),
-    ("bfl", no_transformer, r"no FLUX transformer: its 1 tensors are named model\.layers\.0"),
-    ("bfl", truncated, r"was cut off or damaged \(.*not fully covered\); get it again"),
-    ("bfl", too_short, r"damaged \(header too small\)"),
-    ("bfl", long_header, r"damaged \(header too large\)"),
-    ("bfl", no_json, r"invalid JSON in header"),
-    ("bfl", overlapping, r"invalid offset for tensor"),
-    ("bfl", hole, r"invalid offset for tensor"),
-    ("bfl", unknown_type, r"unknown variant `F6_X`"),
-    ("bfl", wrong_length, r"invalid shape, data type, or offset"),
-    ("bfl", negative_size, r"invalid value: integer `-40`"),
-    ("bfl", bad_arguments, r"torchtitan_flux\.model_args is not usable"),
-    ("bfl", quantised, r"quantised or integer weights.*img_in\.weight \(torch\.int8\)"),
-    ("bfl", pickle_by_name, r"is a pickle by its name.*give a safetensors file"),
-    ("bfl", pickle_by_contents, r"is a pickle by its contents.*give a safetensors file"),
-    ("bfl", old_pickle_by_contents, r"is a pickle by its contents"),
-    ("diffusers", pickle_in_a_folder, r"diffusion_pytorch_model\.bin is a pickle"),
-    ("bfl", gguf, r"GGUF.*quantised.*give the safetensors file"),
-    ("sharded", a_shard_alone, r"is one of 3 files of a model; give their folder, .*sharded"),
-    ("sharded", missing_shard, r"index\.json names .*00002-of-00003\.safetensors, which"),
-    ("sharded", missing_index_and_shard, r"has .*00001-of-00003.*, 2 of 3 files; get the others"),
-    ("sharded", index_outside, r"weight_map is no table of file names"),
-    ("sharded", index_of_another, r"names tensors that are not there: .* \(in .*00001-of"),
-    ("sharded", index_no_json, r"index\.json is not JSON"),
-    ("sharded", no_config, r"does not say how its heads of 8 are divided .*--flavor"),
-    ("diffusers", other_class, r"'SD3Transformer2DModel', needed is a FluxTransformer2DModel"),
-    ("diffusers", config_without_depth, r"has no entry 'num_layers'"),
-    ("diffusers", deeper_config, r"missing: transformer_blocks\.2\."),
-    ("bfl", wrong_folder, r"holds no FLUX weights: expected is"),
-    ("dcp", run_folder, r"holds checkpoints of a run; give one, as .*step-7"),
-    ("bfl", several_files, r"several models: flux1-other.safetensors, flux1-tiny"),
-    ("bfl", nothing_there, r"absent does not exist"),
-    ("dcp", damaged_checkpoint, r"is damaged: the checksum of __0_0\.distcp is wrong"),
-    ("dcp", no_manifest, r"has no manifest\.json: it was not saved completely"),
-    ("dcp", metadata_with_code, r"names builtins\.print, which no checkpoint of DCP needs"),
-]
+ARGUMENTS = {"torchtitan_flux.model_args": '{"hidden_size": "wide"}'}
+CODES = {"img_in.weight": torch.ones(2, 2, dtype=torch.int8)}
+
+# What `source` names, how a copy of it is spoilt (which may return another path), the message.
+CASES: dict[str, tuple[str, Callable, str]] = {
+    "missing": ("bfl", lambda p: rewrite(p, drop("txt_in.bias")), r"1 missing: txt_in\.bias"),
+    "unknown": (
+        "bfl",
+        lambda p: rewrite(p, lambda t: {**t, "lora_A.weight": torch.ones(2)}),
+        r"1 unknown: lora_A\.weight",
+    ),
+    "mis-shaped": (
+        "bfl",
+        lambda p: rewrite(p, lambda t: {**t, "double_blocks.1.img_mlp.0.bias": torch.ones(7)}),
+        r"1 mis-shaped: double_blocks\.1\.img_mlp\.0\.bias: \(7,\), expected",
+    ),
+    "missing, diffusers": (
+        "diffusers",
+        lambda p: rewrite(p / SINGLE, drop("transformer_blocks.1.attn.to_k.bias")),
+        r"1 missing: transformer_blocks\.1\.attn\.to_k\.bias",
+    ),
+    "unknown, diffusers": (
+        "diffusers",
+        lambda p: rewrite(p / SINGLE, lambda t: {**t, "controlnet.weight": torch.ones(2)}),
+        r"1 unknown: controlnet\.weight",
+    ),
+    "unknown, comfyui": (
+        "comfyui",
+        lambda p: rewrite(p, lambda t: {**t, "hypernet.weight": torch.ones(2)}),
+        r"1 unknown: hypernet\.weight; leave them out with .*_weights drop",
+    ),
+    "pointer": (
+        "bfl",
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:46\n") and p,
+        r"is a Git LFS pointer, not the weights: run `git lfs pull` there",
+    ),
+    "truncated": (
+        "bfl",
+        lambda p: os.truncate(p, p.stat().st_size - 100),
+        r"was cut off or damaged \(.*not fully covered\); get it again",
+    ),
+    "long header": (
+        "bfl",
+        lambda p: p.write_bytes((2**40).to_bytes(8, "little") + b"{}") and p,
+        r"damaged \(header too large\)",
+    ),
+    "no JSON": (
+        "bfl",
+        lambda p: reheader(p, lambda _: None, b"{broken"),
+        r"invalid JSON in header",
+    ),
+    "overlap": ("bfl", lambda p: reheader(p, overlap), r"invalid offset for tensor"),
+    "hole": (
+        "bfl",
+        lambda p: reheader(p, lambda header: header.pop("img_in.weight")),
+        r"invalid offset for tensor",
+    ),
+    "element type": ("bfl", entry(dtype="F6_X"), r"unknown variant `F6_X`"),
+    "length": ("bfl", entry(shape=[41]), r"invalid shape, data type, or offset"),
+    "negative size": ("bfl", entry(shape=[-40]), r"invalid value: integer `-40`"),
+    "arguments": (
+        "bfl",
+        lambda p: reheader(p, lambda header: header["__metadata__"].update(ARGUMENTS)),
+        r"torchtitan_flux\.model_args is not usable",
+    ),
+    "codes": (
+        "bfl",
+        lambda p: rewrite(p, lambda t: t | CODES),
+        r"quantised or integer weights.*img_in\.weight \(torch\.int8\)",
+    ),
+    "pickle by name": (
+        "bfl",
+        lambda p: p.rename(p.with_suffix(".pt")),
+        r"is a pickle by its name.*give a safetensors file",
+    ),
+    "pickle in a folder": (
+        "diffusers",
+        lambda p: (p / SINGLE).rename(p / "diffusion_pytorch_model.bin") and p,
+        r"diffusion_pytorch_model\.bin is a pickle",
+    ),
+    "a shard alone": (
+        "sharded",
+        lambda p: p / shard(2),
+        r"is one of 3 files of a model; give their folder, .*sharded",
+    ),
+    "missing shard": (
+        "sharded",
+        lambda p: (p / shard(2)).unlink(),
+        r"index\.json names .*00002-of-00003\.safetensors, which",
+    ),
+    "missing index and shard": (
+        "sharded",
+        lambda p: (p / shard(2)).unlink() or (p / INDEX).unlink(),
+        r"has .*00001-of-00003.*, 2 of 3 files; get the others",
+    ),
+    "index outside": (
+        "sharded",
+        lambda p: edit_json(p / INDEX, lambda i: i["weight_map"].update({"proj_out.bias": "../x"})),
+        r"weight_map is no table of file names",
+    ),
+    "index of another": (
+        "sharded",
+        lambda p: edit_json(p / INDEX, map_all_to_one),
+        r"missing: x_embedder",
+    ),
+    "index no JSON": (
+        "sharded",
+        lambda p: (p / INDEX).write_text("[") and p,
+        r"index\.json is not JSON",
+    ),
+    "no config": (
+        "sharded",
+        lambda p: (p / "config.json").unlink() or p / INDEX,
+        r"does not say how its heads of 8 are divided .*--flavor",
+    ),
+    "other class": (
+        "diffusers",
+        config(_class_name="SD3Transformer2DModel"),
+        r"'SD3Transformer2DModel', needed is a FluxTransformer2DModel",
+    ),
+    "config without depth": (
+        "diffusers",
+        lambda p: edit_json(p / "config.json", lambda content: content.pop("num_layers")),
+        r"has no entry 'num_layers'",
+    ),
+    "deeper config": ("diffusers", config(num_layers=3), r"missing: transformer_blocks\.2\."),
+    "patches": ("diffusers", config(patch_size=2), r"patch_size is 2"),
+    "empty folder": (
+        "bfl",
+        lambda p: (p.parent / "empty").mkdir() or p.parent / "empty",
+        r"holds no FLUX weights: expected is",
+    ),
+    "folder of a run": (
+        "dcp",
+        lambda p: p.parent,
+        r"holds checkpoints of a run; give one, as .*step-7",
+    ),
+    "several files": (
+        "bfl",
+        lambda p: Path(shutil.copy(p, p.with_name("flux1-other.safetensors"))).parent,
+        r"several models: flux1-other.safetensors, flux1-tiny",
+    ),
+    "nothing": ("bfl", lambda p: p.with_name("absent"), r"absent does not exist"),
+    "damaged": ("dcp", flip_a_bit, r"is damaged: the checksum of __0_0\.distcp is wrong"),
+    "no manifest": (
+        "dcp",
+        lambda p: (p / "manifest.json").unlink(),
+        r"has no manifest\.json: it was not saved completely",
+    ),
+    "code": ("dcp", code_in_metadata, r"names builtins\.print, which no checkpoint of DCP needs"),
+}
 
 
-@pytest.mark.parametrize(
-    ("source", "spoil", "message"), CASES, ids=[case[1].__name__ for case in CASES]
-)
-def test_refused_with_one_message_and_nothing_written(
-    good, tmp_path, capsys, source, spoil, message
-):
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_one_message_and_nothing_written(good, tmp_path, capsys, case):
+    source, spoil, message = CASES[case]
     root = tmp_path / "copy" / source
     original = good[source]
     copied = root / original.name if original.is_file() or source == "dcp" else root
@@ -301,18 +261,17 @@ def test_refused_with_one_message_and_nothing_written(
     (shutil.copy if original.is_file() else shutil.copytree)(original, copied)
     path = spoil(copied) or copied
     target = tmp_path / "out" / "made"
-    arguments = [str(path), str(target), "--to", "dcp"]
     if source == "dcp":  # a checkpoint alone does not say how its heads are divided
         with pytest.raises((ValueError, OSError), match=message):
             convert(path, target, "dcp", args=made.GUIDED)
     else:
         with pytest.raises(SystemExit) as left:
-            convert_command.main(arguments)
+            convert_command.main([str(path), str(target), "--to", "dcp"])
         assert left.value.code == 2
-        told = capsys.readouterr().err
-        assert told.startswith("Cannot convert: ")
-        assert told.count("\n") == 1, "one message"
-        assert re.search(message, told), told
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("Cannot convert: ")
+        assert stderr.count("\n") == 1, "one message"
+        assert re.search(message, stderr), stderr
     assert not target.parent.exists(), "nothing half-written"
 
 
@@ -354,5 +313,5 @@ def test_a_file_of_ours_without_its_metadata_needs_a_flavor(tmp_path):
 
 def test_a_foreign_checkpoint_of_another_model(tmp_path):
     dcp.save({"layers.0.weight": torch.ones(3)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
-    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0.*another program"):
+    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0"):
         convert(tmp_path / "step-1", tmp_path / "out", "dcp")

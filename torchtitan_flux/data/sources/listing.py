@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-HEAD = 512
-"""Bytes by which `foreign_content` knows a file."""
+from torchtitan_flux.tensor_files import file_kinds
+from torchtitan_flux.tensor_files.file_kinds import HEAD as HEAD
 
 LFS_POINTER = "is a Git LFS pointer, run `git lfs pull`"
 NOT_UTF8 = "files whose names are not UTF-8 are left out"
-
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xfd7zXZ\0": "xz",
-    b"BZh": "bzip2",
-    b"\x04\x22\x4d\x18": "lz4",
-    b"PK\x03\x04": "zip",
+_FOREIGN = {
+    file_kinds.LFS_POINTER: LFS_POINTER,
+    file_kinds.WEB_PAGE: "is a web page: download the file itself",
+    "an Arrow file": "is an Arrow file for random access (Feather), not a stream: write it as "
+    "parquet",
+    "a parquet file": "is a parquet file under another name: rename it to .parquet",
+    **{k: f"is {k} under another name: unpack it" for k in file_kinds.COMPRESSED},
 }
 
 
@@ -178,22 +177,14 @@ def not_regular(path: Path) -> str:
 
 def is_lfs_pointer(head: bytes) -> bool:
     """Whether a file is what Git leaves in place of a large one, by its first bytes."""
-    return head.startswith(b"version https://git-lfs")
+    return file_kinds.kind_of_bytes(head) == file_kinds.LFS_POINTER
 
 
 def foreign_content(head: bytes, name: str = "") -> str:
     """What a file of a name is instead by its first `HEAD` bytes, to be read after it, or ""."""
     if not head:
         return "is empty"
-    if is_lfs_pointer(head):
-        return LFS_POINTER
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
-        return "is a web page: download the file itself"
-    if head.startswith(b"ARROW1"):
-        return "is an Arrow file for random access (Feather), not a stream: write it as parquet"
-    if head.startswith(b"PAR1") and not name.lower().endswith(".parquet"):
-        return "is a parquet file under another name: rename it to .parquet"
-    for magic, packed in _COMPRESSED.items():
-        if head.startswith(magic) and (packed != "bzip2" or head[4:10] == b"1AY&SY"):
-            return f"is {packed} under another name: unpack it"
-    return ""
+    kind = file_kinds.kind_of_bytes(head)
+    if kind == "a parquet file" and name.lower().endswith(".parquet"):
+        return ""
+    return _FOREIGN.get(kind, "")
