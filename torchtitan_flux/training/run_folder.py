@@ -1,6 +1,5 @@
 """One run writes a dump folder at a time."""
 
-import fcntl
 import os
 import socket
 from pathlib import Path
@@ -24,15 +23,10 @@ class RunFolderLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
         # A forked loader worker shares the lock and could outlive this process.
-        os.register_at_fork(after_in_child=self._close)
+        os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
-        """Give the folder back."""
-        if self._descriptor is not None:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        self._close()
-
-    def _close(self) -> None:
+        """Give the folder back; in a forked process only its own share of the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
