@@ -21,7 +21,7 @@ from data_files import (
 from PIL import Image
 
 from torchtitan_flux.data.formats import IMAGE_SUFFIXES
-from torchtitan_flux.data.sources import image_folder, index_cache, pairing
+from torchtitan_flux.data.sources import image_folder, pairing
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import UNUSED, Pairs
 from torchtitan_flux.data.sources.parts import part_of, part_of_folder, split_files
@@ -408,31 +408,6 @@ def test_an_index_folder_inside_of_the_data_is_no_change_of_theirs(
     assert list(tmp_path.rglob("*.arrow"))
     assert first.index.identity == second.index.identity
     assert ids(second) == ["a.png"]
-
-
-@pytest.fixture
-def refused(monkeypatch):
-    """Names of files that the operating system does not open: root may read everything."""
-    names: set[str] = set()
-
-    def refusing(real):
-        def call(path, *args, **options):
-            if os.path.basename(path) in names:
-                raise PermissionError(13, "Permission denied", os.fspath(path))
-            return real(path, *args, **options)
-
-        return call
-
-    can_open = index_cache.can_open
-    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
-    for method in ("open", "read_bytes"):
-        monkeypatch.setattr(Path, method, refusing(getattr(Path, method)))
-    monkeypatch.setattr(
-        index_cache,
-        "can_open",
-        lambda path, *args: os.path.basename(path) not in names and can_open(path, *args),
-    )
-    return names
 
 
 def test_what_the_system_refuses_today_is_read_tomorrow(tmp_path, refused):
