@@ -333,7 +333,7 @@ def test_what_is_no_table_is_named(tmp_path, content, suffix):
 def test_what_cannot_be_read_is_refused(tmp_path, refused):
     file = write_parquet(tmp_path / "a" / "0.parquet", columns(0, 1))
     for name, make, message in (
-        ("1.parquet", os.mkfifo, "1.parquet .*it is a pipe"),
+        ("1.parquet", os.mkfifo, "1.parquet is a pipe"),
         ("2.parquet", lambda path: path.symlink_to("nowhere"), "cannot be opened: No such file"),
         ("3.parquet.gz", lambda path: path.touch(), "3.parquet.gz is compressed: unpack it"),
     ):
@@ -344,7 +344,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, refused):
     refuses("parquet", tmp_path, "holds no row")
     as_dataset(0, 2).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).unlink()
-    refuses("parquet", tmp_path / "saved", r"saved cannot be opened: .*\.arrow: No such file")
+    refuses("parquet", tmp_path / "saved", r"\.arrow cannot be opened: No such file")
     refused.add("a")
     refuses("parquet", tmp_path, "/a cannot be opened: Permission denied")
 
@@ -361,7 +361,6 @@ def test_no_bars_of_datasets_are_shown(tmp_path, capfd):
     datasets.enable_progress_bars()
     source(write_parquet(tmp_path / "0.parquet", columns(0, 3)))
     assert "examples/s" not in "".join(capfd.readouterr())
-    assert not datasets.are_progress_bars_disabled()
 
 
 def _count(arguments) -> int:
