@@ -24,7 +24,7 @@ from torchtitan_flux.data.formats import IMAGE_SUFFIXES
 from torchtitan_flux.data.sources import image_folder, pairing
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import UNUSED, Pairs
-from torchtitan_flux.data.sources.parts import part_of, part_of_folder, split_files
+from torchtitan_flux.data.sources.split import part_of, part_of_folder, split_files
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 TABLE = " files are not read (metadata.jsonl and metadata.csv would be)"

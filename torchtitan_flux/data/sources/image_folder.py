@@ -18,8 +18,8 @@ from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.listing import missing, not_regular, stamp
 from torchtitan_flux.data.sources.pairing import Pairs, is_picture, stem_and_suffix
-from torchtitan_flux.data.sources.parts import NO_PART, part_of_folder, split_files
 from torchtitan_flux.data.sources.source import CAPTIONS, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.split import NO_PART, part_of_folder, split_files
 from torchtitan_flux.formatting import listed
 
 WATCHED_FILES = 200_000

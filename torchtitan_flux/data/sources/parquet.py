@@ -33,8 +33,8 @@ from torchtitan_flux.data.sources.columns import (
 )
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.split import part_of, split_files
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import composed, is_picture
-from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.split import part_of, split_files
 from torchtitan_flux.formatting import listed
 
 CUT = "lies beyond the end of its shard"
