@@ -210,7 +210,7 @@ def _merged(schemas: list[pa.Schema]) -> pa.Schema:
 
 
 def _common_columns(tables: Mapping[str, _Table], merged: pa.Schema, names: list[str]) -> pa.Schema:
-    """The columns that are read, which all tables must have alike; one of nulls is like any."""
+    """The columns that are read, which must have one type in all tables; nulls fit any."""
     columns = {name: plain_type(merged.field(name).type) for name in names}
     for table, (schema, *_) in tables.items():
         for column, of in columns.items():
