@@ -58,7 +58,7 @@ def part_of_folder(name: str) -> str:
 
 
 class SplitFiles(NamedTuple):
-    """What a split reads: `names` of `part` ("" where none is named); `shared` by both splits."""
+    """`names` of `part` ("" where none is named), which may be `shared` by both splits."""
 
     part: str
     shared: bool
