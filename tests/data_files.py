@@ -1,7 +1,6 @@
 """Small pictures, tar shards, tables and what samples hold, for the tests of `data`."""
 
 import io
-import os
 import struct
 import tarfile
 import zlib
@@ -135,15 +134,3 @@ def unreadable(source: Source, index: int) -> str:
     with pytest.raises(UnreadableItem) as caught:
         source[index]
     return caught.value.reason
-
-
-def refusing_scandir(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """The operating system does not list a folder: root may list all."""
-    scandir = os.scandir
-
-    def refuse(path):
-        if os.fspath(path) == str(folder):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)

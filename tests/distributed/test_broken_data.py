@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from data_files import png_of
-from PIL import Image
 from ranks import run_ranks
 from tiny_run import Run, arguments, refusal, train, worst
 
@@ -18,11 +17,32 @@ from torchtitan_flux.latents import ImageSize
 ITEMS, STEPS, GLOBAL_BATCH = 200, 25, 8  # every item is wanted once
 
 
-def jpeg(index: int) -> tuple[bytes, str]:
+def jpeg(index: int, size: tuple[int, int] = (80, 72)) -> tuple[bytes, str]:
     item = ShapesSource("train", ImageSize(72, 80))[index]
     buffer = io.BytesIO()
-    item.image.save(buffer, "JPEG", quality=85)
+    item.image.resize(size).save(buffer, "JPEG", quality=85)
     return buffer.getvalue(), item.captions[0]
+
+
+def write(folder: Path, name: str, data: bytes, caption: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+    if caption:
+        (folder / name).with_suffix(".txt").write_text(caption)
+
+
+BROKEN = {
+    "011.jpg": (jpeg(11)[0][:800], "a caption", "truncated"),
+    "042.jpg": (b"this is no picture at all\n" * 40, "a caption", "no image"),
+    "077.jpg": (b"", "a caption", "empty"),
+    "101.png": (
+        png_of(60_000, 60_000, (b"IDAT", zlib.compress(bytes(1000)))),
+        "a caption",
+        "decompression bomb",
+    ),
+    "150.jpg": (jpeg(150)[0], "", "has no caption"),
+    "199.jpg": (jpeg(199, (3, 4))[0], "a caption", "too small: 3 x 4 pixels"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,41 +50,11 @@ def broken_set(tmp_path_factory) -> Path:
     """200 pictures in a folder; six are broken, each in another way."""
     folder = tmp_path_factory.mktemp("pictures")
     for index in range(ITEMS):
-        data, caption = jpeg(index)
-        name = f"{index:03d}.jpg"
-        match index:
-            case 11:
-                data = data[: len(data) // 2]
-            case 42:
-                data = b"this is no picture at all\n" * 40
-            case 77:
-                data = b""
-            case 101:
-                data, name = (
-                    png_of(60_000, 60_000, (b"IDAT", zlib.compress(bytes(1000)))),
-                    "101.png",
-                )
-            case 150:
-                caption = ""
-            case 199:
-                data = jpeg(index)[0]
-                small = io.BytesIO()
-                Image.open(io.BytesIO(data)).resize((3, 4)).save(small, "JPEG")
-                data = small.getvalue()
-        (folder / name).write_bytes(data)
-        if caption:
-            (folder / name).with_suffix(".txt").write_text(caption)
+        if not any(name.startswith(f"{index:03d}") for name in BROKEN):
+            write(folder, f"{index:03d}.jpg", *jpeg(index))
+    for name, (data, caption, _) in BROKEN.items():
+        write(folder, name, data, caption)
     return folder
-
-
-REASONS = {
-    "011.jpg": "truncated file",
-    "042.jpg": "no image",
-    "077.jpg": "empty",
-    "101.png": "decompression bomb",
-    "150.jpg": "has no caption",
-    "199.jpg": "too small: 3 x 4 pixels",
-}
 
 
 def run(ranks: int, data: Path, dump: Path, *more: str) -> Run:
@@ -86,9 +76,8 @@ def listed(dump: Path) -> list[dict]:
 def test_pictures_without_any_caption_are_trained_on_when_that_is_said(tmp_path):
     """With the empty caption the run trains, on every picture; without the key it is refused."""
     pictures = tmp_path / "pictures"
-    pictures.mkdir()
     for index in range(GLOBAL_BATCH):
-        (pictures / f"{index}.jpg").write_bytes(jpeg(index)[0])
+        write(pictures, f"{index}.jpg", jpeg(index)[0], "")
     argv = ("--training.steps", "2", "--checkpoint.no-enable")
     told = run(1, pictures, tmp_path / "told", *argv, "--data.default_caption", "")
     assert told.error == ""
@@ -105,9 +94,9 @@ def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):
     lists = {ranks: listed(tmp_path / str(ranks)) for ranks in runs}
     assert lists[1] == lists[4]
     reasons = {entry["item"]: entry["reason"] for entry in lists[1]}
-    assert reasons.keys() == REASONS.keys()
-    for item, part in REASONS.items():
-        assert part in reasons[item].lower(), item
+    assert reasons.keys() == BROKEN.keys()
+    for item, (_, _, reason) in BROKEN.items():
+        assert reason in reasons[item].lower(), item
     for one in runs.values():
         assert f"{broken_set}: 200 items" in one.log
         assert "          1  cannot be read: has no caption (150.jpg)" in one.log.splitlines()
@@ -127,12 +116,10 @@ def test_past_the_share_the_start_is_refused_with_the_reasons(broken_set, tmp_pa
 
 def test_past_the_share_the_run_stops_with_the_list(tmp_path):
     folder = tmp_path / "pictures"
-    folder.mkdir()
     for index in range(40):
         data, caption = jpeg(index)
         cut = index % 4 == 0  # their headers are whole
-        (folder / f"{index}.jpg").write_bytes(data[:-200] if cut else data)
-        (folder / f"{index}.txt").write_text(caption)
+        write(folder, f"{index}.jpg", data[:-200] if cut else data, caption)
     stopped = run(2, folder, tmp_path, "--data.max_unreadable_share", "0.01")
     assert stopped.error.startswith("TooManyUnreadable")
     assert "data.max_unreadable_share = 0.01" in stopped.error
@@ -142,11 +129,8 @@ def test_past_the_share_the_run_stops_with_the_list(tmp_path):
 
 def test_other_items_of_the_same_number_are_noticed_on_resume(tmp_path):
     data = tmp_path / "pictures"
-    data.mkdir()
     for index in range(10):
-        content, caption = jpeg(index)
-        (data / f"{index}.jpg").write_bytes(content)
-        (data / f"{index}.txt").write_text(caption)
+        write(data, f"{index}.jpg", *jpeg(index))
 
     def continued(steps: int) -> str:
         keys = ("--training.steps", str(steps), "--checkpoint.interval", "1")

@@ -74,10 +74,7 @@ def check_deep_colours(image: Image.Image) -> None:
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """The decoded image with the ICC profile that it holds applied; as it is where there is none.
-
-    A profile that is damaged, or of another sort of colours than the image, is passed over.
-    """
+    """The decoded image with its ICC profile applied, unless that is damaged or does not fit."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image

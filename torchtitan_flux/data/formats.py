@@ -6,7 +6,7 @@ from importlib import import_module
 
 from PIL import Image, features
 
-# How much is decoded is data.max_image_pixels, for all pictures alike.
+# data.max_image_pixels is the only limit.
 Image.MAX_IMAGE_PIXELS = None
 
 # Tried first, in this order.

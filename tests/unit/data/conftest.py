@@ -1,6 +1,8 @@
 """Small real parts for the tests of `data`: sources without sklearn, a byte tokenizer."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +45,24 @@ def byte_tokens(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
     t5, clip = np.zeros(11, np.int64), np.zeros(77, np.int64)
     t5[: len(codes)] = clip[: len(codes)] = list(codes)
     return torch.from_numpy(t5), torch.from_numpy(clip)
+
+
+@pytest.fixture
+def refused(monkeypatch) -> set[str]:
+    """Names of files and folders that the operating system does not open: root may open all."""
+    names: set[str] = set()
+
+    def refusing(real):
+        def call(path, *args, **options):
+            if os.path.basename(path) in names:
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return real(path, *args, **options)
+
+        return call
+
+    for owner, name in ((os, "scandir"), (os, "open"), (Path, "open"), (Path, "read_bytes")):
+        monkeypatch.setattr(owner, name, refusing(getattr(owner, name)))
+    return names
 
 
 @pytest.fixture

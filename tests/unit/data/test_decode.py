@@ -267,22 +267,15 @@ def test_headers_that_lie_about_the_size():
     assert refusal(bytes(tiff))
 
 
+UNKNOWN = "no image in a known format (JPEG, PNG"
 FOREIGN = {
     b"": "the file is empty",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer, run `git",
-    b"\n<!DOCTYPE html><title>404</title>": "is a web page",
-    b"<html><body>": "is a web page",
-    b"\x1f\x8b\x08\0\0\0\0\0": "is gzip under another name",
-} | dict.fromkeys(
-    (
-        b"%PDF-1.7\n",
-        b"\0" * 600,
-        b"noise" * 100,
-        b"\xff\xd8",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    ),
-    "no image in a known format (JPEG, PNG",
-)
+    b"%PDF-1.7\n": UNKNOWN,
+    b"noise" * 200: UNKNOWN,
+    b"\xff\xd8": UNKNOWN,
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": UNKNOWN,
+}
 
 
 @pytest.mark.parametrize("data", FOREIGN)

@@ -3,9 +3,8 @@
 import os
 
 import pytest
-from data_files import refusing_scandir
 
-from torchtitan_flux.data.sources.listing import expand_braces, matches, walk
+from torchtitan_flux.data.sources.listing import expand_braces, foreign_content, matches, walk
 
 
 @pytest.mark.parametrize(
@@ -61,11 +60,11 @@ def test_names_that_are_not_utf8_are_counted(tmp_path):
     assert (directory.files, directory.undecodable) == ([], 1)
 
 
-def test_what_cannot_be_listed_is_an_error_or_said(tmp_path, monkeypatch):
+def test_what_cannot_be_listed_is_an_error_or_noted(tmp_path, refused):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("")
-    refusing_scandir(monkeypatch, tmp_path / "a")
+    refused.add("a")
     found = list(walk(tmp_path))
     assert [(d.name, d.files, d.error is None) for d in found] == [
         ("", [], True),
@@ -74,3 +73,29 @@ def test_what_cannot_be_listed_is_an_error_or_said(tmp_path, monkeypatch):
     ]
     assert [d.name for d in walk(tmp_path, only={"b"})] == ["", "b"]
     assert found[0].folders == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        (b"", "is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a Git LFS pointer, run `git lfs pull`",
+        ),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"\xef\xbb\xbf<html>", "is a web page"),
+        (b"\x1f\x8b\x08", "is gzip under another name: unpack"),
+        (b"\x28\xb5\x2f\xfd", "is zstd under another name"),
+        (b"\xfd7zXZ\0", "is xz under another name"),
+        (b"BZh91AY&SY", "is bzip2 under another name"),
+        (b"BZh is a name", ""),
+        (b"ARROW1\0\0", "is an Arrow file for random access (Feather)"),
+        (b"PAR1 and nothing", "is a parquet file under another name"),
+        (b"anything", ""),
+    ],
+)
+def test_what_a_file_is_instead(head, what):
+    found = foreign_content(head, "x.tar")
+    assert found.startswith(what)
+    assert bool(found) == bool(what)

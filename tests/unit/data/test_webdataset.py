@@ -17,7 +17,6 @@ from data_files import (
     notes,
     png,
     refuses,
-    refusing_scandir,
     rows,
     unreadable,
     write_tar,
@@ -289,20 +288,19 @@ class Failing(io.BufferedReader):
         return super().read(size)
 
 
-def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch):
+def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch, refused):
     for shard in range(3):
         numbered(tmp_path / f"{shard}.tar", 4)
     whole = list(captions(source(tmp_path)))
-    (tmp_path / "1.tar").rename(tmp_path / "elsewhere")
-    (tmp_path / "1.tar").symlink_to(tmp_path / "nowhere")
+    os.utime(tmp_path / "1.tar", ns=(1, 1))
+    refused.add("1.tar")
     items = source(tmp_path)
     assert list(captions(items)) == whole[:4] + whole[8:]
     (note,) = items.index.notes
     assert (note.times, note.lost) == (1, 4)
     assert "cannot be opened" in note.text
     assert source(tmp_path).index.identity == items.index.identity
-    (tmp_path / "1.tar").unlink()
-    (tmp_path / "elsewhere").rename(tmp_path / "1.tar")
+    refused.clear()
     assert list(captions(source(tmp_path))) == whole
 
     opened = Path.open
@@ -313,7 +311,7 @@ def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", open_failing)
     monkeypatch.setattr(index_cache, "can_open", lambda path, at: False)
-    os.utime(tmp_path / "1.tar", ns=(1, 1))
+    os.utime(tmp_path / "1.tar", ns=(2, 2))
     items = source(tmp_path)
     assert list(captions(items)) == whole[:6] + whole[8:]
     assert lost(items) >= 2
@@ -338,9 +336,6 @@ def test_which_shards_a_path_means(tmp_path):
         assert [name.rpartition("/")[0] for name in ids(source(f"{tmp_path}{path}"))] == shards
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\n"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -348,11 +343,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\n"
         ("x.tgz", b"", r"x\.tgz: compressed .* unpack"),
         ("X.TAR.ZST", b"", r"X\.TAR\.ZST: compressed .* unpack"),
         ("x.tar", b"\x1f\x8b\x08", r"x\.tar is gzip under another name: unpack"),
-        ("x.tar", b"\x28\xb5\x2f\xfd", r"x\.tar is zstd under another name"),
-        ("x.tar", b"\xfd7zXZ\0", r"x\.tar is xz under another name"),
-        ("x.tar", b"BZh91AY&SY", r"x\.tar is bzip2 under another name"),
-        ("x.tar", LFS, "Git LFS pointer, .*git lfs pull"),
-        ("x.tar", b"\n<!DOCTYPE html><html>", r"x\.tar is a web page"),
     ],
 )
 def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message):
@@ -378,13 +368,12 @@ def test_what_is_no_shard_is_refused(tmp_path, name, path, message):
     refuses(name, path and path.replace("{tmp}", str(tmp_path)), message)
 
 
-def test_what_is_left_out_of_a_folder_is_noted(tmp_path, monkeypatch):
+def test_what_is_left_out_of_a_folder_is_noted(tmp_path, refused):
     for name in ("a", "b"):
         numbered(tmp_path / name / "0.tar", 1)
     os.mkfifo(tmp_path / "1.tar")
     (tmp_path / os.fsdecode(b"\xff.tar")).write_bytes(b"")
-    refusing_scandir(monkeypatch, tmp_path / "b")
-    monkeypatch.setattr(index_cache, "can_open", lambda path, at: False)
+    refused.add("b")
     items = source(tmp_path)
     assert ids(items) == ["a/0.tar/0000"]
     assert notes(items) == {
@@ -392,7 +381,7 @@ def test_what_is_left_out_of_a_folder_is_noted(tmp_path, monkeypatch):
         "files whose names are not UTF-8 are left out": (str(tmp_path),),
         "files or folders that cannot be opened: Permission denied": (str(tmp_path / "b"),),
     }
-    monkeypatch.undo()
+    refused.clear()
     assert len(source(tmp_path)) == 2
 
 
@@ -403,12 +392,10 @@ def test_the_torchtitan_name_reads_the_committed_samples(tmp_path, monkeypatch):
     assert len(items) == 32
     assert items[31].item_id == "cc12m-train-0000.tar/000000031"
     assert len({items[i].image.size for i in range(32)}) == 4
-    assert all(len(items[i].captions) == 1 for i in range(32))
     options = SourceOptions(index_folder=tmp_path, caption_column="captions", held_out_share=0.1)
     parts = [build_source("cc12m-test", split, options) for split in ("train", "held_out")]
     assert [len(part) for part in parts] == [29, 3]
     assert len(parts[1][0].captions) == 5
-
     numbered(tmp_path / "mine" / "tests/assets/cc12m_test" / "x.tar", 2)
     monkeypatch.chdir(tmp_path / "mine")
     assert len(build_source("cc12m-test", "train")) == 2

@@ -45,10 +45,9 @@ def image_column(schema: pa.Schema, named: str) -> Column:
         if not _holds_pictures(fields.get(column, pa.string())):
             raise SettingError(IMAGE_COLUMN, f"column {named!r} holds no encoded images")
         return column
-    declared = {name for name, f in _features(schema).items() if f.get("_type") == "Image"}
     holding = [name for name in schema.names if _holds_pictures(fields[name,])]
     single = [name for name in holding if not pa.types.is_list(fields[name,])]
-    found = [name for name in schema.names if name in declared] or single or holding
+    found = single or holding
     name = _match("image", found) or (found[0] if len(found) == 1 else None)
     if name is None:
         which = f"one of {', '.join(found)} has to be named" if found else "no column holds images"
@@ -66,11 +65,11 @@ def caption_column(schema: pa.Schema, named: str) -> Column:
         column = _named(fields, named, CAPTION_COLUMN)
     else:
         exact = [name for name in CAPTION_NAMES if name in schema.names]
-        alike = [name for wanted in CAPTION_NAMES if (name := _match(wanted, schema.names))]
-        if not alike:
+        found = [name for wanted in CAPTION_NAMES if (name := _match(wanted, schema.names))]
+        if not found:
             names = ", ".join(CAPTION_NAMES)
             raise SettingError(CAPTION_COLUMN, f"no column is called {names}; {_columns(fields)}")
-        column = ((exact or alike)[0],)
+        column = ((exact or found)[0],)
     of = fields.get(column, pa.string())
     if not (_is_text(of) or (named and pa.types.is_integer(of))):
         raise SettingError(CAPTION_COLUMN, f"column {'.'.join(column)!r} holds no text")
@@ -155,8 +154,8 @@ def _match(wanted: str, names: Collection[str]) -> str | None:
     """The name itself, else the only one that differs from it by case alone."""
     if wanted in names:
         return wanted
-    alike = [name for name in names if name.lower() == wanted.lower()]
-    return alike[0] if len(alike) == 1 else None
+    same = [name for name in names if name.lower() == wanted.lower()]
+    return same[0] if len(same) == 1 else None
 
 
 def _features(schema: pa.Schema) -> dict[str, dict]:

@@ -18,8 +18,8 @@ from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.listing import missing, not_regular, stamp
 from torchtitan_flux.data.sources.pairing import Pairs, is_picture, stem_and_suffix
-from torchtitan_flux.data.sources.parts import NO_PART, part_of_folder, split_files
 from torchtitan_flux.data.sources.source import CAPTIONS, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.split import NO_PART, part_of_folder, split_files
 from torchtitan_flux.formatting import listed
 
 WATCHED_FILES = 200_000
@@ -37,9 +37,8 @@ _COARSE = "more than 200,000 files"  # stands among the facts where only directo
 class FolderSource(IndexedSource):
     """Pictures below a folder, sorted; ids are their paths relative to it.
 
-    A picture's captions are what the metadata files say that name it, in order; without any, what
-    the text file of its stem says. Where folders directly below the root are named after parts,
-    only those of the split are read.
+    Captions come from the metadata files that name a picture, else from the text file of its stem.
+    Where folders directly below the root are named after parts, those of the split are read.
     """
 
     name = "folder"

@@ -5,7 +5,6 @@ into Arrow files, once, where indexes are kept.
 """
 
 import io
-import itertools
 import json
 import logging
 import os
@@ -34,8 +33,8 @@ from torchtitan_flux.data.sources.columns import (
 )
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.split import part_of, split_files
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +176,9 @@ def _opened(found: Path | Dataset) -> _Table:
         files = [Path(file["filename"]) for file in found.cache_files]
         mark = " ".join([found._fingerprint, *map(listing.stamp, files)])
         return _Table(found.data.schema, len(found), mark, found)
+    if what := listing.not_regular(found):
+        raise ValueError(f"{found} is {what}")
     with _damage_is_named(found):
-        if what := listing.not_regular(found):
-            raise ValueError(f"it is {what}")
         if found.suffix.lower() == ".parquet":
             with pq.ParquetFile(found) as file:
                 return _Table(file.schema_arrow, file.metadata.num_rows, listing.stamp(found), None)
@@ -211,7 +210,7 @@ def _merged(schemas: list[pa.Schema]) -> pa.Schema:
 
 
 def _common_columns(tables: Mapping[str, _Table], merged: pa.Schema, names: list[str]) -> pa.Schema:
-    """The columns that are read, which all tables must have alike; one of nulls is like any."""
+    """The columns that are read, which must have one type in all tables; nulls fit any."""
     columns = {name: plain_type(merged.field(name).type) for name in names}
     for table, (schema, *_) in tables.items():
         for column, of in columns.items():
@@ -228,28 +227,25 @@ def _common_columns(tables: Mapping[str, _Table], merged: pa.Schema, names: list
 
 @contextmanager
 def _damage_is_named(file: Path) -> Iterator[None]:
-    """pyarrow and datasets raise sorts of their own: what is said is what the file is instead."""
+    """Whatever pyarrow and datasets raise: the file is named, and what it is instead of a table."""
     try:
         yield
     except SettingError:
         raise
     except Exception as error:
-        what = ""
-        with suppress(OSError):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    what = listing.foreign_content(opened.read(listing.HEAD), file.name)
+        what, name = "", str(file)
+        with suppress(OSError), file.open("rb") as opened:
+            what = listing.foreign_content(opened.read(listing.HEAD), file.name)
         if not what and isinstance(error, OSError) and error.strerror:
-            other = error.filename if str(error.filename or file) != str(file) else ""
-            what = f"cannot be opened: {other}{': ' if other else ''}{error.strerror}"
-        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{file} {what or f'cannot be read as a table: {said[0]}'}") from error
+            what, name = f"cannot be opened: {error.strerror}", str(error.filename or file)
+        text = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{name} {what or f'cannot be read as a table: {text[0]}'}") from error
 
 
 def _converted(
     root: Path, counts: dict[str, int], columns: pa.Schema, index_folder: Path | None
 ) -> dict[str, Dataset]:
-    """Columns of parquet files of known numbers of rows, as tables."""
+    """Columns of parquet files, whose numbers of rows are given, as tables."""
     if not counts:
         return {}
     files = [str(root / name) for name in counts]
@@ -268,30 +264,25 @@ def _converted(
                 features=datasets.Features.from_arrow_schema(columns),
             )  # pyright: ignore[reportReturnType]
 
-    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # of which every process would print several
-    try:
-        with _damage_is_named(root):
-            table = index_cache.in_first_writable(
-                index_cache.places(index_folder, root), f"the rows of {root}", convert
-            )
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    what = f"the rows of {root}"
+    with _damage_is_named(root):
+        table = index_cache.in_first_writable(index_cache.places(index_folder, root), what, convert)
     assert len(table) == sum(counts.values())
-    ends = itertools.accumulate(counts.values())
-    return {
-        name: table.select(range(end - count, end))
-        for (name, count), end in zip(counts.items(), ends, strict=True)
-    }
+    tables, start = {}, 0
+    for name, count in counts.items():
+        tables[name] = table.select(range(start, start + count))
+        start += count
+    return tables
 
 
 def _from_hub(name: str) -> DatasetDict | Dataset:
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(f"{name} does not exist")
+    datasets.enable_progress_bars()
     try:
         return datasets.load_dataset(name)  # pyright: ignore[reportReturnType]
-    except Exception as error:  # of a dozen sorts: no network, no such name, several configurations
+    except Exception as error:  # of a dozen types: no network, no such name, several configurations
         raise ValueError(
             f"{name} is neither here nor available from the hub "
             f"({' '.join(str(error).split())[:200]}); download it with `hf download {name} "

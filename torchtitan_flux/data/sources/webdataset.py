@@ -21,8 +21,8 @@ from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.index_cache import open_index
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.pairing import composed, is_picture
-from torchtitan_flux.data.sources.parts import part_of, split_files
 from torchtitan_flux.data.sources.source import SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.split import part_of, split_files
 from torchtitan_flux.formatting import listed
 
 CUT = "lies beyond the end of its shard"
@@ -41,14 +41,11 @@ _TEXTS = ("txt", "json", "caption")
 
 
 class TarSource(IndexedSource):
-    """The samples of local tar shards; ids are "<shard>/<key>", keys as in WebDataset.
+    """The samples of local tar shards; ids are "<shard>/<key>", "<shard>/<key>#2" if repeated.
 
     Shards come in the order of their names, or of the braces that spell them out; samples in the
-    order in which a shard first names them. The second sample of a repeated key is
-    "<shard>/<key>#2".
-
-    The path is a folder, a tar file or a pattern; `image_column` the suffix of pictures, "" for
-    any; `caption_column` a key of the samples' .json, "" prefers their .txt.
+    order in which a shard first names them. `image_column` is the suffix of pictures, "" for any;
+    `caption_column` a key of the samples' .json, "" prefers their .txt.
     """
 
     name = "webdataset"
@@ -155,10 +152,7 @@ def _shards(given: str, without: Path | None) -> tuple[Path, listing.Files]:
 
 @dataclass
 class _Sample:
-    """Members of one key: (kind, `Row` of a picture or captions of a text).
-
-    `is_clear`: which of them belong together is known.
-    """
+    """Members of one key: (kind, `Row` or captions); `is_clear` which belong together."""
 
     key: str
     members: list[tuple[str, Any]]
