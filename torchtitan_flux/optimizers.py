@@ -100,12 +100,12 @@ most of the time, and would be lost if it were rounded to nearest."""
 
 
 class FluxOptimizers(OptimizersContainer):
-    """torchtitan's container, with the optimizers of the table.
+    """torchtitan's container (and its OptimizersBuilder), with the optimizers of the table.
 
     Checkpoints hold moments in float32 whatever they are kept in: they load on any mesh.
     """
 
-    def __init__(self, model_parts: list[nn.Module], section: OptimizerSection):
+    def __init__(self, model_parts: list[nn.Module], section: OptimizerSection, *_: object):
         self.model_parts = model_parts
         self.optimizers = []
         everything: list[nn.Parameter] = []
@@ -145,13 +145,6 @@ class FluxOptimizers(OptimizersContainer):
                     kept = new_buffer(parameter, name == "exp_avg")
                     _quantise(local(state[name]), local(kept))
                     state[name] = kept
-
-
-def build_optimizers(
-    model_parts: list[nn.Module], section: OptimizerSection, *_: Any
-) -> FluxOptimizers:
-    """torchtitan's OptimizersBuilder."""
-    return FluxOptimizers(model_parts, section)
 
 
 def state_bytes(name: str, parameters: Iterable[Tensor]) -> int:

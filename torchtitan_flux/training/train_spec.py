@@ -13,7 +13,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs, flops_per_image
-from torchtitan_flux.optimizers import build_optimizers
+from torchtitan_flux.optimizers import FluxOptimizers
 from torchtitan_flux.parallel import low_precision  # noqa: F401  (our converters, for torchtitan's)
 from torchtitan_flux.parallel.parallelize import parallelize_flux
 from torchtitan_flux.parallel.pipeline import pipeline_flux
@@ -71,7 +71,7 @@ register_train_spec(
         model_args=FlavorArgs(),  # type: ignore[arg-type]
         parallelize_fn=parallelize_flux,
         pipelining_fn=pipeline_flux,  # type: ignore[arg-type]
-        build_optimizers_fn=build_optimizers,
+        build_optimizers_fn=FluxOptimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,  # type: ignore[arg-type]
         build_tokenizer_fn=build_tokenizer,  # type: ignore[arg-type]

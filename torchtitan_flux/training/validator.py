@@ -109,29 +109,29 @@ class FluxValidator:
         with self.metrics.pause():
             for name, applied in self.weights:
                 with applied():
-                    self._validate_with(name, step)
+                    self._validate(name, step)
             self.report(take_replaced(self.loader), "validation")
 
-    def _validate_with(self, weights: str, step: int) -> None:
-        validation = self.config.validation
-        times = TIME_GRIDS[validation.time_grid]()
+    def _validate(self, weights: str, step: int) -> None:
+        v = self.config.validation
+        times = TIME_GRIDS[v.time_grid]()
         try:
             loss, by_time = mean_loss(
                 self.loader,
                 self.encoders,
                 self.losses,
                 times,
-                validation.all_timesteps,
-                validation.steps,
+                v.all_timesteps,
+                v.steps,
                 self.group,
                 self.device,
             )
         except NoItems as error:
             logger.error(f"validate step: {step:5d}  no loss: {error}")
-        else:
-            by_name = {
-                f"loss_t={t:.4f}": float(value)
-                for t, value in zip(times, by_time, strict=True)
-                if not np.isnan(value)  # a short set in turn may miss a time
-            }
-            self.metrics.log_validation(loss, step, by_name, weights)
+            return
+        by_name = {
+            f"loss_t={t:.4f}": float(value)
+            for t, value in zip(times, by_time, strict=True)
+            if not np.isnan(value)  # a short set in turn may miss a time
+        }
+        self.metrics.log_validation(loss, step, by_name, weights)
