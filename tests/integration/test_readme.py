@@ -31,12 +31,13 @@ NOT_HERE = ("pip", "pytest", "python scripts/download_hf_assets.py")
 
 
 def begin(line: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """A command in bash, with the interpreter of the tests and without their PYTHONPATH."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
+    """A command in bash, with the interpreter of the tests; the package is this repository's."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    kept |= {"PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
     return subprocess.Popen(
         ["bash", "-c", line],
         cwd=folder,
-        env=kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"} | environment,
+        env=kept | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,9 +45,9 @@ def begin(line: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def run(line: str, folder: Path, **environment: str) -> str:
-    """Its output; it has to end with 0."""
-    process = begin(line, folder, **environment)
+def shell(line: str, folder: Path, *more: str, **environment: str) -> str:
+    """The output of a command and more arguments; it has to end with 0."""
+    process = begin(" ".join([line, *map(shlex.quote, more)]), folder, **environment)
     output, _ = process.communicate()
     assert process.returncode == 0, f"{line}\n{output}"
     return output
@@ -67,20 +68,19 @@ def stop(line: str, folder: Path, step: int, **environment: str) -> str:
     return output
 
 
-def shortened(command: Command) -> str:
-    more: tuple[str, ...] = ()
+def appended(command: Command) -> tuple[str, ...]:
     if command.words[0] == "./run_infer.sh":
-        more = ("--steps", "2")
-    elif command.words[0] == "./run_train.sh":
-        more = LATENT if "CONFIG_FILE" in command.environment else DIGITS
-    return " ".join([command.text, *more])
+        return ("--steps", "2")
+    if command.words[0] != "./run_train.sh":
+        return ()
+    return LATENT if "CONFIG_FILE" in command.environment else DIGITS
 
 
 def test_the_readme(tmp_path):
     for name in ("run_train.sh", "run_infer.sh", "scripts"):
         (tmp_path / name).symlink_to(REPO / name)
     outputs = {
-        c.text: run(shortened(c), tmp_path, PYTHONPATH=str(REPO))
+        c.text: shell(c.text, tmp_path, *appended(c))
         for c in commands("README.md")
         if not c.text.startswith(NOT_HERE)
     }
@@ -112,9 +112,9 @@ def test_a_wheel_from_install_to_report(tmp_path):
         "PIP_TARGET": str(site), "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }  # fmt: skip
     train = "python -m torchtitan_flux.launch"
-    run("pip wheel --no-deps -w dist .", source, **environment)
-    run("pip install dist/torchtitan_flux-*.whl", source, **environment)
-    at = run("python -c 'import torchtitan_flux as t; print(t.__file__)'", empty, **environment)
+    shell("pip wheel --no-deps -w dist .", source, **environment)
+    shell("pip install dist/torchtitan_flux-*.whl", source, **environment)
+    at = shell("python -c 'import torchtitan_flux as t; print(t.__file__)'", empty, **environment)
     assert Path(at.strip()).is_relative_to(site), "installed, not the tree"
     names = {path.name for path in (REPO / "train_configs").iterdir()}
     assert {path.name for path in (site / "torchtitan_flux/train_configs").iterdir()} == names
@@ -123,13 +123,13 @@ def test_a_wheel_from_install_to_report(tmp_path):
     first = stop(f"{train} {short}", empty, step=3, **environment)
     (stopped,) = re.findall(r"stopped at step (\d+) and saved; the same command continues", first)
     last = int(stopped) + 2
-    second = run(f"{train} {short} --training.steps {last}", empty, **environment)
+    second = shell(f"{train} {short} --training.steps {last}", empty, **environment)
     steps = [int(step) for step in re.findall(r"step: +(\d+)  loss.*grad_norm", second)]
     assert steps == [int(stopped) + 1, last]
     *_, score, grid = second.strip().splitlines()
     assert re.fullmatch(r"score: \d+\.\d % of 10 digits read as prompted", score)
-    run(f'{train} infer --prompt "a seven" --out seven.png --steps 2', empty, **environment)
-    run("python -m torchtitan_flux.report outputs/flux_digits", empty, **environment)
+    shell(f'{train} infer --prompt "a seven" --out seven.png --steps 2', empty, **environment)
+    shell("python -m torchtitan_flux.report outputs/flux_digits", empty, **environment)
 
     with Image.open(empty / grid.removeprefix("grid: ")) as picture:
         assert picture.text["step"] == str(last)  # type: ignore[attr-defined]
@@ -165,5 +165,5 @@ def test_training_needs_no_triton(tmp_path):
         "--sampling.no-enable", "--score.no-enable", "--checkpoint.no-enable",
         "--metrics.no-enable_tensorboard",
     )  # fmt: skip
-    line = shlex.join(["python", "-c", WITHOUT_TRITON, *argv])
-    assert re.search(r"step: +2  loss", run(line, tmp_path, PYTHONPATH=str(REPO)))
+    output = shell("python -c", tmp_path, WITHOUT_TRITON, *argv)
+    assert re.search(r"step: +2  loss", output)
