@@ -13,16 +13,8 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call function(*args) on `world_size` forked ranks, each with the environment of torchrun.
-
-    Where LOCAL process groups are wanted, `function` finds torch.distributed initialised.
-
-    Returns:
-        what each rank returned (through torch.save), in the order of ranks.
-
-    Raises:
-        RuntimeError: with the traceback of the rank that failed.
-    """
+    """What function(*args) returns on each of `world_size` forked ranks of an initialised group,
+    with the environment of torchrun; raises with the traceback of the rank that failed."""
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -33,16 +25,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             process.start()
         for process in ranks:
             process.join()
-        errors = sorted(Path(folder).glob("error-*"))
-        if errors:
+        if errors := sorted(Path(folder).glob("error-*")):
             raise RuntimeError("\n".join(path.read_text() for path in errors))
         codes = [process.exitcode for process in ranks]
-        if any(codes):
-            raise RuntimeError(f"exit codes of the ranks: {codes}")
-        return [
-            torch.load(Path(folder) / f"result-{rank}", weights_only=False)
-            for rank in range(world_size)
-        ]
+        assert not any(codes), f"exit codes of the ranks: {codes}"
+        results = [Path(folder) / f"result-{rank}" for rank in range(world_size)]
+        return [torch.load(path, weights_only=False) for path in results]
 
 
 def _rank(folder: str, rank: int, world_size: int, function: Callable, args: tuple) -> None:

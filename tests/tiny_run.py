@@ -1,5 +1,6 @@
 """Short runs of flux-tiny, on forked ranks."""
 
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def train(argv: list[str], change: Callable[[FluxTrainer], None] | None = None) 
         log(self, step, loss, *args, **kwargs)
 
     FluxMetrics.log = recorded
-    lines = _log_lines()
+    lines = io.StringIO()
+    logger.addHandler(logging.StreamHandler(lines))
+    logger.setLevel(logging.INFO)
     trainer = FluxTrainer(load_config(argv))
     if change is not None:
         change(trainer)
@@ -83,26 +86,19 @@ def train(argv: list[str], change: Callable[[FluxTrainer], None] | None = None) 
         for name, parameter in part.named_parameters()
     }
     trainer.close()
-    return Run(losses, "\n".join(lines), weights, error, trainer.results)
+    return Run(losses, lines.getvalue(), weights, error, trainer.results)
 
 
-def _log_lines() -> list[str]:
-    lines: list[str] = []
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logger.addHandler(Lines())
-    logger.setLevel(logging.INFO)
-    return lines
+def trained(ranks: int, argv: list[str]) -> Run:
+    """What rank 0 saw of a run without an error, whose losses all ranks have."""
+    runs = run_ranks(ranks, train, argv)
+    assert all(one.losses == runs[0].losses for one in runs), "ranks disagree on the loss"
+    assert [one.error for one in runs] == [""] * ranks
+    return runs[0]
 
 
 def loss_series(ranks: int, argv: list[str]) -> dict[int, float]:
-    runs = run_ranks(ranks, train, argv)
-    assert all(one.losses == runs[0].losses for one in runs), "ranks disagree on the loss"
-    assert runs[0].error == ""
-    return runs[0].losses
+    return trained(ranks, argv).losses
 
 
 def worst(series: dict[int, float], reference: dict[int, float]) -> float:
@@ -118,10 +114,9 @@ def refusal(argv: list[str]) -> str:
     return "not refused"
 
 
-def painted_and_measured(argv: list[str], replicate: int) -> tuple[Tensor, float]:
+def painted_and_measured(argv: list[str]) -> tuple[Tensor, float]:
     """Pictures and validation loss of a randomised model (at the DiT start both are trivial)."""
-    more = ["--parallelism.data_parallel_replicate_degree", str(replicate)]
-    trainer = FluxTrainer(load_config([*argv, *more]))
+    trainer = FluxTrainer(load_config(argv))
     values = dict(randomize(FluxModel(trainer.model_args), 3).named_parameters())
     for part in trainer.model_parts:
         fill(part, values)

@@ -274,6 +274,11 @@ def assert_as_on_one_device(case: Case) -> None:
 
 
 def mutant(case: Case, owner: object, name: str, value: object) -> Twin:
-    """A twin with one thing wrong, in a process of its own: nothing needs to be put back."""
-    setattr(owner, name, value)
+    setattr(owner, name, value)  # in a process of its own: nothing needs to be put back
     return run_twin(case)
+
+
+def assert_mutant_is_seen(case: Case, owner: object, name: str, value: object) -> None:
+    """With this attribute replaced, gradients are not those of one device."""
+    twin = run_ranks(case.ranks, mutant, case, owner, name, value)[0]
+    assert difference(reference(case.alone), twin).grad > 1e-3

@@ -1,8 +1,7 @@
 """float8 over ranks, with its weights gathered in float8 or not; checkpoints with and without.
 
-Scales of activations and gradients are of what a rank computes. Where all ranks see the same
-samples, results are those of one rank to the last bit; where they share a batch out, they differ
-as two roundings do.
+Scales of activations and gradients are each rank's own: ranks that see the same samples compute
+what one does, ranks that share a batch differ from it as two roundings do.
 """
 
 import functools
@@ -54,8 +53,7 @@ def config_of(argv: tuple[str, ...]) -> Any:
 
 
 def run(mesh: str, function: Callable[..., Any], argv: tuple[str, ...], *args: Any) -> list[Any]:
-    """On the ranks of a mesh; the configuration is read once, before they are forked."""
-    config_of(argv)
+    config_of(argv)  # once, before the ranks are forked
     return run_ranks(math.prod(MESHES[mesh]), function, MESHES[mesh], argv, *args)
 
 
@@ -73,10 +71,8 @@ def built(mesh: tuple[int, int], argv: tuple[str, ...], meta: bool = False):
 
 
 def steps(mesh: tuple[int, int], argv: tuple[str, ...], shared_out: bool, count: int = 1) -> dict:
-    """Losses of `count` steps on one batch, gradients of the first, how the weight came.
-
-    The batch is shared out among the ranks, or seen by all of them.
-    """
+    """Losses of `count` steps on one batch, shared out among the ranks or seen by all of them;
+    gradients of the first; the type in which a weight is gathered."""
     model, converters, dims = built(mesh, argv)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     optimizer.register_step_post_hook(lambda *_: converters.post_optimizer_hook(model))
@@ -197,13 +193,10 @@ def saved_and_loaded(mesh, argv_saved, argv_loaded, folder) -> None:
     wrapper.load_state_dict(states)
     expected = dict(nonzero_model(ARGS, seed=5).named_parameters())
     # read from the parameters themselves: the state dict must be the same memory, not a copy
-    for name, parameter in other.named_parameters():
-        local = parameter.detach().to_local()
-        local = getattr(local, "_tensor", local)
-        value = distribute_tensor(
-            expected[name].detach(), parameter.device_mesh, parameter.placements
-        )
-        assert torch.equal(local, value.to_local()), name
+    for name, p in other.named_parameters():
+        local = p.detach().to_local()
+        value = distribute_tensor(expected[name].detach(), p.device_mesh, p.placements).to_local()
+        assert torch.equal(getattr(local, "_tensor", local), value), name
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(PRECOMPUTED, OFF), (OFF, PRECOMPUTED)])
@@ -240,11 +233,10 @@ def test_a_float8_run_continues_exactly_and_also_without_float8(tmp_path):
     for name, value in read_states(last).items():
         if name in runs[0].weights:
             assert torch.equal(value, runs[0].weights[name]), name
-    again = run_ranks(
-        2, train, [*argv, *PRECOMPUTED, "--checkpoint.load_step", "2"], far_from_the_start
-    )
+    back = ("--checkpoint.load_step", "2")
+    again = run_ranks(2, train, [*argv, *PRECOMPUTED, *back], far_from_the_start)
     assert again[0].losses == {step: runs[0].losses[step] for step in (3, 4)}
-    (plain,) = run_ranks(1, train, [*arguments(tmp_path, 8, *short), "--checkpoint.load_step", "2"])
+    (plain,) = run_ranks(1, train, arguments(tmp_path, 8, *short, *back))
     assert plain.error == ""
     assert plain.losses == pytest.approx(again[0].losses, rel=2e-2)
     assert plain.losses != again[0].losses

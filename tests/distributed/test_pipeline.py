@@ -12,17 +12,14 @@ import torch
 from helpers import model_inputs
 from PIL import Image
 from ranks import run_ranks
-from tiny_run import GLOBAL_BATCH, Run, arguments, train, worst
+from tiny_run import GLOBAL_BATCH, Run, arguments, train, trained, worst
 from torch import Tensor
-from twins import TWIN, Case, assert_as_on_one_device, difference, fill, mutant, reference
+from twins import Case, assert_as_on_one_device, assert_mutant_is_seen, build, tiers
 
 from torchtitan_flux.inference.open_run import load_model, open_run
-from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.model import FluxModel
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel import pipeline_stage
-from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.parallelize import parallelize_flux
-from torchtitan_flux.parallel.pipeline import Pipeline, pipeline_flux
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.losses import forward_backward
 from torchtitan_flux.training.trainer import FluxTrainer
@@ -61,26 +58,17 @@ LONG = {
 }  # fmt: skip
 
 
-SLOW = ("Interleaved1F1B 2",)
-
-
-def marked(name: str):
-    if name in LONG:
-        return pytest.param(name, marks=pytest.mark.long)
-    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
-
-
-@pytest.mark.parametrize("name", map(marked, {**CASES, **LONG}))
-def test_a_pipeline_computes_what_one_device_computes(name):
-    assert_as_on_one_device({**CASES, **LONG}[name])
+@pytest.mark.parametrize("case", tiers(CASES | LONG, ("Interleaved1F1B 2",), tuple(LONG)))
+def test_a_pipeline_computes_what_one_device_computes(case):
+    assert_as_on_one_device(case)
 
 
 # ---- what the twins see: a pipeline with one thing wrong --------------------------------------
 
 
-def vec_without_gradient(self, *hidden, img_ids, txt_ids):
+def vec_without_gradient(self, *hidden, **ids):
     *streams, vec = hidden
-    return self.run(streams, vec.detach(), img_ids, txt_ids)
+    return self.run(streams, vec.detach(), **ids)
 
 
 def mean_of_microbatches(self, velocity, target, call=Pipeline._microbatch_loss):
@@ -103,9 +91,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_seen(name):
-    case = Case(pp=2, guidance=True)
-    (twin, _) = run_ranks(2, mutant, case, *MUTANTS[name])
-    assert difference(reference(case.alone), twin).grad > 1e-3
+    assert_mutant_is_seen(Case(pp=2, guidance=True), *MUTANTS[name])
 
 
 # ---- velocities -------------------------------------------------------------------------------
@@ -116,39 +102,32 @@ CALLS = ((5, 3, 8, 8), (1, 3, 5, 7), (5, 3, 8, 8), (11, 2, 4, 8))
 
 def velocities(case: Case) -> tuple[list[Tensor], list[float]]:
     """Of a pipeline that trains in between, and how far the loss of a batch is in each case."""
-    FLAVORS[TWIN] = case.args
-    config = load_config(case.argv())
-    dims = FluxParallelDims.of(config.parallelism, case.ranks)
-    with torch.device("meta"):
-        model = FluxModel(case.args)
-    pipeline, stages, *_ = pipeline_flux(
-        model, dims, config, torch.device("cpu"), case.args, parallelize_flux
-    )
-    for stage in stages:
-        stage.to_empty(device="cpu")
-        fill(stage, dict(case.model().named_parameters()))
+    _, pipeline, _ = build(case)
     inputs, target = case.data()
-    drawn, losses = [], []
+    velocities, losses = [], []
     for call in CALLS:
-        drawn.append(pipeline(*model_inputs(case.args, *call, seed=3).values()))
+        velocities.append(pipeline(*model_inputs(case.args, *call, seed=3).values()))
         loss = forward_backward(pipeline, FluxInputs(**inputs), target, target.numel(), last=True)
         losses.append(float(loss.sum()))
-    return drawn, losses
+    return velocities, losses
 
 
-@pytest.mark.parametrize("case", [
-    Case(pp=2, batch=6, pipelined=3, guidance=True),
-    pytest.param(Case(pp=2, schedule="Interleaved1F1B"), marks=pytest.mark.long),
-    Case(pp=2, shard=2, schedule="ZBVZeroBubble", batch=4, guidance=True),
-    pytest.param(Case(pp=2, cp=2, schedule="GPipe"), marks=pytest.mark.long),
-    pytest.param(Case(pp=4, schedule="Interleaved1F1B", **DEEP), marks=pytest.mark.long),
-], ids=lambda case: case.schedule)  # fmt: skip
+SAMPLED = {
+    "1F1B": Case(pp=2, batch=6, pipelined=3, guidance=True),
+    "ZBVZeroBubble": Case(pp=2, shard=2, schedule="ZBVZeroBubble", guidance=True),
+    "Interleaved1F1B": Case(pp=2, schedule="Interleaved1F1B"),
+    "GPipe": Case(pp=2, cp=2, schedule="GPipe"),
+    "Interleaved1F1B 4": Case(pp=4, schedule="Interleaved1F1B", **DEEP),
+}
+
+
+@pytest.mark.parametrize("case", tiers(SAMPLED, long=tuple(SAMPLED)[2:]))
 def test_every_rank_has_the_velocity_of_any_batch(case):
     model = case.model().requires_grad_(False)
     inputs, target = case.data()
     loss = float((model(**inputs) - target).square().sum() / target.numel())
-    for drawn, losses in run_ranks(case.ranks, velocities, case):
-        for call, velocity in zip(CALLS, drawn, strict=True):
+    for found, losses in run_ranks(case.ranks, velocities, case):
+        for call, velocity in zip(CALLS, found, strict=True):
             expected = model(**model_inputs(case.args, *call, seed=3))
             assert not velocity.requires_grad
             torch.testing.assert_close(velocity, expected, rtol=1e-5, atol=1e-5)
@@ -167,16 +146,13 @@ SHORT = (
 )  # fmt: skip
 
 
-def pp(schedule: str, degree: int = 2) -> tuple[str, ...]:
-    return ("--parallelism.pipeline_parallel_degree", str(degree),
+def pp(schedule: str) -> tuple[str, ...]:
+    return ("--parallelism.pipeline_parallel_degree", "2",
             "--parallelism.pipeline_parallel_schedule", schedule)  # fmt: skip
 
 
-def run(ranks: int, dump: Path, local_batch: int, *more: str, change=None) -> Run:
-    runs = run_ranks(ranks, train, arguments(dump, local_batch, *SHORT, *more), change)
-    assert all(one.losses == runs[0].losses for one in runs), "ranks disagree on the loss"
-    assert all(one.error == "" for one in runs)
-    return runs[0]
+def run(ranks: int, dump: Path, local_batch: int, *more: str) -> Run:
+    return trained(ranks, arguments(dump, local_batch, *SHORT, *more))
 
 
 def validated(of: Run) -> list[float]:
@@ -196,9 +172,9 @@ def one_rank(tmp_path_factory) -> tuple[Run, Path]:
 def pipelined(tmp_path_factory) -> tuple[Run, Path]:
     dump = tmp_path_factory.mktemp("pipelined")
     # each data rank validates on three samples, no multiple of the microbatch
-    more = ("--validation.local_batch_size", "3", "--parallelism.pipeline_parallel_microbatch_size",
-            "2")  # fmt: skip
-    return run(4, dump, GLOBAL_BATCH // 2, *pp("1F1B"), *more), dump
+    microbatch = ("--parallelism.pipeline_parallel_microbatch_size", "2")
+    more = (*pp("1F1B"), *microbatch, "--validation.local_batch_size", "3")
+    return run(4, dump, GLOBAL_BATCH // 2, *more), dump
 
 
 def test_a_run_has_the_losses_of_one_rank(one_rank, pipelined):
@@ -207,11 +183,9 @@ def test_a_run_has_the_losses_of_one_rank(one_rank, pipelined):
     assert found.losses.keys() == reference.losses.keys()
     assert worst(found.losses, reference.losses) <= 1e-5
     assert validated(found) == pytest.approx(validated(reference), abs=2e-5)
-    for step in (3, STEPS):
-        grids = [
-            np.asarray(Image.open(d / f"samples/step-{step}.png"), int) for d in (one_dump, dump)
-        ]
-        assert np.abs(grids[0] - grids[1]).max() <= 1, "of 255 levels"
+    for name in ("samples/step-3.png", f"samples/step-{STEPS}.png"):
+        one, other = (np.asarray(Image.open(folder / name), int) for folder in (one_dump, dump))
+        assert np.abs(one - other).max() <= 1, "of 255 levels"
     assert "not visible" not in found.log
 
 
@@ -229,28 +203,20 @@ def test_pictures_are_drawn_from_a_pipelines_checkpoint_without_one(pipelined):
         assert any("single_blocks" in name for name in weights.keys() - found.weights.keys())
 
 
-def continued(
-    from_dump: Path, dump: Path, ranks: int, local_batch: int, *more: str
-) -> dict[int, float]:
-    shutil.copytree(from_dump / "checkpoint/step-3", dump / "checkpoint/step-3")
-    return run(ranks, dump, local_batch, *more).losses
-
-
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_a_pipeline_is_continued_without_one(one_rank, pipelined, tmp_path, ranks):
-    losses = continued(pipelined[1], tmp_path, ranks, GLOBAL_BATCH // ranks)
+@pytest.mark.parametrize(("saved", "ranks", "more"), [
+    pytest.param("pipelined", 1, (), id="a pipeline without one"),
+    pytest.param("pipelined", 2, (), id="a pipeline on FSDP 2", marks=pytest.mark.long),
+    pytest.param("one_rank", 2, pp("ZBVZeroBubble"), id="one rank in a pipeline, two parts each"),
+    pytest.param("one_rank", 2, pp("Interleaved1F1B"), id="interleaved", marks=pytest.mark.long),
+])  # fmt: skip
+def test_a_run_continues_with_a_pipeline_or_without(request, tmp_path, saved, ranks, more):
+    expected, _ = request.getfixturevalue("one_rank")
+    _, dump = request.getfixturevalue(saved)
+    shutil.copytree(dump / "checkpoint/step-3", tmp_path / "checkpoint/step-3")
+    local_batch = 4 if more else GLOBAL_BATCH // ranks
+    losses = run(ranks, tmp_path, local_batch, *more).losses
     assert list(losses) == [4, 5, 6]
-    assert worst(losses, one_rank[0].losses) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    "schedule", ["ZBVZeroBubble", pytest.param("Interleaved1F1B", marks=pytest.mark.long)]
-)
-def test_one_rank_is_continued_in_a_pipeline(one_rank, tmp_path, schedule):
-    """Two stages on each rank: the names of two model parts in one checkpoint."""
-    losses = continued(one_rank[1], tmp_path, 2, 4, *pp(schedule))
-    assert list(losses) == [4, 5, 6]
-    assert worst(losses, one_rank[0].losses) <= 1e-5
+    assert worst(losses, expected.losses) <= 1e-5
 
 
 def broken_sample(trainer: FluxTrainer) -> None:
@@ -266,9 +232,8 @@ def broken_sample(trainer: FluxTrainer) -> None:
 
 
 def test_every_rank_knows_which_sample_is_not_finite(tmp_path):
-    more = ("--training.steps", "2", "--validation.no-enable", "--sampling.no-enable")
-    found = run_ranks(
-        2, train, arguments(tmp_path, GLOBAL_BATCH, *SHORT, *pp("1F1B"), *more), broken_sample
+    argv = arguments(
+        tmp_path, GLOBAL_BATCH, "--training.steps", "2", "--validation.no-enable", *pp("1F1B")
     )
-    for one in found:
+    for one in run_ranks(2, train, argv, broken_sample):
         assert f"the loss is not finite at positions [{GLOBAL_BATCH + 3}]" in one.log

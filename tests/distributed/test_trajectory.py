@@ -20,6 +20,8 @@ def one_rank(tmp_path_factory) -> tuple[dict[int, float], Path]:
 
 DDP = ("--parallelism.data_parallel_replicate_degree", "2")
 KEPT = ("--parallelism.fsdp_reshard_after_forward", "never")
+CP = ("--parallelism.context_parallel_degree", "2")
+TP = ("--parallelism.tensor_parallel_degree", "2")
 
 
 @pytest.mark.parametrize(("ranks", "local_batch", "more"), [
@@ -30,16 +32,25 @@ KEPT = ("--parallelism.fsdp_reshard_after_forward", "never")
     pytest.param(2, 4, DDP, id="DDP 2"),
     pytest.param(4, 2, (), id="FSDP 4", marks=pytest.mark.long),
     pytest.param(4, 1, DDP, id="HSDP 2x2, 2 microbatches"),
+    pytest.param(4, 8, (*CP, *TP), id="CP 2 x TP 2"),
+    pytest.param(2, 8, CP, id="CP 2", marks=pytest.mark.slow),
+    pytest.param(4, 4, TP, id="FSDP 2 x TP 2", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_same_losses_on_any_mesh(one_rank, tmp_path, ranks, local_batch, more):
     reference, _ = one_rank
     series = loss_series(ranks, arguments(tmp_path, local_batch, *more))
     assert series.keys() == reference.keys()
     assert worst(series, reference) <= 1e-5
+    if CP[0] in more or TP[0] in more:  # and back
+        shutil.rmtree(tmp_path / "checkpoint" / "step-20")
+        series = loss_series(1, arguments(tmp_path, GLOBAL_BATCH))
+        assert list(series) == list(range(11, STEPS + 1))
+        assert worst(series, reference) <= 1e-5
 
 
 @pytest.mark.parametrize(("ranks", "local_batch", "more"), [
     (1, GLOBAL_BATCH, ()), pytest.param(2, 2, (), marks=pytest.mark.long), (4, 2, DDP),
+    pytest.param(4, 8, (*CP, *TP), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_continued_from_step_10(one_rank, tmp_path, ranks, local_batch, more):
     reference, dump = one_rank

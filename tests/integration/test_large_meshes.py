@@ -6,33 +6,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_run import GLOBAL_BATCH, arguments
 
 from torchtitan_flux.checkpoint.folder import step_folder, verify
 
 REPO = Path(__file__).resolve().parents[2]
 _compare = runpy.run_path(str(REPO / "scripts" / "loss_compare.py"))
 launch, read_losses, relative = (_compare[n] for n in ("launch", "read_losses", "relative"))
-STEPS, HALF, GLOBAL_BATCH = 6, 3, 8
+STEPS, HALF = 6, 3
 BASE = (
-    "--job.config_file", "train_configs/debug_model.toml",
-    "--model.flavor", "flux-tiny",
-    "--training.img_size", "64",
-    "--encoder.max_t5_encoding_len", "32",
-    "--training.global_batch_size", str(GLOBAL_BATCH),
-    "--training.local_batch_size", str(GLOBAL_BATCH),
-    "--training.steps", str(STEPS),
-    "--training.mixed_precision_param", "float32",
-    "--training.flip_prob", "0.5",
-    "--optimizer.lr", "8e-4",
-    "--lr_scheduler.warmup_steps", "2",
-    "--activation_checkpoint.mode", "none",
-    "--validation.no-enable",
-    "--debug.seed", "7",
-    "--metrics.log_freq", "1",
-    "--metrics.enable_tensorboard",
-    "--metrics.save_tb_folder", "tb",
-    "--checkpoint.interval", str(HALF),
-    "--checkpoint.no-last_save_model_only",
+    "--training.steps", str(STEPS), "--lr_scheduler.warmup_steps", "2",
+    "--checkpoint.interval", str(HALF), "--checkpoint.no-enable", "--validation.no-enable",
+    "--metrics.enable_tensorboard", "--metrics.save_tb_folder", "tb",
 )  # fmt: skip
 
 
@@ -86,7 +71,7 @@ TABLE = {
 
 
 def start(command: str, ranks: int, dump: Path, overrides: tuple[str, ...]) -> None:
-    words = [*BASE, "--job.dump_folder", str(dump), *overrides]
+    words = arguments(dump, GLOBAL_BATCH, *BASE, *overrides)
     status, output = launch(command, ranks, words)
     assert status == 0, output[-5000:]
 

@@ -1,22 +1,27 @@
-"""The commands of README.md, as they stand, one after another, made short."""
+"""The commands of README.md as they stand, made short: in a checkout, from a wheel in an empty
+folder, and where there is no triton."""
 
 import os
+import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from documents import REPO, Command, commands
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-DIGITS = (
-    "--training.steps", "2", "--training.local_batch_size", "8", "--metrics.log_freq", "1",
-    "--validation.steps", "1", "--validation.local_batch_size", "8",
+SHORT = (
+    "--training.local_batch_size", "8", "--metrics.log_freq", "1", "--validation.steps", "1",
     "--sampling.images_per_prompt", "1", "--sampling.denoising_steps", "2", "--score.count", "10",
     "--score.denoising_steps", "2",
 )  # fmt: skip
+DIGITS = (*SHORT, "--training.steps", "2", "--validation.local_batch_size", "8")
 LATENT = (
     "--model.flavor", "flux-tiny", "--training.img_size", "64", "--training.steps", "2",
     "--encoder.max_t5_encoding_len", "32",
@@ -25,28 +30,42 @@ NOT_HERE = ("pip", "pytest", "python scripts/download_hf_assets.py")
 """CI's, and tests/integration/test_downloads.py's."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    made = tmp_path_factory.mktemp("checkout")
-    for name in ("run_train.sh", "run_infer.sh", "scripts"):
-        (made / name).symlink_to(REPO / name)
-    return made
-
-
-def shell(command: str, folder: Path, *more: str) -> str:
-    """What it said; it has to end with 0."""
-    python = str(Path(sys.executable).parent)
-    ran = subprocess.run(
-        ["bash", "-c", " ".join([command, *map(shlex.quote, more)])],
+def begin(line: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """A command in bash, with the interpreter of the tests; the package is this repository's."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    kept |= {"PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
+    return subprocess.Popen(
+        ["bash", "-c", line],
         cwd=folder,
-        env={**os.environ, "PATH": f"{python}:{os.environ['PATH']}"},
+        env=kept | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert ran.returncode == 0, f"{command} {more}\n{ran.stdout}"
-    return ran.stdout
+
+
+def shell(line: str, folder: Path, *more: str, **environment: str) -> str:
+    """The output of a command and more arguments; it has to end with 0."""
+    process = begin(" ".join([line, *map(shlex.quote, more)]), folder, **environment)
+    output, _ = process.communicate()
+    assert process.returncode == 0, f"{line}\n{output}"
+    return output
+
+
+def stop(line: str, folder: Path, step: int, **environment: str) -> str:
+    """The output of a run that gets SIGTERM when it has trained this step; it ends with 0."""
+    process = begin(f"exec {line}", folder, **environment)
+    assert process.stdout is not None
+    output = ""
+    for text in process.stdout:
+        output += text
+        if re.search(rf"step: +{step}  loss", text):
+            process.send_signal(signal.SIGTERM)
+            break
+    output += process.stdout.read()
+    assert process.wait() == 0, output
+    return output
 
 
 def appended(command: Command) -> tuple[str, ...]:
@@ -57,20 +76,94 @@ def appended(command: Command) -> tuple[str, ...]:
     return LATENT if "CONFIG_FILE" in command.environment else DIGITS
 
 
-def test_the_readme(folder):
-    said = {
-        c.text: shell(c.text, folder, *appended(c))
+def test_the_readme(tmp_path):
+    for name in ("run_train.sh", "run_infer.sh", "scripts"):
+        (tmp_path / name).symlink_to(REPO / name)
+    outputs = {
+        c.text: shell(c.text, tmp_path, *appended(c))
         for c in commands("README.md")
         if not c.text.startswith(NOT_HERE)
     }
-    first = said["./run_train.sh"]
+    first = outputs["./run_train.sh"]
     assert "validate step:     2" in first
     assert "ema_" in first, "both losses"
     score, grid = first.strip().splitlines()[-2:]
     assert score.startswith("score: ")
-    assert (folder / grid.removeprefix("grid: ")).is_file()
-    assert (folder / "seven.png").is_file()
-    assert "<html" in (folder / "outputs/flux_digits/report.html").read_text(encoding="utf-8")
-    assert any("is sound" in text for text in said.values())
-    assert (folder / "outputs/two/checkpoint/step-2/manifest.json").is_file()
-    assert (folder / "outputs/debug_model").is_dir()
+    assert (tmp_path / grid.removeprefix("grid: ")).is_file()
+    assert (tmp_path / "seven.png").is_file()
+    assert "<html" in (tmp_path / "outputs/flux_digits/report.html").read_text(encoding="utf-8")
+    assert any("is sound" in text for text in outputs.values())
+    assert (tmp_path / "outputs/two/checkpoint/step-2/manifest.json").is_file()
+    assert (tmp_path / "outputs/debug_model").is_dir()
+
+
+def test_a_wheel_from_install_to_report(tmp_path):
+    """README, "Without the repository"."""
+    site, empty, source = (tmp_path / name for name in ("site", "empty", "source"))
+    empty.mkdir()
+    # building a wheel writes beside what it is built from
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPO / "torchtitan_flux", source / "torchtitan_flux", ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source / name)
+    # pip, without the network and beside the environment of the tests
+    environment = {
+        "PYTHONPATH": str(site), "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0",
+        "PIP_TARGET": str(site), "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }  # fmt: skip
+    train = "python -m torchtitan_flux.launch"
+    shell("pip wheel --no-deps -w dist .", source, **environment)
+    shell("pip install dist/torchtitan_flux-*.whl", source, **environment)
+    at = shell("python -c 'import torchtitan_flux as t; print(t.__file__)'", empty, **environment)
+    assert Path(at.strip()).is_relative_to(site), "installed, not the tree"
+    names = {path.name for path in (REPO / "train_configs").iterdir()}
+    assert {path.name for path in (site / "torchtitan_flux/train_configs").iterdir()} == names
+
+    short = " ".join([*SHORT, "--checkpoint.interval", "100"])
+    first = stop(f"{train} {short}", empty, step=3, **environment)
+    (stopped,) = re.findall(r"stopped at step (\d+) and saved; the same command continues", first)
+    last = int(stopped) + 2
+    second = shell(f"{train} {short} --training.steps {last}", empty, **environment)
+    steps = [int(step) for step in re.findall(r"step: +(\d+)  loss.*grad_norm", second)]
+    assert steps == [int(stopped) + 1, last]
+    *_, score, grid = second.strip().splitlines()
+    assert re.fullmatch(r"score: \d+\.\d % of 10 digits read as prompted", score)
+    shell(f'{train} infer --prompt "a seven" --out seven.png --steps 2', empty, **environment)
+    shell("python -m torchtitan_flux.report outputs/flux_digits", empty, **environment)
+
+    with Image.open(empty / grid.removeprefix("grid: ")) as picture:
+        assert picture.text["step"] == str(last)  # type: ignore[attr-defined]
+    with Image.open(empty / "seven.png") as picture:
+        assert picture.size == (8, 8)
+        assert picture.text["step"] == str(last)  # type: ignore[attr-defined]
+    assert (empty / "outputs/flux_digits/config.toml").is_file()
+    page = (empty / "outputs/flux_digits/report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page
+    assert sorted(path.name for path in empty.iterdir()) == ["outputs", "seven.png"]
+
+
+WITHOUT_TRITON = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+class WithoutTriton(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "triton" else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTriton
+sys.argv[0] = "trainer"
+runpy.run_module("torchtitan_flux.train", run_name="__main__", alter_sys=True)
+assert not [name for name in sys.modules if name.split(".")[0] == "triton"]
+"""
+"""As on macOS."""
+
+
+def test_training_needs_no_triton(tmp_path):
+    argv = (
+        "--job.config_file", "train_configs/flux_digits.toml", *DIGITS, "--validation.no-enable",
+        "--sampling.no-enable", "--score.no-enable", "--checkpoint.no-enable",
+        "--metrics.no-enable_tensorboard",
+    )  # fmt: skip
+    output = shell("python -c", tmp_path, WITHOUT_TRITON, *argv)
+    assert re.search(r"step: +2  loss", output)
