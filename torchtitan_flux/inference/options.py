@@ -10,7 +10,7 @@ from typing import Any
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.image_file import FORMATS
-from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
+from torchtitan_flux.inference.picture import NoPicture, Picture
 from torchtitan_flux.paths import locate
 from torchtitan_flux.tensor_files.hub_cache import snapshot_of
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
@@ -129,7 +129,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     problems += [_unknown(name) for name in sorted(options.given) if "." not in name]
     if options.from_png is not None and not problems:
         try:
-            options.recorded = PictureSettings.read(Path(options.from_png))
+            options.recorded = Picture.read(Path(options.from_png))
         except NoPicture as error:
             problems.append(f"--from-png: {error}")
     if problems:
