@@ -64,16 +64,11 @@ def main() -> None:
             comm = config.comm
             seconds = max(A_DAY, comm.init_timeout_seconds, comm.train_timeout_seconds)
             set_pg_timeouts(timedelta(seconds=seconds), context.dims)
-        with exit_when_out_of_memory(
-            lambda: [
-                *([] if options.low_memory else ["--low_memory"]),
-                *(
-                    [f"a smaller --inference.local_batch_size (now {batch_size})"]
-                    * (batch_size > 1)
-                ),
-                f"a smaller --size (now {settings.size})",
-            ]
-        ):
+        remedies = [] if options.low_memory else ["--low_memory"]
+        if batch_size > 1:
+            remedies.append(f"a smaller --inference.local_batch_size (now {batch_size})")
+        remedies.append(f"a smaller --size (now {settings.size})")
+        with exit_when_out_of_memory(lambda: remedies):
             render(context, pictures, paths, batch_size, options.low_memory)
     except (ValueError, FileNotFoundError) as error:
         print(f"Cannot draw: {error}", file=sys.stderr)
