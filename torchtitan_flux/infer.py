@@ -17,12 +17,11 @@ from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.tools.logging import init_logger, logger
 
 from torchtitan_flux.formatting import format_bytes
-from torchtitan_flux.inference.captions import cut_captions
 from torchtitan_flux.inference.draw import NotFinite, render
 from torchtitan_flux.inference.open_run import InferenceContext, open_run
 from torchtitan_flux.inference.options import FRESH_SEED, parse
 from torchtitan_flux.inference.picture import Picture
-from torchtitan_flux.inference.requested import requested
+from torchtitan_flux.inference.requested import cut_captions, requested
 from torchtitan_flux.inference.targets import check_format, check_paths, targets
 from torchtitan_flux.startup.load_config import exit_on_config_error, load_config
 from torchtitan_flux.startup.model_args import resolve_model_args

@@ -1,6 +1,7 @@
 """The pictures that are asked for: captions and settings, from options and configuration."""
 
 import argparse
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.options import out_of_range
 from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.latents import ImageSize
@@ -21,6 +23,8 @@ from torchtitan_flux.sampling.generate import SampleSettings
 from torchtitan_flux.startup.model_args import AUTO, sample_guidance, sample_settings
 from torchtitan_flux.weights.scheduler import stated_scheduler
 
+SHOWN, LETTERS = 8, 60
+"""Captions that are named when they are cut, and how much of them."""
 PUBLISHED_GUIDANCE = 3.5
 """Guidance input that Black Forest Labs draw with."""
 
@@ -135,3 +139,23 @@ def _of_published(
         shown = ", ".join(f"--{name} {value}" for name, value in scales.items())
         logger.info(f"{options.weights} is no checkpoint of a run: drawn with FLUX.1's {shown}")
     return scales
+
+
+def cut_captions(captions: Iterable[str], tokenizer: CaptionTokenizer) -> Iterator[str]:
+    """A line for each caption and encoder that does not read all of it; of many, the first ones."""
+    cut = 0
+    for caption in dict.fromkeys(captions):
+        found = tokenizer.unread(caption)
+        cut += bool(found)
+        for one in found if cut <= SHOWN else ():
+            key = " (encoder.max_t5_encoding_len)" if one.encoder == "T5" else ""
+            yield (
+                f"{_shortened(caption)} is cut for {one.encoder}: it has {one.tokens} tokens, "
+                f"{one.limit} are read{key}; not read: {_shortened(one.text)}"
+            )
+    if cut > SHOWN:
+        yield f"{cut - SHOWN} more captions are cut"
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= LETTERS else f"{text[:LETTERS]}…")

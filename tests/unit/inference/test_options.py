@@ -10,8 +10,8 @@ import pytest
 
 from torchtitan_flux.config.errors import ConfigError
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
-from torchtitan_flux.inference.captions import SHOWN, cut_captions
 from torchtitan_flux.inference.options import parse, with_pipeline_of
+from torchtitan_flux.inference.requested import SHOWN, cut_captions
 
 REPO = Path(__file__).resolve().parents[3]
 TINY = Path("assets/tiny")
