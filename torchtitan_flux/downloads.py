@@ -41,7 +41,6 @@ KINDS = {
 }
 """What --assets means where the repository has no such folder, as in torchtitan's script."""
 
-
 OPTIONS = {
     "repo_id": {"required": True, "help": "such as black-forest-labs/FLUX.1-dev"},
     "assets": {"nargs": "+", "default": [], "help": f"folders, or kinds: {', '.join(KINDS)}"},
@@ -92,10 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def default_folder() -> Path:
     """assets/hf: the one that configurations read, else in the checkout, else here."""
-    if found := locate("assets/hf"):
-        return found
     checkout = PACKAGE.parent
-    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "assets" / "hf"
+    parent = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+    return locate("assets/hf") or parent / "assets" / "hf"
 
 
 def download(options: argparse.Namespace) -> None:

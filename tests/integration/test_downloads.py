@@ -13,13 +13,8 @@ from documents import DOCUMENTS, commands
 from hub_server import COMMIT, HubServer, serving
 from huggingface_hub.hf_api import RepoSibling
 
-from torchtitan_flux.downloads import (
-    DownloadError,
-    build_parser,
-    check_space,
-    choose,
-    default_folder,
-)
+from torchtitan_flux import downloads
+from torchtitan_flux.downloads import DownloadError, build_parser, choose
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "scripts" / "download_hf_assets.py"
@@ -28,26 +23,14 @@ LARGE = 3_000_017
 ONLY_AE = ("--additional_patterns", AE)
 
 
-def content(size: int) -> bytes:
-    return random.Random(size).randbytes(size)
-
-
-FILES = {
-    AE: content(LARGE),
-    "README.md": b"---\nlicense: other\n---\n",
-    "flux1-dev.safetensors": content(40_003),
-    "model_index.json": b"{}\n",
-    "scheduler/scheduler_config.json": b'{"shift": 3.0}\n',
-    "text_encoder/config.json": b'{"hidden_size": 768}\n',
-    "text_encoder/model.safetensors": content(70_001),
-    "text_encoder/pytorch_model.bin": b"not to be read",
-    "text_encoder_2/model-00001-of-00002.safetensors": content(50_021),
-    "text_encoder_2/model.safetensors.index.json": b'{"weight_map": {}}\n',
-    "tokenizer/vocab.json": b"{}",
-    "tokenizer_2/tokenizer.json": b'{"model": {}}',
-    "transformer/config.json": b"{}\n",
-    "vae/config.json": b"{}\n",
-}
+NAMES = [
+    "README.md", "flux1-dev.safetensors", "model_index.json", "scheduler/scheduler_config.json",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin",
+    "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model.safetensors.index.json", "tokenizer/vocab.json",
+    "tokenizer_2/tokenizer.json", "transformer/config.json", "vae/config.json",
+]  # fmt: skip
+FILES = {AE: random.Random(0).randbytes(LARGE), **{name: name.encode() for name in NAMES}}
 
 
 @pytest.fixture
@@ -157,7 +140,7 @@ def test_a_wrong_checksum_leaves_no_file_and_a_damaged_one_is_replaced(hub, tmp_
 def test_too_little_space_is_reported_before_anything_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2_000_000}))
     with pytest.raises(DownloadError, match="not enough space"):
-        check_space(tmp_path / "new", 3_000_000)
+        downloads.check_space(tmp_path / "new", 3_000_000)
 
 
 @pytest.mark.parametrize(
@@ -204,15 +187,15 @@ def test_the_kinds_of_torchtitans_script():
     names = ["tokenizer.json", "config.json", "model-1.safetensors", "model.safetensors.index.json",
              "original/tokenizer.model", "README.md", "pytorch_model.bin"]  # fmt: skip
     files = [sibling(name) for name in names]
-
-    def chosen(*assets: str, patterns: tuple[str, ...] = (), everything: bool = False) -> list[str]:
-        return [file.rfilename for file in choose(files, assets, patterns, everything)]
-
-    assert chosen("tokenizer") == ["tokenizer.json", "original/tokenizer.model"]
-    assert chosen("config", "index") == ["config.json", "model.safetensors.index.json"]
-    assert chosen("safetensors") == ["model-1.safetensors", "model.safetensors.index.json"]
-    assert chosen(patterns=("original/*",)) == ["original/tokenizer.model"]
-    assert chosen(everything=True) == names[:-1]
+    for assets, patterns, expected in (
+        (["tokenizer"], [], [0, 4]),
+        (["config", "index"], [], [1, 3]),
+        (["safetensors"], [], [2, 3]),
+        ([], ["original/*"], [4]),
+    ):
+        chosen = [file.rfilename for file in choose(files, assets, patterns, False)]
+        assert chosen == [names[i] for i in expected]
+    assert choose(files, [], [], True) == files[:-1]
 
 
 def test_documented_commands_name_what_is_there():
@@ -234,6 +217,6 @@ def test_it_needs_no_torch_and_goes_where_the_configurations_look(tmp_path, monk
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     monkeypatch.chdir(tmp_path)
-    assert default_folder() == REPO / "assets" / "hf"
+    assert downloads.default_folder() == REPO / "assets" / "hf"
     (tmp_path / "assets" / "hf").mkdir(parents=True)
-    assert default_folder() == tmp_path / "assets" / "hf"
+    assert downloads.default_folder() == tmp_path / "assets" / "hf"

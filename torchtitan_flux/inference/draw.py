@@ -7,7 +7,9 @@ own request and the shape of the batch that the transformer saw.
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -19,23 +21,17 @@ from tqdm import tqdm
 
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference.open_run import InferenceContext, load_model
-from torchtitan_flux.inference.picture_settings import Request
+from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.inference.stages import Stages, all_loaded, low_memory_stages
 from torchtitan_flux.inference.targets import unwritable
-from torchtitan_flux.inference.task import Task
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.sampling.euler import all_finite
-from torchtitan_flux.sampling.generate import (
-    SampleSettings,
-    denoise,
-    displayable,
-    initial_noise,
-    to_pil,
-)
+from torchtitan_flux.sampling.generate import denoise, displayable, initial_noise, to_pil
 from torchtitan_flux.training.conditioning import build_tokenizer
 
+Batches = Sequence[Sequence[Picture]]
 MAX_IMAGES_PER_CHUNK = 32
 """Pictures of a rank that go together through sequential stages, so that memory does not grow with
 their number and the first are written before the last are started."""
@@ -45,7 +41,13 @@ class NotFinite(RuntimeError):
     """A picture has values that are infinite or no number; says which one, and at which step."""
 
 
-def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
+def render(
+    context: InferenceContext,
+    pictures: Sequence[Picture],
+    paths: Sequence[Path],
+    batch_size: int,
+    low_memory: bool,
+) -> None:
     """Draw and write, on all ranks; each picture is written as soon as it is there.
 
     Raises:
@@ -53,8 +55,8 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
         NotFinite: a picture cannot be drawn; those before it are written.
     """
     group, first = context.dims.data_group, torch.distributed.get_rank() == 0
-    rounds = torch.arange(len(task.requests)).split(task.batch * context.dims.data_degree)
-    batches = [[task.requests[i] for i in shard_rows(one, group).tolist()] for one in rounds]
+    rounds = torch.arange(len(pictures)).split(batch_size * context.dims.data_degree)
+    batches = [[pictures[i] for i in shard_rows(one, group).tolist()] for one in rounds]
     if low_memory:
         weights, tokenizer = context.open_weights(), build_tokenizer(context.config)
         stages = low_memory_stages(
@@ -63,39 +65,35 @@ def render(context: InferenceContext, task: Task, low_memory: bool) -> None:
     else:
         stages = all_loaded(*load_model(context))
     with tqdm(
-        total=sum(map(len, batches)) * task.settings.steps,
+        total=sum(map(len, batches)) * pictures[0].settings.steps,
         unit="step",
         disable=not (first and sys.stderr.isatty()),
         dynamic_ncols=True,
     ) as bar:
-        images = draw(
-            stages, context.args.geometry, batches, task.settings, task.negative, bar.update
-        )
+        images = draw(stages, context.args.geometry, batches, bar.update)
         for numbers, batch in zip(rounds, images, strict=True):
             together = all_gather_rows(batch.to(context.device), len(numbers), group).cpu()
             for i, image in zip(numbers.tolist(), together, strict=True) if first else ():
-                path, drawn = task.paths[i], task.picture(task.requests[i], context.names)
+                drawn = replace(pictures[i], names=context.names)
                 try:
-                    save_picture(to_pil(image), path, drawn.facts())
+                    save_picture(to_pil(image), paths[i], drawn.facts())
                 except OSError as error:
-                    raise unwritable(path, error) from None
+                    raise unwritable(paths[i], error) from None
                 bar.clear()
-                logger.info(f"{drawn.prompt!r}, seed {drawn.settings.seed} -> {path}")
+                logger.info(f"{drawn.prompt!r}, seed {drawn.settings.seed} -> {paths[i]}")
 
 
 def draw(
     stages: Stages,
     geometry: Geometry,
-    batches: Sequence[Sequence[Request]],
-    settings: SampleSettings,
-    negative_prompt: str = "",
+    batches: Batches,
     on_step: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Float[Tensor, "b c H W"]]:
     """This rank's images of each batch, in [-1, 1], float32, on the CPU.
 
     Args:
         stages: text encoders, transformer and codec; of ranks that share them, all have to call.
-        negative_prompt: what classifier-free guidance moves away from.
+        batches: pictures whose settings differ in nothing but the seed.
         on_step: called after each step of a batch, with the number of its pictures.
 
     Raises:
@@ -106,13 +104,13 @@ def draw(
     collect = list if stages.sequential else iter
     for begin in range(0, len(batches), chunk):
         some = batches[begin : begin + chunk]
-        texts = collect(_texts(stages, some, negative_prompt if settings.cfg != 1.0 else None))
-        latents = collect(_latents(stages, geometry, some, texts, settings, on_step))
+        texts = collect(_texts(stages, some))
+        latents = collect(_latents(stages, geometry, some, texts, on_step))
         yield from _images(stages, some, latents)
 
 
 def _texts(
-    stages: Stages, batches: Sequence[Sequence[Request]], negative_prompt: str | None
+    stages: Stages, batches: Batches
 ) -> Iterator[tuple[TextConditioning, TextConditioning | None]]:
     """Conditioning of each batch and of the negative prompt, on the CPU."""
     with stages.text() as encode:
@@ -128,9 +126,10 @@ def _texts(
 
         # ranks that share an encoder work in step, so that none may leave a caption out
         once = cache(encoded) if stages.sequential else encoded
-        negative = None if negative_prompt is None else once(negative_prompt)
+        first = batches[0][0]
+        negative = once(first.negative_prompt) if first.settings.cfg != 1.0 else None
         for batch in batches:
-            texts = [once(request.prompt) for request in batch]
+            texts = [once(picture.prompt) for picture in batch]
             txt, vec = torch.cat([one.txt for one in texts]), torch.cat([one.vec for one in texts])
             yield TextConditioning(txt, vec), negative
 
@@ -138,13 +137,12 @@ def _texts(
 def _latents(
     stages: Stages,
     geometry: Geometry,
-    batches: Sequence[Sequence[Request]],
+    batches: Batches,
     texts: Iterable[tuple[TextConditioning, TextConditioning | None]],
-    settings: SampleSettings,
     on_step: Callable[[int], object],
 ) -> Iterator[Float[Tensor, "b c h w"]]:
     """Latents of each batch, on the CPU."""
-    device, size = stages.device, settings.size
+    device, settings = stages.device, batches[0][0].settings
     with stages.transformer() as model:
         for batch, (text, negative) in zip(batches, texts, strict=True):
             steps = itertools.count(1)
@@ -157,7 +155,7 @@ def _latents(
                 on_step(len(batch))
 
             noise = [
-                initial_noise(geometry, size, settings.seed + one.repeat, one.index)
+                initial_noise(geometry, settings.size, one.settings.seed, one.index)
                 for one in batch
             ]
             yield denoise(
@@ -174,7 +172,7 @@ def _latents(
 @torch.no_grad()
 def _images(
     stages: Stages,
-    batches: Sequence[Sequence[Request]],
+    batches: Batches,
     latents: Iterable[Float[Tensor, "b c h w"]],
 ) -> Iterator[Float[Tensor, "b c H W"]]:
     """Decoded pictures of each batch, on the CPU."""
@@ -183,9 +181,9 @@ def _images(
             images = [
                 displayable(codec.decode(one.to(stages.device))).cpu() for one in some.split(1)
             ]
-            for request, image in zip(batch, images, strict=True):
+            for picture, image in zip(batch, images, strict=True):
                 if image.isnan().any():
                     raise NotFinite(
-                        f"{request.prompt!r} is not finite once decoded, after the last step"
+                        f"{picture.prompt!r} is not finite once decoded, after the last step"
                     )
             yield torch.cat(images)

@@ -11,15 +11,13 @@ from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.encoders.pretrained import PUBLISHED
 from torchtitan_flux.image_file import FORMATS
-from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
+from torchtitan_flux.inference.picture import NoPicture, Picture
 from torchtitan_flux.paths import locate
 from torchtitan_flux.tensor_files.hub_cache import snapshot_of
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 
 EXAMPLES = """examples:
-  ./run_infer.sh --prompt "a handwritten seven" --out seven.png
-  ./run_infer.sh --prompts prompts.txt --out pictures --steps 28 --cfg 2 --seed 3
-  ./run_infer.sh --prompt "a handwritten seven" --count 4 --out sevens.webp
+  ./run_infer.sh --prompt "a handwritten seven" --count 4 --seed 3 --out sevens.webp
   ./run_infer.sh --from-png seven.png --out again.png
 
 Any --section.key value of the configuration may follow; docs/inference.md tells more."""
@@ -32,15 +30,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--prompts": ("file with one caption a line", {"metavar": "FILE"}),
     "--from-png": ("repeat a picture of ours, PNG, JPEG or WebP", {"metavar": "FILE"}),
     "--count": ("pictures of each prompt; the seed goes up by one", {"type": int, "default": 1}),
-    "--weights": (
-        "draw with these instead of the run's checkpoint: a diffusers folder, BFL's or ComfyUI's "
-        "safetensors file, or a checkpoint folder",
-        {"metavar": "PATH"},
-    ),
-    "--ema": (
-        "draw with the average of the run's weights; its decay, where there are several",
-        {"metavar": "DECAY", "nargs": "?", "const": ""},
-    ),
+    "--weights": ("a file or folder instead of the run's checkpoint", {"metavar": "PATH"}),
+    "--ema": ("average of the run's weights", {"metavar": "DECAY", "nargs": "?", "const": ""}),
     "--out": (f"file ({', '.join(FORMATS)}) or folder", {"metavar": "PATH"}),
     "--overwrite": ("replace pictures that are there", {"action": "store_true"}),
     "--size": ("pixels: HEIGHTxWIDTH or one number", {}),
@@ -49,13 +40,9 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--guidance": ("guidance input of flux-dev", {"type": float}),
     "--negative": ("caption to move away from, with --cfg", {"metavar": "CAPTION"}),
     "--seed": ("of the noise; -1 draws a fresh one", {"type": int}),
-    "--low_memory": (
-        "one part after another, blocks from CPU memory: the same pictures, slower",
-        {"action": "store_true"},
-    ),
+    "--low_memory": ("blocks from CPU memory: same pictures, slower", {"action": "store_true"}),
 }
 """Option -> its help, and other arguments of `add_argument`."""
-
 
 RANGES = {
     "steps": (1, 10_000),
@@ -129,7 +116,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     problems += [_unknown(name) for name in sorted(options.given) if "." not in name]
     if options.from_png is not None and not problems:
         try:
-            options.recorded = PictureSettings.read(Path(options.from_png))
+            options.recorded = Picture.read(Path(options.from_png))
         except NoPicture as error:
             problems.append(f"--from-png: {error}")
     if problems:
@@ -178,9 +165,12 @@ def _invalid(options: argparse.Namespace) -> list[str]:
             problems.append(f"{caption!a} is not written in UTF-8")
     if options.from_png is not None:
         conflicts = [f"--{key}" for key in sorted(options.given) if key.startswith("sampling.")]
-        conflicts += ["--prompts"] if options.prompts else []
-        conflicts += ["more than one --prompt"] if len(options.prompt) > 1 else []
-        conflicts += [f"--count {options.count}"] if options.count > 1 else []
+        for wrong, name in (
+            (options.prompts, "--prompts"),
+            (len(options.prompt) > 1, "more than one --prompt"),
+            (options.count > 1, f"--count {options.count}"),
+        ):
+            conflicts += [name] if wrong else []
         problems += [
             f"{one}: --from-png draws one picture with its own settings; of these --prompt, "
             "--negative, --size, --steps, --cfg, --guidance and --seed can be changed"

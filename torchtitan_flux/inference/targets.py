@@ -3,17 +3,17 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import features
 
 from torchtitan_flux.image_file import FORMATS, LONGEST, exif_comment
-from torchtitan_flux.inference.picture_settings import Request
+from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.latents import ImageSize
 
 
-def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Request]) -> list[Path]:
+def targets(options: argparse.Namespace, folder: Path, pictures: Sequence[Picture]) -> list[Path]:
     """Where each picture goes; in `folder` unless --out names another place.
 
     A file holds one picture; of several, `x.png` becomes `x-1.png`, `x-2.png`, … Raises ValueError
@@ -27,7 +27,7 @@ def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Reques
         if named in FORMATS:
             if FORMATS[named] == "WEBP" and not features.check("webp"):
                 raise ValueError(f"--out {out}: the installed Pillow has no WebP; use .png")
-            names = [f"-{i}" for i in range(1, 1 + len(requests))] if len(requests) > 1 else [""]
+            names = [f"-{i}" for i in range(1, 1 + len(pictures))] if len(pictures) > 1 else [""]
             return [folder.with_name(f"{folder.stem}{one}{folder.suffix}") for one in names]
         if named[1:2].isalpha():  # .gif, or a slip; v1.5 is no suffix
             raise ValueError(
@@ -39,14 +39,13 @@ def targets(options: argparse.Namespace, folder: Path, requests: Sequence[Reques
         # it may have been renamed to anything
         suffix = source.suffix if source.suffix.lower() in FORMATS else suffix
         return [folder / f"{source.stem}-again{suffix}"]
-    many = any(request.repeat for request in requests)
-    return [
-        folder / f"{one.index:04d}-{_slug(one.prompt)}{f'-{one.repeat + 1}' if many else ''}.png"
-        for one in requests
-    ]
+    names = [f"{one.index:04d}-{_slug(one.prompt)}" for one in pictures]
+    if options.count > 1:
+        names = [f"{name}-{i % options.count + 1}" for i, name in enumerate(names)]
+    return [folder / f"{name}.png" for name in names]
 
 
-def check_format(path: Path, size: ImageSize, facts: dict[str, str]) -> None:
+def check_format(path: Path, size: ImageSize, facts: Mapping[str, object]) -> None:
     """Raise ValueError where the format of a file cannot hold a picture, or its metadata."""
     kind = FORMATS[path.suffix.lower()]
     try:

@@ -184,18 +184,11 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration as the run resolved it: config.toml, or the newest file that is one."""
-    files = [*folder.glob("*.toml"), *folder.glob("*.json")]
-    files.sort(key=lambda file: (file.name != "config.toml", -file.stat().st_mtime))
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-            table = tomli.loads(text) if file.suffix == ".toml" else json.loads(text)
-        except (OSError, ValueError):
-            continue
-        if isinstance(table, dict) and {"job", "training"} <= set(table):
-            return _flat(table)
-    return {}
+    """The configuration as the run resolved it."""
+    try:
+        return _flat(tomli.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def _read_starts(folder: Path) -> list[Start]:

@@ -1,4 +1,4 @@
-"""Drawing with parts of one line each: what is not finite, seeds, memory."""
+"""Drawing with parts of one line each: what is not finite, chunks."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtitan_flux.encoders.codec import PixelCodec
 from torchtitan_flux.inference.draw import MAX_IMAGES_PER_CHUNK, NotFinite, draw
-from torchtitan_flux.inference.picture_settings import Request
+from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.inference.stages import Stages
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS
@@ -20,6 +20,10 @@ from torchtitan_flux.sampling.generate import SampleSettings
 
 GEOMETRY = FLAVORS["flux-tiny"].geometry
 SETTINGS = SampleSettings(ImageSize(16, 16), steps=2, seed=5)
+
+
+def picture(prompt: str, index: int, **changes: int) -> Picture:
+    return Picture(prompt, "", replace(SETTINGS, **changes), index)
 
 
 class CaptionVelocity(nn.Module):
@@ -88,36 +92,22 @@ def stages(sequential: bool, broken: str = "", log: list[str] | None = None) -> 
 def test_what_is_not_finite_ends_the_drawing_at_once(sequential, broken, message, steps):
     """With the caption, and where it was seen; no later step is computed."""
     seen: list[int] = []
-    settings = replace(SETTINGS, steps=5)
-    batches = [[Request("a", 0), Request("b", 1)]]
+    batches = [[picture("a", 0, steps=5), picture("b", 1, steps=5)]]
     with pytest.raises(NotFinite, match=message):
-        list(draw(stages(sequential, broken), GEOMETRY, batches, settings, "", seen.append))
+        list(draw(stages(sequential, broken), GEOMETRY, batches, seen.append))
     assert seen == [2] * steps
-
-
-def test_the_next_picture_of_a_caption_is_the_first_of_the_next_seed():
-    """So that it can be drawn alone: to the bit, where the shape of the batch is the same."""
-
-    def drawn(requests, seed):
-        batches, settings = [[one] for one in requests], replace(SETTINGS, seed=seed)
-        return torch.cat(list(draw(stages(True), GEOMETRY, batches, settings)))
-
-    together = drawn([Request("a", 0), Request("a", 0, 1), Request("a", 0, 2)], seed=7)
-    for repeat in range(3):
-        assert torch.equal(together[repeat], drawn([Request("a", 0)], seed=7 + repeat)[0])
-    assert not torch.equal(together[0], together[1])
 
 
 @pytest.mark.parametrize("batch", [2, 3 * MAX_IMAGES_PER_CHUNK])
 def test_many_pictures_go_through_sequential_stages_in_chunks(batch):
     """Memory and the wait for the first picture do not grow with their number."""
     count = 2 * MAX_IMAGES_PER_CHUNK + 4
-    requests = [Request("x" * (1 + i), i) for i in range(count)]
+    requests = [picture("x" * (1 + i), i) for i in range(count)]
     batches = [requests[i : i + batch] for i in range(0, count, batch)]
     found, steps, log = {}, {True: [], False: []}, []
     for sequential in (True, False):
         parts = stages(sequential, log=log if sequential else None)
-        images = draw(parts, GEOMETRY, batches, SETTINGS, "", steps[sequential].append)
+        images = draw(parts, GEOMETRY, batches, steps[sequential].append)
         first = next(images)
         if sequential:
             chunk = max(batch, MAX_IMAGES_PER_CHUNK) if batch == 2 else count

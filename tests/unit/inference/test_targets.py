@@ -9,28 +9,32 @@ import pytest
 
 from torchtitan_flux.image_file import FORMATS, LONGEST
 from torchtitan_flux.inference import targets as module
-from torchtitan_flux.inference.picture_settings import Request
+from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.inference.targets import check_format, check_paths, targets
 from torchtitan_flux.latents import ImageSize
+from torchtitan_flux.sampling.generate import SampleSettings
 
 CONFIG = Path("run/img.v1")
-ONE = [Request("a", 0)]
-TWO = [Request("a", 0), Request("ein Füchslein", 1)]
-REPEATED = [Request("a", 0), Request("a", 0, 1), Request("b", 1), Request("b", 1, 1)]
+TWO = ("a", "ein Füchslein")
 
 
-def paths(out: str | None, requests=ONE, from_png: str | None = None) -> list[Path]:
-    return targets(Namespace(out=out, from_png=from_png, recorded=from_png), CONFIG, requests)
+def paths(out: str | None, prompts=("a",), count=1, from_png: str | None = None) -> list[Path]:
+    settings = SampleSettings(ImageSize(8, 8), 1)
+    options = Namespace(out=out, from_png=from_png, recorded=from_png, count=count)
+    pictures = [
+        Picture(one, "", settings, i) for i, one in enumerate(prompts) for _ in range(count)
+    ]
+    return targets(options, CONFIG, pictures)
 
 
-def names(out: str | None, requests) -> str:
-    return " ".join(path.name for path in paths(out, requests))
+def names(*given) -> str:
+    return " ".join(path.name for path in paths(*given))
 
 
 def test_a_folder_names_pictures_by_number_and_caption(tmp_path):
     assert paths(None) == [CONFIG / "0000-a.png"]
     assert names(str(tmp_path), TWO) == "0000-a.png 0001-ein-füchslein.png"
-    assert names(None, REPEATED) == "0000-a-1.png 0000-a-2.png 0001-b-1.png 0001-b-2.png"
+    assert names(None, "ab", 2) == "0000-a-1.png 0000-a-2.png 0001-b-1.png 0001-b-2.png"
     assert paths(None, from_png="there/x.webp") == [CONFIG / "x-again.webp"]
     assert paths(None, from_png="there/x.download") == [CONFIG / "x-again.png"]
     (tmp_path / "folder.png").mkdir()
@@ -42,7 +46,7 @@ def test_a_folder_names_pictures_by_number_and_caption(tmp_path):
 def test_a_file_is_of_its_suffix_and_is_numbered_where_there_are_several(suffix):
     assert paths(f"new/b.c{suffix}") == [Path(f"new/b.c{suffix}")]
     assert paths(f"new/b{suffix}", TWO) == [Path(f"new/b-1{suffix}"), Path(f"new/b-2{suffix}")]
-    assert paths(f"b{suffix}", REPEATED)[-1] == Path(f"b-4{suffix}")
+    assert paths(f"b{suffix}", "ab", 2)[-1] == Path(f"b-4{suffix}")
 
 
 @pytest.mark.parametrize("name", ["c.gif", "c.TIFF", "c.avif", "c.pgn", "c.jpge", "c.jp2"])

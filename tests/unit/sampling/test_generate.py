@@ -21,10 +21,10 @@ from torchtitan_flux.encoders.autoencoder import Autoencoder, load_autoencoder
 from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
-from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
-from torchtitan_flux.sampling.euler import euler
+from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.sampling.generate import (
     SampleSettings,
+    denoise,
     displayable,
     generate,
     image_grid,
@@ -88,9 +88,18 @@ def model_and_pipeline(args: FluxModelArgs, schedule: Schedule) -> tuple[FluxMod
     return ours, pipeline
 
 
-def starting_noise(args: FluxModelArgs) -> torch.Tensor:
+def pipeline_images(pipeline: FluxPipeline, args: FluxModelArgs, **more) -> torch.Tensor:
+    """What the pipeline makes of our starting noise."""
     noise = [initial_noise(args.geometry, SIZE, seed=7, index=i) for i in range(len(PROMPTS))]
-    return pack(torch.stack(noise), args.patch_size)
+    return pipeline(
+        PROMPTS,
+        height=SIZE.height,
+        width=SIZE.width,
+        num_inference_steps=STEPS,
+        latents=pack(torch.stack(noise), args.patch_size),
+        max_sequence_length=T5_TOKENS,
+        **more,
+    ).images
 
 
 @pytest.mark.parametrize(
@@ -106,42 +115,28 @@ def starting_noise(args: FluxModelArgs) -> torch.Tensor:
 )
 def test_latents_equal_those_of_the_pipeline(args, schedule, guidance, encode_text):
     model, pipeline = model_and_pipeline(args, schedule)
-    noise = starting_noise(args)
-    expected = pipeline(
-        PROMPTS,
-        height=SIZE.height,
-        width=SIZE.width,
-        num_inference_steps=STEPS,
-        guidance_scale=guidance or 0.0,
-        latents=noise,
-        max_sequence_length=T5_TOKENS,
-        output_type="latent",
-    ).images
-
-    velocity = conditioned_velocity(model, encode_text(PROMPTS), args.geometry, SIZE, guidance)
-    times = schedule.times(STEPS, args.geometry.grid(SIZE).tokens)
-    found = euler(velocity, noise, times)
-    assert relative_l2(found, noise) > 0.1, "the model does not move the noise"
-    assert relative_l2(found[:1], found[1:]) > 0.1
-    assert relative_l2(found, expected) <= 1e-5
+    more = {"guidance_scale": guidance or 0.0, "output_type": "latent"}
+    expected = pipeline_images(pipeline, args, **more)
+    settings = SampleSettings(SIZE, STEPS, guidance=guidance, schedule=schedule, seed=7)
+    noise = torch.stack([initial_noise(args.geometry, SIZE, 7, i) for i in range(len(PROMPTS))])
+    latents = denoise(model, args.geometry, noise, encode_text(PROMPTS), None, settings)
+    assert relative_l2(latents, noise) > 0.1, "the model does not move the noise"
+    assert relative_l2(latents[:1], latents[1:]) > 0.1
+    assert relative_l2(pack(latents, args.patch_size), expected) <= 1e-5
 
 
 def test_images_equal_those_of_the_pipeline_with_a_negative_prompt(encode_text, codec):
     model, pipeline = model_and_pipeline(GUIDED, DEV)
     settings = SampleSettings(SIZE, STEPS, cfg=2.5, guidance=3.5, schedule=DEV, seed=7)
     negative = "a green triangle"
-    expected = pipeline(
-        PROMPTS,
+    expected = pipeline_images(
+        pipeline,
+        GUIDED,
         negative_prompt=[negative] * len(PROMPTS),
         true_cfg_scale=settings.cfg,
-        height=SIZE.height,
-        width=SIZE.width,
-        num_inference_steps=STEPS,
         guidance_scale=settings.guidance,
-        latents=starting_noise(GUIDED),
-        max_sequence_length=T5_TOKENS,
         output_type="pt",
-    ).images
+    )
     ticks: list[None] = []
     found = generate(
         model,

@@ -1,8 +1,8 @@
-"""What is to be drawn: captions, settings and files, from options and configuration."""
+"""The pictures that are asked for: captions and settings, from options and configuration."""
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inference.options import out_of_range
-from torchtitan_flux.inference.picture_settings import PictureSettings, Request
-from torchtitan_flux.inference.targets import targets
+from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
@@ -23,38 +23,20 @@ from torchtitan_flux.sampling.generate import SampleSettings
 from torchtitan_flux.startup.model_args import AUTO, sample_guidance, sample_settings
 from torchtitan_flux.weights.scheduler import stated_scheduler
 
+SHOWN, LETTERS = 8, 60
+"""Captions that are named when they are cut, and how much of them."""
 PUBLISHED_GUIDANCE = 3.5
 """Guidance input that Black Forest Labs draw with."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is to be drawn.
+def requested(
+    options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs
+) -> list[Picture]:
+    """All pictures that are asked for; ValueError, FileNotFoundError name the option.
 
-    Attributes:
-        settings: of all pictures.
-        negative: caption to move away from; empty without guidance.
-        paths: of the picture of each request.
-        batch: pictures that a rank draws at once.
-        overwrite: whether files may be there already.
+    Their size, steps, scales and negative prompt are the same.
     """
-
-    requests: list[Request]
-    settings: SampleSettings
-    negative: str
-    paths: list[Path]
-    batch: int
-    overwrite: bool = False
-
-    def picture(self, request: Request, names: Mapping[str, str]) -> PictureSettings:
-        """What a picture says of itself; `names` of what it is drawn with."""
-        settings = replace(self.settings, seed=self.settings.seed + request.repeat)
-        return PictureSettings(request.prompt, self.negative, settings, request.index, names)
-
-
-def task_of(options: argparse.Namespace, config: FluxJobConfig, args: FluxModelArgs) -> Task:
-    """All that the command line asks for; ValueError, FileNotFoundError name the option."""
-    recorded: PictureSettings | None = options.recorded
+    recorded: Picture | None = options.recorded
     prompts = read_prompts(options, config.inference.prompts_path)
     settings = settings_of(options, config, args)
     if settings.cfg == 1.0 and options.negative:
@@ -62,20 +44,19 @@ def task_of(options: argparse.Namespace, config: FluxJobConfig, args: FluxModelA
             "--negative needs classifier-free guidance, which is off: give --cfg a scale above 1 "
             "(FLUX.1-dev and schnell have no such guidance; their models do without)"
         )
-    requests = [
-        Request(prompt, recorded.index if recorded else index, repeat)
+    negative = options.negative
+    if negative is None:
+        negative = recorded.negative_prompt if recorded else ""
+    return [
+        Picture(
+            prompt,
+            negative,
+            replace(settings, seed=settings.seed + repeat),
+            recorded.index if recorded else index,
+        )
         for index, prompt in enumerate(prompts)
         for repeat in range(options.count)
     ]
-    negative = recorded.negative_prompt if recorded else ""
-    return Task(
-        requests,
-        settings,
-        negative if options.negative is None else options.negative,
-        targets(options, Path(config.job.dump_folder, config.inference.save_img_folder), requests),
-        config.inference.local_batch_size,
-        options.overwrite,
-    )
 
 
 def read_prompts(options: argparse.Namespace, default: str) -> list[str]:
@@ -158,3 +139,23 @@ def _of_published(
         shown = ", ".join(f"--{name} {value}" for name, value in scales.items())
         logger.info(f"{options.weights} is no checkpoint of a run: drawn with FLUX.1's {shown}")
     return scales
+
+
+def cut_captions(captions: Iterable[str], tokenizer: CaptionTokenizer) -> Iterator[str]:
+    """A line for each caption and encoder that does not read all of it; of many, the first ones."""
+    cut = 0
+    for caption in dict.fromkeys(captions):
+        found = tokenizer.unread(caption)
+        cut += bool(found)
+        for one in found if cut <= SHOWN else ():
+            key = " (encoder.max_t5_encoding_len)" if one.encoder == "T5" else ""
+            yield (
+                f"{_shortened(caption)} is cut for {one.encoder}: it has {one.tokens} tokens, "
+                f"{one.limit} are read{key}; not read: {_shortened(one.text)}"
+            )
+    if cut > SHOWN:
+        yield f"{cut - SHOWN} more captions are cut"
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= LETTERS else f"{text[:LETTERS]}…")

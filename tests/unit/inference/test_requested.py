@@ -11,8 +11,8 @@ from torchtitan_flux.checkpoint.manifest import MANIFEST
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference.options import parse
-from torchtitan_flux.inference.picture_settings import NoPicture, PictureSettings
-from torchtitan_flux.inference.task import task_of
+from torchtitan_flux.inference.picture import NoPicture, Picture
+from torchtitan_flux.inference.requested import requested
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.planning.command import model_args
 from torchtitan_flux.sampling.generate import SampleSettings
@@ -20,16 +20,14 @@ from torchtitan_flux.startup.load_config import ConfigError, load_config, read_c
 from torchtitan_flux.startup.model_args import resolve_model_args
 
 NAMES = {"flavor": "flux-digits", "weights": "elsewhere", "t5": "/etc/passwd"}
-DRAWN = PictureSettings(
-    "a handwritten seven", "", SampleSettings(ImageSize(8, 8), 4, seed=9), 3, NAMES
-)
+DRAWN = Picture("a handwritten seven", "", SampleSettings(ImageSize(8, 8), 4, seed=9), 3, NAMES)
 DIGITS = ["--job.config_file", "train_configs/flux_digits.toml"]
 
 
-def task(*argv: str):
+def pictures(*argv: str) -> list[Picture]:
     options, rest = parse([*argv, *DIGITS])
     config = load_config(rest, training=False)
-    return task_of(options, config, resolve_model_args(config))
+    return requested(options, config, resolve_model_args(config))
 
 
 @pytest.mark.parametrize(
@@ -50,20 +48,20 @@ def task(*argv: str):
 )
 def test_what_cannot_be_asked_for_names_the_option(argv, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        task(*argv)
+        pictures(*argv)
 
 
 def test_the_extremes_of_what_can_be():
     for argv in (("--steps", "10000"), ("--cfg", "0"), ("--seed", "0"), ("--seed", str(10**400))):
-        assert task("--prompt", "a", *argv)
-    assert task("--prompt", "a", "--negative", "b", "--cfg", "1.5").negative == "b"
+        assert pictures("--prompt", "a", *argv)
+    (one,) = pictures("--prompt", "a", "--negative", "b", "--cfg", "1.5")
+    assert one.negative_prompt == "b"
 
 
 def test_pictures_of_a_prompt_count_the_seed_up():
-    found = task("--prompt", "a", "--prompt", "b", "--count", "2", "--seed", "7")
-    requests = [(one.prompt, one.index, one.repeat) for one in found.requests]
-    assert requests == [("a", 0, 0), ("a", 0, 1), ("b", 1, 0), ("b", 1, 1)]
-    assert found.settings.seed == 7
+    found = pictures("--prompt", "a", "--prompt", "b", "--count", "2", "--seed", "7")
+    addressed = [(one.prompt, one.index, one.settings.seed) for one in found]
+    assert addressed == [("a", 0, 7), ("a", 0, 8), ("b", 1, 7), ("b", 1, 8)]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -72,18 +70,16 @@ def test_prompts_of_a_file_are_its_lines(mark, tmp_path):
     captions = ["a red fox", "two\u2028lines", "next\x85line", "new\fpage", "ein Füchslein"]
     file = tmp_path / "prompts.txt"
     file.write_bytes(mark + "\r\n\r\n".join(captions).encode() + b" \n")
-    found = task("--prompts", str(file), "--out", str(tmp_path), "--steps", "3")
-    assert [(one.index, one.prompt) for one in found.requests] == list(enumerate(captions))
-    assert found.paths[0].name == "0000-a-red-fox.png"
-    assert found.paths[4].name == "0004-ein-füchslein.png"
-    assert found.settings.steps == 3
+    found = pictures("--prompts", str(file), "--steps", "3")
+    assert [(one.index, one.prompt) for one in found] == list(enumerate(captions))
+    assert found[0].settings.steps == 3
 
 
 def settings(*argv: str, config: str = "train_configs/flux_dev_model.toml") -> SampleSettings:
     """As on a machine that has none of the files."""
     options, rest = parse(["--prompt", "a", "--job.config_file", config, *argv])
     read = read_config(rest)
-    return task_of(options, read, model_args(read)).settings
+    return requested(options, read, model_args(read))[0].settings
 
 
 WEIGHTS = ("--weights", "flux1-dev.safetensors")
@@ -123,15 +119,13 @@ def test_a_checkpoint_of_a_run_is_drawn_as_the_run_draws(tmp_path, name):
 def test_a_picture_is_repeated_by_its_settings(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     save_picture(Image.new("L", (8, 8)), path, DRAWN.facts())
-    assert PictureSettings.read(path) == DRAWN
-    found = task("--from-png", str(path))
-    assert found.settings == DRAWN.settings
-    assert [(r.prompt, r.index) for r in found.requests] == [(DRAWN.prompt, 3)]
+    assert Picture.read(path) == DRAWN
+    assert pictures("--from-png", str(path)) == [replace(DRAWN, names={})]
     _, rest = parse(["--from-png", str(path), "--seed", "10", *DIGITS])
     assert rest == DIGITS, "nothing that a picture names is opened"
-    other = task("--from-png", str(path), "--seed", "10")
-    names = {"weights": "mine", "flavor": "flux-digits"}
-    assert list(DRAWN.differences(other.picture(other.requests[0], names))) == [
+    (other,) = pictures("--from-png", str(path), "--seed", "10")
+    other = replace(other, names={"weights": "mine", "flavor": "flux-digits"})
+    assert list(DRAWN.differences(other)) == [
         "weights mine (the picture: elsewhere)",
         "seed 10 (the picture: 9)",
     ]
@@ -145,7 +139,7 @@ def test_a_picture_with_impossible_settings_is_refused_with_its_name(tmp_path, c
     recorded = replace(DRAWN, settings=replace(DRAWN.settings, **change))
     save_picture(Image.new("L", (8, 8)), path, recorded.facts())
     with pytest.raises(ValueError, match=f"--{name} {value} .by {path}"):
-        task("--from-png", str(path))
+        pictures("--from-png", str(path))
 
 
 def test_pictures_without_settings(tmp_path):
@@ -157,6 +151,6 @@ def test_pictures_without_settings(tmp_path):
         "foreign": "holds no settings", "text": "can be read", "cut": "steps", "no": "not exist",
     }.items():  # fmt: skip
         with pytest.raises(NoPicture, match=message):
-            PictureSettings.read(tmp_path / f"{name}.png")
+            Picture.read(tmp_path / f"{name}.png")
         with pytest.raises(ConfigError, match=f"--from-png: .*{name}.png"):
             parse(["--from-png", str(tmp_path / f"{name}.png")])

@@ -1,7 +1,7 @@
 """A picture to draw, and what a drawn one says of itself."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torchtitan_flux
@@ -18,25 +18,12 @@ class NoPicture(ValueError):
 
 
 @dataclass(frozen=True)
-class Request:
-    """A picture to draw; its noise is a function of (settings.seed + repeat, index).
+class Picture:
+    """A picture to draw, or as it was drawn.
 
     Attributes:
-        index: number of the caption.
-        repeat: how many pictures of the same caption come before it.
-    """
-
-    prompt: str
-    index: int
-    repeat: int = 0
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """How a picture was drawn.
-
-    Attributes:
-        index: of the picture; its noise is a function of (settings.seed, index).
+        settings: size, steps, guidance, schedule, seed.
+        index: of the caption; the noise is a function of (settings.seed, index).
         names: flavor, weights, encoders. They are text: nothing that a picture names is opened.
     """
 
@@ -44,7 +31,7 @@ class PictureSettings:
     negative_prompt: str
     settings: SampleSettings
     index: int
-    names: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def facts(self) -> dict[str, str | int]:
         """For `save_picture`."""
@@ -59,7 +46,7 @@ class PictureSettings:
         }
 
     @classmethod
-    def read(cls, path: Path) -> "PictureSettings":
+    def read(cls, path: Path) -> "Picture":
         """From a PNG, JPEG or WebP; NoPicture where run_infer.sh did not write it."""
         try:
             _, text = read_facts(path)
@@ -82,7 +69,7 @@ class PictureSettings:
                 schedule=Schedule.parse(text["schedule"]),
                 seed=int(text["seed"]),
             )
-            found = cls(text["prompt"], text["negative_prompt"], settings, int(text["index"]), {})
+            found = cls(text["prompt"], text["negative_prompt"], settings, int(text["index"]))
         except (KeyError, ValueError) as error:
             raise NoPicture(
                 f"{path} was drawn by {SOFTWARE} {text.get('version', '?')}, and its settings are "
@@ -91,7 +78,7 @@ class PictureSettings:
         names = {name: value for name, value in text.items() if name not in found.facts()}
         return replace(found, names=names)
 
-    def differences(self, other: "PictureSettings") -> Iterator[str]:
+    def differences(self, other: "Picture") -> Iterator[str]:
         """What another picture has otherwise than this one, an entry each."""
         known = self.facts()
         for name, now in other.facts().items():
