@@ -99,9 +99,8 @@ def _show(config: FluxJobConfig, samples: TrainingSamples, options: argparse.Nam
         summary["tokens"] = {name: one._asdict() for name, one in found.tokens.items()}
         print(json.dumps({"summary": summary}))
         return
-    headers = (
-        "" if decode else "Pictures were judged by their headers; --decode decodes all of them"
-    )
+    headers = "Pictures were judged by their headers; --decode decodes all of them"
+    headers = headers if found.sizes and not decode else ""
     for line in (*_table(found), missing, headers, f"sheet: {sheet}" if sheet else ""):
         if line:
             print(line)

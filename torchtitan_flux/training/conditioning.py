@@ -85,22 +85,19 @@ class FrozenEncoders:
 
     def _encode_images(self, pixels: Pixels) -> Float[Tensor, "b ch h w"]:
         """Latents in float32: a posterior sample with noise, the mean without."""
-        noise = pixels.posterior_noise
-        if noise is not None:
-            noise = sent(shard_rows(noise, self.peers), self.device)
-        images = sent(shard_rows(pixels.image, self.peers), self.device)
+        images, noise = (
+            rows if rows is None else sent(shard_rows(rows, self.peers), self.device)
+            for rows in (pixels.image, pixels.posterior_noise)
+        )
         latents = self.codec.encode(images, noise).float()
         return all_gather_rows(latents, len(pixels.image), self.peers)
 
     def _encode_tokens(self, tokens: Tokens) -> TextConditioning:
-        both = ((self.t5, tokens.t5), (self.clip, tokens.clip))
-        txt, vec = (
-            all_gather_rows(
-                self._distinct(encoder, shard_rows(rows, self.peers)), len(rows), self.peers
-            )
-            for encoder, rows in both
-        )
-        return TextConditioning(txt, vec)
+        def encoded(encoder: nn.Module, rows: Tensor) -> Tensor:
+            part = self._distinct(encoder, shard_rows(rows, self.peers))
+            return all_gather_rows(part, len(rows), self.peers)
+
+        return TextConditioning(encoded(self.t5, tokens.t5), encoded(self.clip, tokens.clip))
 
     def _distinct(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
         """Encodings of all rows; equal ones, as of the empty caption, are encoded once."""
