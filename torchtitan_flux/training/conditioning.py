@@ -85,10 +85,10 @@ class FrozenEncoders:
 
     def _encode_images(self, pixels: Pixels) -> Float[Tensor, "b ch h w"]:
         """Latents in float32: a posterior sample with noise, the mean without."""
-        images, noise = (
-            rows if rows is None else sent(shard_rows(rows, self.peers), self.device)
-            for rows in (pixels.image, pixels.posterior_noise)
-        )
+        noise = pixels.posterior_noise
+        if noise is not None:
+            noise = sent(shard_rows(noise, self.peers), self.device)
+        images = sent(shard_rows(pixels.image, self.peers), self.device)
         latents = self.codec.encode(images, noise).float()
         return all_gather_rows(latents, len(pixels.image), self.peers)
 
