@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from tiny_run import arguments, loss_series, painted_and_measured, worst
 
-from torchtitan_flux.parallel.replicated_rows import Peers
+from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "3")
 MESHES = {
@@ -82,10 +82,9 @@ def test_pictures_and_validation_do_not_depend_on_the_mesh(tmp_path):
 
 
 def dealt(rows: int) -> tuple[list[int], list[int]]:
-    peers = Peers(torch.distributed.group.WORLD)
-    batch = torch.arange(10.0, 10.0 + rows)[:, None]
-    own = peers.own(batch)
-    return own[:, 0].tolist(), peers.join(own * 2, rows)[:, 0].tolist()
+    peers, batch = torch.distributed.group.WORLD, torch.arange(10.0, 10.0 + rows)[:, None]
+    own = shard_rows(batch, peers)
+    return own[:, 0].tolist(), all_gather_rows(own * 2, rows, peers)[:, 0].tolist()
 
 
 @pytest.mark.parametrize(("rows", "share"), [(6, 2), (4, 2), (1, 1)])
