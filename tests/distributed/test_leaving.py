@@ -87,15 +87,15 @@ def poison(positions: set[int]):
     """Samples at these positions get a loss that is not a number."""
 
     def change(trainer: FluxTrainer) -> None:
-        encode = trainer._encode
+        encode = trainer.encoders.encode
 
         def poisoned(batch):
             encoded = encode(batch)
-            bad = torch.tensor([int(p) in positions for p in batch["position"]])
+            bad = torch.tensor([int(p) in positions for p in batch.position])
             factor = torch.where(bad, torch.nan, 1.0)[:, None, None]
             return replace(encoded, noise=encoded.noise * factor)
 
-        trainer._encode = poisoned  # type: ignore[method-assign]
+        trainer.encoders.encode = poisoned  # type: ignore[method-assign]
 
     return change
 
@@ -125,7 +125,7 @@ def unreadable(share: int):
     """Every `share`-th item of the source cannot be read."""
 
     def change(trainer: FluxTrainer) -> None:
-        samples = trainer.dataloader._batches._arguments["dataset"]._samples
+        samples = trainer.dataloader.samples
         read = samples.source
 
         class Worn:

@@ -221,14 +221,14 @@ def test_a_run_continues_with_a_pipeline_or_without(request, tmp_path, saved, ra
 
 def broken_sample(trainer: FluxTrainer) -> None:
     """One sample of the second step is not finite."""
-    encode = trainer._encode
+    encode = trainer.encoders.encode
 
     def broken(batch):
         encoded = encode(batch)
-        encoded.noise[(batch["position"] == GLOBAL_BATCH + 3).to(encoded.noise.device)] = torch.nan
+        encoded.noise[(batch.position == GLOBAL_BATCH + 3).to(encoded.noise.device)] = torch.nan
         return encoded
 
-    trainer._encode = broken  # type: ignore[method-assign]
+    trainer.encoders.encode = broken  # type: ignore[method-assign]
 
 
 def test_every_rank_knows_which_sample_is_not_finite(tmp_path):

@@ -86,10 +86,10 @@ class ValidationBatch(Batch):
 
 def stack(samples: Sequence[T]) -> T:
     """The batch of some samples."""
-    return _map(default_collate, samples)  # which stacks in shared memory, in a worker
+    return _map(default_collate, list(samples))  # which stacks in shared memory, in a worker
 
 
-def _map(function: Callable[[Any], Tensor], parts: Sequence[Any]) -> Any:
+def _map(function: Callable[[list[Tensor]], Tensor], parts: list[Any]) -> Any:
     """A function of the tensors that stand at the same place in all parts; lists are joined."""
     first = parts[0]
     if isinstance(first, Tensor):

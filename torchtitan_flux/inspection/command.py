@@ -14,12 +14,12 @@ from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.data.samples import TrainingSamples
 from torchtitan_flux.data.survey import Survey, survey
-from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.inspection.contact_sheet import save_contact_sheet
 from torchtitan_flux.inspection.items import Inspected, inspect, unreadable
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.startup.load_config import ConfigError, exit_on_config_error, read_config
+from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.data import open_source, refuse_bad_data, training_samples
 
 DECODED = 20_000
@@ -83,11 +83,9 @@ def _no_tokens(caption: str):
 
 
 def _show(config: FluxJobConfig, samples: TrainingSamples, options: argparse.Namespace) -> None:
-    tokenizer, missing, encoder = None, "", config.encoder
+    tokenizer, missing = None, ""
     try:
-        tokenizer = CaptionTokenizer(
-            encoder.t5_encoder, encoder.clip_encoder, encoder.max_t5_encoding_len
-        )
+        tokenizer = build_tokenizer(config)
     except (OSError, ValueError) as error:
         missing = f"tokens of captions are not counted: {error}"
     found = survey(samples.source, config.training.image_size, tokenizer)
@@ -102,11 +100,11 @@ def _show(config: FluxJobConfig, samples: TrainingSamples, options: argparse.Nam
         summary["tokens"] = {name: one._asdict() for name, one in found.tokens.items()}
         print(json.dumps({"summary": summary}))
         return
-    print("\n".join(_page(found, missing)))
-    if not decode:
-        print("Pictures were judged by their headers; --decode decodes all of them")
-    if sheet:
-        print(f"sheet: {sheet}")
+    headers = "Pictures were judged by their headers; --decode decodes all of them"
+    headers = headers if found.sizes and not decode else ""
+    for line in (*_table(found), missing, headers, f"sheet: {sheet}" if sheet else ""):
+        if line:
+            print(line)
 
 
 def _listed(items: Iterator[Inspected], options: argparse.Namespace) -> Iterator[Inspected]:
@@ -126,15 +124,13 @@ def _printable(caption: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in caption)
 
 
-def _page(found: Survey, missing: str) -> Iterator[str]:
+def _table(found: Survey) -> Iterator[str]:
     yield from found.lines()
     for name, one in found.tokens.items():
         yield (
             f"{name} tokens of {found.counted:,} captions: median {one.median:g}, longest "
             f"{one.longest}, of {one.limit}"
         )
-    if missing:
-        yield missing
     if found.sizes:
         least, *quartiles, most = [f"{width}x{height}" for width, height in found.sizes]
         yield f"sizes: {least} to {most}, quartiles {', '.join(quartiles)}"

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import NamedTuple
 
 from torchtitan_flux.data.samples import TrainingSamples
@@ -31,26 +32,22 @@ class Inspected(NamedTuple):
 def inspect(samples: TrainingSamples, decode: bool) -> Iterator[Inspected]:
     """All items of the data set behind the samples, held-out ones too, in its order.
 
-    Args:
-        samples: as training reads them.
-        decode: whether every picture is decoded; else an index is believed, which knows headers.
+    None of data that the program makes. With `decode` every picture is decoded as in training;
+    else the index is believed, which knows headers.
     """
-    source, held_out = whole_of(samples.source), _held_out(samples.source)
-    is_indexed = isinstance(source, IndexedSource)
-    reasons, of_row = unreadable_rows(source) if is_indexed else ([""], [0] * len(source))
-    decoded = _decoded(samples, source) if decode else (None for _ in range(len(source)))
-    for row, found in enumerate(decoded):
-        reason = reasons[of_row[row]]
+    source = whole_of(samples.source)
+    if not isinstance(source, IndexedSource):
+        return
+    held_out = _held_out(samples.source)
+    reasons, of_row = unreadable_rows(source)
+    decoded = _decoded(samples, source) if decode else repeat(None, len(source))
+    for number, (of, found) in enumerate(zip(of_row, decoded, strict=True)):
+        row, reason = source.index[number], reasons[of]
         if found is not None and (not found or reason in ("", REFUSED)):
             reason = found  # what decoding meets counts; in the words of the index if it has any
-        if isinstance(source, IndexedSource):
-            known = source.index[row]
-            captions, size = source.captions(known), (known.width or None, known.height or None)
-            name = known.item_id
-        else:  # made by the program: small, or drawn as they are asked for
-            item = source[row]
-            captions, size, name = item.captions, item.image.size, item.item_id
-        yield Inspected(name, captions, *size, row in held_out, reason or None)
+        size = row.width or None, row.height or None
+        captions = source.captions(row)
+        yield Inspected(row.item_id, captions, *size, number in held_out, reason or None)
 
 
 def unreadable(inspected: Iterator[Inspected]) -> list[Note]:

@@ -93,14 +93,11 @@ class FrozenEncoders:
         return all_gather_rows(latents, len(pixels.image), self.peers)
 
     def _encode_tokens(self, tokens: Tokens) -> TextConditioning:
-        both = ((self.t5, tokens.t5), (self.clip, tokens.clip))
-        txt, vec = (
-            all_gather_rows(
-                self._distinct(encoder, shard_rows(rows, self.peers)), len(rows), self.peers
-            )
-            for encoder, rows in both
-        )
-        return TextConditioning(txt, vec)
+        def encoded(encoder: nn.Module, rows: Tensor) -> Tensor:
+            part = self._distinct(encoder, shard_rows(rows, self.peers))
+            return all_gather_rows(part, len(rows), self.peers)
+
+        return TextConditioning(encoded(self.t5, tokens.t5), encoded(self.clip, tokens.clip))
 
     def _distinct(self, encoder: nn.Module, tokens: Tensor) -> Tensor:
         """Encodings of all rows; equal ones, as of the empty caption, are encoded once."""

@@ -20,13 +20,22 @@ GEOMETRY = Geometry(channels=3, downscale=1, patch=2)
 
 
 class GraySource:
-    """`length` gray ramps of 14 x 7 pixels, from i to i + 104; SIZE has to crop them."""
+    """`length` gray ramps of 14 x 7 pixels, from i to i + 104; SIZE has to crop them.
+
+    `images` makes those of some indices instead.
+    """
 
     name = "grays"
 
-    def __init__(self, length: int, unreadable: frozenset[int] = frozenset()):
+    def __init__(
+        self,
+        length: int,
+        unreadable: frozenset[int] = frozenset(),
+        images: dict[int, Callable[[], Image.Image]] | None = None,
+    ):
         self.length = length
         self.unreadable = unreadable
+        self.images = images or {}
 
     def __len__(self) -> int:
         return self.length
@@ -36,7 +45,8 @@ class GraySource:
             raise UnreadableItem(f"grays/{index}", "made so")
         columns = 8 * np.arange(14, dtype=np.uint8) + index % 100
         pixels = np.broadcast_to(columns, (7, 14)).copy()
-        return Item(Image.fromarray(pixels), (f"gray {index}", f"no. {index}"), f"grays/{index}")
+        image = self.images.get(index, lambda: Image.fromarray(pixels))()
+        return Item(image, (f"gray {index}", f"no. {index}"), f"grays/{index}")
 
 
 def byte_tokens(caption: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,6 @@
+import io
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ import torchtitan_flux.data.samples as samples_module
 from torchtitan_flux.data.batch import Batch, stack
 from torchtitan_flux.data.samples import CaptionDropout
 from torchtitan_flux.data.sources.registry import build_source
-from torchtitan_flux.data.sources.source import Item, SourceOptions
+from torchtitan_flux.data.sources.source import SourceOptions
 from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
@@ -72,7 +74,7 @@ def test_the_check_rejects_randomness_keyed_on_the_item(make_samples, monkeypatc
 
 
 def test_is_a_pure_function_of_the_position(make_samples):
-    a, b = make_samples(), make_samples()
+    a, b = make_samples(), pickle.loads(pickle.dumps(make_samples()))  # as in a worker
     forward = [a[p] for p in range(20)]
     for p in reversed(range(20)):
         assert equal(b[p], forward[p])
@@ -171,84 +173,56 @@ def test_a_source_without_readable_items_stops_the_run(make_samples, make_source
         samples[3]
 
 
-class DamagedFiles:
-    """Item 1 is a file that opens and cannot be decoded."""
-
-    name = "files"
-
-    def __init__(self, folder):
-        self.path = folder / "a.png"
-        Image.effect_noise((40, 40), 50).save(self.path)
-        self.path.write_bytes(self.path.read_bytes()[:200])
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        image = Image.open(self.path) if index == 1 else Image.new("L", (10, 6))
-        return Item(image, ("a file",), f"files/{index}")
+def cut_off() -> Image.Image:
+    """A file that opens and cannot be decoded."""
+    file = io.BytesIO()
+    Image.effect_noise((40, 40), 50).save(file, "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[:200]))
 
 
-def test_files_that_break_while_decoding_count_as_unreadable(
-    make_samples, make_validation, tmp_path
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (cut_off, ".*Error.*"),
+        (lambda: Image.new("L", (3, 40)), "too small: 3 x 40 pixels, data.min_image_size = 7"),
+    ],
+)
+def test_pictures_that_turn_out_unreadable(
+    make_samples, make_validation, make_source, image, reason
 ):
-    samples = make_samples(source=DamagedFiles(tmp_path))
-    (replaced,) = stack([samples[p] for p in range(3)]).replaced
-    assert replaced.item_id == "files/1"
-    assert "Error" in replaced.reason
-
-    validation = make_validation(source=DamagedFiles(tmp_path))
-    batch = [validation[i] for i in range(3)]
-    assert [s.weight.item() for s in batch] == [1, 0, 1]
-    assert not batch[1].picture.image.any()
-    assert [r.item_id for r in stack(batch).replaced] == ["files/1"]
-
-
-def test_small_pictures_are_unreadable(make_samples, make_validation, make_source):
-    class OneSmall(type(make_source(1))):
-        def __getitem__(self, index):
-            item = super().__getitem__(index)
-            return replace(item, image=Image.new("L", (3, 40))) if index == 1 else item
-
-    rules = PictureRules(min_size=7)  # the others are 14 x 7
-    reason = "too small: 3 x 40 pixels, data.min_image_size = 7"
-    samples = make_samples(source=OneSmall(5), rules=rules)
-    batch = stack([samples[p] for p in range(5)])
-    assert [r[1:] for r in batch.replaced] == [("grays/1", reason)]
-    samples = make_validation(source=OneSmall(5), rules=rules)
-    batch = stack([samples[i] for i in range(5)])
-    assert batch.weight.tolist() == [1, 0, 1, 1, 1]
-    assert batch.replaced == [(1, "grays/1", reason)]
+    options = {"source": make_source(5, images={1: image}), "rules": PictureRules(min_size=7)}
+    samples, validation = make_samples(**options), make_validation(**options)
+    of_run, of_set = (stack([of[p] for p in range(5)]) for of in (samples, validation))
+    for batch in of_run, of_set:
+        (replaced,) = batch.replaced
+        assert replaced.item_id == "grays/1"
+        assert re.fullmatch(reason, replaced.reason)
+    assert of_set.weight.tolist() == [1, 0, 1, 1, 1]
+    assert not of_set.picture.image[1].any()
 
 
-def test_the_background_reaches_the_samples(make_samples, make_validation, make_source):
-    class Clear(type(make_source(1))):
-        def __getitem__(self, index):
-            return replace(super().__getitem__(index), image=Image.new("RGBA", (20, 12)))
-
-    rules = PictureRules(background=(0, 255, 51))
-    for samples in (
-        make_samples(source=Clear(3), rules=rules),
-        make_validation(source=Clear(3), rules=rules),
-    ):
-        np.testing.assert_allclose(samples[1].picture.image[:, 2, 2], [-1, 1, -0.6], atol=1e-6)
+def profiled() -> Image.Image:
+    image = Image.new("RGB", (20, 12), "red")
+    image.info["icc_profile"] = b"a profile that makes red blue"
+    return image
 
 
-def test_colour_profiles_reach_the_samples_when_they_are_asked_for(
-    make_samples, make_validation, make_source, monkeypatch
+@pytest.mark.parametrize(
+    ("image", "rules", "colour"),
+    [
+        (lambda: Image.new("RGBA", (20, 12)), {"background": (0, 255, 51)}, [-1, 1, -0.6]),
+        (profiled, {"srgb": True}, [-1, -1, 1]),
+        (profiled, {"srgb": False}, [1, -1, -1]),
+    ],
+)
+def test_the_rules_reach_the_samples(
+    make_samples, make_validation, make_source, monkeypatch, image, rules, colour
 ):
-    class Profiled(type(make_source(1))):
-        def __getitem__(self, index):
-            image = Image.new("RGB", (20, 12), "red")
-            image.info["icc_profile"] = b"a profile that makes red blue"
-            return replace(super().__getitem__(index), image=image)
-
-    blue = Image.new("RGB", (20, 12), "blue")
-    monkeypatch.setattr(samples_module, "in_srgb", lambda image: blue)
-    for srgb, colour in (True, [-1, -1, 1]), (False, [1, -1, -1]):
-        for make in (make_samples, make_validation):
-            samples = make(source=Profiled(3), rules=PictureRules(srgb=srgb))
-            np.testing.assert_array_equal(samples[1].picture.image[:, 2, 2], colour)
+    monkeypatch.setattr(samples_module, "in_srgb", lambda _: Image.new("RGB", (20, 12), "blue"))
+    for make in make_samples, make_validation:
+        images = dict.fromkeys(range(3), image)
+        samples = make(source=make_source(3, images=images), rules=PictureRules(**rules))
+        np.testing.assert_allclose(samples[1].picture.image[:, 2, 2], colour, atol=1e-6)
 
 
 def test_validation_belongs_to_the_item(make_validation, make_source):
@@ -274,11 +248,6 @@ def test_validation_shapes_and_plainness(make_validation):
     middle = 3 + 104 / 2  # item 3 is the ramp 3 .. 107
     assert ((row.mean() + 1) * 127.5).item() == pytest.approx(middle, abs=0.6)
     assert sample.weight == 1
-
-
-def test_can_be_sent_to_a_worker(make_samples, make_validation):
-    for samples in (make_samples(), make_validation()):
-        assert equal(pickle.loads(pickle.dumps(samples))[2], samples[2])
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes"])
