@@ -435,24 +435,24 @@ def test_compare(sources, models, tmp_path, capsys):
             compare.main([str(path) for path in paths])
         return left.value.code, capsys.readouterr().out  # type: ignore[return-value]
 
-    code, told = run(sources["dcp", made.GUIDED], sources["comfyui", made.GUIDED])
-    assert code == 0
-    assert "same names, shapes and element types" in told
+    ours = sources["dcp", made.GUIDED]
+    code, printed = run(ours, sources["comfyui", made.GUIDED])
+    assert (code, "same names, shapes and element types" in printed) == (0, True)
 
     changed = {name: tensor.clone() for name, tensor in models[made.GUIDED].items()}
     changed["single_blocks.1.linear1_by_head.weight"][3, 4] += 0.5
     changed["img_in.bias"][0] = torch.nan
-    path = made.make(tmp_path, "diffusers", made.GUIDED, changed)
-    code, told = run(sources["dcp", made.GUIDED], path)
+    code, printed = run(ours, made.make(tmp_path, "diffusers", made.GUIDED, changed))
     assert code == 1
-    lines = {line.split()[0]: line.split()[1:] for line in told.splitlines() if " 0 " not in line}
-    assert lines["single_blocks.1"][1:3] == ["1", "5.000e-01"]
-    assert lines["img_in"][1:] == ["1", "nan", "nan"]
-    assert not any("double_blocks" in line for line in lines)
+    rows = (line.split() for line in printed.splitlines() if " 0 " not in line)
+    rows = {block: row for block, *row in rows}
+    assert rows["single_blocks.1"][1:3] == ["1", "5.000e-01"]
+    assert rows["img_in"][1:] == ["1", "nan", "nan"]
+    assert not any("double_blocks" in block for block in rows)
 
-    code, told = run(sources["dcp", made.ARGS], sources["bfl", made.GUIDED])
-    assert (code, told.count(": none and (")) == (1, 4)
-    assert run(sources["dcp", made.ARGS], tmp_path / "absent")[0] == 2
+    code, printed = run(sources["dcp", made.ARGS], sources["bfl", made.GUIDED])
+    assert (code, printed.count(": none and (")) == (1, 4)
+    assert run(ours, tmp_path / "absent")[0] == 2
 
 
 @pytest.mark.slow
