@@ -56,43 +56,27 @@ def biggest_file(checkpoint: Path) -> Path:
     return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
-def truncate(checkpoint: Path) -> None:
-    os.truncate(biggest_file(checkpoint), 1000)
-
-
-def flip(checkpoint: Path) -> None:
-    path = biggest_file(checkpoint)
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[100] ^= 1
     path.write_bytes(data)
-
-
-def delete(checkpoint: Path) -> None:
-    biggest_file(checkpoint).unlink()
 
 
 def half_written(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink()
 
 
-def flip_metadata(checkpoint: Path) -> None:
-    path = checkpoint / ".metadata"
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
-
-
-def garbled_manifest(checkpoint: Path) -> None:
-    (checkpoint / MANIFEST).write_text('{"format": 1, "step"')
+def flip(checkpoint: Path) -> None:
+    flip_bit(biggest_file(checkpoint))
 
 
 DAMAGES = {
-    truncate: "has 1000 bytes instead of",
-    flip: "the checksum of",
-    delete: "is missing",
-    half_written: f"it has no {MANIFEST}",
-    flip_metadata: "the checksum of .metadata is wrong",
-    garbled_manifest: f"its {MANIFEST} cannot be read",
+    "truncated": (lambda c: os.truncate(biggest_file(c), 1000), "has 1000 bytes instead of"),
+    "flipped": (flip, "the checksum of"),
+    "deleted": (lambda c: biggest_file(c).unlink(), "is missing"),
+    "half written": (half_written, f"it has no {MANIFEST}"),
+    "metadata": (lambda c: flip_bit(c / ".metadata"), "the checksum of .metadata is wrong"),
+    "garbled": (lambda c: (c / MANIFEST).write_text("{"), f"its {MANIFEST} cannot be read"),
 }
 
 
@@ -106,26 +90,29 @@ def test_a_checkpoint_is_a_manifest_of_all_its_files(finished):
         names = {path.name for path in folder.iterdir()} - {MANIFEST}
         assert set(manifest.files) == names
         assert sum(name.endswith(".distcp") for name in names) == 2, "one file a rank"
+        content = json.loads((folder / MANIFEST).read_text())
+        assert (content["step"], content["facts"]["randomness_version"]) == (step, 1)
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damage_is_named_and_passed_over(finished, tmp_path, damage):
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_and_passed_over(finished, tmp_path, name):
+    damage, why = DAMAGES[name]
     folder = copy_of(finished, tmp_path, 2, 4) / "checkpoint"
     damage(folder / "step-4")
     choice = choose_checkpoint(folder)
     assert choice.folder == folder / "step-2"
-    assert DAMAGES[damage] in choice.damaged[4]
+    assert why in choice.damaged[4]
 
 
-@pytest.mark.parametrize("damage", [flip, half_written], ids=lambda damage: damage.__name__)
-def test_a_run_continues_from_the_one_before(finished, tmp_path, damage):
+@pytest.mark.parametrize("name", ["flipped", "half written"])
+def test_a_run_continues_from_the_one_before(finished, tmp_path, name):
     """With k = 2 the last good one stays, and the run ends as if nothing had happened."""
+    damage, why = DAMAGES[name]
     dump = copy_of(finished, tmp_path, 2, 4)
     damage(dump / "checkpoint/step-4")
     again = run(2, dump, "--checkpoint.keep_latest_k", "2")
-    assert DAMAGES[damage] in again.log
-    assert f"{dump}/checkpoint/step-4 is damaged" in again.log
-    assert "continuing from step-2" in again.log
+    for part in (f"{dump}/checkpoint/step-4 is damaged", why, "continuing from step-2"):
+        assert part in again.log
     reference = finished[1]
     assert again.losses == {s: reference.losses[s] for s in (3, 4, 5, 6)}
     for name, value in again.weights.items():
@@ -137,9 +124,9 @@ def test_a_run_continues_from_the_one_before(finished, tmp_path, damage):
 def test_only_complete_checkpoints_count_for_keep_latest_k(finished, tmp_path):
     """Three damaged newer ones, k = 2: the good one outlives the next two saves."""
     dump = copy_of(finished, tmp_path, 2)
-    for step, damage in ((7, half_written), (8, delete), (9, truncate)):
+    for step, name in ((7, "half written"), (8, "deleted"), (9, "truncated")):
         shutil.copytree(finished[0] / "checkpoint/step-6", dump / f"checkpoint/step-{step}")
-        damage(dump / f"checkpoint/step-{step}")
+        DAMAGES[name][0](dump / f"checkpoint/step-{step}")
     again = run(1, dump, "--checkpoint.keep_latest_k", "2", "--training.steps", "4")
     assert again.error == ""
     assert list(complete_steps(dump / "checkpoint")) == [4, 2]
@@ -169,22 +156,18 @@ def test_a_named_step_that_is_damaged_or_absent_is_refused(finished, tmp_path):
         assert why in message
 
 
-def test_what_a_killed_run_left_is_removed(finished, tmp_path):
+def test_what_a_killed_run_left_is_removed_or_gets_its_name(finished, tmp_path):
     dump = copy_of(finished, tmp_path, 4)
+    folder = dump / "checkpoint"
     for name in ("step-5.partial", "step-1.deleting"):
-        shutil.copytree(dump / "checkpoint/step-4", dump / "checkpoint" / name)
-        half_written(dump / "checkpoint" / name)
+        shutil.copytree(folder / "step-4", folder / name)
+        half_written(folder / name)
+    (folder / "step-4").rename(folder / "step-4.partial")
     again = run(1, dump)
-    assert "Removed" in again.log
-    assert steps_in(dump) == ["step-4", "step-6"]
-
-
-def test_one_that_was_complete_but_for_its_name_gets_it(finished, tmp_path):
-    dump = copy_of(finished, tmp_path, 2, 4)
-    (dump / "checkpoint/step-4").rename(dump / "checkpoint/step-4.partial")
-    again = run(1, dump)
+    assert again.log.count("Removed") == 2
     assert "step-4 was complete but for its name" in again.log
     assert list(again.losses) == [5, 6]
+    assert steps_in(dump) == ["step-4", "step-6"]
 
 
 def test_going_back_leaves_no_second_future(finished, tmp_path):
@@ -202,23 +185,20 @@ def test_going_back_leaves_no_second_future(finished, tmp_path):
 def test_the_initial_path_counts_where_only_an_unfinished_save_lies(finished, tmp_path):
     """torchtitan begins from nothing as soon as its checkpoint folder exists."""
     (tmp_path / "checkpoint/step-2.partial").mkdir(parents=True)
-    initial = str(finished[0] / "checkpoint/step-6")
-    again = run(1, tmp_path, "--checkpoint.initial_load_path", initial)
-    fresh = finished[1]
+    initial = ("--checkpoint.initial_load_path", str(finished[0] / "checkpoint/step-6"))
+    again = run(1, tmp_path, *initial)
     assert min(again.losses) == 1
-    assert abs(again.losses[1] / fresh.losses[1] - 1) > 1e-3, "other weights, same samples"
-    flip(copy_of(finished, tmp_path / "bad", 2) / "checkpoint/step-2")
-    for path, why in (
-        (tmp_path / "bad/checkpoint/step-2", "is damaged"),
-        (tmp_path / "nowhere", "initial_load_path"),
-    ):
+    assert abs(again.losses[1] / finished[1].losses[1] - 1) > 1e-3, "other weights, same samples"
+    bad = copy_of(finished, tmp_path / "bad", 2) / "checkpoint/step-2"
+    flip(bad)
+    for path, why in ((bad, "is damaged"), (tmp_path / "nowhere", "initial_load_path")):
         argv = arguments(tmp_path / "new", 8, *SHORT, "--checkpoint.initial_load_path", str(path))
         (message,) = run_ranks(1, refusal, argv)
         assert why in message
         assert str(path) in message
 
 
-def test_a_whole_other_run_is_gone_on_with(finished, tmp_path):
+def test_another_run_is_resumed(finished, tmp_path):
     again = run(
         2,
         tmp_path,
@@ -267,16 +247,13 @@ LARGE = ("double_blocks.0.img_mlp.0.bias", "final_layer.linear.bias")
 def enlarge(trainer: FluxTrainer) -> None:
     """The last element of two biases is beyond float16's range when the run ends."""
     save = trainer.checkpointer.save
+    rank_of = {LARGE[0]: dist.get_world_size() - 1, LARGE[1]: 0}
 
     def saved(step: int, last_step: bool = False) -> None:
-        if last_step:
-            for name, parameter in trainer.model_parts[0].named_parameters():
-                assert isinstance(parameter, DTensor)
-                local = parameter.to_local()
-                if name == LARGE[0] and dist.get_rank() == dist.get_world_size() - 1:
-                    local.detach()[-1] = 1e5
-                elif name == LARGE[1] and dist.get_rank() == 0:
-                    local.detach()[0] = -1e5
+        for name, parameter in trainer.model_parts[0].named_parameters() if last_step else ():
+            assert isinstance(parameter, DTensor)
+            if rank_of.get(name) == dist.get_rank():
+                parameter.to_local().detach()[-1] = 1e5
         save(step, last_step)
 
     trainer.checkpointer.save = saved  # type: ignore[method-assign]
@@ -320,9 +297,11 @@ class SmallDisk(io.FileIO):
     """A file on a disk that is full after 100 kB, in the midst of torch's archive of a tensor."""
 
     def write(self, data) -> int:
-        if self.tell() + len(data) > 100_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
+        return super().write(data) if self.tell() + len(data) <= 100_000 else full()
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fill_disk(trainer: FluxTrainer) -> None:
@@ -369,10 +348,6 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_or_stops(finished, tmp_path
 
 def fill_disk_for_others(trainer: FluxTrainer) -> None:
     """TensorBoard's writer and the grid's file meet a full disk."""
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     SummaryWriter.add_scalar = full
     pictures.save_picture = full
 
@@ -444,21 +419,9 @@ def test_members_of_enums_load_as_every_python_pickles_them(finished, tmp_path):
 
 
 def test_another_model_is_refused_key_by_key(finished, tmp_path):
-    dump = copy_of(finished, tmp_path, 2)
-    argv = arguments(dump, 8, *SHORT, "--model.flavor", "flux-debug")
-
     def load(argv):
-        try:
+        with pytest.raises(ValueError, match=r"(?s)does not fit.*mis-shaped"):
             train(argv)
-        except ValueError as error:
-            return str(error)
 
-    (message,) = run_ranks(1, load, argv)
-    assert "does not fit" in message
-    assert "mis-shaped" in message
-
-
-def test_manifests_are_readable_by_people(finished):
-    content = json.loads((finished[0] / f"checkpoint/step-2/{MANIFEST}").read_text())
-    assert content["step"] == 2
-    assert content["facts"]["randomness_version"] == 1
+    argv = arguments(copy_of(finished, tmp_path, 2), 8, *SHORT, "--model.flavor", "flux-debug")
+    run_ranks(1, load, argv)

@@ -28,7 +28,7 @@ from weight_files import (
 )
 
 from torchtitan_flux import train
-from torchtitan_flux.inference import open_run as session
+from torchtitan_flux.inference import open_run
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -81,13 +81,13 @@ def files(tmp_path_factory) -> Files:
 
 def parallelism(replicate: int = 1, shard: int = 1, cp: int = 1, tp: int = 1, pp: int = 1):
     keys = {
-        "data_parallel_replicate_degree": replicate,
-        "data_parallel_shard_degree": shard,
-        "context_parallel_degree": cp,
-        "tensor_parallel_degree": tp,
-        "pipeline_parallel_degree": pp,
+        "data_parallel_replicate": replicate,
+        "data_parallel_shard": shard,
+        "context_parallel": cp,
+        "tensor_parallel": tp,
+        "pipeline_parallel": pp,
     }
-    return [w for key, degree in keys.items() for w in (f"--parallelism.{key}", str(degree))]
+    return [w for k, degree in keys.items() for w in (f"--parallelism.{k}_degree", str(degree))]
 
 
 def imported(
@@ -185,14 +185,16 @@ def test_a_run_begins_with_them(files, tmp_path):
             assert torch.equal(value, files.values[name]), name
 
 
+def guided(function, argv):
+    """With a guided flux-tiny; for a process of its own."""
+    FLAVORS["flux-tiny"] = GUIDED
+    return function(argv)
+
+
 @pytest.mark.slow
 def test_a_guided_run_begins_with_weights_that_have_none(files, tmp_path):
-    def run(argv):
-        FLAVORS["flux-tiny"] = GUIDED  # in a process of its own
-        return loaded(argv)
-
     argv = beginning(tmp_path, files.bfl, "--checkpoint.guidance_weights", "initialize")
-    (values,) = run_ranks(1, run, argv)
+    (values,) = run_ranks(1, guided, loaded, argv)
     assert values.keys() == files.values.keys()
     for name, value in values.items():
         if not name.startswith("guidance_in."):
@@ -207,54 +209,41 @@ def test_a_rank_holds_little_more_than_its_shards():
 
     Processes of their own: a forked one inherits the memory of the tests before it.
     """
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "benchmarks/import_memory.py", "--gigabytes", "0.4", "--hidden", "768",
-         "--allowance", "64"],
-        cwd=Path(__file__).resolve().parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["benchmarks/import_memory.py", "--gigabytes", "0.4", "--hidden", "768"]
+    root = Path(__file__).resolve().parents[2]
+    command += ["--allowance", "64"]
+    finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(re.findall(r"RssAnon grew by \d+ MB", finished.stdout)) == 2
 
 
 # ---- what is refused -------------------------------------------------------------------------
 
 
-def changed(files: Files, folder: Path, change) -> Path:
-    """A BFL file after `change` to its dictionary of tensors."""
-    tensors = load_file(files.bfl)
-    change(tensors)
-    folder.mkdir()
-    save_file(tensors, folder / "flux1-changed.safetensors")
-    return folder / "flux1-changed.safetensors"
-
-
 def wrong_inputs(files: Files, folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """By name: the path, and what the message must say."""
+    tensors = load_file(files.bfl)
+    unknown = folder / "unknown.safetensors"
+    save_file({**tensors, "stray.weight": torch.zeros(2)}, unknown)
+    missing = folder / "missing.safetensors"
+    save_file({n: x for n, x in tensors.items() if n != "txt_in.bias"}, missing)
     truncated = folder / "truncated.safetensors"
     truncated.write_bytes(files.bfl.read_bytes()[:-1000])
     pickled = folder / "flux1.ckpt"
     pickled.write_bytes(pickle.dumps({"weights": 1}))
-    index = diffusers_folder(folder / "gone", nonzero_model(ARGS).state_dict(), ARGS)
-    (index / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    shard = diffusers_folder(folder / "gone", nonzero_model(ARGS).state_dict(), ARGS)
+    (shard / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     (folder / "empty").mkdir()
     digits = FLAVORS["flux-digits"]
     other = diffusers_folder(folder / "other", nonzero_model(digits).state_dict(), digits)
-    missing = changed(files, folder / "missing", lambda t: t.pop("txt_in.bias"))
-    unknown = changed(
-        files, folder / "unknown", lambda t: t.update({"stray.weight": torch.zeros(2)})
-    )
     return {
         "missing": (missing, ["1 missing: txt_in.bias"]),
         "unknown": (unknown, ["1 unknown: stray.weight"]),
         "flavor": (other, ["model.flavor = 'flux-tiny', and these are weights of flux-digits"]),
         "truncated": (truncated, ["truncated.safetensors"]),
         "pickle": (pickled, ["flux1.ckpt", "pickle"]),
-        "shard": (index, ["diffusion_pytorch_model-00002-of-00002.safetensors"]),
+        "shard": (shard, ["diffusion_pytorch_model-00002-of-00002.safetensors"]),
         "empty": (folder / "empty", [str(folder / "empty")]),
         "guidance": (files.guided, ['checkpoint.guidance_weights = "drop"']),
     }
@@ -279,11 +268,7 @@ def test_what_cannot_be_loaded_is_refused_before_anything_is_built(files, tmp_pa
 
 
 def test_guidance_that_is_missing_is_refused_too(files, tmp_path):
-    def run(argv):
-        FLAVORS["flux-tiny"] = GUIDED  # in a process of its own
-        return refusal(argv)
-
-    (message,) = run_ranks(1, run, beginning(tmp_path, files.bfl))
+    (message,) = run_ranks(1, guided, refusal, beginning(tmp_path, files.bfl))
     assert 'checkpoint.guidance_weights = "initialize"' in message
 
 
@@ -303,37 +288,29 @@ def test_weights_that_may_not_be_read_are_one_message(files, monkeypatch):
     def locked(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(session, "open_for", locked)
+    monkeypatch.setattr(open_run, "open_for", locked)
     with pytest.raises(ValueError, match=r"--weights .*flux1-tiny\.safetensors: .*denied"):
-        session._open(str(files.bfl), ARGS, load_config(["--model.flavor", "flux-tiny"]))
+        open_run._open(str(files.bfl), ARGS, load_config(["--model.flavor", "flux-tiny"]))
 
 
-def test_contradictions_are_named(files, tmp_path):
-    path = ("--checkpoint.initial_load_path", str(files.root))
-    for more, named in (
-        (("--checkpoint.initial_load_in_hf",), "needs checkpoint.initial_load_path"),
-        ((*path, "--checkpoint.no-enable"), "checkpoint.enable = true"),
-        (("--checkpoint.last_save_in_hf",), "checkpoint.last_save_model_only = true"),
-        (
-            ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
-             "--checkpoint.no-enable"),
-            "checkpoint.last_save_in_hf is set",
-        ),
-        (
-            ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only",
-             "--checkpoint.load_only"),
-            "checkpoint.load_only = true does not",
-        ),
-        (
-            (*path, "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial_load_model_only"),
-            "checkpoint.initial_load_model_only = true",
-        ),
-        (
-            (*path, "--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_in_hf_quantized"),
-            "initial_load_in_hf_quantized",
-        ),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="checkpoint") as error:
-            load_config(arguments(tmp_path, 8, *more))
-        assert named in str(error.value), more
-        assert len(str(error.value).splitlines()) == 1, more
+IN_HF = "--checkpoint.initial_load_in_hf"
+SAVED_IN_HF = "--checkpoint.last_save_in_hf"
+ENTIRE = "--checkpoint.no-initial_load_model_only"
+MODEL_ONLY = "--checkpoint.last_save_model_only"
+CONTRADICTIONS = (
+    (False, (IN_HF,), "needs checkpoint.initial_load_path"),
+    (True, ("--checkpoint.no-enable",), "checkpoint.enable = true"),
+    (False, (SAVED_IN_HF,), "checkpoint.last_save_model_only = true"),
+    (False, (SAVED_IN_HF, MODEL_ONLY, "--checkpoint.no-enable"), "checkpoint.last_save_in_hf is"),
+    (False, (SAVED_IN_HF, MODEL_ONLY, "--checkpoint.load_only"), "load_only = true does not"),
+    (True, (IN_HF, ENTIRE), "checkpoint.initial_load_model_only = true"),
+    (True, (IN_HF, "--checkpoint.initial_load_in_hf_quantized"), "initial_load_in_hf_quantized"),
+)
+
+
+@pytest.mark.parametrize(("given", "more", "named"), CONTRADICTIONS)
+def test_contradictions_are_named(files, tmp_path, given, more, named):
+    path = ("--checkpoint.initial_load_path", str(files.root)) if given else ()
+    with pytest.raises(ValueError, match=named) as error:
+        load_config(arguments(tmp_path, 8, *path, *more))
+    assert len(str(error.value).splitlines()) == 1

@@ -71,7 +71,6 @@ class ManifestWriter(FileSystemWriter):
         self.folder, self.manifest = folder, manifest
         self.replaces_damaged = replaces_damaged
         self.companions = companions or {}
-        self.checksum_seconds = 0.0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled in the process that saves in the background: it is needed until the ranks end
@@ -97,11 +96,9 @@ class ManifestWriter(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Future:
         with self._names_full_disk():
             results = super().write_data(plan, planner).wait()
-        begin = time.perf_counter()
         written = Written(results)
         names = sorted({result.storage_data.relative_path for result in results})
         written.files = {name: file_facts(Path(self.path) / name) for name in names}
-        self.checksum_seconds = time.perf_counter() - begin
         future: Future = Future()
         future.set_result(written)
         return future

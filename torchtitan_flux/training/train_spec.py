@@ -1,8 +1,6 @@
 """Registers "flux" with torchtitan; `experimental.custom_import` names this module."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -28,12 +26,10 @@ class FluxTrainArgs(FluxModelArgs):
     """FluxModelArgs with the two methods that torchtitan's trainer calls."""
 
     def update_from_config(self, job_config: FluxJobConfig) -> None:
-        """Take the widths of the configured encoders and codec, in place (a fresh copy)."""
-        resolved = resolve_model_args(job_config)
-        for field in fields(resolved):
-            object.__setattr__(self, field.name, getattr(resolved, field.name))
-        object.__setattr__(self, "_size", job_config.training.image_size)
-        object.__setattr__(self, "_text_tokens", job_config.encoder.max_t5_encoding_len)
+        """Take the widths of the configured encoders and codec, in place for torchtitan."""
+        vars(self).update(vars(resolve_model_args(job_config)))
+        vars(self)["_size"] = job_config.training.image_size
+        vars(self)["_text_tokens"] = job_config.encoder.max_t5_encoding_len
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and training FLOPs of one token of the joint sequence.
@@ -46,29 +42,11 @@ class FluxTrainArgs(FluxModelArgs):
         return parameters, flops_per_image(self, size, text_tokens) // tokens
 
 
-class FlavorArgs(Mapping[str, FluxTrainArgs]):
-    """The flavors, a fresh copy at each look-up: torchtitan updates what it is given in place."""
-
-    def __getitem__(self, flavor: str) -> FluxTrainArgs:
-        args = FLAVORS[flavor]
-        return FluxTrainArgs(**{f.name: getattr(args, f.name) for f in fields(args)})
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(FLAVORS)
-
-    def __len__(self) -> int:
-        return len(FLAVORS)
-
-
-def no_validator_yet(**_: Any) -> None:
-    """torchtitan builds the validator before encoders exist; FluxTrainer assigns it afterwards."""
-
-
 register_train_spec(
     "flux",
     TrainSpec(
         model_cls=FluxModel,  # type: ignore[arg-type]
-        model_args=FlavorArgs(),  # type: ignore[arg-type]
+        model_args={name: FluxTrainArgs(**asdict(args)) for name, args in FLAVORS.items()},  # type: ignore
         parallelize_fn=parallelize_flux,
         pipelining_fn=pipeline_flux,  # type: ignore[arg-type]
         build_optimizers_fn=FluxOptimizers,
@@ -76,7 +54,8 @@ register_train_spec(
         build_dataloader_fn=build_dataloader,  # type: ignore[arg-type]
         build_tokenizer_fn=build_tokenizer,  # type: ignore[arg-type]
         build_loss_fn=build_mse_loss,
-        build_validator_fn=no_validator_yet,  # type: ignore[arg-type]
+        # FluxTrainer assigns it when there are encoders
+        build_validator_fn=lambda **_: None,  # type: ignore[arg-type]
         build_metrics_processor_fn=FluxMetrics,
     ),
 )

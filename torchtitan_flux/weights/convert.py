@@ -51,7 +51,6 @@ def convert(
     dtype: torch.dtype | None = None,
     args: FluxModelArgs | None = None,
     max_shard_size: str = "10GB",
-    overwrite: bool = False,
     verify: bool = False,
     parts: PipelineParts | None = None,
 ) -> None:
@@ -65,7 +64,6 @@ def convert(
             "comfyui". Checksums, licence and model card go into it, or beside the file.
         dtype: None keeps what each parameter has.
         max_shard_size: of the files of a diffusers folder.
-        overwrite: replace an earlier export of this name.
         verify: read the result back and compare all of it, bit for bit.
         parts: of a pipeline; None takes those that the source names.
 
@@ -80,22 +78,20 @@ def convert(
         source = open_weights(source, args, alone=True)
     plan = pipeline_plan(source, parts) if format == "pipeline" else None
     companions = companion_files(source, target.stem, format in ("diffusers", "pipeline"))
-    metadata, scheduler, outdated = architecture.to_metadata(source.args), "", []
-    if stated := stated_scheduler(source.path):
-        scheduler = stated.text
+    metadata, beside = architecture.to_metadata(source.args), []
+    scheduler = stated_scheduler(source.path)
     if format in ("bfl", "comfyui"):
-        metadata |= {SCHEDULER_KEY: scheduler} if scheduler else {}
+        metadata |= {SCHEDULER_KEY: scheduler.text} if scheduler else {}
         names = [*license_and_card(target), *companions, CHECKSUMS]
-        outdated = [f"{target.stem}.{name}" for name in names]  # of an earlier file of this name
+        beside = [f"{target.stem}.{name}" for name in names]
     elif format != "pipeline" and scheduler:
-        companions[SCHEDULER_FILE] = scheduler.encode()
+        companions[SCHEDULER_FILE] = scheduler.text.encode()
     job = _Job(source, dtype, max_shard_size, plan, metadata, companions)
     needed = job.bytes + (plan.bytes if plan else 0)
-    reads = [source.path, *(plan.reads if plan else ())]
     logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")
     bar = partial(tqdm, unit="B", unit_scale=True, disable=None)
     with (
-        staged(target, needed, overwrite, reads, outdated) as stage,
+        staged(target, needed, beside) as stage,
         bar(total=job.bytes * (1 + verify)) as job.bar,
     ):
         _WRITERS[format](job, stage / target.name)

@@ -54,7 +54,6 @@ def convert_autoencoder(
     target: Path,
     format: str,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
     verify: bool = False,
 ) -> None:
     """`convert` for an autoencoder, to "bfl" or "diffusers"."""
@@ -65,7 +64,7 @@ def convert_autoencoder(
     args, tensors = open_autoencoder(path)
     tensors = {name: cast(one, dtype or one.dtype, name) for name, one in tensors.items()}
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    with staged(target, needed, overwrite, [path]) as stage:
+    with staged(target, needed) as stage:
         writers[format](args, tensors, stage / target.name)
         if verify:
             verify_vae(tensors, stage / target.name)

@@ -42,7 +42,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", metavar="DECAY", nargs="?", const="", help=what)
     add("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
     add("--verify", action="store_true", help="read back, compare every tensor")
-    add("--overwrite", action="store_true", help="replace an earlier export")
     add("--t5", type=Path, help="T5 folder, for --to pipeline")
     add("--clip", type=Path, help="CLIP folder, for --to pipeline")
     add("--autoencoder", type=Path, help="ae.safetensors or vae folder, for --to pipeline")
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     init_logger()
     dtype = _DTYPES.get(given.dtype)
     with exit_on_sigterm(), one_message("Cannot convert"):
-        common = {"dtype": dtype, "overwrite": given.overwrite, "verify": given.verify}
+        common = {"dtype": dtype, "verify": given.verify}
         if is_autoencoder(given.source):
             convert_autoencoder(given.source, given.target, given.to, **common)
             return

@@ -88,14 +88,10 @@ class PipelinePlan:
     scheduler: StatedScheduler
 
     @property
-    def reads(self) -> list[Path]:
-        """All that is read."""
-        return [*self.copies.values(), self.autoencoder]
-
-    @property
     def bytes(self) -> int:
         """How much will be written."""
-        files = (file for one in self.reads for file in (one.glob("*") if one.is_dir() else [one]))
+        vae = self.autoencoder
+        files = [*self.copies.values(), *(vae.glob("*") if vae.is_dir() else [vae])]
         return sum(file.stat().st_size for file in files)
 
     def write(self, folder: Path) -> None:
