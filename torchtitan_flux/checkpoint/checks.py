@@ -39,11 +39,13 @@ def checkpoint_problems(config: FluxJobConfig) -> Iterator[Problem]:
             c.create_seed_checkpoint and c.load_only,
             key + "create_seed_checkpoint",
             "saves, checkpoint.load_only = true does not",
+            key + "load_only",
         ),
         (
             c.last_save_in_hf and c.load_only,
             key + "last_save_in_hf",
             "saves, checkpoint.load_only = true does not",
+            key + "load_only",
         ),
         (
             c.enable and c.keep_latest_k == 1,
@@ -61,12 +63,14 @@ def checkpoint_problems(config: FluxJobConfig) -> Iterator[Problem]:
             c.initial_load_in_hf and not c.initial_load_model_only,
             key + "initial_load_in_hf",
             "such files hold weights alone; set checkpoint.initial_load_model_only = true",
+            key + "initial_load_model_only",
         ),
         (
             c.last_save_in_hf and not c.last_save_model_only,
             key + "last_save_in_hf",
             "needs checkpoint.last_save_model_only = true; for a full last checkpoint, leave both "
             "false and run scripts/convert_checkpoint.py on it",
+            key + "last_save_model_only",
         ),
     )
     yield from _exclusion_problems(config)

@@ -38,7 +38,8 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def list_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, complete or not, newest first."""
-    found = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
+    paths = folder.iterdir() if folder.is_dir() else ()  # glob would take "forbidden" for "none"
+    found = (re.fullmatch(r"step-(\d+)", path.name) for path in paths)
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 

@@ -34,18 +34,25 @@ class Key:
 
 
 def merged(base: type, custom: type) -> type:
-    """A subclass of `base` with the sections of `custom`; sections of both have the keys of both.
+    """A subclass of `base` with the keys of `custom` too, section by section.
 
-    Where both have a key, `custom` decides.
+    Where both have a key, `custom` decides, unless it has it from a class that `base` derives from.
     """
-    own: dict[str, Any] = {f.name: f.type for f in fields(base)}
-    sections = []
+    own = {f.name: f for f in fields(base)}
+    ancestors = [f for cls in base.__mro__[1:] if is_dataclass(cls) for f in fields(cls)]
+    members = []
     for f in fields(custom):
-        section: Any = f.type
-        if f.name in own and not issubclass(section, own[f.name]):
-            section = make_dataclass(f.name, [], bases=(section, own[f.name]))
-        sections.append((f.name, section, field(default_factory=section)))
-    return make_dataclass(base.__name__, sections, bases=(base,))
+        if any(f is other for other in ancestors):
+            continue
+        kind: Any = f.type
+        if f.name in own and is_dataclass(kind):
+            kind = merged(own[f.name].type, kind)  # type: ignore[arg-type]
+        default: Any = (
+            field(default_factory=kind) if isinstance(kind, type) and is_dataclass(kind) else f
+        )
+        members.append((f.name, kind, default))
+    namespace = {"meanings": meanings_of(custom)}
+    return make_dataclass(base.__name__, members, bases=(base,), namespace=namespace)
 
 
 @functools.cache
@@ -53,6 +60,7 @@ def meanings_of(cls: type) -> dict[str, str]:
     """Field -> the string that stands below it in the source, as one paragraph."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
+        found |= base.__dict__.get("meanings", {})
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except (OSError, TypeError, SyntaxError):  # made at run time

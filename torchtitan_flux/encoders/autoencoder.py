@@ -160,7 +160,8 @@ def _naming_key(path: str | Path) -> Iterator[None]:
     except BeyondRange as error:
         raise ValueError(f"{_KEY}: {path}: {error}") from None
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{_KEY}: {error}") from None
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{_KEY}: {error}") from None
 
 
 def weights_in(folder: Path) -> Path:

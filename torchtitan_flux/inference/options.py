@@ -4,8 +4,11 @@ import argparse
 import difflib
 import math
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from torchtitan_flux.config.command_line import given_keys
 from torchtitan_flux.config.problems import ConfigError
@@ -155,6 +158,8 @@ def _invalid(options: argparse.Namespace) -> list[str]:
         for name in RANGES
         if (wrong := out_of_range(name, getattr(options, name)))
     ]
+    if options.low_memory and torch.cuda.is_available() and find_spec("accelerate") is None:
+        problems.append('--low_memory needs accelerate: pip install "torchtitan-flux[low_memory]"')
     if options.ema is not None and options.weights is not None:
         problems.append(
             "--ema is of a run's own checkpoint; scripts/convert_checkpoint.py --ema makes weights "

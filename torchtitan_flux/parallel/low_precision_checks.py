@@ -74,6 +74,7 @@ def _float8(config: FluxJobConfig) -> Iterator[Problem]:
             f.precompute_float8_dynamic_scale_for_fsdp and not f.enable_fsdp_float8_all_gather,
             f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
             "does nothing without enable_fsdp_float8_all_gather = true",
+            f"{FLOAT8}.enable_fsdp_float8_all_gather",
         ),
     )
 
@@ -103,6 +104,7 @@ def _mx(config: FluxJobConfig) -> Iterator[Problem]:
             f"{MX} cannot be compiled with tensor parallelism; set compile.enable = false or "
             "parallelism.tensor_parallel_degree = 1",
             "compile.enable",
+            "parallelism.tensor_parallel_degree",
         ),
     )
 
@@ -131,6 +133,7 @@ def low_precision_fit(
                 f"the {name} width {width} of model.flavor = {config.model.flavor!r} over "
                 f"parallelism.tensor_parallel_degree = {tp} is not a multiple of {multiple}; "
                 "choose another degree, or remove the converter",
+                ("parallelism.tensor_parallel_degree",),
             )
     key_of_samples, samples = "training.local_batch_size", config.training.local_batch_size
     if p.pipeline_parallel_degree > 1:
@@ -148,6 +151,7 @@ def low_precision_fit(
                     f"{key_of_samples} = {samples} times {tokens} tokens ({key_of_tokens}) over "
                     f"parallelism.context_parallel_degree = {cp} is not a multiple of {multiple}; "
                     "change one of them",
+                    (key_of_samples, key_of_tokens, "parallelism.context_parallel_degree"),
                 )
 
 

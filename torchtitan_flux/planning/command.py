@@ -63,10 +63,7 @@ def model_args(config: FluxJobConfig) -> FluxModelArgs:
         raise ConfigError([f"model.flavor = {config.model.flavor!r} is unknown"])
     if config.model.flavor in FIXED_WIDTH_FLAVORS:
         return with_configured_blocks(config, FLAVORS[config.model.flavor])
-    try:
-        return resolve_model_args(config)
-    except (ValueError, OSError) as error:
-        raise ConfigError([str(error)]) from error
+    return resolve_model_args(config)
 
 
 def check_mesh(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> None:

@@ -44,8 +44,15 @@ RANGE_OF = {key: bounds for bounds, keys in RANGES.items() for key in keys.split
 
 
 def number_problems(config: FluxJobConfig) -> Iterator[Problem]:
-    """Numbers that cannot be computed with."""
+    """Numbers that cannot be computed with, of what is switched on."""
+    off = set()
+    if not config.profiling.enable_profiling:
+        off = {f"profiling.{key}" for key in ("profile_freq", "profiler_active", "profiler_warmup")}
+    if config.activation_checkpoint.mode != "memory_budget":
+        off.add("activation_checkpoint.memory_budget")
     for key in keys_of(type(config)):
+        if key.name in off:
+            continue
         value = get(config, key.name)
         numbers = value if isinstance(value, list) else [value]
         problems = (_out_of_range(key.name, x) for x in numbers if type(x) in (int, float))

@@ -1,5 +1,6 @@
 """Registers "flux" with torchtitan; `experimental.custom_import` names this module."""
 
+from copy import copy
 from dataclasses import asdict, dataclass
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -42,11 +43,20 @@ class FluxTrainArgs(FluxModelArgs):
         return parameters, flops_per_image(self, size, text_tokens) // tokens
 
 
+class _Copies(dict):
+    """A copy at each look-up: torchtitan updates what it is given in place."""
+
+    def __getitem__(self, flavor: str) -> FluxTrainArgs:
+        return copy(super().__getitem__(flavor))
+
+
 register_train_spec(
     "flux",
     TrainSpec(
         model_cls=FluxModel,  # type: ignore[arg-type]
-        model_args={name: FluxTrainArgs(**asdict(args)) for name, args in FLAVORS.items()},  # type: ignore
+        model_args=_Copies(  # type: ignore[arg-type]
+            {name: FluxTrainArgs(**asdict(args)) for name, args in FLAVORS.items()}
+        ),
         parallelize_fn=parallelize_flux,
         pipelining_fn=pipeline_flux,  # type: ignore[arg-type]
         build_optimizers_fn=FluxOptimizers,

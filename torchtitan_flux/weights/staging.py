@@ -68,5 +68,6 @@ def staged(target: Path, needed: int, beside: Collection[str] = ()) -> Iterator[
 
 def _refuse_existing(paths: Iterable[Path]) -> None:
     for path in paths:
-        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        empty_folder = path.is_dir() and not any(path.iterdir()) and path.suffix not in SAFETENSORS
+        if os.path.lexists(path) and not empty_folder:
             raise TargetRefused(f"{path} exists; delete it, or name another target")

@@ -195,6 +195,26 @@ def test_sections_of_ones_own(tmp_path, monkeypatch):
         load_config([*argv, "--mine.colors", "4"])
 
 
+def test_sections_derived_from_torchtitans(tmp_path, monkeypatch):
+    """They keep our defaults and nested keys, and add theirs."""
+    (tmp_path / "derived.py").write_text(
+        "from dataclasses import dataclass, field\n\n"
+        "import torchtitan.config.job_config as base\n\n\n"
+        "@dataclass\nclass Loader:\n    shuffle: int = 7\n    'Items'\n\n\n"
+        "@dataclass\nclass Training(base.Training):\n"
+        "    dataloader: Loader = field(default_factory=Loader)\n\n\n"
+        "@dataclass\nclass JobConfig(base.JobConfig):\n"
+        "    training: Training = field(default_factory=Training)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = [*DIGITS, "--job.custom_config_module", "derived", "--training.dataloader.shuffle", "3"]
+    config = read_config(argv)
+    assert get(config, "training.dataloader.shuffle") == 3
+    assert get(config, "training.dataloader.pin_memory") is True
+    defaults = read_config(["--job.custom_config_module", "derived"])
+    assert (defaults.model.name, defaults.training.dataset) == ("flux", "digits")
+
+
 def test_a_value_that_comes_later_counts_and_the_earlier_is_named(caplog):
     with caplog.at_level(logging.WARNING):
         config = load_config([*DIGITS, "--training.steps", "3", "--training.steps=5"])

@@ -19,9 +19,8 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from torchtitan_flux.checkpoint.run_facts import RunFacts
 
-from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest
+from torchtitan_flux.checkpoint.manifest import FileFacts, Manifest, RunFacts
 from torchtitan_flux.files import try_lock
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.report.__main__ import main

@@ -122,7 +122,7 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         if before.get(name) != now.get(name):
             how = "has changed" if name in now else "is gone"
             return f"{name} {how if name in before else 'is new'}"
-    return ""
+    return "" if list(before) == list(now) else "its files come in another order"
 
 
 def can_open(path: str, at: int | None = None) -> bool:
