@@ -89,12 +89,12 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[Key]:
         yield from keys_of(section, f"{name}.")  # type: ignore[arg-type]
 
 
-def get(config: Any, key: str) -> Any:
+def get(config: object, key: str) -> Any:
     """The value of "section.key"."""
     return functools.reduce(getattr, key.split("."), config)
 
 
-def put(config: Any, key: str, value: Any) -> None:
+def put(config: object, key: str, value: object) -> None:
     """Set "section.key"."""
     section, _, name = key.rpartition(".")
     setattr(get(config, section), name, value)
