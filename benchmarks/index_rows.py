@@ -108,7 +108,7 @@ def table(index: "Index") -> None:
     print(f"held out: {len(part)} rows, {time.perf_counter() - start:.2f} s")
     start = time.perf_counter()
     found = survey(source, ImageSize(512, 512))
-    bad = sum(one.times for one in found.unreadable)
+    bad = sum(one.count for one in found.unreadable)
     print(f"table: {bad} cannot be read, {time.perf_counter() - start:.2f} s")
 
 

@@ -261,7 +261,7 @@ def test_what_cannot_be_loaded_is_refused_before_anything_is_built(files, tmp_pa
     assert one == other, "ranks say the same"
     for message, (name, (path, parts)) in zip(one, wrong.items(), strict=True):
         assert len(message.splitlines()) == 1, message
-        for part in [f"checkpoint.initial_load_path = '{path}': ", *parts]:
+        for part in [f'checkpoint.initial_load_path = "{path}": ', *parts]:
             assert part in message, (name, message)
         left = [p.name for p in (tmp_path / name).rglob("*") if p.is_file()]
         assert left == [], "the check says it, and nothing is begun"
@@ -301,7 +301,7 @@ CONTRADICTIONS = (
     (False, (IN_HF,), "needs checkpoint.initial_load_path"),
     (True, ("--checkpoint.no-enable",), "checkpoint.enable = true"),
     (False, (SAVED_IN_HF,), "checkpoint.last_save_model_only = true"),
-    (False, (SAVED_IN_HF, MODEL_ONLY, "--checkpoint.no-enable"), "checkpoint.last_save_in_hf is"),
+    (False, (SAVED_IN_HF, MODEL_ONLY, "--checkpoint.no-enable"), "nothing is loaded or saved"),
     (False, (SAVED_IN_HF, MODEL_ONLY, "--checkpoint.load_only"), "load_only = true does not"),
     (True, (IN_HF, ENTIRE), "checkpoint.initial_load_model_only = true"),
     (True, (IN_HF, "--checkpoint.initial_load_in_hf_quantized"), "initial_load_in_hf_quantized"),

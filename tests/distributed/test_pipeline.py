@@ -20,6 +20,7 @@ from torchtitan_flux.inference.open_run import load_model, open_run
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel import pipeline_stage
+from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.losses import forward_backward
 from torchtitan_flux.training.trainer import FluxTrainer

@@ -89,9 +89,9 @@ def type_name(annotation: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as TOML would write it, in short."""
+    """A value as TOML would write it; in short, unless it may be a path."""
     text = toml_text(value)
-    return text if len(text) <= 60 else text[:56] + " …" + text[-1]
+    return text if len(text) <= 60 or isinstance(value, str) else text[:56] + " …" + text[-1]
 
 
 def toml_text(value: Any) -> str:

@@ -80,11 +80,11 @@ class Survey:
         held_out = "" if self.held_out is None else f", {self.held_out:,} of them held out"
         yield f"{self.title}: {self.items:,} items{held_out}"
         for one in self.unreadable:
-            yield f"{one.times:11,}  cannot be read: {_with_examples(one)}"
+            yield f"{one.count:11,}  cannot be read: {_with_examples(one)}"
         for note in self.notes:
-            yield f"{note.times:11,}  {_with_examples(note)}"
+            yield f"{note.count:11,}  {_with_examples(note)}"
         for one in self.enlarged:
-            yield f"{one.times:11,}  {one.text}"
+            yield f"{one.count:11,}  {one.text}"
         for name, one in self.tokens.items():
             if one.too_long:
                 yield (
@@ -95,7 +95,7 @@ class Survey:
 
 def _with_examples(note: Note) -> str:
     lost = f" (about {note.lost:,} items lost)" if note.lost else ""
-    named = ", ".join(note.examples) + (", …" if note.times > len(note.examples) else "")
+    named = ", ".join(note.examples) + (", …" if note.count > len(note.examples) else "")
     return note.text + lost + (f" ({named})" if note.examples else "")
 
 
@@ -125,9 +125,9 @@ def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) 
         whole.title,
         len(whole),
         held_out,
-        sorted((note for note in notes if note.times), key=lambda note: -note.times),
+        sorted((note for note in notes if note.count), key=lambda note: -note.count),
         whole.index.notes,
-        [enlarged] if enlarged.times else [],
+        [enlarged] if enlarged.count else [],
         *_summary(width[usable], height[usable]),
         lengths,
         counted,
@@ -230,5 +230,5 @@ def refuse_unusable(source: Source, max_share: float, key: str) -> None:
         else f"{key}: none of the {items:,} items of {whole.title} can be trained on"
     )
     found = survey(source, ImageSize(1, 1))
-    table = [f"{one.times:,} × {_with_examples(one)}" for one in (*found.unreadable, *found.notes)]
+    table = [f"{one.count:,} × {_with_examples(one)}" for one in (*found.unreadable, *found.notes)]
     raise ValueError(f"{what}: {'; '.join(table)}")

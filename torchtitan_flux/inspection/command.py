@@ -18,7 +18,12 @@ from torchtitan_flux.inspection.contact_sheet import save_contact_sheet
 from torchtitan_flux.inspection.items import Inspected, inspect, unreadable
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.startup.load_config import ConfigError, exit_on_config_error, read_config
+from torchtitan_flux.startup.load_config import (
+    ConfigError,
+    exit_on_config_error,
+    located,
+    read_config,
+)
 from torchtitan_flux.training.conditioning import build_tokenizer
 from torchtitan_flux.training.data import open_source, refuse_bad_data, training_samples
 
@@ -72,9 +77,9 @@ def _read_data_config(keys: list[str]) -> FluxJobConfig:
     config = read_config(keys)
     found = [p for p in data_key_problems(config) if not p.key.startswith("validation.")]
     if config.model.flavor not in FLAVORS:
-        found.append(Problem("model.flavor", f"{config.model.flavor!r} is unknown"))
+        found.append(Problem("model.flavor", "is unknown"))
     if found:
-        raise ConfigError(found)
+        raise ConfigError(located(found, config))
     return config
 
 

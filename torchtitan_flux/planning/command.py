@@ -15,7 +15,12 @@ from torchtitan_flux.planning.dry_run import DryRun, tokens_of
 from torchtitan_flux.planning.estimate import GIB, Estimate, estimate, sent_bytes
 from torchtitan_flux.planning.mesh import Mesh, parse_mesh, with_mesh
 from torchtitan_flux.planning.propose import USABLE, Proposal, propose
-from torchtitan_flux.startup.load_config import ConfigError, exit_on_config_error, read_config
+from torchtitan_flux.startup.load_config import (
+    ConfigError,
+    exit_on_config_error,
+    located,
+    read_config,
+)
 from torchtitan_flux.startup.model_args import resolve_model_args, with_configured_blocks
 
 
@@ -72,13 +77,9 @@ def check_mesh(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> None:
     step = t.local_batch_size * mesh.data * mesh.microbatches(t)
     problems = list(model_problems(config, args))
     if t.global_batch_size > 0 and t.global_batch_size != step:
-        problems.append(
-            Problem(
-                "training.global_batch_size", f"{t.global_batch_size} is not a multiple of {step}"
-            )
-        )
+        problems.append(Problem("training.global_batch_size", f"is not a multiple of {step}"))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(located(problems, config))
 
 
 def plan_text(

@@ -3,10 +3,11 @@
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -90,8 +91,9 @@ def load_config(
     found = list(reading.problems)
     if reading.complete:
         ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
-        found += _located(problems(reading.config, training, ranks), reading)
-        found += _located(more(reading.config), reading) if more else []
+        wrong = [*problems(reading.config, training, ranks)]
+        wrong += more(reading.config) if more else []
+        found += located(wrong, reading.config, reading.given, reading.unknown)
     if found:
         raise ConfigError(found)
     for level, note in notes:
@@ -261,18 +263,24 @@ def _not_used(reading: Reading) -> Iterator[str]:
             yield f"{', '.join(keys)}: not used; {reason}"
 
 
-def _located(found: Iterable[Problem], reading: Reading) -> Iterator[Problem]:
-    """Problems with the line of the file and the value; without those that rest on a default
-    which stands in for a value that is not known."""
+def located(
+    found: Iterable[Problem],
+    config: FluxJobConfig,
+    given: Mapping[str, str] = MappingProxyType({}),
+    unknown: Collection[str] = (),
+) -> Iterator[Problem]:
+    """Problems with the value of their key and where it is given, as in `Reading`.
+
+    Without those that rest on a default which stands in for a value that is not known.
+    """
     for problem in found:
         if problem.given or not problem.key:
             yield problem
-        elif not reading.unknown & {problem.key, *problem.related}:
-            named = [key for key in (problem.key, *problem.related) if key in reading.given]
-            where = reading.given[named[0]] if named else ""
+        elif not {problem.key, *problem.related}.intersection(unknown):
+            where = next((given[k] for k in (problem.key, *problem.related) if k in given), "")
             text = f"{where}: {problem.key}" if where else problem.key
             try:
-                value = get(reading.config, problem.key)
+                value = get(config, problem.key)
             except AttributeError:  # not a key: several, or a section
                 value = None
             known = value is not None and not is_dataclass(value)

@@ -202,7 +202,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "pointer.safetensors"',
-            "encoder.autoencoder_path: is a git-lfs pointer",
+            "encoder.autoencoder_path: is a Git LFS pointer",
             needs=("pointer.safetensors",),
         ),
         refused(

@@ -64,14 +64,14 @@ class Words:
 def test_each_item_is_counted_once_with_its_reason(make):
     found = survey(make([*GOOD, *BAD]), SIZE)
     assert found.items == 11
-    assert {one.text: (one.times, one.examples) for one in found.unreadable} == {
+    assert {one.text: (one.count, one.examples) for one in found.unreadable} == {
         "the file is empty": (2, ("empty", "empty too")),
         "has no caption": (1, ("silent",)),
         "too small, data.min_image_size = 8": (1, ("tiny",)),
         "decompression bomb, data.max_image_pixels = 134217728": (1, ("vast",)),
         "does not exist": (1, ("shut",)),  # tried again
     }
-    assert found.unreadable[0].times == 2  # the most frequent first
+    assert found.unreadable[0].count == 2  # the most frequent first
     reasons, of_row = unreadable_rows(make([*GOOD, *BAD]))
     one_by_one = [reasons[number] for number in of_row]
     assert one_by_one[:5] == [""] * 5

@@ -189,7 +189,7 @@ def test_a_repeated_key_is_never_paired_wrongly(tmp_path, members):
     found = captions(items)
     assert found.pop("x.tar/1", ("b",)) == ("b",)
     assert found == wanted
-    assert sum(note.times for note in items.index.notes) == count
+    assert sum(note.count for note in items.index.notes) == count
 
 
 def test_the_suffix_of_pictures_can_be_named(tmp_path):
@@ -297,7 +297,7 @@ def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch, refused):
     items = source(tmp_path)
     assert list(captions(items)) == whole[:4] + whole[8:]
     (note,) = items.index.notes
-    assert (note.times, note.lost) == (1, 4)
+    assert (note.count, note.lost) == (1, 4)
     assert "cannot be opened" in note.text
     assert source(tmp_path).index.identity == items.index.identity
     refused.clear()

@@ -138,8 +138,8 @@ def test_data_that_a_run_refuses_are_listed_and_end_with_2(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["--training.dataset", "folder"], "training.dataset_path is not set"),
-        (["--training.dataset", "pictures"], "training.dataset = 'pictures' is not available"),
+        (["--training.dataset", "folder"], "training.dataset_path: is not set"),
+        (["--training.dataset", "pictures"], 'training.dataset = "pictures": is not available'),
         (["--training.img_sizes", "3"], "did you mean training.img_size?"),
     ],
 )

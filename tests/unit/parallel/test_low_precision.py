@@ -13,7 +13,7 @@ import torchtitan.components.quantization.mx as torchtitan_mx
 from helpers import model_inputs, nonzero_model, relative_l2
 from torchtitan.protocols.model_converter import build_model_converters
 
-from torchtitan_flux.config.job_config import KEPT
+from torchtitan_flux.config.job_config import KEPT, FluxJobConfig
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.parallel import low_precision

@@ -57,7 +57,7 @@ class Note(NamedTuple):
     """What was met while an index was built and its rows do not show."""
 
     text: str  # in the plural, to be read after a number
-    times: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     lost: int  # items that are lost by it, an estimate where the files do not tell
     examples: tuple[str, ...]  # the first names
 
