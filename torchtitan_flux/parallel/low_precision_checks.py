@@ -124,7 +124,7 @@ def low_precision_fit(
     p, f = config.parallelism, config.quantize.linear.float8
     mx, key = MX in config.model.converters, "model.converters"
     multiple = 32 if mx else 16
-    tp, cp = p.tensor_parallel_degree, p.context_parallel_degree
+    tp, cp = max(1, p.tensor_parallel_degree), max(1, p.context_parallel_degree)
     for name, width in (("hidden", args.hidden_size), ("MLP", args.mlp_hidden)):
         # every side of a converted weight is a sum of multiples of these two
         if width % (multiple * tp):

@@ -238,6 +238,7 @@ ROWWISE = {**ON_GPU, f"{FLOAT8}.recipe_name": "rowwise_with_gw_hp"}
     (ROWWISE, {"batch": 3, "text": 20}, []),
     (EMULATED, {"batch": 1, "text": 32, "tp": 4}, []),
     (EMULATED, {"batch": 1, "text": 32, "tp": 16}, ["hidden width 128"]),
+    (EMULATED, {"batch": 1, "text": 32, "tp": 0}, []),  # mesh_problems refuses it
     ({}, {"batch": 3, "text": 20, "tp": 16}, []),
     (ON_BLACKWELL, {"batch": 2, "text": 32}, []),
     (ON_BLACKWELL, {"batch": 1, "text": 32}, ["1 times 16 tokens (training.img_size)"]),
