@@ -386,6 +386,8 @@ def test_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = r"neither here nor available .*reach the Hub\); download it with `hf download someone"
     refuses("parquet", "someone/pictures", message)
+    for name in ("-x/y", "owner/..", "owner/na--me"):  # no name of the hub's: it is not asked
+        refuses("parquet", name, f"{name} does not exist")
 
 
 def test_coco(tmp_path):

@@ -35,11 +35,11 @@ from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
 from torchtitan_flux.data.sources.split import part_of, split_files
+from torchtitan_flux.paths import is_hub_name
 
 logger = logging.getLogger(__name__)
 
 _COMPRESSED = re.compile(r"\.(parquet|arrow)\.(gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _ROWS = 256  # that are converted, or taken from a table, at once
 _HEADER = 2**16  # bytes of a picture that mostly hold its header: no more of it is read, then
 
@@ -277,7 +277,7 @@ def _converted(
 
 
 def _from_hub(name: str) -> DatasetDict | Dataset:
-    if not _HUB_NAME.fullmatch(name):
+    if "/" not in name or not is_hub_name(name):
         raise ValueError(f"{name} does not exist")
     datasets.enable_progress_bars()
     try:
