@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.tools.logging import init_logger, logger
 
+from torchtitan_flux.collectives import from_rank_0
 from torchtitan_flux.formatting import format_bytes
 from torchtitan_flux.inference.draw import NotFinite, render
 from torchtitan_flux.inference.open_run import InferenceContext, open_run
@@ -88,12 +89,11 @@ def main() -> None:
 
 def _with_fresh_seeds(pictures: list[Picture]) -> list[Picture]:
     """With seeds that count up from one that rank 0 draws."""
-    box = [secrets.randbelow(2**32)]
-    torch.distributed.broadcast_object_list(box, src=0)
+    seed = from_rank_0(lambda: secrets.randbelow(2**32))
     if torch.distributed.get_rank() == 0:
-        logger.info(f"--seed {box[0]} was drawn, and draws the same again")
+        logger.info(f"--seed {seed} was drawn, and draws the same again")
     return [
-        replace(one, settings=replace(one.settings, seed=one.settings.seed - FRESH_SEED + box[0]))
+        replace(one, settings=replace(one.settings, seed=one.settings.seed - FRESH_SEED + seed))
         for one in pictures
     ]
 

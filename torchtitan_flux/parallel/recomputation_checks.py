@@ -7,7 +7,6 @@ import torch
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.problems import Problem, violated
 
-AC_MODES = ("none", "full", "selective", "memory_budget")
 COMPILED = ("model", "loss")
 
 

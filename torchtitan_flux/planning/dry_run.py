@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -33,6 +32,7 @@ from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux, sync_gradients
 from torchtitan_flux.planning.mesh import Mesh, with_mesh
 from torchtitan_flux.planning.tracker import MemoryTracker, Timeline
+from torchtitan_flux.shards import local
 
 KINDS = ("double_blocks", "single_blocks")
 
@@ -163,10 +163,10 @@ def _note_parameters(model: nn.Module, tracker: MemoryTracker) -> dict[str, int]
     """Bytes of this rank's parameters, by kind of block."""
     found: dict[str, int] = {kind: 0 for kind in ("", *KINDS)}
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        tracker.note(local)
+        shard = local(parameter)
+        tracker.note(shard)
         head = name.split(".")[0]
-        found[head if head in KINDS else ""] += local.nbytes
+        found[head if head in KINDS else ""] += shard.nbytes
     return found
 
 

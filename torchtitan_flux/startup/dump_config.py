@@ -1,7 +1,6 @@
 """A configuration as TOML: printed, and left in the dump folder to repeat the run with."""
 
 import json
-import os
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -13,6 +12,7 @@ from torchtitan_flux import __version__
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text
+from torchtitan_flux.files import replacing
 from torchtitan_flux.startup.model_args import AUTO, own_scheduler
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 
@@ -79,6 +79,5 @@ def log_resolved(config: FluxJobConfig) -> None:
     as_json = path.suffix == ".json"
     text = _resolved_json(config) if as_json else resolved_toml(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint import (
     LR_SCHEDULER,
     MODEL,
@@ -45,6 +44,7 @@ from torchtitan_flux.checkpoint.storage import (
 from torchtitan_flux.collectives import from_rank_0, gather
 from torchtitan_flux.files import DiskFull
 from torchtitan_flux.formatting import listed
+from torchtitan_flux.shards import local
 from torchtitan_flux.tensor_files.element_types import overflows
 from torchtitan_flux.training.resume import ResumePlan
 from torchtitan_flux.weights.export import export_beside, exported
@@ -200,7 +200,7 @@ class FluxCheckpointManager(CheckpointManager):
         if self.export_dtype == torch.float32:
             return weights
         found = {name: value.to(self.export_dtype) for name, value in weights.items()}
-        beyond = [n for n, value in weights.items() if overflows(_local(value), _local(found[n]))]
+        beyond = [n for n, value in weights.items() if overflows(local(value), local(found[n]))]
         # a rank sees its own shards, or stages, alone
         names = sorted({name for of_rank in gather(beyond) for name in of_rank})
         if not names:
@@ -358,10 +358,6 @@ class FluxCheckpointManager(CheckpointManager):
         finally:
             self._background.shutdown()
             super().close()
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 
 from torchtitan_flux.checkpoint.storage import EMA_PREFIX
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.parallelize import reshard
+from torchtitan_flux.shards import local
 from torchtitan_flux.training.hooks import Hook
 
 Weights = tuple[str, Callable[[], AbstractContextManager[None]]]
@@ -125,5 +125,4 @@ class EMA(Hook):
 
 def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """This rank's shards: no communication."""
-    found = (one.to_local() if isinstance(one, DTensor) else one for one in tensors.values())
-    return [one.detach() for one in found]
+    return [local(one).detach() for one in tensors.values()]

@@ -3,9 +3,9 @@
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
-import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.collectives import gather
 from torchtitan_flux.config.job_config import Training
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.training.step_flags import Step
@@ -29,9 +29,7 @@ def report_nonfinite(step: Step, training: Training, skipped_in_a_row: int) -> N
         NonFinite: where the run is to stop.
     """
     bad = step.positions[~torch.isfinite(step.losses).to(step.positions.device)].tolist()
-    gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, bad)
-    found = sorted({position for of_rank in gathered for position in of_rank})
+    found = sorted({position for of_rank in gather(bad) for position in of_rank})
     if found:
         where = f"the loss is not finite at positions [{listed(found, 20)}]"
     else:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.collectives import from_rank_0
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.files import disk_full
 from torchtitan_flux.image_file import save_picture
@@ -55,9 +56,7 @@ class SampleGrids(Hook):
 
     def resumed_when_finished(self, step: int) -> None:
         """It may have been killed after its last checkpoint and before its last grid."""
-        missing = [not all(path.exists() for path in self.paths(step))]
-        torch.distributed.broadcast_object_list(missing, src=0)
-        if missing[0]:
+        if not from_rank_0(lambda: all(path.exists() for path in self.paths(step))):
             self.draw(step)
 
     def results(self, step: int) -> list[str]:
