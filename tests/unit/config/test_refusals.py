@@ -26,7 +26,13 @@ def test_a_wrong_input_is_one_message(case: Refusal, arguments, tmp_path):
 
 
 def test_nothing_is_refused_without_a_mistake(arguments):
-    assert load_config(arguments(Refusal(""))).model.flavor == "flux-digits"
+    """Nor are values of what is switched off."""
+    argv = [
+        *arguments(Refusal("")),
+        *("--profiling.profile_freq", "0", "--activation_checkpoint.memory_budget", "2"),
+        *("--parallelism.pipeline_parallel_first_stage_less_layers", "2"),
+    ]
+    assert load_config(argv).model.flavor == "flux-digits"
 
 
 def said(argv: list[str]) -> list[str]:

@@ -114,6 +114,15 @@ def test_is_built_once_and_again_when_its_facts_have_changed(tmp_path, caplog):
     assert Numbers(tmp_path).builds == 2
 
 
+def test_files_in_another_order_are_indexed_anew(tmp_path, monkeypatch, caplog):
+    """A row knows its file by its number."""
+    caplog.set_level(logging.INFO)
+    for files in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}):
+        monkeypatch.setattr(Numbers, "facts", lambda self, stored, files=files: files)
+        open_index(Numbers(tmp_path))
+    assert "built anew: its files come in another order" in caplog.text
+
+
 def test_a_failed_build_leaves_nothing_behind(tmp_path):
     class Failing(Numbers):
         def build(self, writer, bar):

@@ -7,6 +7,7 @@ import pytest
 import tomli as tomllib
 import torch
 from ranks import run_ranks
+from torchtitan.protocols.train_spec import get_train_spec
 
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.startup.model_args import resolve_model_args, sample_settings
@@ -89,6 +90,13 @@ def test_widths_follow_the_encoders_but_not_in_published_flavors():
     config.model.flavor = "flux-dev"
     with pytest.raises(ValueError, match=r"encoder\.t5_encoder: width 32"):
         resolve_model_args(config)
+
+
+def test_torchtitan_gets_a_copy_of_a_flavor():
+    """It writes the widths of the configured encoders into what it is given."""
+    flavors = get_train_spec("flux").model_args
+    assert flavors["flux-tiny"] == flavors["flux-tiny"]
+    assert flavors["flux-tiny"] is not flavors["flux-tiny"]
 
 
 def test_torchtitans_own_names_are_understood(tmp_path):

@@ -47,6 +47,9 @@ def test_links_count_and_empty_folders_do_not(tmp_path):
     (tmp_path / "empty").mkdir()
     export(tmp_path / "empty")
     assert held(tmp_path) == {"empty/config.json": "new"}
+    (tmp_path / "a.safetensors").mkdir()  # a file cannot take its place
+    with pytest.raises(TargetRefused, match=r"a\.safetensors exists"):
+        export(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["a.README.md", "a.LICENSE"])
