@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
+
 import pytest
 import tomli as tomllib
 import torch
