@@ -7,12 +7,9 @@ import torch
 from helpers import model_inputs, nonzero_model
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from torchtitan_flux.model import FLAVORS, FluxModel
-from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel import activation_checkpoint
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_flux.parallel.context import apply_context_parallel
@@ -43,57 +40,24 @@ def prepared(name: str, guidance: bool = False) -> tuple[FluxModel, dict[str, Te
     return model, model_inputs(args, 2, 6, 10, 13, seed=6)
 
 
-def gradients(name: str, guidance: bool) -> dict[str, Tensor]:
-    model, inputs = prepared(name, guidance)
-    model(**inputs).square().mean().backward()
-    return {canonical_name(name): p.grad for name, p in model.named_parameters()}
+class Runs(TorchDispatchMode):
+    """How often each operation ran."""
 
-
-class Memory(TorchDispatchMode):
-    """Bytes of all results that are still alive, and how often each operation ran.
-
-    A transposed weight is a result too, of a storage that was there before.
-    """
-
-    def __init__(self, model: FluxModel):
+    def __init__(self):
         super().__init__()
-        self.before = {p.untyped_storage()._cdata for p in model.parameters()}
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self.runs: dict[object, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         self.runs[func] = self.runs.get(func, 0) + 1
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.before:
-                    self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    @property
-    def alive(self) -> int:
-        return sum(size for ref, size in self.seen.values() if not ref.expired())
+        return func(*args, **(kwargs or {}))
 
 
-def measured(name: str) -> tuple[int, dict[object, int]]:
-    """Bytes alive after the forward pass, and runs of each operation in the whole step."""
+def measured(name: str) -> dict[object, int]:
+    """Runs of each operation in a step."""
     model, inputs = prepared(name)
-    with Memory(model) as memory:
-        loss = model(**inputs).square().mean()
-        alive = memory.alive
-        loss.backward()
-    return alive, memory.runs
-
-
-@pytest.mark.parametrize("guidance", [False, True])
-@pytest.mark.parametrize("name", [name for name in MODES if name != "none"])
-def test_gradients_do_not_change(name, guidance):
-    reference, result = gradients("none", guidance), gradients(name, guidance)
-    assert result.keys() == reference.keys()
-    for parameter, grad in reference.items():
-        assert grad.abs().max() > 1e-6, f"{parameter} is not tested"
-        torch.testing.assert_close(result[parameter], grad, rtol=1e-6, atol=1e-8)
+    with Runs() as counted:
+        model(**inputs).square().mean().backward()
+    return counted.runs
 
 
 @pytest.mark.parametrize(
@@ -116,19 +80,12 @@ def test_the_blocks_that_are_named_are_run_again(name, runs):
     assert counts == runs
 
 
-def test_each_mode_keeps_what_it_says():
-    alive = {name: measured(name)[0] for name in ("none", "full", "2", "op")}
-    assert alive["full"] < 0.1 * alive["none"]
-    assert alive["full"] < 0.5 * alive["op"] < 0.3 * alive["none"]
-    assert alive["full"] < alive["2"] < 0.8 * alive["none"]
-
-
 PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def test_by_operation_no_product_and_no_attention_runs_twice():
-    (_, none), (_, full), (_, op) = (measured(name) for name in ("none", "full", "op"))
+    none, full, op = (measured(name) for name in ("none", "full", "op"))
     for product in PRODUCTS:
         assert op.get(product, 0) == none.get(product, 0)
     assert op[ATTENTION] == none[ATTENTION] == 5
@@ -150,9 +107,9 @@ def test_by_operation_nothing_is_sent_twice(ranks, collective):
             model = nonzero_model(ARGS, seed=5)
             apply_context_parallel(model, init_device_mesh("cpu", (ranks,)))
             apply_activation_checkpoint(model, **OPTIONS | MODES[mode])
-            with Memory(model) as memory:
+            with Runs() as counted:
                 model(**model_inputs(ARGS, 2, 6, 12, 12, seed=6)).square().mean().backward()
-        runs[mode] = memory.runs[op]
+        runs[mode] = counted.runs[op]
     assert runs["op"] == runs["none"] < runs["full"]
 
 
