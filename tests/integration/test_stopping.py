@@ -190,22 +190,6 @@ def test_an_exception_is_told_once_and_last_even_of_a_rank_that_is_not_shown(tmp
     assert "Compute type is float32" in (logs / "rank-1.out").read_text()
 
 
-@pytest.mark.slow
-def test_a_killed_rank_is_named_with_its_step(tmp_path):
-    run = Run(tmp_path, *ENDLESS, NGPU=2)
-    run.until("step: +3 ")
-    os.kill(run.rank(1), signal.SIGKILL)
-    assert run.ended() == 1
-    found = re.match(
-        r"torchtitan-flux: rank 1 \(pid \d+\) died of SIGKILL in step (\d+) \(.+\)", run.report()[0]
-    )
-    assert found, run.report()
-    assert int(found[1]) >= 3
-    assert run.report()[1] == "1 other rank was stopped."
-    assert "Traceback" not in run.output
-    assert run.pids() == []
-
-
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named(tmp_path):
     """Only the ranks that wait for it fail, and it is not they who are at fault."""

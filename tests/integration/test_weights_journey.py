@@ -1,7 +1,5 @@
-"""From FLUX weights through a run and back: import, train, export, import again, draw."""
+"""From FLUX weights through a run and back: import, train, export, import again."""
 
-import io
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,13 +13,11 @@ import torch
 import torch.distributed as dist
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from helpers import nonzero_model
-from PIL import Image
-from ranks import keep_process_group, run_ranks
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_run import Run, arguments, train
-from weight_files import bfl_file, pipeline_root
+from weight_files import pipeline_root
 
-from torchtitan_flux import infer
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.sampling.schedules import Schedule
@@ -151,77 +147,3 @@ def test_ranks_wait_for_an_export_longer_than_for_a_step(tmp_path):
         return problem
 
     assert run_ranks(2, wait) == ["OSError: no room"] * 2
-
-
-# ---- drawing ---------------------------------------------------------------------------------
-
-
-def draw(argvs: list[list[str]]) -> list[str]:
-    """`run_infer.sh` without its launcher, several times; what each said on leaving early."""
-    keep_process_group()
-    said = []
-    for argv in argvs:
-        sys.argv[1:] = argv
-        sys.stderr = io.StringIO()
-        try:
-            infer.main()
-            said.append("")
-        except SystemExit as leaving:
-            said.append(f"status {leaving.code}: {sys.stderr.getvalue()}")
-    return said
-
-
-def drawing(dump: Path, out: Path, *more: str) -> list[str]:
-    own = ("--prompt", "a red circle", "--steps", "2", "--seed", "4", "--out", str(out))
-    return [*own, *more, *arguments(dump, 8)]
-
-
-def test_pictures_are_drawn_from_every_kind_of_weights(journey, tmp_path):
-    bfl = bfl_file(tmp_path / "flux1-tiny.safetensors", journey.first.weights, ARGS)
-    root = pipeline_root(tmp_path / "pipeline", journey.first.weights, ARGS)
-    (root / "text_encoder").symlink_to(Path("assets/tiny/clip").resolve())
-    (root / "text_encoder_2").symlink_to(Path("assets/tiny/t5").resolve())
-    (root / "vae").symlink_to(Path("assets/tiny/vae").resolve())
-    nowhere = tmp_path / "no run"
-    kinds = {"dcp": journey.dcp, "folder": journey.exported, "root": root, "bfl": bfl}
-    own = tmp_path / "own.png"
-    as_trained = ("--sampling.schedule", "shift=3")
-    told = {"root": as_trained, "bfl": as_trained}  # the others say it themselves
-    argvs = [drawing(journey.dump, own)] + [
-        drawing(nowhere, tmp_path / f"{kind}.png", "--weights", str(path), *told.get(kind, ()))
-        for kind, path in kinds.items()
-    ]
-    assert run_ranks(1, draw, argvs) == [[""] * len(argvs)]
-    with Image.open(own) as reference:
-        assert reference.text["checkpoint"] == str(journey.dcp)  # type: ignore[attr-defined]
-        for kind, path in kinds.items():
-            with Image.open(tmp_path / f"{kind}.png") as picture:
-                assert picture.tobytes() == reference.tobytes(), kind
-                facts = picture.text  # type: ignore[attr-defined]
-                assert facts["weights"] == str(path)
-                assert "checkpoint" not in facts
-
-
-def test_weights_that_do_not_fit_are_not_drawn_with(journey, tmp_path):
-    missing = drawing(tmp_path, tmp_path / "a.png", "--weights", str(tmp_path / "nowhere"))
-    flavor = drawing(tmp_path, tmp_path / "b.png", "--weights", str(journey.exported))
-    flavor[flavor.index("flux-tiny")] = "flux-debug"
-    ((one, other),) = run_ranks(1, draw, [missing, flavor])
-    assert one == f"status 2: Cannot draw: --weights {tmp_path / 'nowhere'} does not exist\n"
-    assert other.startswith("status 2: Cannot draw: ")
-    assert "model.flavor = 'flux-debug'" in other
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_a_pipeline_folder_brings_its_encoders(tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    for folder in ("text_encoder", "text_encoder_2"):
-        (tmp_path / folder).mkdir()
-    weights = ["--weights", str(tmp_path)]
-    _, rest = infer.parse([*weights, "--encoder.clip-encoder=mine", "--model.flavor", "flux-dev"])
-    assert rest == [
-        "--encoder.clip-encoder=mine", "--model.flavor", "flux-dev",
-        "--encoder.t5_encoder", str(tmp_path / "text_encoder_2"),
-    ]  # fmt: skip
-    (tmp_path / "model_index.json").unlink()
-    assert infer.parse(weights)[1] == []
