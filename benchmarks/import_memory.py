@@ -31,8 +31,8 @@ from torchtitan_flux.shards import local
 from torchtitan_flux.tensor_files.safetensors_writer import write_tensors
 from torchtitan_flux.weights.architecture import to_diffusers_config
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
-from torchtitan_flux.weights.load import import_weights
-from torchtitan_flux.weights.open import WEIGHTS_NAME, open_weights
+from torchtitan_flux.weights.locations import WEIGHTS_NAME
+from torchtitan_flux.weights.open import import_weights, open_weights
 
 MB = 10**6
 

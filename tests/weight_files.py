@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.weights.architecture import to_diffusers_config
-from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
+from torchtitan_flux.weights.key_maps import to_layout
 
 
 def diffusers_folder(
@@ -20,7 +20,7 @@ def diffusers_folder(
     """Our state dict as `transformer/` of a pipeline, in so many files and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(to_diffusers_config(args)))
-    theirs = to_diffusers(state, args)
+    theirs = to_layout("diffusers", state, args)
     if shards == 1:
         save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
         return folder
@@ -49,13 +49,13 @@ def bfl_file(
 ) -> Path:
     """Our state dict as BFL's file, or with ComfyUI's prefix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({prefix + name: x for name, x in to_bfl(state, args).items()}, path)
+    save_file({prefix + name: x for name, x in to_layout("bfl", state, args).items()}, path)
     return path
 
 
 def torchtitan_states(state: Mapping[str, Tensor], args: FluxModelArgs) -> dict[str, Tensor]:
     """Our state dict under the names of torchtitan 0.2's own FLUX."""
-    theirs = to_bfl(state, args)
+    theirs = to_layout("bfl", state, args)
     return {name.replace("_norm.scale", "_norm.weight"): x for name, x in theirs.items()}
 
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.element_types import DTYPES, PACKED
-from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, PICKLES, other_kind
+from torchtitan_flux.tensor_files.element_types import DTYPES
+from torchtitan_flux.tensor_files.file_kinds import PICKLE, PICKLES, other_kind
 
 SAFETENSORS = (".safetensors", ".sft")
 """Suffixes of the format."""
@@ -99,11 +99,6 @@ class TensorsFile:
 
 
 def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
-    if stored in PACKED:
-        raise UnreadableWeights(
-            f"{path} holds weights of 4 or 6 bits (NVFP4, MXFP4 or MXFP6: {name} has type "
-            f"{stored}), which are not read; give the file that it was made from"
-        )
     if stored not in DTYPES:
         raise UnreadableWeights(
             f"{path}: {name} has element type {stored}; read are {', '.join(DTYPES)}"
@@ -114,7 +109,7 @@ def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
 def refuse_pickle(path: Path) -> None:
     """Raise UnreadableWeights for a file name that stands for a pickle."""
     if path.suffix.lower() in PICKLES:
-        raise UnreadableWeights(f"{path} {PICKLE_BY_NAME}")
+        raise UnreadableWeights(f"{path} {PICKLE}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,13 +126,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """The inverse of `read_json`, indented as diffusers does."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file beside the index that holds it; UnreadableWeights."""
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in table.values()
-    ):
-        raise UnreadableWeights(f"{index}: its weight_map is no table of file names")
-    return table

@@ -17,7 +17,6 @@ from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS
 from torchtitan_flux.weights.convert import TARGET_FORMATS, convert
 from torchtitan_flux.weights.convert_autoencoder import convert_autoencoder, is_autoencoder
 from torchtitan_flux.weights.open import Guidance, Unknown, Weights, open_weights
-from torchtitan_flux.weights.pipeline_folder import PipelineParts
 from torchtitan_flux.weights.pruned import with_blocks_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,9 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", metavar="DECAY", nargs="?", const="", help=what)
     add("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
     add("--verify", action="store_true", help="read back, compare every tensor")
-    add("--t5", type=Path, help="T5 folder, for --to pipeline")
-    add("--clip", type=Path, help="CLIP folder, for --to pipeline")
-    add("--autoencoder", type=Path, help="ae.safetensors or vae folder, for --to pipeline")
+    what = "pipeline whose encoders go along, for --to pipeline (the source, where it is one)"
+    add("--base", type=Path, help=what)
     return parser.parse_args(argv)
 
 
@@ -60,9 +58,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         g, u = given.guidance_weights, given.unknown_weights
         weights = open_as(given.source, given.flavor, g, u, given.ema)
-        parts = PipelineParts(given.t5, given.clip, given.autoencoder)
-        size = given.max_shard_size
-        convert(weights, given.target, given.to, max_shard_size=size, parts=parts, **common)
+        common |= {"max_shard_size": given.max_shard_size, "base": given.base}
+        convert(weights, given.target, given.to, **common)
 
 
 def open_as(

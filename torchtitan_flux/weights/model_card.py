@@ -1,6 +1,5 @@
 """What travels with weights: the licence of what they came from, and a model card."""
 
-import glob
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from torchtitan_flux.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.paths import locate
@@ -20,9 +19,6 @@ from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.open import Weights
 
 CARD = "README.md"
-FOREIGN_CARD = "SOURCE_README.md"
-PROVENANCE = "torchtitan_flux"
-"""Where the front matter of our cards says what weights come from; foreign cards have none."""
 _LICENSE_FILE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([._-].*)?$", re.IGNORECASE)
 _LICENSE_KEYS = ("license", "license_name", "license_link", "base_model")
 _DEV_LICENSE = {
@@ -39,60 +35,47 @@ _RUN_KEYS = {
 """What a card repeats of a run's configuration."""
 
 
-def companion_files(weights: Weights, name: str, diffusers: bool) -> dict[str, bytes]:
-    """Licences and the model card of an export called `name`, by file name.
+def companion_files(weights: Weights, name: str) -> dict[str, bytes]:
+    """Licences and the model card of a folder called `name`, by file name.
 
-    The licence files and the card of the source come along, a card of somebody else's as
-    `SOURCE_README.md`. A run's weights have the licence of what it began with. Derivatives of
-    FLUX.1-dev name its licence.
+    The licence files of the source come along. A run's weights have the licence of what it began
+    with. Derivatives of FLUX.1-dev name its licence.
     """
     origins, runs = _origins(weights.path)
-    found = [license_and_card(path) for path in origins]
-    files = {name: path.read_bytes() for one in reversed(found) for name, path in one.items()}
-    files.pop(CARD, None)
-    cards = [_metadata(one[CARD]) if CARD in one else {} for one in found]
-    if CARD in found[0] and PROVENANCE not in cards[0]:
-        files[FOREIGN_CARD] = found[0][CARD].read_bytes()
+    found = [folder for path in origins for folder in _described(path)]
+    files = {
+        path.name: path.read_bytes()
+        for folder in reversed(found)
+        for path in folder.iterdir()
+        if path.is_file() and _LICENSE_FILE.match(path.name)
+    }
+    cards = [_metadata(folder / CARD) for folder in found]
     licenses = [{key: card[key] for key in _LICENSE_KEYS if key in card} for card in cards]
     license = next(filter(None, licenses), {})
-    known = any(PROVENANCE in card for card in cards)  # a card of ours without a licence says: none
-    if not license and not known and _derives_from_dev(weights, runs):
+    if not license and _derives_from_dev(weights, runs):
         license = _DEV_LICENSE
-    data: dict[str, Any] = {
-        **license,
-        "library_name": "diffusers" if diffusers else "torchtitan-flux",
-        "pipeline_tag": "text-to-image",
-        PROVENANCE: cards[0].get(PROVENANCE) or _provenance(weights),
-    }
-    about = f"`{PROVENANCE}` above" + f", and {FOREIGN_CARD}" * (FOREIGN_CARD in files)
+    about = _provenance(weights)
+    data: dict[str, Any] = {"pipeline_tag": "text-to-image", "torchtitan_flux": about, **license}
     files[CARD] = (
         f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n# {name}\n\n"
         f"A FLUX transformer of {sum(map(prod, weights.shapes.values())):,} parameters. "
-        f"What it comes from: {about}.\n"
+        "What it comes from: `torchtitan_flux` above.\n"
     ).encode()
     return files
 
 
-def license_and_card(path: Path) -> dict[str, Path]:
-    """Card and licences that lie with weights, by the names that they have in a folder."""
-    if path.is_dir():
-        in_pipeline = path.name == "transformer" and (path.parent / "model_index.json").is_file()
-        return (_known(path.parent) if in_pipeline else {}) | _known(path)
-    if own := _known(path.parent, f"{path.stem}."):
-        return own
-    files = _known(path.parent)  # of the weights, or of some project that they lie in
-    return files if CARD in files and _metadata(files[CARD]) else {}
-
-
-def _known(folder: Path, prefix: str = "") -> dict[str, Path]:
-    found = sorted(one for one in folder.glob(f"{glob.escape(prefix)}*") if one.is_file())
-    names = {one.name.removeprefix(prefix): one for one in found}
-    return {name: one for name, one in names.items() if name == CARD or _LICENSE_FILE.match(name)}
+def _described(path: Path) -> list[Path]:
+    """Folders whose licence is that of weights: their own and that of their pipeline. That of a
+    single file may be of some other project, unless there is a card."""
+    if not path.is_dir():
+        return [path.parent] if _metadata(path.parent / CARD) else []
+    in_pipeline = path.name == "transformer" and (path.parent / "model_index.json").is_file()
+    return [path, path.parent] if in_pipeline else [path]
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a card; empty where it is none."""
-    with suppress(ValueError, yaml.YAMLError):
+    """The front matter of a card; empty where there is none."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
         return metadata_load(card) or {}
     return {}
 
@@ -130,13 +113,11 @@ def _provenance(weights: Weights) -> dict[str, Any]:
     about: dict[str, Any] = {"source": f"{weights.path.name} ({weights.format})"}
     if weights.format == "torchtitan":
         about["note"] = "trained with causal attention in every block; needs further training"
-    if weights.format == "dcp" and (weights.path / MANIFEST).is_file():
+    if weights.format == "dcp" and (config := architecture.run_config(weights.path)):
         manifest = Manifest.read(weights.path)
-        config = architecture.run_config(weights.path) or {}
-        if manifest.step or config:
-            about["steps"] = manifest.step
-            about["images_per_step"] = manifest.facts.global_batch_size
-            about["seed"] = manifest.facts.seed
+        facts = manifest.facts
+        about |= {"steps": manifest.step, "seed": facts.seed}
+        about["images_per_step"] = facts.global_batch_size
         for section, keys in _RUN_KEYS.items():
             values = config.get(section, {})
             about |= {f"{section}.{key}": values[key] for key in keys if values.get(key)}

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -16,12 +15,10 @@ from weight_files import torchtitan_states
 
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.weights import compare, convert_command
-from torchtitan_flux.weights.convert import convert
 from torchtitan_flux.weights.convert_autoencoder import open_autoencoder
 from torchtitan_flux.weights.open import open_weights
 
 ROOT = Path(__file__).resolve().parents[3]
-TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=1)
 GUIDED = replace(PLAIN, guidance_embed=True)
 SCRIPTS = {"convert_checkpoint": convert_command.main, "compare_checkpoints": compare.main}
@@ -39,10 +36,8 @@ def folder(tmp_path_factory) -> Path:
         file = made.make(folder / "make", "bfl", args, states)
         file.rename(folder / f"flux1-{name}.safetensors")
         (folder / "make").rmdir()
-    convert(folder / "flux1-dev.safetensors", folder / "FLUX.1-dev", "pipeline")
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        assert (folder / "FLUX.1-dev" / tokenizer).is_dir()
-    shutil.copy(TINY / "ae.safetensors", folder / "ae.safetensors")
+    made.pipeline(folder / "FLUX.1-dev", GUIDED)
+    shutil.copy(made.TINY / "ae.safetensors", folder / "ae.safetensors")
     theirs = torchtitan_states(plain, PLAIN)
     dcp.save(theirs, checkpoint_id=folder / "torchtitan-outputs/checkpoint/step-500", no_dist=True)
     return folder

@@ -30,7 +30,7 @@ from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.dcp_source import DcpSource
-from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes, to_bfl
+from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes, to_layout
 from torchtitan_flux.weights.open import open_weights
 
 
@@ -77,7 +77,9 @@ def test_every_part_of_every_parameter(paths, states, source, variant):
 
 
 def test_element_types_are_kept_and_mixed_pieces_joined(tmp_path, states):
-    theirs = {name: t.bfloat16() for name, t in to_bfl(states["plain"], made.ARGS).items()}
+    theirs = {
+        name: t.bfloat16() for name, t in to_layout("bfl", states["plain"], made.ARGS).items()
+    }
     theirs["img_in.weight"] = states["plain"]["img_in.weight"].to(torch.float8_e4m3fn)
     path = tmp_path / "flux1-a.safetensors"
     save_file(theirs, path, metadata=architecture.to_metadata(made.ARGS))
