@@ -1,7 +1,6 @@
 """FLUX weights of every format into a run on any mesh: the same model, or one clear refusal."""
 
 import math
-import pickle
 import re
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from weight_files import (
     torchtitan_checkpoint,
 )
 
-from torchtitan_flux import train
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -219,31 +217,17 @@ def test_a_rank_holds_little_more_than_its_shards():
 # ---- what is refused -------------------------------------------------------------------------
 
 
-def wrong_inputs(files: Files, folder: Path) -> dict[str, tuple[Path, list[str]]]:
+def wrong_inputs(files: Files, folder: Path) -> dict[str, tuple[Path, str]]:
     """By name: the path, and what the message must say."""
     tensors = load_file(files.bfl)
-    unknown = folder / "unknown.safetensors"
-    save_file({**tensors, "stray.weight": torch.zeros(2)}, unknown)
     missing = folder / "missing.safetensors"
     save_file({n: x for n, x in tensors.items() if n != "txt_in.bias"}, missing)
-    truncated = folder / "truncated.safetensors"
-    truncated.write_bytes(files.bfl.read_bytes()[:-1000])
-    pickled = folder / "flux1.ckpt"
-    pickled.write_bytes(pickle.dumps({"weights": 1}))
-    shard = diffusers_folder(folder / "gone", nonzero_model(ARGS).state_dict(), ARGS)
-    (shard / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    (folder / "empty").mkdir()
     digits = FLAVORS["flux-digits"]
     other = diffusers_folder(folder / "other", nonzero_model(digits).state_dict(), digits)
     return {
-        "missing": (missing, ["1 missing: txt_in.bias"]),
-        "unknown": (unknown, ["1 unknown: stray.weight"]),
-        "flavor": (other, ["mis-shaped: img_in.weight"]),
-        "truncated": (truncated, ["truncated.safetensors"]),
-        "pickle": (pickled, ["flux1.ckpt", "pickle"]),
-        "shard": (shard, ["diffusion_pytorch_model-00002-of-00002.safetensors"]),
-        "empty": (folder / "empty", [str(folder / "empty")]),
-        "guidance": (files.guided, ['checkpoint.guidance_weights = "drop"']),
+        "missing": (missing, "1 missing: txt_in.bias"),
+        "flavor": (other, "was made with axes_dim"),
+        "guidance": (files.guided, 'checkpoint.guidance_weights = "drop"'),
     }
 
 
@@ -257,29 +241,12 @@ def test_what_cannot_be_loaded_is_refused_before_anything_is_built(files, tmp_pa
     argvs = [beginning(tmp_path / name, path) for name, (path, _) in wrong.items()]
     one, other = run_ranks(2, refusals, argvs)
     assert one == other, "ranks say the same"
-    for message, (name, (path, parts)) in zip(one, wrong.items(), strict=True):
+    for message, (name, (path, said)) in zip(one, wrong.items(), strict=True):
         assert len(message.splitlines()) == 1, message
-        for part in [f'checkpoint.initial_load_path = "{path}": ', *parts]:
+        for part in (f'checkpoint.initial_load_path = "{path}": ', said):
             assert part in message, (name, message)
         left = [p.name for p in (tmp_path / name).rglob("*") if p.is_file()]
         assert left == [], "the check says it, and nothing is begun"
-
-
-def test_guidance_that_is_missing_is_refused_too(files, tmp_path):
-    (message,) = run_ranks(1, guided, refusal, beginning(tmp_path, files.bfl))
-    assert 'checkpoint.guidance_weights = "initialize"' in message
-
-
-def test_a_wrong_path_ends_the_run_with_status_2(files, tmp_path):
-    def status(argv):
-        sys.argv[1:] = argv
-        try:
-            train.main()
-        except SystemExit as leaving:
-            return leaving.code
-
-    argv = beginning(tmp_path, files.guided, "--checkpoint.initial_load_in_hf")
-    assert run_ranks(1, status, argv) == [2]
 
 
 IN_HF = "--checkpoint.initial_load_in_hf"

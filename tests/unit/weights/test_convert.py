@@ -110,11 +110,13 @@ def test_every_pair_of_formats(sources, models, tmp_path, source, to, variant):
     assert [one.name for one in tmp_path.iterdir() if one.name.endswith(".partial")] == []
 
 
-def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models):
+def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models, caplog):
     theirs = torchtitan_states(models[made.ARGS], made.ARGS)
-    dcp.save(theirs, checkpoint_id=tmp_path / "step-9", no_dist=True)
+    more = {"optimizer.state.img_in.weight.exp_avg": torch.zeros(3), "train_state.step": 7}
+    dcp.save(theirs | more, checkpoint_id=tmp_path / "step-9", no_dist=True)
     convert(tmp_path / "step-9", tmp_path / "ours", "dcp", args=made.ARGS)
     assert_same(tmp_path / "ours", models[made.ARGS], made.ARGS)
+    assert "causal attention" in caplog.text
     assert "causal attention" in (tmp_path / "ours" / "README.md").read_text()
 
 
