@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from made_weights import pipeline
 from PIL import Image
 from programs import Said, attempt
 from ranks import run_ranks
 from tiny_run import arguments
+from weight_files import pipeline
 
 from torchtitan_flux import infer
 from torchtitan_flux.image_file import read_facts

@@ -63,26 +63,13 @@ def to_metadata(args: FluxModelArgs) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(asdict(args))}
 
 
-def from_metadata(path: Path, metadata: Mapping[str, str]) -> FluxModelArgs | None:
-    """The arguments that `to_metadata` wrote, or None; UnreadableWeights if they are corrupt."""
-    if METADATA_KEY not in metadata:
-        return None
+def from_json(path: Path, text: str) -> FluxModelArgs:
+    """Arguments from what `to_metadata` or a conversion wrote; UnreadableWeights if corrupt."""
     try:
-        return _from_json(json.loads(metadata[METADATA_KEY]))
+        content = json.loads(text)
+        return FluxModelArgs(**{**content, "axes_dim": tuple(content["axes_dim"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableWeights(f"{path}: its {METADATA_KEY} is not usable ({error})") from None
-
-
-def from_args_file(path: Path) -> FluxModelArgs:
-    """The arguments beside a converted checkpoint."""
-    try:
-        return _from_json(read_json(path))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableWeights(f"{path} does not describe a FLUX model ({error})") from None
-
-
-def _from_json(content: dict[str, Any]) -> FluxModelArgs:
-    return FluxModelArgs(**{**content, "axes_dim": tuple(content["axes_dim"])})
+        raise UnreadableWeights(f"{path} states no usable {METADATA_KEY} ({error})") from None
 
 
 def flavor_of_run(checkpoint: Path) -> FluxModelArgs | None:

@@ -1,7 +1,6 @@
 """Command line of scripts/convert_checkpoint.py."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
     init_logger()
     dtype = _DTYPES.get(given.dtype)
-    with exit_on_sigterm(), one_message("Cannot convert"):
+    with one_message("Cannot convert"):
         common = {"dtype": dtype, "verify": given.verify}
         if is_autoencoder(given.source):
             convert_autoencoder(given.source, given.target, given.to, **common)
@@ -79,16 +78,6 @@ def open_as(
             raise ValueError(f"--guidance_weights {guidance} contradicts --flavor {flavor}")
         args, fixed = None, with_blocks_of(path, args)
     return open_weights(path, fixed, guidance, flavor=args, unknown=unknown, average=average)
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as an exception does: what was begun is removed on the way."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

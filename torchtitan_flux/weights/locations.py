@@ -117,7 +117,8 @@ def _files(path: Path, files: list[Path], stem: str) -> Found:
     config, declared = files[0].with_name("config.json"), None
     if config.is_file() and stem == WEIGHTS_NAME:
         declared = architecture.from_diffusers_config(config)
-    stated = architecture.from_metadata(files[0], opened[0].metadata)
+    text = opened[0].metadata.get(architecture.METADATA_KEY)
+    stated = architecture.from_json(files[0], text) if text else None
     if declared is not None and stated is not None:  # what config.json has no entry for
         declared = replace(declared, downscale=stated.downscale, patch_size=stated.patch_size)
     where = files[0] if len(files) == 1 else path
@@ -146,7 +147,9 @@ def _checkpoint(folder: Path, trust: Trust) -> Found:
         raise UnreadableWeights(f"{folder} is damaged: {problem}; give another checkpoint")
     source, stated = DcpSource(folder), folder / architecture.ARGS_FILE
     if stated.is_file():
-        return Found(folder, "dcp", source, declared=architecture.from_args_file(stated))
+        return Found(
+            folder, "dcp", source, declared=architecture.from_json(stated, stated.read_text())
+        )
     return Found(folder, "dcp", source, flavor=architecture.flavor_of_run(folder))
 
 

@@ -4,7 +4,6 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,7 +11,6 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from torchtitan_flux.checkpoint.manifest import Manifest
-from torchtitan_flux.checkpoint.storage import METADATA
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.paths import locate
 from torchtitan_flux.weights import architecture
@@ -38,87 +36,52 @@ _RUN_KEYS = {
 def companion_files(weights: Weights, name: str) -> dict[str, bytes]:
     """Licences and the model card of a folder called `name`, by file name.
 
-    The licence files of the source come along. A run's weights have the licence of what it began
-    with. Derivatives of FLUX.1-dev name its licence.
+    The licence files of the source come along, and those of what its run began with. Derivatives of
+    FLUX.1-dev, by their architecture, name its licence, unless their run began with nothing.
     """
-    origins, runs = _origins(weights.path)
-    found = [folder for path in origins for folder in _described(path)]
+    run = architecture.run_config(weights.path) or {}
+    begun = run.get("checkpoint", {}).get("initial_load_path")
+    folders = [
+        folder
+        for path in (locate(begun) if begun else None, weights.path)
+        if path is not None and path.is_dir()
+        for folder in ((path.parent, path) if path.name == "transformer" else (path,))
+    ]
     files = {
         path.name: path.read_bytes()
-        for folder in reversed(found)
+        for folder in folders
         for path in folder.iterdir()
         if path.is_file() and _LICENSE_FILE.match(path.name)
     }
-    cards = [_metadata(folder / CARD) for folder in found]
-    licenses = [{key: card[key] for key in _LICENSE_KEYS if key in card} for card in cards]
-    license = next(filter(None, licenses), {})
-    if not license and _derives_from_dev(weights, runs):
+    license: dict[str, Any] = {}
+    if (begun or not run) and _is_dev(weights, run):
         license = _DEV_LICENSE
-    about = _provenance(weights)
-    data: dict[str, Any] = {"pipeline_tag": "text-to-image", "torchtitan_flux": about, **license}
+    for folder in folders:
+        with suppress(OSError, ValueError, yaml.YAMLError):  # there is no card, or another file
+            card = metadata_load(folder / CARD) or {}
+            license = {key: card[key] for key in _LICENSE_KEYS if key in card} or license
+    about: dict[str, Any] = {"source": f"{weights.path.name} ({weights.format})"}
+    if weights.format == "torchtitan":
+        about["note"] = "trained with causal attention in every block; needs further training"
+    if weights.format == "dcp" and run:
+        manifest = Manifest.read(weights.path)
+        about |= {"steps": manifest.step, "seed": manifest.facts.seed}
+        for section, keys in _RUN_KEYS.items():
+            values = run.get(section, {})
+            about |= {f"{section}.{key}": values[key] for key in keys if values.get(key)}
+    data = ModelCardData(pipeline_tag="text-to-image", torchtitan_flux=about, **license)
     files[CARD] = (
-        f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n# {name}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
         f"A FLUX transformer of {sum(map(prod, weights.shapes.values())):,} parameters. "
         "What it comes from: `torchtitan_flux` above.\n"
     ).encode()
     return files
 
 
-def _described(path: Path) -> list[Path]:
-    """Folders whose licence is that of weights: their own and that of their pipeline. That of a
-    single file may be of some other project, unless there is a card."""
-    if not path.is_dir():
-        return [path.parent] if _metadata(path.parent / CARD) else []
-    in_pipeline = path.name == "transformer" and (path.parent / "model_index.json").is_file()
-    return [path, path.parent] if in_pipeline else [path]
-
-
-def _metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a card; empty where there is none."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        return metadata_load(card) or {}
-    return {}
-
-
-def _origins(path: Path) -> tuple[list[Path], list[dict[str, Any]]]:
-    """The source, what the run that made it began with, what made that, and so on; and [checkpoint]
-    of those runs."""
-    origins, runs = [path], []
-    while (origins[-1] / METADATA).is_file() and (config := architecture.run_config(origins[-1])):
-        runs.append(config.get("checkpoint", {}))
-        named = runs[-1].get("initial_load_path")
-        origin = locate(str(named)) if named else None
-        if origin is None or origin in origins:
-            break
-        origins.append(origin)
-    return origins, runs
-
-
-def _derives_from_dev(weights: Weights, runs: list[dict[str, Any]]) -> bool:
-    """Whether the first of its origins was stored in FLUX.1-dev's architecture, of any depth.
-
-    Not if its run began with nothing. What runs did about guidance tells what they began with.
-    """
-    if runs and not runs[-1].get("initial_load_path"):
-        return False
-    guided = weights.stored.guidance_embed
-    for run in runs:
-        guided = {"drop": True, "initialize": False}.get(run.get("guidance_weights", ""), guided)
+def _is_dev(weights: Weights, run: dict[str, Any]) -> bool:
+    """Whether weights, or those that their run began with, have FLUX.1-dev's architecture."""
+    changed = run.get("checkpoint", {}).get("guidance_weights", "match")
+    guided = {"drop": True, "initialize": False}.get(changed, weights.stored.guidance_embed)
     dev, stored = FLAVORS["flux-dev"], weights.stored
     depths = {"depth": dev.depth, "depth_single_blocks": dev.depth_single_blocks}
     return replace(stored, guidance_embed=guided, **depths) == dev
-
-
-def _provenance(weights: Weights) -> dict[str, Any]:
-    about: dict[str, Any] = {"source": f"{weights.path.name} ({weights.format})"}
-    if weights.format == "torchtitan":
-        about["note"] = "trained with causal attention in every block; needs further training"
-    if weights.format == "dcp" and (config := architecture.run_config(weights.path)):
-        manifest = Manifest.read(weights.path)
-        facts = manifest.facts
-        about |= {"steps": manifest.step, "seed": facts.seed}
-        about["images_per_step"] = facts.global_batch_size
-        for section, keys in _RUN_KEYS.items():
-            values = config.get(section, {})
-            about |= {f"{section}.{key}": values[key] for key in keys if values.get(key)}
-    return about

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+import weight_files as made
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, relative_l2
 from safetensors.torch import load_file
 from torch import Tensor
-from weight_files import torchtitan_states
 
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.storage import load_states
@@ -111,10 +109,8 @@ def test_every_pair_of_formats(sources, models, tmp_path, source, to, variant):
 
 
 def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models, caplog):
-    theirs = torchtitan_states(models[made.ARGS], made.ARGS)
-    more = {"optimizer.state.img_in.weight.exp_avg": torch.zeros(3), "train_state.step": 7}
-    dcp.save(theirs | more, checkpoint_id=tmp_path / "step-9", no_dist=True)
-    convert(tmp_path / "step-9", tmp_path / "ours", "dcp", args=made.ARGS)
+    theirs = made.torchtitan_checkpoint(tmp_path / "step-9", models[made.ARGS], made.ARGS)
+    convert(theirs, tmp_path / "ours", "dcp", args=made.ARGS)
     assert_same(tmp_path / "ours", models[made.ARGS], made.ARGS)
     assert "causal attention" in caplog.text
     assert "causal attention" in (tmp_path / "ours" / "README.md").read_text()

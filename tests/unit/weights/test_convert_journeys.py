@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+import weight_files as made
 from documents import commands
-from weight_files import torchtitan_states
 
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.weights import compare, convert_command
@@ -32,14 +30,10 @@ def folder(tmp_path_factory) -> Path:
     made.save_checkpoint(folder / "outputs" / "checkpoint" / "step-1000", PLAIN, plain)
     (folder / "outputs" / "config.toml").write_text('[model]\nflavor = "flux-tiny"\n')
     for args, states, name in ((GUIDED, guided, "dev"), (PLAIN, plain, "schnell")):
-        (folder / "make").mkdir()
-        file = made.make(folder / "make", "bfl", args, states)
-        file.rename(folder / f"flux1-{name}.safetensors")
-        (folder / "make").rmdir()
+        made.bfl_file(folder / f"flux1-{name}.safetensors", states, args)
     made.pipeline(folder / "FLUX.1-dev", GUIDED)
     shutil.copy(made.TINY / "ae.safetensors", folder / "ae.safetensors")
-    theirs = torchtitan_states(plain, PLAIN)
-    dcp.save(theirs, checkpoint_id=folder / "torchtitan-outputs/checkpoint/step-500", no_dist=True)
+    made.torchtitan_checkpoint(folder / "torchtitan-outputs/checkpoint/step-500", plain, PLAIN)
     return folder
 
 

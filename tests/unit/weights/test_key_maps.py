@@ -8,24 +8,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from helpers import nonzero_model
+from weight_files import ARGS
 
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
 from torchtitan_flux.weights.key_maps import Layout, from_layout, to_layout
 
-HIDDEN, HEADS, HEAD_DIM, MLP = 40, 5, 8, 120
-TINY = FluxModelArgs(
-    in_channels=12,
-    out_channels=20,
-    vec_in_dim=14,
-    context_in_dim=22,
-    hidden_size=HIDDEN,
-    mlp_ratio=3.0,
-    num_heads=HEADS,
-    depth=2,
-    depth_single_blocks=3,
-    axes_dim=(2, 2, 4),
-)
+TINY = replace(ARGS, mlp_ratio=3.0)
 GUIDED = replace(TINY, guidance_embed=True)
 NO_BIAS = replace(TINY, qkv_bias=False)
 VARIANTS = {"plain": TINY, "guided": GUIDED, "no qkv bias": NO_BIAS}
@@ -79,58 +68,6 @@ def test_names_and_shapes_at_full_size(flavor, bfl, diffusers):
     converted = to_layout("diffusers", ours, args)
     assert len(converted) == diffusers
     assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in reference.items()}
-
-
-# ---- where BFL's rows and columns land -----------------------------------------------------
-
-
-def test_qkv_rows_of_bfl_land_by_head():
-    """Row (part, head, i) of BFL's (3, heads, d) is row (head, part, i) of ours."""
-    theirs = to_layout("bfl", nonzero_model(TINY).state_dict(), TINY)
-    for kind in ("weight", "bias"):
-        name = f"double_blocks.1.txt_attn.qkv.{kind}"
-        for part in range(3):
-            for head in range(HEADS):
-                for i in range(HEAD_DIM):
-                    row = part * HIDDEN + head * HEAD_DIM + i
-                    theirs[name][row] = 10_000 * part + 100 * head + i
-    ours = from_layout("bfl", theirs, TINY)
-    for kind in ("weight", "bias"):
-        found = ours[f"double_blocks.1.txt_attn.qkv_by_head.{kind}"]
-        for head in range(HEADS):
-            for part in range(3):
-                for i in range(HEAD_DIM):
-                    row = (head * 3 + part) * HEAD_DIM + i
-                    assert (found[row] == 10_000 * part + 100 * head + i).all()
-
-
-def test_linear1_rows_and_linear2_columns_of_bfl_land_by_head():
-    """BFL: q, k, v, then the MLP. Ours: for each head its q, k, v and its share of the MLP."""
-    share = MLP // HEADS
-    theirs = to_layout("bfl", nonzero_model(TINY).state_dict(), TINY)
-    linear1 = torch.arange(3 * HIDDEN + MLP, dtype=torch.float32)
-    linear2 = torch.arange(HIDDEN + MLP, dtype=torch.float32)
-    theirs["single_blocks.2.linear1.weight"] = linear1[:, None].repeat(1, HIDDEN)
-    theirs["single_blocks.2.linear1.bias"] = linear1.clone()
-    theirs["single_blocks.2.linear2.weight"] = linear2.repeat(HIDDEN, 1)
-    ours = from_layout("bfl", theirs, TINY)
-
-    rows: list[int] = []
-    columns: list[int] = []
-    for head in range(HEADS):
-        for part in range(3):
-            rows += range(part * HIDDEN + head * HEAD_DIM, part * HIDDEN + (head + 1) * HEAD_DIM)
-        rows += range(3 * HIDDEN + head * share, 3 * HIDDEN + (head + 1) * share)
-        columns += range(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        columns += range(HIDDEN + head * share, HIDDEN + (head + 1) * share)
-    expected_rows = torch.tensor(rows, dtype=torch.float32)
-    expected_columns = torch.tensor(columns, dtype=torch.float32)
-    block = "single_blocks.2"
-    weight = ours[f"{block}.linear1_by_head.weight"]
-    assert torch.equal(weight, expected_rows[:, None].expand_as(weight))
-    assert torch.equal(ours[f"{block}.linear1_by_head.bias"], expected_rows)
-    weight = ours[f"{block}.linear2_by_head.weight"]
-    assert torch.equal(weight, expected_columns.expand_as(weight))
 
 
 def test_bfl_map_equals_diffusers_own_conversion():

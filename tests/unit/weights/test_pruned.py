@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
+import weight_files as made
 
 from torchtitan_flux.checkpoint.manifest import RunFacts
 from torchtitan_flux.model import FLAVORS, FluxModelArgs

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
+import weight_files as made
 from helpers import model_inputs, relative_l2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
@@ -34,14 +33,16 @@ def write(folder: Path, format: str, scaling: str, state: dict[str, Tensor]):
     folder.mkdir(exist_ok=True)
     ours = architecture.to_metadata(made.GUIDED)
     if format == "diffusers":
-        stored, header, numbers = scaled_float8(to_layout("diffusers", state, made.GUIDED), scaling)
+        stored, header, numbers = made.scaled_float8(
+            to_layout("diffusers", state, made.GUIDED), scaling
+        )
         save_file(stored, folder / SINGLE, metadata=header)
         config = architecture.to_diffusers_config(made.GUIDED)
         if scaling == "rows":
             config["quantization_config"] = {"quant_method": "compressed-tensors"}
         (folder / "config.json").write_text(json.dumps(config))
         return folder, from_layout("diffusers", numbers, made.GUIDED)
-    stored, header, numbers = scaled_float8(to_layout("bfl", state, made.GUIDED), scaling)
+    stored, header, numbers = made.scaled_float8(to_layout("bfl", state, made.GUIDED), scaling)
     if format == "comfyui":  # the marker is found with and without the prefix
         stored = {n if n == "scaled_fp8" else PREFIX + n: t for n, t in stored.items()}
         stored["vae.decoder.conv_in.bias"] = torch.ones(3)
@@ -49,7 +50,7 @@ def write(folder: Path, format: str, scaling: str, state: dict[str, Tensor]):
     return folder / "flux1-scaled.safetensors", from_layout("bfl", numbers, made.GUIDED)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", made.SCALINGS)
 @pytest.mark.parametrize("format", ["bfl", "comfyui", "diffusers"])
 def test_every_part_of_every_parameter(tmp_path, state, format: str, scaling: str):
     """Ranks read parts of rows and of columns, which the layouts permute."""
@@ -74,7 +75,7 @@ def forward(state: dict[str, Tensor]) -> Tensor:
     return model(**model_inputs(made.GUIDED, 2, 3, 5, 7, seed=1))
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", made.SCALINGS)
 def test_forward_equals_that_of_the_numbers(tmp_path, state, scaling: str):
     """As training and drawing import weights, and after converting."""
     path, numbers = write(tmp_path, "bfl", scaling, state)

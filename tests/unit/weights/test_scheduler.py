@@ -8,9 +8,9 @@ from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import numpy as np
 import pytest
+import weight_files as made
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import weight_files as made
 from helpers import model_inputs
 from ranks import run_ranks
 from safetensors.torch import save_file

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
+import weight_files as made
 
 from torchtitan_flux.inference import open_run as session
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.startup.load_config import ConfigError, load_config
-from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.weights import convert_command
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries
 from torchtitan_flux.weights.open import open_weights
@@ -79,8 +79,6 @@ def test_files_are_called_what_they_are(tmp_path, monkeypatch, kind):
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "flux1-dev.safetensors")
-    with pytest.raises(UnreadableWeights, match="is no file"):
-        TensorsFile.open(tmp_path / "flux1-dev.safetensors")
     with pytest.raises(UnreadableWeights, match="is no file"):
         open_weights(tmp_path / "flux1-dev.safetensors")
 
