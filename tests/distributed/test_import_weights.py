@@ -217,35 +217,23 @@ def test_a_rank_holds_little_more_than_its_shards():
 # ---- what is refused -------------------------------------------------------------------------
 
 
-def wrong_inputs(files: Files, folder: Path) -> dict[str, tuple[Path, str]]:
-    """By name: the path, and what the message must say."""
-    tensors = load_file(files.bfl)
-    missing = folder / "missing.safetensors"
-    save_file({n: x for n, x in tensors.items() if n != "txt_in.bias"}, missing)
-    digits = FLAVORS["flux-digits"]
-    other = diffusers_folder(folder / "other", nonzero_model(digits).state_dict(), digits)
-    return {
-        "missing": (missing, "1 missing: txt_in.bias"),
-        "flavor": (other, "was made with axes_dim"),
-        "guidance": (files.guided, 'checkpoint.guidance_weights = "drop"'),
-    }
-
-
 def refusals(argvs: list[list[str]]) -> list[str]:
     return [refusal(argv) for argv in argvs]
 
 
 def test_what_cannot_be_loaded_is_refused_before_anything_is_built(files, tmp_path):
-    (tmp_path / "in").mkdir()
-    wrong = wrong_inputs(files, tmp_path / "in")
-    argvs = [beginning(tmp_path / name, path) for name, (path, _) in wrong.items()]
+    missing, tensors = tmp_path / "missing.safetensors", load_file(files.bfl)
+    save_file({n: x for n, x in tensors.items() if n != "txt_in.bias"}, missing)
+    wrong = {missing: "1 missing: txt_in.bias", files.guided: 'guidance_weights = "drop"'}
+    dumps = [tmp_path / "one", tmp_path / "other"]
+    argvs = [beginning(dump, path) for dump, path in zip(dumps, wrong, strict=True)]
     one, other = run_ranks(2, refusals, argvs)
     assert one == other, "ranks say the same"
-    for message, (name, (path, said)) in zip(one, wrong.items(), strict=True):
+    for message, dump, (path, said) in zip(one, dumps, wrong.items(), strict=True):
         assert len(message.splitlines()) == 1, message
         for part in (f'checkpoint.initial_load_path = "{path}": ', said):
-            assert part in message, (name, message)
-        left = [p.name for p in (tmp_path / name).rglob("*") if p.is_file()]
+            assert part in message, message
+        left = [p.name for p in dump.rglob("*") if p.is_file()]
         assert left == [], "the check says it, and nothing is begun"
 
 

@@ -147,9 +147,8 @@ def _checkpoint(folder: Path, trust: Trust) -> Found:
         raise UnreadableWeights(f"{folder} is damaged: {problem}; give another checkpoint")
     source, stated = DcpSource(folder), folder / architecture.ARGS_FILE
     if stated.is_file():
-        return Found(
-            folder, "dcp", source, declared=architecture.from_json(stated, stated.read_text())
-        )
+        declared = architecture.from_json(stated, stated.read_text())
+        return Found(folder, "dcp", source, declared)
     return Found(folder, "dcp", source, flavor=architecture.flavor_of_run(folder))
 
 
