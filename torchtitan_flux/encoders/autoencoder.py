@@ -26,7 +26,6 @@ from torchtitan_flux.tensor_files.quantized import ScaledSource, check_config
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
 from torchtitan_flux.tensor_files.sources import Box, FilesSource, RenamedSource, Source
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
-from torchtitan_flux.tensor_files.weight_kinds import kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
 
@@ -190,12 +189,9 @@ def _args_of_shapes(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderArgs:
             out_ch=shapes["decoder.conv_out.weight"][0],
         )
     except (KeyError, IndexError, ValueError) as error:
-        kind, what = kind_of(shapes), "is not an autoencoder in BFL's layout"
-        if kind and "autoencoder" not in kind:
-            what = f"holds {kind}, and no autoencoder of FLUX.1 alone"
         raise ValueError(
-            f"{path} {what} ({error}); give ae.safetensors of FLUX.1, or a diffusers vae folder "
-            "with its config.json"
+            f"{path} is not an autoencoder in BFL's layout ({error}); give ae.safetensors of "
+            "FLUX.1, or a diffusers vae folder with its config.json"
         ) from None
 
 

@@ -28,8 +28,14 @@ from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, read_json, write_json
-from torchtitan_flux.tensor_files.safetensors_writer import Specs, total_bytes, write_tensors
+from torchtitan_flux.tensor_files.safetensors_file import (
+    Specs,
+    UnreadableWeights,
+    read_json,
+    total_bytes,
+    write_json,
+    write_tensors,
+)
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entries
 from torchtitan_flux.weights.locations import COMFYUI_PREFIX, PIPELINE_INDEX, WEIGHTS_NAME

@@ -16,7 +16,6 @@ from torchtitan_flux.paths import why_absent
 from torchtitan_flux.tensor_files.file_sets import all_files, shard_count, weight_files
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights
 from torchtitan_flux.tensor_files.sources import FilesSource, RenamedSource, Source
-from torchtitan_flux.tensor_files.weight_kinds import TRANSFORMER, kind_of
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.dcp_source import DcpSource
 from torchtitan_flux.weights.key_maps import Layout
@@ -42,6 +41,16 @@ _OTHER_PARTS = re.compile(
     r"|step$|epoch$|global_step"
 )
 _INPUT = re.compile(r"(?:(.*)\.)?(?:img_in|x_embedder)\.weight")
+_TRANSFORMER = "a FLUX transformer"
+_KINDS = {
+    "a LoRA (adapter)": r"(^|[._])(lora|lokr|hada|oft|boft|ia3|dora|glora|lycoris)(_|\.|\d)"
+    r"|\.(diff|diff_b)$",
+    _TRANSFORMER: r"(^|\.)((double|single)_blocks|(single_)?transformer_blocks)\.\d+\.",
+    "a T5 text encoder": r"layer\.\d+\.SelfAttention\.|(^|\.)enc\.blk\.\d+\.",
+    "a CLIP encoder": r"(^|\.)(text_model|vision_model)\.",
+    "an autoencoder": r"(^|\.)(en|de)coder\.(conv_in|conv_out|mid|mid_block)\.",
+}
+"""What weights are -> what the name of one of their tensors holds; the first one counts."""
 _DIFFUSERS = re.compile(r"x_embedder\.|(single_)?transformer_blocks\.\d+\.")
 
 
@@ -185,7 +194,8 @@ def find_transformer(
             f"{path} holds several transformers, with names that begin with "
             f"{' and '.join(map(repr, sorted(prefixes)))}; save one of them alone"
         )
-    if not prefixes and (kind := kind_of(stored)) != TRANSFORMER:
+    kinds = (kind for kind, one in _KINDS.items() if any(re.search(one, name) for name in stored))
+    if not prefixes and (kind := next(kinds, "")) != _TRANSFORMER:
         what = f"{kind} and" if kind else f"{len(stored)} tensors ({listed(stored, 4)}) and"
         raise UnreadableWeights(
             f"{path} holds {what} no FLUX transformer; give a whole one, as flux1-dev.safetensors "

@@ -8,8 +8,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 import weight_files as made
-from helpers import model_inputs, relative_l2
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from torchtitan_flux.model import FluxModel
@@ -66,27 +65,10 @@ def test_every_part_of_every_parameter(tmp_path, state, format: str, scaling: st
         assert torch.equal(weights.read(name), expected), name
         for box in boxes:
             assert torch.equal(weights.read(name, box), expected[box]), (name, box)
-
-
-@torch.no_grad()
-def forward(state: dict[str, Tensor]) -> Tensor:
-    model = FluxModel(made.GUIDED)
-    model.load_state_dict(state)
-    return model(**model_inputs(made.GUIDED, 2, 3, 5, 7, seed=1))
-
-
-@pytest.mark.parametrize("scaling", made.SCALINGS)
-def test_forward_equals_that_of_the_numbers(tmp_path, state, scaling: str):
-    """As training and drawing import weights, and after converting."""
-    path, numbers = write(tmp_path, "bfl", scaling, state)
-    expected, weights = forward(numbers), open_weights(path)
-    model = FluxModel(made.GUIDED)
-    import_weights(dict(model.named_parameters()), weights)
-    assert relative_l2(forward(model.state_dict()), expected) <= 1e-6
-    convert(path, tmp_path / "made.safetensors", "bfl", verify=True)
-    written = load_file(tmp_path / "made.safetensors")
-    assert relative_l2(forward(from_layout("bfl", written, made.GUIDED)), expected) <= 1e-6
-    assert relative_l2(forward(state), expected) > 1e-3, "rounding to float8 is seen"
+    convert(weights, tmp_path / "made", "dcp", verify=True)
+    name = "img_in.weight"
+    assert torch.equal(open_weights(tmp_path / "made").read(name), numbers[name])
+    assert not torch.equal(numbers[name], state[name]), "rounding to float8 is seen"
 
 
 # ---- refused -------------------------------------------------------------------------------

@@ -139,11 +139,6 @@ CASES: dict[str, tuple[str, Callable, str]] = {
         lambda p: (p / "config.json").unlink() or p / INDEX,
         r"does not say how its heads of 8 are divided .*--flavor",
     ),
-    "other class": (
-        "diffusers",
-        config(_class_name="SD3Transformer2DModel"),
-        r"'SD3Transformer2DModel', needed is a FluxTransformer2DModel",
-    ),
     "config without depth": (
         "diffusers",
         lambda p: edit_json(p / "config.json", lambda content: content.pop("num_layers")),
@@ -161,7 +156,6 @@ CASES: dict[str, tuple[str, Callable, str]] = {
         lambda p: Path(shutil.copy(p, p.with_name("flux1-other.safetensors"))).parent,
         r"several models: flux1-other.safetensors, flux1-tiny",
     ),
-    "nothing": ("bfl", lambda p: p.with_name("absent"), r"absent does not exist"),
     "damaged": ("dcp", flip_a_bit, r"is damaged: the checksum of __0_0\.distcp is wrong"),
     "no manifest": (
         "dcp",
