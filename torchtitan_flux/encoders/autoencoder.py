@@ -22,11 +22,10 @@ from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.paths import absence
 from torchtitan_flux.tensor_files.element_types import BeyondRange
 from torchtitan_flux.tensor_files.file_sets import weight_files
-from torchtitan_flux.tensor_files.quantized import check_config, without_scales
+from torchtitan_flux.tensor_files.quantized import ScaledSource, check_config
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
 from torchtitan_flux.tensor_files.sources import Box, FilesSource, RenamedSource, Source
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
-from torchtitan_flux.tensor_files.weight_kinds import is_transformer, kind_of
 
 __all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
 
@@ -97,7 +96,7 @@ class StoredAutoencoder(Source):
         named = RenamedSource(stored, without_prefix({name: name for name in stored.shapes}))
         if not path.is_dir():
             self.args = _args_of_shapes(path, named.shapes)
-        self._source = without_scales(named, file)
+        self._source = ScaledSource(named, file)
         names = layout_names("diffusers" if path.is_dir() else "bfl", self.args)
         check_keys(self._source.shapes, dict(names.values()), str(file))
         self._names = {own: name for own, (name, _) in names.items()}
@@ -190,14 +189,9 @@ def _args_of_shapes(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderArgs:
             out_ch=shapes["decoder.conv_out.weight"][0],
         )
     except (KeyError, IndexError, ValueError) as error:
-        kind, what = kind_of(shapes, transformer=False), "is not an autoencoder in BFL's layout"
-        if is_transformer(shapes):
-            what = "is a FLUX transformer, or a whole checkpoint, and no autoencoder alone"
-        elif kind is not None and "autoencoder" not in kind.what:
-            what = f"{kind.what}, and no autoencoder of FLUX.1"
         raise ValueError(
-            f"{path} {what} ({error}); give ae.safetensors of FLUX.1, or a diffusers vae folder "
-            "with its config.json"
+            f"{path} is not an autoencoder in BFL's layout ({error}); give ae.safetensors of "
+            "FLUX.1, or a diffusers vae folder with its config.json"
         ) from None
 
 

@@ -8,7 +8,6 @@ from huggingface_hub.errors import EntryNotFoundError
 from torchtitan_flux.encoders.pretrained import locate
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.tensor_files import file_sets
-from torchtitan_flux.tensor_files.safetensors_file import read_weight_map
 
 _STEM = "model"
 SINGLE = f"{_STEM}.safetensors"
@@ -31,7 +30,9 @@ def weight_files(path: str | Path, key: str) -> list[Path]:
         return [single]
     if (index := _fetched(name, INDEX)) is None:
         raise FileNotFoundError(f"there is no {SINGLE} and no {INDEX} (pickles are not read)")
-    shards = {one: _fetched(name, one) for one in sorted(set(read_weight_map(index).values()))}
+    shards = {
+        one: _fetched(name, one) for one in sorted(set(file_sets.read_weight_map(index).values()))
+    }
     if missing := [one for one, shard in shards.items() if shard is None]:
         raise FileNotFoundError(f"{INDEX} names {listed(missing)}, which is not there")
     return [shard for shard in shards.values() if shard is not None]

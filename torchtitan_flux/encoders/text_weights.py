@@ -18,7 +18,7 @@ from torchtitan_flux.encoders.pretrained import (
 )
 from torchtitan_flux.encoders.text_files import weight_files
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH
-from torchtitan_flux.tensor_files.quantized import without_scales
+from torchtitan_flux.tensor_files.quantized import ScaledSource
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 from torchtitan_flux.tensor_files.sources import FilesSource, RenamedSource, Source
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys, shapes_of
@@ -57,7 +57,7 @@ class TextWeights:
         try:
             stored = FilesSource([TensorsFile.open(one) for one in weight_files(path, key)])
             named = RenamedSource(stored, _own_names(stored, self._kind))
-            self._source = without_scales(named, "it")
+            self._source = ScaledSource(named, "it")
             check_keys(self._source.shapes, self.shapes, "it")
         except (OSError, ValueError) as error:
             raise refusal(key, path, "weights", error) from None

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import math
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from torchtitan_flux.encoders.pretrained import PUBLISHED
 from torchtitan_flux.image_file import FORMATS
 from torchtitan_flux.inference.picture import NoPicture, Picture
 from torchtitan_flux.paths import locate
-from torchtitan_flux.tensor_files.hub_cache import snapshot_of
-from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 
 EXAMPLES = """examples:
   ./run_infer.sh --prompt "a handwritten seven" --count 4 --seed 3 --out sevens.webp
@@ -133,8 +130,6 @@ def with_pipeline_of(weights: str, rest: list[str]) -> list[str]:
     They outrank the configuration file, as they belong to the weights, and not what `rest` names.
     """
     root = locate(weights)
-    with suppress(UnreadableWeights):  # reported where they are opened
-        root = root and snapshot_of(root)
     if root is None or not (root / "model_index.json").is_file():
         return rest
     given = {key for key, _ in given_keys(rest)}

@@ -23,8 +23,7 @@ from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.sampling.generate import TextEncoding
 from torchtitan_flux.training.conditioning import FrozenEncoders, build_codec
-from torchtitan_flux.weights.load import import_weights
-from torchtitan_flux.weights.open import Weights
+from torchtitan_flux.weights.open import Weights, import_weights
 
 BLOCKS = ["T5Block", "DoubleStreamBlock", "SingleStreamBlock"]
 """Modules that come to the device as a whole."""

@@ -313,7 +313,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             'checkpoint.enable = true\ncheckpoint.initial_load_path = "lora.safetensors"',
-            "checkpoint.initial_load_path: is a LoRA (adapter)",
+            "checkpoint.initial_load_path: holds a LoRA (adapter)",
             needs=("lora.safetensors",),
         ),
         refused(

@@ -170,8 +170,6 @@ def test_names_behind_a_prefix(kl, vae_folder, bfl_file, tmp_path: Path, prefix:
     assert all(torch.equal(converted[name], value) for name, value in expected.items())
     for name, value in load_autoencoder(folder).state_dict().items():
         assert torch.equal(value, unprefixed[name]), name
-    save_file({**stored, "model.diffusion_model.double_blocks.0.x": torch.ones(1)}, single)
-    refused(single, ValueError, "is a FLUX transformer, or a whole checkpoint")
     save_file({**stored, "stray": torch.ones(1)}, single)
     refused(single, ValueError, "is not an autoencoder in BFL's layout")
 
@@ -202,8 +200,8 @@ def refused(request):
 def test_what_is_not_an_autoencoder_is_refused(refused, vae_folder: Path, tmp_path: Path):
     refused(tmp_path / "none.safetensors", FileNotFoundError, "does not exist; give BFL")
     refused(tmp_path, FileNotFoundError, r"no config\.json")
-    (tmp_path / "text").write_text("not weights at all")
-    refused(tmp_path / "text", ValueError, "is a text, not weights")
+    (tmp_path / "text").write_text("<html>")
+    refused(tmp_path / "text", ValueError, "is a web page, not weights")
     # diffusers' weights without their folder
     refused(vae_folder / "diffusion_pytorch_model.safetensors", ValueError, "diffusers vae folder")
     (tmp_path / "config.json").write_text((vae_folder / "config.json").read_text())
@@ -214,8 +212,7 @@ def test_codes_and_unknown_weights_are_refused(refused, bfl_file: Path, tmp_path
     state, path = load_file(bfl_file), tmp_path / "ae.safetensors"
     name = "decoder.mid.attn_1.q.weight"
     for changed, because in (
-        ({name: state[name].to(torch.int8)}, rf"integer weights.*{name} \(torch\.int8\)"),
-        ({f"{name}._data": state[name].clone()}, rf"optimum-quanto weights \({name}\._data\)"),
+        ({name: state[name].to(torch.int8)}, rf"quantised weights \({name} of torch\.int8\)"),
         ({"decoder.stray": state[name].clone()}, r"1 unknown: decoder\.stray"),
         ({name: state[name][:1].clone()}, rf"1 mis-shaped: {name}"),
     ):
@@ -238,21 +235,6 @@ def test_float64_beyond_the_range_is_refused(bfl_file: Path, tmp_path: Path, dty
     with pytest.raises(ValueError, match="cannot hold"):
         convert_autoencoder(*convert)
     assert not (tmp_path / "vae").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "because"),
-    [
-        ("double_blocks.0.img_mod.lin.weight", "is a FLUX transformer, or a whole checkpoint"),
-        ("model.diffusion_model.double_blocks.0.img_mod.lin.weight", "a whole checkpoint"),
-        ("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", r"is a LoRA \(adapter\)"),
-        ("text_model.encoder.layers.0.mlp.fc1.weight", "is a CLIP encoder, and no autoencoder"),
-        ("encoder.mid_block.resnets.0.conv1.weight", "is not an autoencoder in BFL"),
-    ],
-)
-def test_other_weights_are_called_what_they_are(refused, name: str, because: str, tmp_path: Path):
-    save_file({name: torch.ones(2)}, tmp_path / "ae.sft")
-    refused(tmp_path / "ae.sft", ValueError, f"{because}.*give ae.safetensors of FLUX.1")
 
 
 def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: Path):
@@ -283,7 +265,7 @@ def test_a_variant_is_read_where_it_is_the_only_one(vae_folder: Path, tmp_path: 
         ({"block_out_channels": [64, 96, 128, 128]}, "not multiples of the first"),
         ({"block_out_channels": [30, 60, 120, 120]}, "30 is not a positive multiple of 32"),
         ({"block_out_channels": 32}, "does not describe"),
-        ({"quantization_config": {"quant_method": "quanto"}}, "quantised by quanto, which is not"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "quantised .*quanto.*is not read"),
     ],
 )
 def test_configurations_not_implemented_are_refused(

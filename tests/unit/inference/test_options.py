@@ -1,7 +1,6 @@
 """The options of run_infer.sh: documented, in range, known; what captions and pipelines bring."""
 
 import re
-import shutil
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -10,7 +9,7 @@ import pytest
 
 from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
-from torchtitan_flux.inference.options import parse, with_pipeline_of
+from torchtitan_flux.inference.options import parse
 from torchtitan_flux.inference.requested import SHOWN, cut_captions
 
 REPO = Path(__file__).resolve().parents[3]
@@ -66,19 +65,6 @@ def test_all_problems_are_in_one_message():
 def test_options_of_other_programs_point_to_ours(given, meant):
     with pytest.raises(ConfigError, match=f"{given.replace('-', '.')} is unknown: .*{meant}"):
         parse(["--prompt", "a", given, "8"])
-
-
-def test_a_pipeline_in_the_hubs_cache_brings_its_encoders(tmp_path):
-    """As any pipeline folder does; a cache without it brings nothing and is refused later."""
-    root = tmp_path / "models--black-forest-labs--FLUX.1-dev"
-    snapshot = root / "snapshots" / "abc"
-    (snapshot / "vae").mkdir(parents=True)
-    (snapshot / "model_index.json").write_text("{}")
-    assert with_pipeline_of(str(root), []) == ["--encoder.autoencoder_path", str(snapshot / "vae")]
-    (snapshot / "model_index.json").unlink()
-    assert with_pipeline_of(str(root), ["--a", "b"]) == ["--a", "b"]
-    shutil.rmtree(root / "snapshots")
-    assert with_pipeline_of(str(root), []) == []
 
 
 @pytest.fixture(scope="module")
