@@ -215,7 +215,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert run.ended() == 1
     found = re.match(
         r"torchtitan-flux: rank 1 \(pid \d+\) hangs: last sign of rank 1 (\d+) s ago, "
-        r"in step (\d+) \(.+\); its process is stopped",
+        r"in step (\d+) \(.+\)",
         run.report()[0],
     )
     assert found, run.report()
@@ -306,22 +306,17 @@ def test_a_second_signal_ends_all_ranks_at_once(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("numbered", [True, False])
-def test_a_stop_of_one_node_stops_all(tmp_path, numbered):
+def test_a_stop_of_one_node_stops_all(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         variables = {"NNODES": 2, "RDZV_ENDPOINT": f"localhost:{free.getsockname()[1]}"}
-    nodes = [
-        Run(tmp_path, *ENDLESS, **variables, **({"NODE_RANK": node} if numbered else {}))
-        for node in range(2)
-    ]
+    nodes = [Run(tmp_path, *ENDLESS, **variables, NODE_RANK=node) for node in range(2)]
     end = time.monotonic() + 300
     while not any(losses(node.output) for node in nodes):
         assert time.monotonic() < end, [node.output for node in nodes]
         time.sleep(0.05)
-    if numbered:
-        assert losses(nodes[0].output)
-        assert not nodes[1].output, "its only rank is 1, which is not shown"
+    assert losses(nodes[0].output)
+    assert not nodes[1].output, "its only rank is 1, which is not shown"
     nodes[1].process.send_signal(signal.SIGTERM)
     assert [node.ended() for node in nodes] == [0, 0], [node.output for node in nodes]
     assert "stopped at step" in nodes[0].output + nodes[1].output

@@ -70,7 +70,7 @@ class Job:
         self._ranks: dict[int, subprocess.Popen] = {}
         self._signals: list[tuple[signal.Signals, float]] = []
         self._requested_at: float | None = None
-        self._killed_in: dict[int, str] = {}  # state letter of a rank's process at that time
+        self._killed: set[int] = set()
 
     def run(self) -> int:
         """Start the ranks and wait for their end; stderr gets a report.
@@ -101,14 +101,17 @@ class Job:
     def _run(self, folder: Path) -> int:
         s = self.settings
         if s.nodes > 1:
-            store, node = join(s, float(self.join_timeout), say)
+            store = join(s, float(self.join_timeout), say)
             host, _, port = s.endpoint.rpartition(":")
         else:
-            store, node = TCPStore("localhost", 0, is_master=True, wait_for_workers=False), 0
+            store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
             host, port = "localhost", str(store.port)
-        first = node * s.ranks_per_node
+        first = s.node_rank * s.ranks_per_node
         hidden = set(range(first, first + s.ranks_per_node)) - s.shown
-        logs = _new_folder(self.logs) if hidden else None
+        logs = None
+        if hidden:  # nodes that start in the same second share it, rank numbers differ
+            logs = self.logs / time.strftime("%Y%m%d-%H%M%S")
+            logs.mkdir(parents=True, exist_ok=True)
         self._start(first, {"MASTER_ADDR": host, "MASTER_PORT": port}, folder, logs)
         ended_after, failed_at = self._wait(folder)
         exits = [self._exit(rank, after, folder) for rank, after in ended_after.items()]
@@ -167,7 +170,7 @@ class Job:
                 killed_at = killed_at or now
                 for rank in self._ranks.keys() - ended_after.keys():
                     if left[rank] is None:  # else it was ending by itself
-                        self._killed_in.setdefault(rank, _process_state(self._ranks[rank].pid))
+                        self._killed.add(rank)
                     _kill(self._ranks[rank])
                     if now - killed_at > PATIENCE:  # uninterruptible in the kernel
                         ended_after[rank] = now
@@ -183,8 +186,8 @@ class Job:
         with contextlib.suppress(OSError, ValueError):
             recorded = json.loads((folder / f"error-{rank}.json").read_text())
             traceback = recorded["message"]["extraInfo"]["py_callstack"]
-        killed_in = self._killed_in.get(rank)
-        return RankExit(rank, process.pid, status, ended_after, beat, traceback, killed_in)
+        killed = rank in self._killed
+        return RankExit(rank, process.pid, status, ended_after, beat, traceback, killed)
 
     def _report(self, exits: list[RankExit], failed_at: float, logs: Path | None) -> int:
         s = self.settings
@@ -197,7 +200,7 @@ class Job:
             sys.stderr.write("".join(text.splitlines(keepends=True)[-TAIL:]))
         if refused:
             return MISCONFIGURED
-        overdue = self._requested_at is not None and len(exits) == len(self._killed_in)
+        overdue = self._requested_at is not None and len(exits) == len(self._killed)
         say(report(exits, s.ranks, failed_at, s.grace if overdue else None))
         if logs is not None:
             say(f"output of the ranks that were not shown: {logs}")
@@ -257,21 +260,3 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _stream(folder: Path | None, name: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if folder is None else open(folder / name, "wb")
-
-
-def _process_state(pid: int) -> str:
-    """State letter of a process, as in ps; "?" where the system does not tell."""
-    try:  # the name, in brackets, may hold anything
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "?"
-
-
-def _new_folder(parent: Path) -> Path:
-    """One for this start; nodes that start in the same second share it, rank numbers differ."""
-    path = parent / time.strftime("%Y%m%d-%H%M%S")
-    with contextlib.suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    return Path(tempfile.mkdtemp(prefix="torchtitan-flux-"))
