@@ -150,13 +150,10 @@ def test_wrong_configuration_is_one_report_and_status_2(tmp_path):
 
 FAULTY = """
 import os
-from dataclasses import dataclass
 
 import torch
 
-@dataclass
-class JobConfig:
-    pass
+import torchtitan_flux.training.train_spec
 
 calls = 0
 step = torch.optim.AdamW.step
@@ -175,12 +172,8 @@ if os.environ.get("RANK") == "1":
 
 def test_an_exception_is_told_once_and_last_even_of_a_rank_that_is_not_shown(tmp_path):
     (tmp_path / "faulty.py").write_text(FAULTY)
-    (tmp_path / "faulty.toml").write_text(
-        (REPO / "train_configs/flux_digits.toml")
-        .read_text()
-        .replace("[job]", '[job]\ncustom_config_module = "faulty"')
-    )
-    run = Run(tmp_path, *ENDLESS, NGPU=2, CONFIG_FILE="faulty.toml", PYTHONPATH=tmp_path)
+    argv = (*ENDLESS, "--experimental.custom_import", "faulty")
+    run = Run(tmp_path, *argv, NGPU=2, PYTHONPATH=f"{tmp_path}:{REPO}")
     assert run.ended() == 1
     assert re.match(r"torchtitan-flux: rank 1 \(pid \d+\) failed in step 3 \(", run.report()[0])
     assert "ValueError: on purpose" in run.report()

@@ -26,8 +26,7 @@ class Job(torchtitan_config.Job):
     description: str = "FLUX pretraining"
     """Description of the job"""
     save_config_file: str | None = "config.toml"
-    """File below job.dump_folder for the configuration as resolved: a configuration file that
-    repeats the run, or JSON where the name ends in .json"""
+    """File below job.dump_folder for the configuration as resolved, which repeats the run"""
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """A configuration as TOML: printed, and left in the dump folder to repeat the run with."""
 
-import json
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -44,14 +43,6 @@ def resolved_toml(config: FluxJobConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _resolved_json(config: FluxJobConfig) -> str:
-    values = config.to_dict()
-    for name, value in _written_out(config).items():
-        section, key = name.split(".")
-        values[section][key] = value
-    return json.dumps(values, indent=2)
-
-
 def _written_out(config: FluxJobConfig) -> dict[str, str]:
     """Values that are found outside of the configuration, by key."""
     if config.sampling.schedule != AUTO:
@@ -76,8 +67,6 @@ def log_resolved(config: FluxJobConfig) -> None:
     if not name or (dist.is_initialized() and dist.get_rank() != 0):
         return
     path = Path(config.job.dump_folder) / name
-    as_json = path.suffix == ".json"
-    text = _resolved_json(config) if as_json else resolved_toml(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(resolved_toml(config), encoding="utf-8")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from unit.config.refusals import TINY
 
-from torchtitan_flux.encoders.checks import damaged
 from torchtitan_flux.launch import launch
 from torchtitan_flux.startup.load_config import ConfigError, load_config
 
@@ -102,13 +101,11 @@ def test_what_one_missing_file_needs_is_all_that_is_asked_for(downloads, gone, o
 
 def test_a_download_that_was_cut_is_not_taken_for_whole(downloads):
     weights = downloads / "text_encoder_2/model.safetensors"
-    whole = weights.read_bytes()
+    content = weights.read_bytes()
     weights.unlink()
-    for size in (0, 7, 500, len(whole) - 1):
-        weights.write_bytes(whole[:size])
-        assert len(list(damaged(weights))) == 1, size
-    weights.write_bytes(whole)
-    assert list(damaged(weights)) == []
+    weights.write_bytes(content[:-1])
+    with pytest.raises(ConfigError, match="cut off"):
+        load_config(["--job.config_file", SCHNELL, *TINY_MODEL])
 
 
 def test_print_config_prints_what_a_run_can_read(folder, capsys):
@@ -126,10 +123,9 @@ def test_help_is_printed_whatever_else_is_given(folder, capsys):
     assert "--training.classifier_free_guidance_prob  (0.0; float)" in printed
 
 
-@pytest.mark.parametrize("option", ["--check", "--print-config"])
-def test_a_wrong_configuration_is_refused_there_too(folder, capsys, option):
+def test_a_wrong_configuration_is_refused_there_too(folder, capsys):
     with pytest.raises(SystemExit) as leaving:
-        launch("train", [option, "--training.stepps", "3"])
+        launch("train", ["--print-config", "--training.stepps", "3"])
     assert leaving.value.code == 2
     assert "did you mean training.steps?" in capsys.readouterr().err
     assert not list(folder.iterdir())
