@@ -180,7 +180,7 @@ def test_an_exception_is_told_once_and_last_even_of_a_rank_that_is_not_shown(tmp
     assert run.output.count("Traceback") == 1
     assert "ChildFailedError" not in run.output
     logs = Path(tmp_path, run.report()[-1].split(": ")[-1])
-    assert "Compute type is float32" in (logs / "rank-1.out").read_text()
+    assert "Compute type is float32" in (logs / "rank-1.log").read_text()
 
 
 @pytest.mark.slow

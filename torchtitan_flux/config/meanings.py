@@ -46,6 +46,7 @@ NOT_AVAILABLE = {
 """Keys that are refused unless they have their default, with the reason."""
 
 USED = {
+    "job.config_file": "TOML file to read; on the command line only",
     "job.custom_config_module": "torchtitan's name for its FLUX sections, which are always there",
     "model.converters": 'Computation in 8 bits: "quantize.linear.float8" or "quantize.linear.mx"',
     "optimizer.name": "AdamW, Adam, AdamW8bit or Adafactor",

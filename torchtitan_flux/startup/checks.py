@@ -59,7 +59,7 @@ def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> li
         ranks: of the run.
     """
     model, args = _model_problems(config, training)
-    schedule = list(_schedule_problems(config))
+    drawn = args if training and not model and config.sampling.denoising_steps > 0 else None
     found = [*number_problems(config), *model]
     if training:
         low_precision = list(low_precision_problems(config))
@@ -80,9 +80,7 @@ def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> li
             found += pipeline_fit(config, args)
             if not (model or low_precision):
                 found += low_precision_fit(config, args, config.training.image_size)
-            if not (model or schedule) and config.sampling.denoising_steps > 0:
-                found += _grid_problems(config, args)
-    return [*found, *schedule]
+    return [*found, *_schedule_problems(config, drawn)]
 
 
 def _model_problems(
@@ -198,17 +196,13 @@ def _folder_problems(config: FluxJobConfig) -> Iterator[Problem]:
         "profiling.save_memory_snapshot_folder": config.profiling.enable_memory_snapshot,
         "comm.save_traces_folder": config.comm.trace_buf_size > 0,
     }.items():
-        name = get(config, key)
-        path = Path(os.path.abspath(Path(given, name or "")))
-        if name and used and not path.is_relative_to(os.path.abspath(given)):
-            yield Problem(
-                key,
-                "is not below job.dump_folder, the one folder that is kept from being written by "
-                "two runs; name one in it",
-            )
-        elif used and (
-            problem := _unwritable(path.parent if key == "job.save_config_file" else path)
-        ):
+        if not used or not (name := get(config, key)):
+            continue
+        path = Path(os.path.abspath(Path(given, name)))
+        problem = _unwritable(path.parent if key == "job.save_config_file" else path)
+        if not path.is_relative_to(os.path.abspath(given)):
+            problem = "is not below job.dump_folder, which one run alone may write; name one in it"
+        if problem:
             yield Problem(key, problem)
 
 
@@ -223,23 +217,20 @@ def _unwritable(folder: Path) -> str:
     return ""
 
 
-def _schedule_problems(config: FluxJobConfig) -> Iterator[Problem]:
-    try:
-        configured_schedule(config)
-    except ConfigError as error:
-        yield from error.problems
-
-
-def _grid_problems(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Problem]:
-    """Whether there is a schedule for the pictures that are drawn while training.
+def _schedule_problems(config: FluxJobConfig, args: FluxModelArgs | None) -> Iterator[Problem]:
+    """Whether the schedule exists, and, with `args`, suits the pictures drawn while training.
 
     What states it has to be readable without any, too: it goes along with what is exported.
     """
     key, stated = "checkpoint.initial_load_path", config.sampling.schedule == AUTO
     try:
-        _ = own_scheduler(config) if stated else None
-        if config.sampling.enable:
+        configured_schedule(config)
+        if args is not None and stated:
+            own_scheduler(config)
+        if args is not None and config.sampling.enable:
             sample_settings(config, args).times(args.geometry)
+    except ConfigError as error:
+        yield from error.problems
     except UnreadableWeights as error:
         yield Problem(key, f"{error}; get it again, or set sampling.schedule")
     except (ValueError, OSError) as error:

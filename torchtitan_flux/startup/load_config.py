@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -100,7 +101,9 @@ def read(argv: list[str]) -> Reading:
     Raises:
         ConfigError: the file cannot be read.
     """
-    file, reading = _file(argv), Reading()
+    named = [text for key, text in given_keys(argv) if key == CONFIG_FILE]
+    file = read_toml(locate(named[-1]) or Path(named[-1])) if named else TomlFile("")
+    reading = Reading()
     _read_table(file, file.values, "", reading)
     values, wrong, in_doubt = parse(argv, KEYS)
     for key, value in values.items():
@@ -113,27 +116,6 @@ def read(argv: list[str]) -> Reading:
     # once, for everything that writes there; elsewhere "~" would be a folder of that name
     job.dump_folder = os.path.expanduser(job.dump_folder)
     return reading
-
-
-def _file(argv: list[str]) -> TomlFile:
-    """The configuration file of a command line; an empty one where none is named.
-
-    Raises:
-        ConfigError: it is not there, cannot be read, or is one of several.
-    """
-    named = list(dict.fromkeys(text for key, text in given_keys(argv) if key == CONFIG_FILE))
-    if not named:
-        return TomlFile("")
-    path = locate(named[0]) if named[0] else None
-    if len(named) > 1:
-        problem = f"is given more than once ({', '.join(named)}); choose one"
-    elif path is None:
-        problem = f"{named[0]!r} does not exist"
-    elif path.is_dir():
-        problem = f"{named[0]!r} is a folder; name the TOML file in it"
-    else:
-        return read_toml(path, str(path))
-    raise ConfigError([Problem(CONFIG_FILE, problem)])
 
 
 def _read_table(file: TomlFile, table: dict[str, Any], prefix: str, reading: Reading) -> None:

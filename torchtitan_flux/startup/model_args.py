@@ -16,6 +16,9 @@ from torchtitan_flux.sampling.schedules import Schedule
 from torchtitan_flux.weights.pruned import with_blocks_of, with_blocks_of_run
 from torchtitan_flux.weights.scheduler import StatedScheduler, of_run, stated_scheduler
 
+# a start asks six times, and names on the hub are asked for over the network
+_text_widths, _autoencoder_geometry = lru_cache(text_widths), lru_cache(autoencoder_geometry)
+
 AUTO = "auto"
 """The value of `sampling.schedule` that leaves it to the weights."""
 
@@ -68,14 +71,13 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
         resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)
     )
     with problem_of("encoder.t5_encoder", "encoder.clip_encoder"):
-        changed = _changed(t5_path), _changed(clip_path)
-        t5_width, clip_width = _text_widths(t5_path, clip_path, *changed)
+        t5_width, clip_width = _text_widths(t5_path, clip_path)
     if args.pixel_space:
         channels, downscale = config.encoder.pixel_channels, 1
     else:
         path = resolved_path(config.encoder.autoencoder_path)
         with problem_of("encoder.autoencoder_path"):
-            channels, downscale = _autoencoder_geometry(path, _changed(path))
+            channels, downscale = _autoencoder_geometry(path)
     features = channels * args.patch_size**2
     if config.model.flavor not in FIXED_WIDTH_FLAVORS:
         return replace(
@@ -102,26 +104,6 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
     if wrong:
         raise ConfigError(wrong)
     return args
-
-
-def _changed(path: str) -> int:
-    """When what describes an encoder was last written; 0 for a name on the hub."""
-    described = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    try:
-        return described.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@lru_cache
-def _text_widths(t5_path: str, clip_path: str, *changed: int) -> tuple[int, int]:
-    # a start asks six times, and names on the hub are asked for over the network
-    return text_widths(t5_path, clip_path)
-
-
-@lru_cache
-def _autoencoder_geometry(path: str, changed: int) -> tuple[int, int]:
-    return autoencoder_geometry(path)
 
 
 def time_density(config: FluxJobConfig) -> TimeDensity:

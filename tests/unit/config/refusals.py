@@ -40,7 +40,6 @@ TABLE: dict[str, list[str]] = {
         "--job.config_file no.toml",
         "--job.config_file folder",
         "--job.config_file picture.toml",
-        "--job.config_file run.toml --job.config_file other.toml",
         'job.config_file = "other.toml"',
         'job.custom_config_module = "my.config"',
     ],

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tomli
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.meanings import MEANINGS
-from torchtitan_flux.config.reference import help_text
+from torchtitan_flux.config.reference import as_toml
 from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.toml_file import read_toml
 from torchtitan_flux.config.values import from_text, from_toml
@@ -85,7 +86,7 @@ def test_lines_of_keys(tmp_path):
         "\n\n'quoted' = '''\n'\n'''\n"
         "last=2"
     )
-    file = read_toml(tmp_path / "a.toml", "a.toml")
+    file = read_toml(tmp_path / "a.toml")
     lines = {
         "title": 1,
         "a.b": 2,
@@ -125,12 +126,11 @@ def test_every_key_has_a_meaning():
     assert set(MEANINGS) <= set(KEYS), "a meaning of a key that is gone"
 
 
-def test_help_lists_every_key_with_its_default():
-    text = help_text(KEYS.values(), "./run_train.sh", "a.toml")
-    for key in KEYS.values():
-        assert f"--{key.name}  (" in text
-    assert "--training.caption_dropout  (\"independent\"; Literal['independent', 'joint'])" in text
-    assert max(map(len, text.splitlines())) <= 100
+def test_the_description_of_all_keys_is_a_configuration_file():
+    text = as_toml(FluxJobConfig(), described=True)
+    assert "'joint'])\ncaption_dropout = \"independent\"" in text
+    assert all(f"{name.rpartition('.')[2]} = " in text for name in KEYS)
+    assert tomli.loads(text)["training"]["img_size"] == 256
 
 
 def test_the_reference_is_current():

@@ -3,18 +3,17 @@
 import pytest
 import torch
 
-from torchtitan_flux import launch
+from torchtitan_flux.launch import launch
 from torchtitan_flux.launching.settings import Settings
 from torchtitan_flux.startup.load_config import ConfigError
 
 
-def test_each_rank_wants_a_card_of_its_own(monkeypatch):
+def test_each_rank_wants_a_card_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    launch.check_cards(2)
-    with pytest.raises(ConfigError, match="NGPU: 3 ranks, and 2"):
-        launch.check_cards(3)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    launch.check_cards(8)
+    monkeypatch.setenv("NGPU", "3")
+    with pytest.raises(SystemExit, match="2"):
+        launch("train", ["--parallelism.data_parallel_replicate_degree", "3"])
+    assert "NGPU: 3 ranks, and 2 GPUs can be seen" in capsys.readouterr().err
 
 
 def test_nothing_set_is_one_rank_of_the_default_run():
