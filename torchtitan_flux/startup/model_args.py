@@ -29,8 +29,7 @@ def resolve_model_args(
     """The flavor with the widths of the configured encoders and codec, and its weights' blocks.
 
     flux-dev and flux-schnell have fixed widths, which the encoders must have; other flavors
-    follow the encoders. The number of blocks is that of the run's checkpoints or of the weights
-    that it begins with (`with_configured_blocks`).
+    follow the encoders.
 
     Args:
         config: the configuration.
@@ -132,10 +131,7 @@ def configured_schedule(config: FluxJobConfig) -> Schedule | None:
 
 
 def own_scheduler(config: FluxJobConfig) -> StatedScheduler | None:
-    """What is said of the schedule by a run's own weights; None where nothing is.
-
-    That is what the run wrote down, once it has checkpoints; before, what the weights say that it
-    begins with.
+    """What a run's checkpoints say of the schedule, before, what the weights that it begins with.
 
     Raises:
         UnreadableWeights: what says it is damaged.
@@ -152,10 +148,7 @@ def sampling_schedule(
 ) -> Schedule:
     """When pictures take their steps: as configured, else as the weights say, else as the flavor.
 
-    Args:
-        config: job configuration.
-        args: of the model.
-        weights: that are drawn with; None for the run's own.
+    `weights` are those that are drawn with, None for the run's own.
 
     Raises:
         ValueError: `sampling.schedule` is none, or the weights' is not computed here.
