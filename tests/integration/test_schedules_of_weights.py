@@ -26,7 +26,7 @@ from torchtitan_flux.weights.convert import convert
 
 ARGS, SIZE, STEPS, PROMPT = FLAVORS["flux-tiny"], ImageSize(64, 96), 3, "a red circle"
 LINE = {
-    **{"use_dynamic_shifting": True, "base_shift": 2.5, "max_shift": 3.5, "shift_terminal": 0.05},
+    **{"use_dynamic_shifting": True, "base_shift": 2.5, "max_shift": 3.5},
     **{"base_image_seq_len": 16, "max_image_seq_len": 1024},
 }
 SCHEDULERS = {

@@ -97,29 +97,14 @@ def test_tokens_have_fixed_lengths_and_ends(tokenizer):
     assert (clip[3] == end).nonzero().flatten().tolist() == [76]
 
 
-def test_repeated_captions_are_remembered_not_shared(tokenizer, monkeypatch):
-    monkeypatch.setattr("torchtitan_flux.encoders.tokenizer._CACHED_CAPTIONS", 3)
-    small = pickle.loads(pickle.dumps(tokenizer))
-    expected = [given.tolist() for given in small("a red ring")]
-    for given in small("a red ring"):
-        given.zero_()
-    assert [given.tolist() for given in small("a red ring")] == expected
-
-    encoded = []
-
-    class Counting:
-        def encode(self, caption: str):
-            encoded.append(caption)
-            return tokenizer._t5.encode(caption)
-
-    small._t5 = Counting()
-    for i in range(9):
-        small(f"caption {i}")
-        small("a red ring")  # in use, hence kept
-    assert encoded == [f"caption {i}" for i in range(9)]
-    small("caption 8")
-    small("caption 6")  # the oldest of four
-    assert encoded[9:] == ["caption 6"]
+def test_pickled_for_workers_and_counted_whole(tokenizer):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    for prompt in PROMPTS:
+        for ours, theirs in zip(again(prompt), tokenizer(prompt), strict=True):
+            assert torch.equal(ours, theirs)
+    t5, clip = tokens(tokenizer, PROMPTS[1:2])
+    assert again.count(PROMPTS[1]) == (t5.count_nonzero(), (clip != clip[0, -1]).sum() + 1)
+    assert min(again.count(PROMPTS[3])) > 77
 
 
 def save_clip(tiny: Path, folder: Path, **changes: object) -> Path:

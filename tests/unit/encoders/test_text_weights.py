@@ -24,9 +24,9 @@ from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
 from torchtitan_flux.encoders.text_files import files_in, weight_files
 from torchtitan_flux.encoders.text_weights import _KINDS, TextWeights
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
-from torchtitan_flux.inference.stages import low_memory_stages
+from torchtitan_flux.inference.draw import low_memory_stages
+from torchtitan_flux.inference.open_run import InferenceContext
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.weights.open import Weights
 
 KEYS = {"t5": T5_KEY, "clip": CLIP_KEY}
 BUILD = {"t5": T5Encoder, "clip": ClipEncoder}
@@ -74,13 +74,10 @@ def test_the_streamed_path_encodes_the_same_bits(dtype: torch.dtype, tiny: Path,
     save(t5, scaled_float8(state, "scale_weight")[0])
     clip, state = copy(tiny, tmp_path / "clip", "clip")
     save(clip, scaled_float8(state, "rows")[0])
-    encoder = Encoder(t5_encoder=str(t5), clip_encoder=str(clip))
-    tokenizer = CaptionTokenizer(t5, clip, 13)
-    config, unused = FluxJobConfig(encoder=encoder), MagicMock(spec=Weights)
-    stages = low_memory_stages(
-        config, FLAVORS["flux-tiny"], unused, tokenizer, torch.device("cpu"), dtype
-    )
-    with stages.text() as encode:
+    encoder = Encoder(t5_encoder=str(t5), clip_encoder=str(clip), max_t5_encoding_len=13)
+    context = MagicMock(spec=InferenceContext, config=FluxJobConfig(encoder=encoder))
+    context.args, context.device, context.dtype = FLAVORS["flux-tiny"], torch.device("cpu"), dtype
+    with low_memory_stages(context).text() as encode:
         found = encode(CAPTIONS)
     batch = tokens(tiny)
     assert torch.equal(found.txt, T5Encoder(t5, dtype=dtype)(batch["t5"]))
