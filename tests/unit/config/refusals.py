@@ -212,7 +212,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "assets/tiny/t5/model.safetensors"',
-            "encoder.autoencoder_path: is a T5 text encoder",
+            "encoder.autoencoder_path: is not an autoencoder in BFL",
         ),
         refused(
             'encoder.t5_encoder = "assets/tiny/clip"',

@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from torchtitan_flux.encoders.autoencoder import Autoencoder, load_autoencoder
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning
