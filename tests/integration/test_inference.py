@@ -113,7 +113,7 @@ def test_low_memory_draws_the_same_pictures(drawn):
 def test_from_png_draws_the_picture_again(drawn):
     assert "Not the same picture" not in drawn.text("again")
     assert drawn.pixels("again.png") == drawn.pixels(f"normal/{NAMES[1]}")
-    facts = read_facts(drawn.folder / "again.png")[1]
+    facts = read_facts(drawn.folder / "again.png")
     assert (facts["index"], facts["negative_prompt"]) == ("1", "blurred")
     drawn.text("jpeg again")
     assert drawn.pixels("j.JPG") == drawn.pixels("jpeg-2.jpg") != drawn.pixels("jpeg-1.jpg")

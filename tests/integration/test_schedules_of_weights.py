@@ -126,7 +126,7 @@ def test_the_schedule_is_logged_recorded_and_outranked_by_the_command_line(drawn
         "repeated": "shift=3.0", "static, schnell": "schnell", "karras, schnell": "schnell",
     }.items():  # fmt: skip
         assert said[name].status == 0, said[name].text
-        assert read_facts(folder / f"{name}.png")[1]["schedule"] == schedule
+        assert read_facts(folder / f"{name}.png")["schedule"] == schedule
     for one, other in (("static, schnell", "karras, schnell"), ("repeated", "static")):
         assert np.array_equal(picture(folder / f"{one}.png"), picture(folder / f"{other}.png"))
 

@@ -61,7 +61,7 @@ class Picture:
     def read(cls, path: Path) -> "Picture":
         """From a PNG, JPEG or WebP; ValueError where run_infer.sh did not write it."""
         try:
-            _, text = read_facts(path)
+            text = read_facts(path)
             settings = SampleSettings(
                 size=_size(text["size"]),
                 steps=int(text["steps"]),

@@ -255,7 +255,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             'encoder.clip_encoder = "pickled"',
-            "encoder.clip_encoder: pytorch_model.bin is not read",
+            "encoder.clip_encoder: pytorch_model.bin, are not read",
             needs=("pickled",),
         ),
         refused(

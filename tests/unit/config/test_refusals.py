@@ -77,7 +77,7 @@ def test_a_file_with_seven_mistakes_reports_seven(tmp_path, monkeypatch):
         "seven.toml:7: training.local_batch_sise: is unknown",
         "seven.toml:11: optimizer.lr = [0.0001]: must be",
         "seven.toml:16: checkpoint.interval = 0: must be at least 1",
-        'seven.toml:9: encoder.t5_encoder = "./nowhere": does not exist',
+        'seven.toml:9: encoder.t5_encoder = "./nowhere": ./nowhere does not exist',
         "seven.toml:18: sampling.enable = true: needs sampling.prompts",
     )
 
