@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_tokenizers import clip_tokenizer, t5_tokenizer
 
-from torchtitan_flux.encoders.autoencoder_keys import from_ours
+from torchtitan_flux.encoders.autoencoder import from_ours
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
 from torchtitan_flux.randomness import Stream, generator
 from torchtitan_flux.weights.convert_autoencoder import vae_config

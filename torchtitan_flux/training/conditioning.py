@@ -13,7 +13,8 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.batch import Batch, Pixels, Tokens
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.codec import Codec, PixelCodec
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.latents import Geometry, ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning

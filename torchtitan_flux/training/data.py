@@ -30,7 +30,7 @@ from torchtitan_flux.data.sources.source import (
 from torchtitan_flux.data.sources.split import whole_of
 from torchtitan_flux.data.survey import refuse_unusable, survey
 from torchtitan_flux.data.transforms import PictureRules
-from torchtitan_flux.encoders.text import CaptionTokenizer
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims

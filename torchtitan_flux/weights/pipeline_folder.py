@@ -15,10 +15,9 @@ from torchtitan_flux.encoders.pretrained import (
     PUBLISHED,
     T5_KEY,
     TOKENIZER_FILES,
-    has_tokenizer,
+    tokenizer_folder,
 )
-from torchtitan_flux.encoders.text_files import INDEX, SINGLE, files_in
-from torchtitan_flux.encoders.text_weights import TextWeights
+from torchtitan_flux.encoders.text import INDEX, SINGLE, TextWeights, files_in
 from torchtitan_flux.paths import locate
 from torchtitan_flux.tensor_files.safetensors_file import (
     TensorsFile,
@@ -191,10 +190,7 @@ def _encoder_files(part: _Part, folder: Path) -> dict[str, Path]:
         )
     files = {one.name: one for one in weights} if index else {SINGLE: weights[0]}
     files |= {"config.json": folder / "config.json"} | ({INDEX: index} if index else {})
-    places = [folder, folder.parent / part.tokenizer]
-    place = next(filter(has_tokenizer, places), None)
-    if place is None:
-        raise ValueError(f"neither {places[0]} nor {places[1]} holds a tokenizer")
+    place = tokenizer_folder(folder, part.key)
     tokenizer = [place / name for name in _TOKENIZER_FILES if (place / name).is_file()]
     return {f"{part.folder}/{name}": path for name, path in files.items()} | {
         f"{part.tokenizer}/{path.name}": path for path in tokenizer

@@ -63,7 +63,7 @@ def test_a_file_with_seven_mistakes_reports_seven_and_those_of_the_command_line(
         "run.toml:11: optimizer.lr = [0.0001]: must be",
         "--training.flip: is unknown",
         "run.toml:16: checkpoint.interval = 0: must be a number from 1",
-        'run.toml:9: encoder.t5_encoder = "./nowhere": does not exist',
+        'run.toml:9: encoder.t5_encoder = "./nowhere": ./nowhere does not exist',
         "run.toml:18: sampling.enable = true: needs sampling.prompts",
     )
 

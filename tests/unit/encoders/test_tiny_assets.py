@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer, CLIPTokenizer, T5TokenizerFast
 
 from torchtitan_flux.encoders.autoencoder import autoencoder_geometry, load_autoencoder
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 
 ROOT = Path(__file__).parents[3]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -26,7 +26,8 @@ from weight_files import scaled_float8, torchtitan_states
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
@@ -215,11 +216,11 @@ def with_stray(folder: Path) -> None:
 T5S = {
     "pickle": (
         lambda t5: (t5 / "model.safetensors").rename(t5 / "pytorch_model.bin"),
-        r"pytorch_model\.bin is not read, for it",
+        r"pytorch_model\.bin, are not read",
     ),
     "name": (
         lambda t5: (t5 / "model.safetensors").rename(t5 / "model-1-of-2.safetensors"),
-        r"named otherwise: model-1-of-2\.safetensors$",
+        r"safetensors there: model-1-of-2\.safetensors ",
     ),
     "shards": (shards_without_one, r"names model-2-of-2\.safetensors, which"),
     "scaled": (with_scales, r"holds scaled float8"),
