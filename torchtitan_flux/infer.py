@@ -23,7 +23,7 @@ from torchtitan_flux.inference.open_run import InferenceContext, open_run
 from torchtitan_flux.inference.options import FRESH_SEED, parse
 from torchtitan_flux.inference.picture import Picture
 from torchtitan_flux.inference.requested import cut_captions, requested
-from torchtitan_flux.inference.targets import check_format, check_paths, targets
+from torchtitan_flux.inference.targets import check_paths, targets
 from torchtitan_flux.startup.load_config import exit_on_config_error, load_config
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
@@ -50,9 +50,6 @@ def main() -> None:
         folder = Path(config.job.dump_folder, config.inference.save_img_folder)
         paths, settings = targets(options, folder, pictures), pictures[0].settings
         check_paths(paths, options.overwrite)
-        for path, picture in zip(paths, pictures, strict=True):
-            # the names of what is drawn with are not known yet
-            check_format(path, settings.size, {**picture.facts(), "names": " " * 4096})
         device = start_process_group(config)
         if options.seed == FRESH_SEED:
             pictures = _with_fresh_seeds(pictures)

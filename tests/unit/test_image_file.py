@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from torchtitan_flux.image_file import FORMATS, LONGEST, read_facts, save_picture
+from torchtitan_flux.image_file import FORMATS, read_facts, save_picture
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.sampling.generate import SampleSettings, to_pil
 from torchtitan_flux.sampling.schedules import Schedule
@@ -45,7 +45,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
     taken.mkdir()
     with pytest.raises(OSError, match=r"a\.png"):
         save_picture(image, taken, FACTS)
-    with pytest.raises(ValueError, match=r"take \d+ bytes"):
+    with pytest.raises(ValueError, match="too long"):
         save_picture(image, tmp_path / "b.jpg", {"prompt": "x" * 66_000})
 
     def full(self, path, **_):
@@ -73,12 +73,3 @@ def test_a_picture_too_large_to_be_safe_is_no_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
     with pytest.raises(ValueError, match="DecompressionBomb"):
         read_facts(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
-def test_the_longest_sides_are_the_formats_own(tmp_path, suffix):
-    longest = LONGEST[FORMATS[suffix]]
-    save_picture(Image.new("L", (longest, 1)), tmp_path / f"a{suffix}", {})
-    if suffix == ".webp":  # what JPEG's library allows is a choice of each build
-        with pytest.raises((OSError, ValueError)):
-            save_picture(Image.new("L", (longest + 1, 1)), tmp_path / f"b{suffix}", {})

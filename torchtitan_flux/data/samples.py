@@ -18,12 +18,11 @@ from torchtitan_flux.data.batch import Pixels, Replacement, Tokens, TrainingBatc
 from torchtitan_flux.data.colours import in_srgb
 from torchtitan_flux.data.decode import damage_is_unreadable
 from torchtitan_flux.data.order import Order
-from torchtitan_flux.data.reused_generator import reused_generator
 from torchtitan_flux.data.sources.source import Item, Source, UnreadableItem
 from torchtitan_flux.data.transforms import CENTER, PictureRules, fit, load_picture
 from torchtitan_flux.flow_matching import TimeDensity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize
-from torchtitan_flux.randomness import Stream
+from torchtitan_flux.randomness import Stream, generator
 
 MAX_CHOICES = 16
 """Items tried for one position before the source counts as broken."""
@@ -95,10 +94,10 @@ class _Samples:
     ) -> tuple[Float32[Tensor, "ch h w"], Float32[Tensor, "ch h w"] | None]:
         """Noise and posterior noise, at addresses of this index."""
         shape = self.geometry.latent_shape(size)
-        noise = standard_normal(reused_generator(self.seed, Stream.NOISE, index), shape)
+        noise = standard_normal(generator(self.seed, Stream.NOISE, index), shape)
         if not self.stochastic:
             return noise, None
-        return noise, standard_normal(reused_generator(self.seed, Stream.POSTERIOR, index), shape)
+        return noise, standard_normal(generator(self.seed, Stream.POSTERIOR, index), shape)
 
 
 @dataclass(kw_only=True)
@@ -133,7 +132,7 @@ class TrainingSamples(_Samples):
         )
 
     def _rng(self, stream: Stream, position: int) -> np.random.Generator:
-        return reused_generator(self.seed, stream, position)
+        return generator(self.seed, stream, position)
 
     def picture(self, position: int) -> tuple[Item, Float32[Tensor, "c H W"], list[Replacement]]:
         """The first choice for the position that can be read, its image, and those before it."""

@@ -3,14 +3,13 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import features
 
-from torchtitan_flux.image_file import FORMATS, LONGEST, exif_comment
+from torchtitan_flux.image_file import FORMATS
 from torchtitan_flux.inference.picture import Picture
-from torchtitan_flux.latents import ImageSize
 
 
 def targets(options: argparse.Namespace, folder: Path, pictures: Sequence[Picture]) -> list[Path]:
@@ -43,18 +42,6 @@ def targets(options: argparse.Namespace, folder: Path, pictures: Sequence[Pictur
     if options.count > 1:
         names = [f"{name}-{i % options.count + 1}" for i, name in enumerate(names)]
     return [folder / f"{name}.png" for name in names]
-
-
-def check_format(path: Path, size: ImageSize, facts: Mapping[str, object]) -> None:
-    """Raise ValueError where the format of a file cannot hold a picture, or its metadata."""
-    kind = FORMATS[path.suffix.lower()]
-    try:
-        if max(size.height, size.width) > LONGEST[kind]:
-            raise ValueError(f"{kind} holds at most {LONGEST[kind]} pixels a side, not {size}")
-        if kind != "PNG":
-            exif_comment(facts)
-    except ValueError as error:
-        raise ValueError(f"--out {path}: {error}; name a .png file") from None
 
 
 def check_paths(paths: Sequence[Path], overwrite: bool) -> None:

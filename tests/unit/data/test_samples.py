@@ -68,7 +68,7 @@ def test_the_check_rejects_randomness_keyed_on_the_item(make_samples, monkeypatc
     def keyed_on_item(seed, asked, index):
         return generator(seed, asked, samples.order.item(index) if asked == stream else index)
 
-    monkeypatch.setattr(samples_module, "reused_generator", keyed_on_item)
+    monkeypatch.setattr(samples_module, "generator", keyed_on_item)
     with pytest.raises(AssertionError, match=f"^{stream.name}"):
         check_fresh_in_every_epoch(samples)
 

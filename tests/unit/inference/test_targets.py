@@ -7,10 +7,10 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 
-from torchtitan_flux.image_file import FORMATS, LONGEST
+from torchtitan_flux.image_file import FORMATS
 from torchtitan_flux.inference import targets as module
 from torchtitan_flux.inference.picture import Picture
-from torchtitan_flux.inference.targets import check_format, check_paths, targets
+from torchtitan_flux.inference.targets import check_paths, targets
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.sampling.generate import SampleSettings
 
@@ -72,18 +72,7 @@ def test_existing_files_are_kept_unless_overwritten(tmp_path):
             check_paths([folder], overwrite)
 
 
-def test_what_a_format_cannot_hold_is_known_before(monkeypatch):
-    large, long = ImageSize(16, 16_384), {"prompt": "x" * 66_000}
-    check_format(Path("a.png"), large, long)
-    check_format(Path("a.webp"), ImageSize(16, 16_383), {})
-    check_format(Path("a.jpg"), large, {})
-    for name, size, facts, message in (
-        ("a.webp", large, {}, "WEBP holds at most 16383"),
-        ("a.jpg", ImageSize(LONGEST["JPEG"] + 1, 8), {}, "JPEG holds at most 65500"),
-        ("a.jpg", ImageSize(8, 8), long, "its prompt"),
-    ):
-        with pytest.raises(ValueError, match=rf"--out {name}: {message} .* name a \.png"):
-            check_format(Path(name), size, facts)
+def test_a_pillow_without_webp_is_known_before(monkeypatch):
     monkeypatch.setattr(module.features, "check", lambda name: False)
     with pytest.raises(ValueError, match=r"no WebP; use \.png"):
         paths("a.webp")
