@@ -58,8 +58,6 @@ class CaptionTokenizer:
         t5 = load_tokenizer(t5_path, T5_KEY)
         clip = load_tokenizer(clip_path, CLIP_KEY)
         self.max_t5_len = max_t5_len
-        self.limits = {"T5": max_t5_len, "CLIP": CLIP_LENGTH}
-        """Name of each encoder -> tokens that it takes."""
         self._t5 = _fixed_length(t5, max_t5_len)
         self._clip = _fixed_length(clip, CLIP_LENGTH)
         # The empty caption shows whether the two are what they were given for.
@@ -82,20 +80,6 @@ class CaptionTokenizer:
             return torch.tensor(both[0]), torch.tensor(both[1])
 
         return lru_cache(_CACHED_CAPTIONS)(encode)
-
-    def count(self, caption: str) -> tuple[int, int]:
-        """Tokens of the whole caption for T5 and CLIP, those that both add included."""
-        t5, clip = self._whole
-        return len(t5.encode(caption).ids), len(clip.encode(caption).ids)
-
-    @cached_property
-    def _whole(self) -> tuple[Tokenizer, Tokenizer]:
-        """The two tokenizers without a limit."""
-        both = Tokenizer.from_str(self._t5.to_str()), Tokenizer.from_str(self._clip.to_str())
-        for tokenizer in both:
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        return both
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_tokens"}

@@ -108,7 +108,7 @@ def log_surveys(
     for name, source in sources.items():
         used_for.setdefault(items_digest(whole_of(source)), []).append(name)
     for names in used_for.values():
-        title, *rest = survey(sources[names[-1]], size, tokenizer).lines()
+        title, *rest = survey(sources[names[-1]], size, tokenizer.unread).lines()
         for line in (f"Data of {' and '.join(names)}: {title}", *rest):
             logger.info(line)
 
