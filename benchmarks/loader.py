@@ -36,7 +36,6 @@ from torchtitan_flux.data.loader import FluxDataLoader
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
@@ -131,7 +130,6 @@ def ours(shards: Path, workers: int) -> Iterator[Any]:
         time_density=TimeDensity("logit_normal"),
         dropout=CaptionDropout(DROPOUT, "independent"),
         stochastic=True,
-        rules=PictureRules(),
     )
     return FluxDataLoader(samples, BATCH, BATCH, num_workers=workers)
 

@@ -15,11 +15,10 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from torchtitan_flux.data.batch import Pixels, Replacement, Tokens, TrainingBatch, ValidationBatch
-from torchtitan_flux.data.colours import in_srgb
 from torchtitan_flux.data.decode import damage_is_unreadable
 from torchtitan_flux.data.order import Order
 from torchtitan_flux.data.sources.source import Item, Source, UnreadableItem
-from torchtitan_flux.data.transforms import CENTER, PictureRules, fit, load_picture
+from torchtitan_flux.data.transforms import CENTER, WHITE, to_training_image
 from torchtitan_flux.flow_matching import TimeDensity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.randomness import Stream, generator
@@ -54,7 +53,9 @@ class _Samples:
         size: of the images in pixels; ask `size_at`, which buckets of sizes would change.
         channels: of the images, 1 or 3.
         stochastic: the codec samples a posterior, so samples carry `posterior_noise`.
-        rules: what holds for all pictures.
+        background: red, green and blue, 0 to 255, behind transparent parts.
+        min_size: pixels that the shorter side of a picture must have.
+        srgb: embedded ICC profiles are applied.
     """
 
     source: Source
@@ -64,7 +65,9 @@ class _Samples:
     channels: int
     tokenize: Tokenize
     stochastic: bool
-    rules: PictureRules
+    background: tuple[int, int, int] = WHITE
+    min_size: int = 1
+    srgb: bool = False
 
     def size_at(self, position: int) -> ImageSize:
         """Size of the image at a position; the same for all positions of a step."""
@@ -77,16 +80,15 @@ class _Samples:
         crop: tuple[float, float] = CENTER,
         flip: bool = False,
     ) -> Float32[Tensor, "c H W"]:
-        """The item's image as `fit` makes it; UnreadableItem when it is damaged or too small."""
+        """The item's image for training; UnreadableItem when it is damaged or too small."""
         with damage_is_unreadable(item.item_id):
-            (width, height), least = item.image.size, self.rules.min_size  # from the header alone
+            (width, height), least = item.image.size, self.min_size  # from the header alone
             if min(width, height) < least:
                 what = f"too small: {width} x {height} pixels, data.min_image_size = {least}"
                 raise UnreadableItem(item.item_id, what)
-            picture = load_picture(item.image, size)
-            if self.rules.srgb:
-                picture = picture._replace(image=in_srgb(picture.image))
-            image = fit(picture, size, self.channels, crop, flip, self.rules.background)
+            image = to_training_image(
+                item.image, size, self.channels, crop, flip, self.background, self.srgb
+            )
             return torch.from_numpy(image)
 
     def _noise(

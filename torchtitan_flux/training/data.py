@@ -29,7 +29,6 @@ from torchtitan_flux.data.sources.source import (
 )
 from torchtitan_flux.data.sources.split import whole_of
 from torchtitan_flux.data.survey import refuse_unusable, survey
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.text import CaptionTokenizer
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
@@ -113,20 +112,16 @@ def log_surveys(
             logger.info(line)
 
 
-def picture_rules(config: FluxJobConfig) -> PictureRules:
-    """What [data] says that holds for all pictures."""
-    red, green, blue = config.data.background
-    srgb = config.data.color_profiles == "srgb"
-    return PictureRules((red, green, blue), config.data.min_image_size, srgb)
-
-
 def _sample_options(config: FluxJobConfig, args: FluxModelArgs) -> dict[str, Any]:
     """What training and validation samples have in common."""
+    red, green, blue = config.data.background
     return {
         "size": config.training.image_size,
         "geometry": args.geometry,
         "channels": config.encoder.pixel_channels if args.pixel_space else 3,
-        "rules": picture_rules(config),
+        "background": (red, green, blue),
+        "min_size": config.data.min_image_size,
+        "srgb": config.data.color_profiles == "srgb",
         "stochastic": not args.pixel_space,
     }
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
 from torchtitan_flux.data.sources.source import Item, UnreadableItem
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 
@@ -87,7 +86,6 @@ COMMON = {
     "channels": 3,
     "tokenize": byte_tokens,
     "stochastic": True,
-    "rules": PictureRules(),
 }
 
 

@@ -18,7 +18,6 @@ from data_files import (
     png,
     refuses,
     rows,
-    to_training_image,
     unreadable,
     write_samples,
 )
@@ -29,6 +28,7 @@ from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart
+from torchtitan_flux.data.transforms import to_training_image
 from torchtitan_flux.latents import ImageSize
 
 KINDS = ("folder", "webdataset", "parquet")

@@ -14,7 +14,6 @@ from torchtitan_flux.data.batch import Batch, stack
 from torchtitan_flux.data.samples import CaptionDropout
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 from torchtitan_flux.randomness import Stream, generator
@@ -190,7 +189,7 @@ def cut_off() -> Image.Image:
 def test_pictures_that_turn_out_unreadable(
     make_samples, make_validation, make_source, image, reason
 ):
-    options = {"source": make_source(5, images={1: image}), "rules": PictureRules(min_size=7)}
+    options = {"source": make_source(5, images={1: image}), "min_size": 7}
     samples, validation = make_samples(**options), make_validation(**options)
     of_run, of_set = (stack([of[p] for p in range(5)]) for of in (samples, validation))
     for batch in of_run, of_set:
@@ -199,30 +198,6 @@ def test_pictures_that_turn_out_unreadable(
         assert re.fullmatch(reason, replaced.reason)
     assert of_set.weight.tolist() == [1, 0, 1, 1, 1]
     assert not of_set.picture.image[1].any()
-
-
-def profiled() -> Image.Image:
-    image = Image.new("RGB", (20, 12), "red")
-    image.info["icc_profile"] = b"a profile that makes red blue"
-    return image
-
-
-@pytest.mark.parametrize(
-    ("image", "rules", "colour"),
-    [
-        (lambda: Image.new("RGBA", (20, 12)), {"background": (0, 255, 51)}, [-1, 1, -0.6]),
-        (profiled, {"srgb": True}, [-1, -1, 1]),
-        (profiled, {"srgb": False}, [1, -1, -1]),
-    ],
-)
-def test_the_rules_reach_the_samples(
-    make_samples, make_validation, make_source, monkeypatch, image, rules, colour
-):
-    monkeypatch.setattr(samples_module, "in_srgb", lambda _: Image.new("RGB", (20, 12), "blue"))
-    for make in make_samples, make_validation:
-        images = dict.fromkeys(range(3), image)
-        samples = make(source=make_source(3, images=images), rules=PictureRules(**rules))
-        np.testing.assert_allclose(samples[1].picture.image[:, 2, 2], colour, atol=1e-6)
 
 
 def test_validation_belongs_to_the_item(make_validation, make_source):
