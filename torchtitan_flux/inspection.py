@@ -28,7 +28,7 @@ from torchtitan_flux.startup.load_config import (
     read_config,
 )
 from torchtitan_flux.training.conditioning import build_tokenizer
-from torchtitan_flux.training.data import open_source, refuse_bad_data, training_samples
+from torchtitan_flux.training.data import open_source, training_samples
 
 DECODED = 20_000
 """Data sets of up to so many items are decoded unless told otherwise."""
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     options, keys = _parse(sys.argv[1:] if argv is None else argv)
     with exit_on_config_error():
         config = _read_data_config(keys)
-        source, tokenizer = open_source(config, "train"), None
+        source, tokenizer = open_source(config, "train", unusable=True), None
         try:
             tokenizer = build_tokenizer(config)
         except (OSError, ValueError) as error:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("Pictures were judged by their headers; --decode decodes all of them")
             if sheet:
                 print(f"sheet: {sheet}")
-        refuse_bad_data(source, "train", config)
+        open_source(config, "train")
     return 0
 
 

@@ -30,20 +30,6 @@ Tokenize = Callable[[str], tuple[Tensor, Tensor]]
 """caption -> (T5 token ids int64 [L], CLIP token ids int64 [77]); remembers repeated captions."""
 
 
-@dataclass(frozen=True)
-class CaptionDropout:
-    """How often text is replaced by the encoding of "", which guidance is trained with.
-
-    Attributes:
-        prob: probability in [0, 1].
-        mode: "joint" drops both encodings together; "independent" drops the T5 and the CLIP
-            encoding each with its own draw, as torchtitan's FLUX does.
-    """
-
-    prob: float = 0.0
-    mode: Literal["joint", "independent"] = "joint"
-
-
 @dataclass(kw_only=True)
 class _Samples:
     """What training and validation samples are made with.
@@ -109,13 +95,16 @@ class TrainingSamples(_Samples):
     Attributes:
         order: which item stands at a position.
         time_density: maps a uniform draw to a time.
-        dropout: how often captions are dropped.
+        dropout_prob: how often text is replaced by the encoding of "", which guidance needs.
+        dropout_mode: "joint" drops both encodings together; "independent" drops the T5 and the CLIP
+            encoding each with its own draw, as torchtitan's FLUX does.
         flip_prob: probability of mirroring left and right.
     """
 
     order: Order = field(init=False)
     time_density: TimeDensity
-    dropout: CaptionDropout
+    dropout_prob: float = 0.0
+    dropout_mode: Literal["joint", "independent"] = "joint"
     flip_prob: float = 0.0
 
     def __post_init__(self):
@@ -166,9 +155,9 @@ class TrainingSamples(_Samples):
     def tokens(self, item: Item, position: int) -> Tokens:
         """The caption at a position for both encoders, dropped or not."""
         t5, clip = self.tokenize(self.caption(item, position))
-        if self.dropout.prob:
-            drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout.prob
-            drop_t5, drop_clip = drop if self.dropout.mode == "independent" else (drop[0], drop[0])
+        if self.dropout_prob:
+            drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout_prob
+            drop_t5, drop_clip = drop if self.dropout_mode == "independent" else (drop[0], drop[0])
             if drop_t5 or drop_clip:
                 empty_t5, empty_clip = self.tokenize("")
                 t5, clip = empty_t5 if drop_t5 else t5, empty_clip if drop_clip else clip

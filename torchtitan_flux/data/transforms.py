@@ -87,8 +87,8 @@ def load_picture(image: Image.Image, size: ImageSize) -> tuple[Image.Image, tupl
         least = math.ceil(_DRAFT_MARGIN * size.width), math.ceil(_DRAFT_MARGIN * size.height)
         drafted = image.draft(None, least)
     image.load()
-    if turn := _UPRIGHT.get(exif_orientation(image)):
-        image = image.transpose(turn)
+    if (orientation := exif_orientation(image)) in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     width, height = drafted[1][2:] if drafted else image.size
     return image, (float(width), float(height))
 

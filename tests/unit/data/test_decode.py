@@ -4,13 +4,12 @@ import errno
 import io
 import os
 import re
-import struct
 import zlib
 
 import numpy as np
 import pytest
 from data_files import png_of
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from torchtitan_flux.data import formats as formats_module
 from torchtitan_flux.data import transforms
@@ -181,16 +180,17 @@ def test_jpegs_are_decoded_near_the_size_they_are_wanted_at(width):
         assert looks_as_decoded_whole(data, size)
 
 
-@pytest.mark.usefixtures("exact_crops")
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_a_jpeg(orientation):
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_pictures_are_turned_upright(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(photo(403, 299), "JPEG", quality=90, exif=exif)
-    for size in (ImageSize(48, 80), ImageSize(80, 48)):
-        image, _ = load_picture(open_image(data, "item", MAX_PIXELS), size)
-        assert (image.width < image.height) == (orientation >= 5)
-        assert looks_as_decoded_whole(data, size)
+    data = saved(photo(13, 5), format, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).transpose(2, 0, 1)
+    height, width = upright.shape[1:]
+    np.testing.assert_array_equal(read(data, ImageSize(height, width)), upright)
+    assert header_size(io.BytesIO(data)) == (width, height, "")
+    assert header_size(io.BytesIO(data[:5]))[:2] == (0, 0)
 
 
 def test_a_jpeg_of_the_wanted_size_is_not_touched():
@@ -230,40 +230,6 @@ def test_bombs():
 def test_the_limit_of_pixels_is_ours_alone(side):
     assert open_image(png_of(side, side), "item", 2**40).size == (side, side)
     assert header_size(io.BytesIO(png_of(side, side))) == (side, side, "")
-
-
-def test_headers_that_lie_about_the_size():
-    whole = saved(photo(16, 16), "GIF")
-    lying = whole[:6] + struct.pack("<HH", 900, 900) + whole[10:]
-    frame = lying.index(b"\x2c")
-    lying = lying[: frame + 5] + struct.pack("<HH", 900, 900) + lying[frame + 9 :]
-    assert read(lying).shape == (3, 16, 16)  # PIL shows what there is of a GIF
-    assert refusal(png_of(1000, 1000, (b"IDAT", zlib.compress(bytes(100)))))
-    tiff = bytearray(saved(Image.new("L", (16, 16)), "TIFF"))
-    for at in range(struct.unpack_from("<I", tiff, 4)[0] + 2, len(tiff) - 11, 12):
-        if struct.unpack_from("<H", tiff, at)[0] in (256, 257, 278):  # width, height, rows of strip
-            struct.pack_into("<HI", tiff, at + 2, 4, 1)
-            struct.pack_into("<I", tiff, at + 8, 1000)
-    assert refusal(bytes(tiff))
-
-
-UNKNOWN = "no image in a known format (JPEG, PNG"
-FOREIGN = {
-    b"": "the file is empty",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer, run `git",
-    b"%PDF-1.7\n": UNKNOWN,
-    b"noise" * 200: UNKNOWN,
-    b"\xff\xd8": UNKNOWN,
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": UNKNOWN,
-}
-
-
-@pytest.mark.parametrize("data", FOREIGN)
-def test_what_a_file_is_instead_is_said_alike_by_its_header_and_when_it_is_read(data):
-    width, height, reason = header_size(io.BytesIO(data))
-    assert (width, height) == (0, 0)
-    assert reason.startswith(FOREIGN[data])
-    assert refusal(data) == reason
 
 
 def test_formats_of_plug_ins_that_are_not_installed_are_named(monkeypatch):
@@ -316,14 +282,3 @@ def test_damaged_files_are_read_or_refused_alike(kind):
     reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
     assert 10 < len(reasons) <= 60
     assert not any("0x" in reason for reason in reasons)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_header_size_is_that_of_the_upright_picture(format, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = saved(Image.new("RGB", (13, 5)), format, exif=exif)
-    width, height = (5, 13) if orientation == 6 else (13, 5)
-    assert header_size(io.BytesIO(data)) == (width, height, "")
-    assert header_size(io.BytesIO(data[:5]))[:2] == (0, 0)

@@ -11,11 +11,8 @@ from PIL import Image
 
 import torchtitan_flux.data.samples as samples_module
 from torchtitan_flux.data.batch import Batch, stack
-from torchtitan_flux.data.samples import CaptionDropout
-from torchtitan_flux.data.sources.registry import build_source
-from torchtitan_flux.data.sources.source import SourceOptions
 from torchtitan_flux.flow_matching import TimeDensity
-from torchtitan_flux.latents import Geometry, ImageSize
+from torchtitan_flux.latents import Geometry
 from torchtitan_flux.randomness import Stream, generator
 
 STREAMS = ("TIME", "NOISE", "POSTERIOR", "CROP", "FLIP", "CAPTION", "DROPOUT")
@@ -131,7 +128,7 @@ def test_draws_have_the_right_distributions(make_samples):
 @pytest.mark.parametrize("mode", ["joint", "independent"])
 def test_dropout_rates(make_samples, prob, mode):
     count = 2000
-    samples = make_samples(dropout=CaptionDropout(prob, mode), stochastic=False, flip_prob=0.0)
+    samples = make_samples(dropout_prob=prob, dropout_mode=mode, stochastic=False, flip_prob=0.0)
     texts = [samples.tokens(samples.source[p % 7], p) for p in range(count)]
     t5, clip = (np.array([not getattr(t, name).any() for t in texts]) for name in ("t5", "clip"))
 
@@ -146,7 +143,7 @@ def test_dropout_rates(make_samples, prob, mode):
 
 
 def test_without_dropout_every_caption_is_kept_and_all_are_used(make_samples):
-    samples = make_samples(dropout=CaptionDropout(), length=1)
+    samples = make_samples(dropout_prob=0.0, length=1)
     seen = [bytes(samples[p].text.t5.tolist()).rstrip(b"\0").decode() for p in range(200)]
     assert set(seen) == {"gray 0", "no. 0"}
     assert abs(seen.count("no. 0") - 100) < 4 * np.sqrt(200 / 4)
@@ -223,16 +220,3 @@ def test_validation_shapes_and_plainness(make_validation):
     middle = 3 + 104 / 2  # item 3 is the ramp 3 .. 107
     assert ((row.mean() + 1) * 127.5).item() == pytest.approx(middle, abs=0.6)
     assert sample.weight == 1
-
-
-@pytest.mark.parametrize("name", ["digits", "shapes"])
-def test_with_the_real_sources(make_samples, name):
-    size = ImageSize(8, 8) if name == "digits" else ImageSize(16, 24)
-    source = build_source(name, "train", SourceOptions(image_size=size))
-    samples = make_samples(
-        source=source, size=size, channels=1 if name == "digits" else 3, geometry=Geometry(1, 1, 2)
-    )
-    sample = samples[2**40]
-    assert sample.picture.image.shape == (samples.channels, size.height, size.width)
-    assert sample.noise.shape == (1, size.height, size.width)
-    assert -1 <= sample.picture.image.min() < sample.picture.image.max() <= 1
