@@ -81,12 +81,10 @@ def _warn(recorded: Picture | None, pictures: list[Picture], context: InferenceC
         logger.warning(f"Not the same picture: {line}")
     tokenizer = build_tokenizer(context.config)
     for caption in dict.fromkeys([*(one.prompt for one in pictures), first.negative_prompt]):
-        counts = zip(tokenizer.limits.items(), tokenizer.count(caption), strict=True)
-        for (encoder, limit), tokens in counts:
-            if tokens > limit:
-                logger.warning(
-                    f"{caption!r} is cut for {encoder}: it has {tokens} tokens, {limit} are read"
-                )
+        for encoder, (tokens, limit) in tokenizer.cut(caption).items():
+            logger.warning(
+                f"{caption!r} is cut for {encoder}: it has {tokens} tokens, {limit} are read"
+            )
 
 
 if __name__ == "__main__":

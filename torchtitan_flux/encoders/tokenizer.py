@@ -38,8 +38,6 @@ class CaptionTokenizer:
         t5 = load_tokenizer(t5_path, T5_KEY)
         clip = load_tokenizer(clip_path, CLIP_KEY)
         self.max_t5_len = max_t5_len
-        self.limits = {"T5": max_t5_len, "CLIP": CLIP_LENGTH}
-        """Name of each encoder -> tokens that it takes."""
         self._t5 = _fixed_length(t5, max_t5_len)
         self._clip = _fixed_length(clip, CLIP_LENGTH)
         # The empty caption shows whether the two are what they were given for.
@@ -55,10 +53,12 @@ class CaptionTokenizer:
         t5, clip = self._t5.encode(caption), self._clip.encode(caption)
         return torch.tensor(t5.ids), torch.tensor(clip.ids)
 
-    def count(self, caption: str) -> tuple[int, int]:
-        """Tokens of the whole caption for T5 and CLIP, those that both add included."""
-        t5, clip = self._whole
-        return len(t5.encode(caption).ids), len(clip.encode(caption).ids)
+    def cut(self, caption: str) -> dict[str, tuple[int, int]]:
+        """Encoders that do not read all of a caption: the tokens that it has, and those read."""
+        limits = {"T5": self.max_t5_len, "CLIP": CLIP_LENGTH}
+        counts = (len(tokenizer.encode(caption).ids) for tokenizer in self._whole)
+        found = zip(limits.items(), counts, strict=True)
+        return {name: (count, limit) for (name, limit), count in found if count > limit}
 
     @cached_property
     def _whole(self) -> tuple[Tokenizer, Tokenizer]:

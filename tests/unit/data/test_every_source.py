@@ -18,7 +18,6 @@ from data_files import (
     png,
     refuses,
     rows,
-    to_training_image,
     unreadable,
     write_samples,
 )
@@ -29,6 +28,7 @@ from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart
+from torchtitan_flux.data.transforms import to_training_image
 from torchtitan_flux.latents import ImageSize
 
 KINDS = ("folder", "webdataset", "parquet")
@@ -208,6 +208,7 @@ def test_a_share_of_what_can_be_read_is_held_out(tmp_path, kind):
 UNREADABLE = {
     b"": "the file is empty",
     b"noise" * 100: "no image in a known format",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "no image in a known format",  # a program
     b"<!DOCTYPE html><title>404</title>": "is a web page",
     b"version https://git-lfs.github.com/spec/v1\noid": "is a Git LFS pointer, run `git lfs",
 }
@@ -225,7 +226,7 @@ def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path, kind):
     with pytest.raises(IndexError):
         source[len(files)]
     defaults = indexed(kind, tmp_path / "data", default_caption="", caption_prefix="a: ")
-    assert defaults[4].captions == ("a: ",)
+    assert defaults[5].captions == ("a: ",)
 
 
 def test_a_caption_is_one_unless_lines_are_said_to_be(tmp_path, kind):

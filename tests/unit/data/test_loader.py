@@ -285,8 +285,7 @@ class Breaks(TrainingSamples):
         assert position < 16
         return super().__getitem__(position)
 
-samples = Breaks(**COMMON, source=GraySource(7), time_density=TimeDensity(),
-                 dropout=CaptionDropout())
+samples = Breaks(**COMMON, source=GraySource(7), time_density=TimeDensity())
 loader = FluxDataLoader(samples, 4, 2, num_workers=1)
 import atexit
 # runs after what is registered from here on, and before multiprocessing's own
