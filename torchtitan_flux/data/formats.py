@@ -1,6 +1,7 @@
 """Which formats of images are read: what the installed Pillow and its plug-ins decode."""
 
 import functools
+import os
 from contextlib import suppress
 from importlib import import_module
 
@@ -48,14 +49,16 @@ def _is_decoded(name: str) -> bool:
 
 
 _KNOWN = {*formats(), "MPO"}  # which JPEG's decoder opens; plug-ins are registered by now
-IMAGE_SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in _KNOWN)
-"""Of files that are taken for pictures: lower case, with the dot."""
+IMAGE_SUFFIXES = frozenset(
+    [suffix for suffix, name in Image.registered_extensions().items() if name in _KNOWN]
+    + [suffix for _, suffixes in _PLUG_INS.values() for suffix in suffixes]
+)
+"""Of files that are taken for pictures, those of missing plug-ins too: lower case, with the dot."""
 
 
-def plug_in_for(suffix: str) -> str:
-    """The package that would read files of a suffix that is not read now; "" where none does."""
-    unread = (package for package, suffixes in _PLUG_INS.values() if suffix in suffixes)
-    return "" if suffix in IMAGE_SUFFIXES else next(unread, "")
+def is_picture(file: str) -> bool:
+    """Whether a file is one by its suffix."""
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
 def unread_format(head: bytes) -> str:

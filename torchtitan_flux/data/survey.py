@@ -94,9 +94,8 @@ class Survey:
 
 
 def _with_examples(note: Note) -> str:
-    lost = f" (about {note.lost:,} items lost)" if note.lost else ""
     named = ", ".join(note.examples) + (", …" if note.count > len(note.examples) else "")
-    return note.text + lost + (f" ({named})" if note.examples else "")
+    return note.text + (f" ({named})" if note.examples else "")
 
 
 def survey(source: Source, size: ImageSize, tokens: TokenCounter | None = None) -> Survey:
@@ -171,7 +170,7 @@ def _note(source: IndexedSource, text: str, which: Bool[np.ndarray, " rows"]) ->
     """How many rows, and the first of them by name."""
     first = np.flatnonzero(which)[:EXAMPLES].tolist()
     names = tuple(source.index[row].item_id for row in first)
-    return Note(text, int(which.sum()), 0, names)
+    return Note(text, int(which.sum()), names)
 
 
 def _token_lengths(source: IndexedSource, tokens: TokenCounter) -> tuple[dict[str, Lengths], int]:
@@ -212,20 +211,18 @@ def refuse_unusable(source: Source, max_share: float, key: str) -> None:
 
     Raises:
         ValueError: no item has a caption and a picture, or more than `max_share` of the items
-            cannot be read or are lost with a damaged shard; says why, most frequent first.
+            cannot be read; says why, most frequent first.
     """
     whole = whole_of(source)
     if not isinstance(whole, IndexedSource):
         return
-    items, lost = len(whole), sum(note.lost for note in whole.index.notes)
-    readable = int(np.count_nonzero(whole.usable_rows))
-    bad = items - readable + lost
-    if readable and bad <= max_share * max(items + lost, MIN_ITEMS):
+    items, readable = len(whole), int(np.count_nonzero(whole.usable_rows))
+    bad = items - readable
+    if readable and bad <= max_share * max(items, MIN_ITEMS):
         return
-    about = "about " if lost else ""
     what = (
-        f"{about}{bad:,} of {about}{items + lost:,} items of {whole.title} cannot be read, more "
-        f"than data.max_unreadable_share = {max_share}"
+        f"{bad:,} of {items:,} items of {whole.title} cannot be read, more than "
+        f"data.max_unreadable_share = {max_share}"
         if readable
         else f"{key}: none of the {items:,} items of {whole.title} can be trained on"
     )

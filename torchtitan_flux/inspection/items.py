@@ -58,7 +58,7 @@ def unreadable(inspected: Iterator[Inspected]) -> list[Note]:
             group = found.setdefault(re.sub(r"\d+", "", one.unreadable), [])
             group.append((one.unreadable, one.item))
     return [
-        Note(reasons[0], len(items), 0, items[:EXAMPLES])
+        Note(reasons[0], len(items), items[:EXAMPLES])
         for reasons, items in (
             zip(*group, strict=True) for group in sorted(found.values(), key=len, reverse=True)
         )

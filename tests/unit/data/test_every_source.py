@@ -24,7 +24,7 @@ from data_files import (
 )
 from PIL import Image
 
-from torchtitan_flux.data.sources import index_cache
+from torchtitan_flux.data.sources import indexed as indexing
 from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, UnreadableItem
@@ -150,9 +150,9 @@ def test_an_index_is_used_until_the_data_change(tmp_path, kind, monkeypatch, cap
     other = data / {"folder": "b", "webdataset": "b.tar", "parquet": "b.parquet"}[kind]
     for change, why, same in (
         (touch, "has changed", True),
-        (lambda: write_samples(kind, data / "b", samples(3)), "is new", False),
-        (lambda: shutil.rmtree(other) if other.is_dir() else other.unlink(), "is gone", True),
-        (lambda: monkeypatch.setattr(index_cache, "formats", lambda: ("HEIF",)), "formats", True),
+        (lambda: write_samples(kind, data / "b", samples(3)), "has changed", False),
+        (lambda: shutil.rmtree(other) if other.is_dir() else other.unlink(), "has changed", True),
+        (lambda: monkeypatch.setattr(indexing, "formats", lambda: ("HEIF",)), "formats", True),
     ):
         change()
         new, ids, reason = reopened()

@@ -1,7 +1,5 @@
 """Walking folders, expanding patterns."""
 
-import os
-
 import pytest
 
 from torchtitan_flux.data.sources.listing import expand_braces, foreign_content, matches, walk
@@ -15,7 +13,6 @@ from torchtitan_flux.data.sources.listing import expand_braces, foreign_content,
         ("{8..11}", ["8", "9", "10", "11"]),
         ("{3..1}", ["3", "2", "1"]),
         ("{-1..1}", ["-1", "0", "1"]),
-        ("{5..5}", ["5"]),
         ("x{b,a,}y", ["xby", "xay", "xy"]),
         ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
         ("{a,b{1..3}}c", ["ac", "b1c", "b2c", "b3c"]),
@@ -53,28 +50,6 @@ def test_walk_is_sorted_follows_links_and_ignores_what_is_hidden(tmp_path):
     assert paths == ["gone", "z", "a/ü", "b/10", "b/2", "b/deep/x", "link/linked"]
 
 
-def test_names_that_are_not_utf8_are_counted(tmp_path):
-    with open(os.path.join(os.fsencode(tmp_path), b"\xff.jpg"), "w"):
-        pass
-    (directory,) = walk(tmp_path)
-    assert (directory.files, directory.undecodable) == ([], 1)
-
-
-def test_what_cannot_be_listed_is_an_error_or_noted(tmp_path, refused):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "file").write_text("")
-    refused.add("a")
-    found = list(walk(tmp_path))
-    assert [(d.name, d.files, d.error is None) for d in found] == [
-        ("", [], True),
-        ("a", [], False),
-        ("b", ["file"], True),
-    ]
-    assert [d.name for d in walk(tmp_path, only={"b"})] == ["", "b"]
-    assert found[0].folders == ["a", "b"]
-
-
 @pytest.mark.parametrize(
     ("head", "what"),
     [
@@ -86,8 +61,6 @@ def test_what_cannot_be_listed_is_an_error_or_noted(tmp_path, refused):
         (b"\n<!DOCTYPE html><html>", "is a web page"),
         (b"\xef\xbb\xbf<html>", "is a web page"),
         (b"\x1f\x8b\x08", "is gzip under another name: unpack"),
-        (b"\x28\xb5\x2f\xfd", "is zstd under another name"),
-        (b"\xfd7zXZ\0", "is xz under another name"),
         (b"BZh91AY&SY", "is bzip2 under another name"),
         (b"BZh is a name", ""),
         (b"ARROW1\0\0", "is an Arrow file for random access (Feather)"),
