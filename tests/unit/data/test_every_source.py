@@ -132,9 +132,9 @@ def test_an_index_is_used_until_the_data_change(tmp_path, kind, monkeypatch, cap
     data = tmp_path / "data"
 
     def reopened(**options) -> tuple[str, str, str]:
-        """(identity, digest of the ids, why it was built anew)."""
+        """(identity, digest of the ids, why it was built anew), which lies in the data."""
         caplog.clear()
-        index = indexed(kind, data, **options).index
+        index = indexed(kind, data, index_folder=data / "index", **options).index
         why = re.search(r"built anew: (.*)", caplog.text)
         return index.identity, index.digest, why[1] if why else ""
 

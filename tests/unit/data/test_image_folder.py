@@ -23,7 +23,7 @@ from torchtitan_flux.data.formats import IMAGE_SUFFIXES
 from torchtitan_flux.data.sources import image_folder
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.listing import LEFT_OUT
-from torchtitan_flux.data.sources.split import part_of, part_of_folder, split_files
+from torchtitan_flux.data.sources.split import part_of
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF"}
@@ -270,77 +270,26 @@ def test_what_is_no_folder_of_pictures_is_refused(tmp_path):
     refuses("folder", tmp_path / "0.TAR", "is not a folder")
 
 
-def test_changes_are_noticed(tmp_path):
-    picture(tmp_path / "a.png", "a")
-    picture(tmp_path / "sub" / "b.png", "b")
-    table = tmp_path / "sub" / "metadata.csv"
-    table.write_text("file_name,text\nb.png,bee\n")
-
-    def opened() -> str:
-        """With an index folder in the data, which is no change of theirs."""
-        return source(tmp_path, index_folder=tmp_path / "index").index.identity
-
-    identity = opened()
-    for change in (
-        lambda: picture(tmp_path / "sub" / "c.png", "c"),
-        lambda: (tmp_path / "a.png").unlink(),
-        lambda: picture(tmp_path / "new" / "d.png", "d"),
-        lambda: table.write_text("file_name,text\nb.png,boo\n"),
-        lambda: shutil.rmtree(tmp_path / "new"),
-        lambda: (tmp_path / "sub" / "c.txt").write_text("sea"),
-    ):
-        assert opened() == identity
-        change()
-        identity, before = opened(), identity
-        assert identity != before
-    assert captions(source(tmp_path)) == {"sub/b.png": ("boo",), "sub/c.png": ("sea",)}
-
-
 @pytest.mark.parametrize(
-    ("part_of", "part", "names"),
+    ("part", "names"),
     [
-        (part_of_folder, "train", ("train", "Train2017", "training_set")),
-        (part_of_folder, "validation", ("val", "val_2017", "VALID", "dev")),
-        (part_of_folder, "test", ("test-images", "evaluation")),
-        (part_of_folder, "", ("trains", "test cars", "2017", "images", "train_val")),
-        (part_of, "train", ("data/train-00000-of-00005.parquet",)),
-        (part_of, "validation", ("val/0.tar",)),
-        (part_of, "test", ("train/test.tar",)),
-        (part_of, "", ("0.tar", "strain.tar")),
+        ("train", "Train2017 training_set data/train-00000-of-00005.parquet"),
+        ("validation", "val_2017 VALID dev val/0.tar"),
+        ("test", "test-images evaluation train/test.tar"),
+        ("", "trains 2017 images 0.tar strain.tar"),
     ],
 )
-def test_names_of_parts(part_of, part, names):
-    assert {part_of(name) for name in names} == {part}
-
-
-@pytest.mark.parametrize(
-    ("parts", "split", "both", "part", "shared", "left_out"),
-    [
-        ("train validation test -", "train", False, "train", False, [["test"], ["-"]]),
-        ("train validation test -", "held_out", True, "validation", False, [["test"], ["-"]]),
-        ("train test", "held_out", False, "test", False, []),
-        ("train -", "held_out", False, "train", True, [["-"]]),
-        ("train -", "held_out", True, "", True, []),
-        ("-", "train", False, "", True, []),
-    ],
-)
-def test_which_part_is_whose(parts, split, both, part, shared, left_out):
-    names = {name: name.removeprefix("-") for name in parts.split()}
-    own = split_files(names, split, "x", both)
-    assert (own.part, own.shared) == (part, shared)
-    assert own.names == ([part] if part else list(names))
-    assert list(own.left_out.values()) == left_out
-    with pytest.raises(ValueError, match="x has no train part, only test"):
-        split_files({"test": "test"}, "train", "x")
+def test_names_of_parts(part, names):
+    assert {part_of(name) for name in names.split()} == {part}
 
 
 def test_a_folder_of_parts(tmp_path):
-    for name in ("train/cat/0", "train/1", "val/2", "other/4", "5"):
+    for name in ("Train2017/cat/0", "Train2017/1", "val_set/2", "other/4", "5"):
         picture(tmp_path / f"{name}.png", name)
     train = source(tmp_path)
-    assert ids(train) == ["train/1.png", "train/cat/0.png"]
+    assert ids(train) == ["Train2017/1.png", "Train2017/cat/0.png"]
     assert list(notes(train).values()) == [("other", "5.png")]
-    picture(tmp_path / "val/6.png", "")  # noticed by the part that it belongs to
+    picture(tmp_path / "val_set/6.png", "")  # noticed by the part that it belongs to
     assert source(tmp_path).index.identity == train.index.identity
     assert len(indexed("folder", tmp_path, "held_out")) == 2
 

@@ -18,7 +18,7 @@ from torchtitan_flux.data.sources import listing
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.indexed import IndexedSource, open_index
 from torchtitan_flux.data.sources.source import CAPTIONS, SourceOptions, Split
-from torchtitan_flux.data.sources.split import NO_PART, part_of_folder, split_files
+from torchtitan_flux.data.sources.split import NO_PART, part_of, split_files
 
 TEXT_SUFFIXES = (".txt", ".caption")
 """Of texts beside pictures, in any case: the first that says anything counts."""
@@ -45,7 +45,7 @@ class FolderSource(IndexedSource):
             what = "is not a folder" if self.place.exists() else listing.missing(self.place)
             raise ValueError(f"{self.place} {what}")
         folders = next(listing.walk(self.place, options.index_folder)).folders
-        parts = {name: part_of_folder(name) for name in folders}
+        parts = {name: part_of(name) for name in folders}
         own = split_files(parts, split, self.title, both=True)
         self._part, self.shared, self.left_out = own.part, own.shared, own.left_out
         self._only = set(own.names) if own.part else None
@@ -60,9 +60,8 @@ class FolderSource(IndexedSource):
         for directory in self._walk():
             marks = [f"{path}\0{listing.stamp(self.place / path)}" for path in directory.paths()]
             said = "\n".join(marks + directory.left_out).encode("utf-8", "surrogateescape")
-            found[os.path.join(".", directory.name)] = hashlib.blake2b(
-                said, digest_size=8
-            ).hexdigest()
+            digest = hashlib.blake2b(said, digest_size=8).hexdigest()
+            found[os.path.join(".", directory.name)] = digest
         return found
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
@@ -70,7 +69,7 @@ class FolderSource(IndexedSource):
         bar.total = sum(sum(map(is_picture, directory.files)) for directory in self._walk())
         for directory in self._walk():
             writer.note(listing.LEFT_OUT, *directory.left_out)
-            if "/" in directory.name and part_of_folder(os.path.basename(directory.name)):
+            if "/" in directory.name and part_of(os.path.basename(directory.name)):
                 writer.note(DEEPER_PARTS, directory.name)
             beside = _texts_by_stem(directory)
             pictures = set(filter(is_picture, directory.paths()))
