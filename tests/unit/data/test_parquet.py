@@ -218,10 +218,7 @@ def test_only_a_held_out_part(tmp_path):
     ("second", "message"),
     [
         ({"image": STRUCTS[:1], "caption": ["x"]}, r"b\.parquet has 0 columns 'text'"),
-        (
-            {"image": STRUCTS[:1], "text": [3]},
-            r"'text' is int64 in b\.parquet, string before",
-        ),
+        ({"image": STRUCTS[:1], "text": [3]}, r"'text' is int64 in b\.parquet, string before"),
         ({"image": ["x"], "text": ["y"]}, r"column 'image' is string in b\.parquet, struct"),
     ],
 )
@@ -237,9 +234,8 @@ def test_what_is_no_table_is_named(tmp_path, content, suffix):
     write_parquet(tmp_path / "0.parquet", columns(0, 1))
     (tmp_path / f"1.{suffix}").write_bytes(content)
     for path in (tmp_path, tmp_path / f"1.{suffix}"):
-        refuses(
-            "parquet", path, rf"/1\.{suffix} (is empty|is a web|cannot be read as|is a parquet)"
-        )
+        message = rf"/1\.{suffix} (is empty|is a web|cannot be read as|is a parquet)"
+        refuses("parquet", path, message)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, refused):
@@ -269,12 +265,6 @@ def test_groups_without_rows(tmp_path):
     assert items(source(tmp_path)) == numbers(0, 3)
 
 
-def test_no_bars_of_datasets_are_shown(tmp_path, capfd):
-    datasets.enable_progress_bars()
-    source(write_parquet(tmp_path / "0.parquet", columns(0, 3)))
-    assert "examples/s" not in "".join(capfd.readouterr())
-
-
 def _count(arguments) -> int:
     path, index_folder = arguments
     return len(source(path, index_folder=index_folder))
@@ -300,13 +290,3 @@ def test_the_hub(monkeypatch):
     refuses("parquet", "someone/pictures", message)
     for name in ("-x/y", "owner/..", "owner/na--me"):  # no name of the hub's: it is not asked
         refuses("parquet", name, f"{name} does not exist")
-
-
-def test_coco(tmp_path):
-    refuses("coco-validation", None, r"dataset_path: .*download howard-hou/COCO-Text")
-    table = {"image": PICTURES, "caption": [[f"first {i}", f"second {i}"] for i in range(3)]}
-    for name in ("train", "validation"):
-        write_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet", table)
-    found = captions(source(tmp_path, "held_out", "coco-validation"))
-    part = "validation"
-    assert found[f"data/{part}-00000-of-00001.parquet/1"] == ("first 1", "second 1")

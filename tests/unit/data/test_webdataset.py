@@ -249,6 +249,7 @@ def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message):
         ("webdataset", "{tmp}/x.tar", "1 tar files .* hold no pictures; samples without .*/a"),
         ("webdataset", "{tmp}/1.tar", r"1\.tar is no file"),
         ("cc12m-wds", None, "hf download pixparse/cc12m-wds .* --local-dir"),
+        ("coco-validation", None, "hf download howard-hou/COCO-Text .* --local-dir"),
     ],
 )
 def test_what_is_no_shard_is_refused(tmp_path, name, path, message):

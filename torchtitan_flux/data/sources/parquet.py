@@ -21,12 +21,7 @@ from tqdm import tqdm
 
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size
 from torchtitan_flux.data.sources import indexed, listing
-from torchtitan_flux.data.sources.captions import (
-    CAPTION_NAMES,
-    NO_CAPTION,
-    Captions,
-    captions_of,
-)
+from torchtitan_flux.data.sources.captions import CAPTION_NAMES, NO_CAPTION, Captions, captions_of
 from torchtitan_flux.data.sources.index import IndexWriter, Row
 from torchtitan_flux.data.sources.source import (
     CAPTION_COLUMN,
@@ -83,12 +78,15 @@ class ParquetSource(indexed.IndexedSource):
             raise ValueError(f"{path} holds no row")
         self._marks = {name: table.mark for name, table in tables.items()}
         schema = next(iter(tables.values())).schema
-        self._image = image_column(schema, options.image_column)
-        self._caption = None
+        self._image = _column(
+            schema, IMAGE_COLUMN, options.image_column, ("image",), _holds_pictures
+        )
+        self._caption, named = None, options.caption_column
         try:
-            self._caption = caption_column(schema, options.caption_column)
+            fits = _holds_text_or_classes if named else _holds_text
+            self._caption = _column(schema, CAPTION_COLUMN, named, CAPTION_NAMES, fits)
         except SettingError:
-            if options.caption_column or options.default_caption is None:
+            if named or options.default_caption is None:
                 raise  # else every row has the default caption
         self._classes = _class_names(schema, self._caption)
         read = [name for name in (self._image, self._caption) if name]
@@ -147,24 +145,6 @@ class ParquetSource(indexed.IndexedSource):
             return _picture_in(found.column(self._image)[0], row.item_id)
 
 
-def image_column(schema: pa.Schema, named: str) -> str:
-    """The column of pictures: the one named, else "image", else the only one; SettingError."""
-    return _column(schema, IMAGE_COLUMN, named, ("image",), _holds_pictures)
-
-
-def caption_column(schema: pa.Schema, named: str) -> str:
-    """The column of captions: the one named, else the first of CAPTION_NAMES; SettingError.
-
-    What is named may hold the numbers of classes.
-    """
-
-    def fits(of: pa.DataType) -> bool:
-        text = pa.types.is_string(of.value_type if pa.types.is_list(of) else of)
-        return text or bool(named and pa.types.is_integer(of))
-
-    return _column(schema, CAPTION_COLUMN, named, CAPTION_NAMES, fits)
-
-
 def _column(
     schema: pa.Schema,
     key: str,
@@ -172,8 +152,9 @@ def _column(
     usual: tuple[str, ...],
     fits: Callable[[pa.DataType], bool],
 ) -> str:
-    """The column of a name, in any case where none fits exactly; of pictures, also the only one."""
-    fitting = [field.name for field in schema if fits(plain_type(field.type))]
+    """The column that is named, else of a usual name, in any case where none is spelled so; of
+    pictures, also the only one."""
+    fitting = [field.name for field in schema if fits(_plain(field.type))]
     names, wanted = (schema.names, (named,)) if named else (fitting, usual)
     exact = [[name for name in names if name == one] for one in wanted]
     in_any_case = [[name for name in names if name.lower() == one.lower()] for one in wanted]
@@ -190,20 +171,28 @@ def _column(
     )
 
 
-def plain_type(of: pa.DataType) -> pa.DataType:
+def _plain(of: pa.DataType) -> pa.DataType:
     """One type for all that store the same: views, dictionaries, 32 or 64 bits of offsets."""
     types = pa.types
     if types.is_dictionary(of):
-        return plain_type(of.value_type)
+        return _plain(of.value_type)
     if types.is_struct(of):
-        return pa.struct([(field.name, plain_type(field.type)) for field in of])
+        return pa.struct([(field.name, _plain(field.type)) for field in of])
     if types.is_list(of) or types.is_large_list(of):
-        return pa.list_(plain_type(of.value_type))
+        return pa.list_(_plain(of.value_type))
     if types.is_string(of) or types.is_large_string(of) or types.is_string_view(of):
         return pa.string()
     if types.is_binary(of) or types.is_large_binary(of) or types.is_binary_view(of):
         return pa.large_binary()
     return of
+
+
+def _holds_text(of: pa.DataType) -> bool:
+    return pa.types.is_string(of.value_type if pa.types.is_list(of) else of)
+
+
+def _holds_text_or_classes(of: pa.DataType) -> bool:
+    return _holds_text(of) or pa.types.is_integer(of)
 
 
 def _holds_pictures(of: pa.DataType) -> bool:
@@ -270,7 +259,7 @@ def _common_columns(tables: Mapping[str, _Table], names: list[str]) -> pa.Schema
     columns: dict[str, pa.DataType] = {}
     for table, (schema, *_) in tables.items():
         for column in names:
-            found = [plain_type(field.type) for field in schema if field.name == column]
+            found = [_plain(field.type) for field in schema if field.name == column]
             if len(found) != 1:
                 raise ValueError(f"{table} has {len(found)} columns {column!r}, it should be one")
             of = columns.setdefault(column, found[0])
