@@ -98,15 +98,6 @@ def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):
         assert worst(one.losses, runs[1].losses) <= 1e-5
 
 
-def test_past_the_share_the_start_is_refused_with_the_reasons(broken_set, tmp_path):
-    argv = ["--training.dataset", "folder", "--training.dataset_path", str(broken_set)]
-    argv = arguments(tmp_path, 4, *argv, "--validation.no-enable")
-    (refused,) = run_ranks(1, refusal, [*argv, "--data.max_unreadable_share", "0.01"])
-    assert "of 200 items" in refused
-    assert "data.max_unreadable_share = 0.01" in refused
-    assert "has no caption (150.jpg)" in refused
-
-
 def test_past_the_share_the_run_stops_with_the_list(tmp_path):
     files = samples(*range(40))
     files[::4] = [(name, data[:-200], caption) for name, data, caption in files[::4]]  # not headers
