@@ -51,9 +51,8 @@ class Survey(NamedTuple):
 
 
 def _with_examples(note: Note) -> str:
-    lost = f" (about {note.lost:,} items lost)" if note.lost else ""
     named = ", ".join(note.examples) + (", …" if note.count > len(note.examples) else "")
-    return note.text + lost + (f" ({named})" if note.examples else "")
+    return note.text + (f" ({named})" if note.examples else "")
 
 
 def survey(source: Source, size: ImageSize, cut: Callable | None = None) -> Survey:
@@ -75,11 +74,11 @@ def survey(source: Source, size: ImageSize, cut: Callable | None = None) -> Surv
     if usable.any():
         at = np.flatnonzero(usable)[np.argsort((width * height)[usable], kind="stable")]
         least, most = (f"{width[row]}x{height[row]}" for row in (at[0], at[-1]))
-        notes.append(Note(f"pictures from {least} to {most} pixels", len(at), 0, ()))
+        notes.append(Note(f"pictures from {least} to {most} pixels", len(at), ()))
     small = np.flatnonzero(usable & ((width < size.width) | (height < size.height))).tolist()
     if small:
         names = tuple(index[row].item_id for row in small[:EXAMPLES])
-        notes.append(Note(f"pictures smaller than {size} are enlarged", len(small), 0, names))
+        notes.append(Note(f"pictures smaller than {size} are enlarged", len(small), names))
     if cut:
         notes += _cut_captions(whole, cut)
     bad = (index[row] for row in np.flatnonzero(~usable).tolist())
@@ -105,7 +104,7 @@ def by_reason(unreadable: Iterable[tuple[str, str]]) -> list[Note]:
     for one in unreadable:
         found.setdefault(re.sub(r"\d+", "", one[0]), []).append(one)
     return [
-        Note(same[0][0], len(same), 0, tuple(item for _, item in same[:EXAMPLES]))
+        Note(same[0][0], len(same), tuple(item for _, item in same[:EXAMPLES]))
         for same in sorted(found.values(), key=len, reverse=True)
     ]
 
@@ -115,7 +114,7 @@ def _cut_captions(source: IndexedSource, cut: Callable) -> Iterator[Note]:
     captions = [caption for row in rows for caption in source.captions(row)]
     counts = Counter(encoder for caption in captions for encoder in cut(caption))
     for encoder, count in counts.items():
-        yield Note(f"captions of {len(captions):,} looked at are cut by {encoder}", count, 0, ())
+        yield Note(f"captions of {len(captions):,} looked at are cut by {encoder}", count, ())
 
 
 def refuse_unusable(source: Source, max_share: float, key: str) -> None:
@@ -123,20 +122,18 @@ def refuse_unusable(source: Source, max_share: float, key: str) -> None:
 
     Raises:
         ValueError: no item has a caption and a picture, or more than `max_share` of the items
-            cannot be read or are lost with a damaged shard; says why, most frequent first.
+            cannot be read; says why, most frequent first.
     """
     whole = whole_of(source)
     if not isinstance(whole, IndexedSource):
         return
-    items, lost = len(whole), sum(note.lost for note in whole.index.notes)
-    readable = int(np.count_nonzero(whole.usable_rows))
-    bad = items - readable + lost
-    if readable and bad <= max_share * max(items + lost, MIN_ITEMS):
+    items, readable = len(whole), int(np.count_nonzero(whole.usable_rows))
+    bad = items - readable
+    if readable and bad <= max_share * max(items, MIN_ITEMS):
         return
-    about = "about " if lost else ""
     what = (
-        f"{about}{bad:,} of {about}{items + lost:,} items of {whole.title} cannot be read, more "
-        f"than data.max_unreadable_share = {max_share}"
+        f"{bad:,} of {items:,} items of {whole.title} cannot be read, more than "
+        f"data.max_unreadable_share = {max_share}"
         if readable
         else f"{key}: none of the {items:,} items of {whole.title} can be trained on"
     )

@@ -45,8 +45,8 @@ def make(tmp_path):
         with IndexWriter(path, {}) as writer:
             for one in rows:
                 writer.add(one)
-            for text, name, lost in notes:
-                writer.note(text, name, lost=lost)
+            for text, name in notes:
+                writer.note(text, name)
         return Rows("rows", "the data", Index(path), SourceOptions(min_size=8, **options))
 
     return build
@@ -81,11 +81,11 @@ def cut_at_four_words(caption: str) -> list[SimpleNamespace]:
 
 
 def test_the_notes(make):
-    notes = [("shards are damaged", "a.tar", 30), ("shards are damaged", "b.tar", 12)]
-    notes += [("files", str(n), 0) for n in range(9)]
+    notes = [("shards are damaged", "a.tar"), ("shards are damaged", "b.tar")]
+    notes += [("files", str(n)) for n in range(9)]
     rows = [row("wide", 300, 63), row("high", 63, 299, ("a b", "a b c d e f")), row("same", 64, 64)]
     assert list(survey(make([*rows, *BAD], notes), SIZE, cut_at_four_words).lines())[-5:] == [
-        "          2  shards are damaged (about 42 items lost) (a.tar, b.tar)",
+        "          2  shards are damaged (a.tar, b.tar)",
         "          9  files (0, 1, 2, 3, 4, …)",
         "          3  pictures from 64x64 to 300x63 pixels",
         "          2  pictures smaller than 64x64 are enlarged (wide, high)",
@@ -100,16 +100,6 @@ def test_nothing_usable_is_refused_and_says_why(make):
     assert table[0] == "2 × the file is empty (empty, empty too)"
     assert len(table) == 5
     assert "1 × has no caption (silent)" in table
-
-
-def test_what_is_lost_counts_towards_the_share(make):
-    good = [row(f"{i}") for i in range(200)]
-    refuse_unusable(make(good, [("shards are damaged", "a.tar", 20)]), 0.1, "key")
-    lost = make(good, [("shards are damaged", "a.tar", 30)])
-    with pytest.raises(ValueError, match=r"30 of about 230 .* data\.max_unreadable_share = 0\.1"):
-        refuse_unusable(lost, 0.1, "key")
-    refuse_unusable(lost, 0.2, "key")
-    refuse_unusable(make([*GOOD, *BAD]), 0.1, "key")  # 6, of 100 at least
 
 
 def test_only_items_that_can_be_read_are_held_out(make):

@@ -39,7 +39,7 @@ def test_no_caption_at_all_and_a_wrong_key_are_one_report(pictures, capsys):
     ("dataset", "path", "problem"),
     [
         ("folder", "", "holds no pictures"),
-        ("webdataset", "{0..3}.tar", "0.tar and 3 more does not exist"),
+        ("webdataset", "{0..3}.tar", "0.tar does not exist"),
         ("folder", None, "training.dataset_path"),  # the key is wrong: nothing is opened
     ],
 )
