@@ -1,6 +1,5 @@
 """The table of every start, from an index alone."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,8 +75,9 @@ def test_a_default_caption_leaves_no_item_out_for_having_none(make):
     assert source.captions(BAD[2]) == ()  # another reason stays one
 
 
-def cut_at_four_words(caption: str) -> list[SimpleNamespace]:
-    return [SimpleNamespace(encoder="T5")] if len(caption.split()) > 4 else []
+def cut_at_four_words(caption: str) -> dict[str, tuple[int, int]]:
+    words = len(caption.split())
+    return {"T5": (words, 4)} if words > 4 else {}
 
 
 def test_the_notes(make):
