@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,9 +33,7 @@ from torchtitan_flux.tensor_files.file_sets import weight_files
 from torchtitan_flux.tensor_files.quantized import check_config, without_scales
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
 from torchtitan_flux.tensor_files.sources import Box, FilesSource, Source
-from torchtitan_flux.tensor_files.state_dict_keys import Shape, check_keys, shapes_of
-
-AutoencoderLayout = Literal["bfl", "diffusers"]
+from torchtitan_flux.tensor_files.state_dict_keys import Shape, check_keys
 
 _STEM = "diffusion_pytorch_model"
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -111,11 +109,12 @@ class StoredAutoencoder(Source):
         if not path.is_dir():
             self.args = _args_of_shapes(path, stored.shapes)
         self._source = without_scales(stored, file)
-        names = layout_names("diffusers" if path.is_dir() else "bfl", self.args)
+        self.shapes = parameter_shapes(self.args)
+        names = {own: (own, shape) for own, shape in self.shapes.items()}
+        names = diffusers_names(self.args) if path.is_dir() else names
         check_keys(self._source.shapes, dict(names.values()), str(file))
         self._names = {own: name for own, (name, _) in names.items()}
         self.dtypes = {own: self._source.dtypes[name] for own, name in self._names.items()}
-        self.shapes = parameter_shapes(self.args)
 
     def part(self, name: str, box: Box) -> Tensor:
         return self._source.whole(self._names[name]).reshape(self.shapes[name])[box]
@@ -161,10 +160,8 @@ def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
 
 
 @cache
-def layout_names(layout: AutoencoderLayout, args: AutoencoderArgs) -> dict[str, tuple[str, Shape]]:
-    """Our name -> name and shape in a layout, for every parameter; values are in equal order."""
-    if layout == "bfl":
-        return {name: (name, shape) for name, shape in parameter_shapes(args).items()}
+def diffusers_names(args: AutoencoderArgs) -> dict[str, tuple[str, Shape]]:
+    """Our name -> diffusers' name and shape, for every parameter; values are in equal order."""
     last = len(args.ch_mult) - 1
 
     def entry(name: str, shape: Shape) -> tuple[str, Shape]:
@@ -178,12 +175,9 @@ def layout_names(layout: AutoencoderLayout, args: AutoencoderArgs) -> dict[str, 
     return {name: entry(name, shape) for name, shape in parameter_shapes(args).items()}
 
 
-def from_ours(
-    layout: AutoencoderLayout, state_dict: Mapping[str, Tensor], args: AutoencoderArgs
-) -> dict[str, Tensor]:
-    """A state dict of ours under a layout's names and in its shapes. Raises KeyMismatch."""
-    check_keys(shapes_of(state_dict), parameter_shapes(args), "autoencoder")
-    names = layout_names(layout, args)
+def to_diffusers(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:
+    """A state dict of ours under diffusers' names and in its shapes."""
+    names = diffusers_names(args)
     return {name: state_dict[own].reshape(shape) for own, (name, shape) in names.items()}
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, StoredAutoencoder, from_ours
+from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, StoredAutoencoder, to_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
 from torchtitan_flux.tensor_files.element_types import cast
 from torchtitan_flux.tensor_files.safetensors_file import (
@@ -78,13 +78,13 @@ def _write_file(args: AutoencoderArgs, tensors: dict[str, Tensor], path: Path) -
             f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
             f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
         )
-    _save(from_ours("bfl", tensors, args), path)
+    _save(tensors, path)
 
 
 def write_vae(args: AutoencoderArgs, tensors: dict[str, Tensor], folder: Path) -> None:
     """A folder that AutoencoderKL opens; it must not exist."""
     folder.mkdir()
-    _save(from_ours("diffusers", tensors, args), folder / f"{WEIGHTS_NAME}.safetensors")
+    _save(to_diffusers(tensors, args), folder / f"{WEIGHTS_NAME}.safetensors")
     write_json(folder / "config.json", vae_config(args))
 
 
