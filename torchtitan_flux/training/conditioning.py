@@ -27,13 +27,7 @@ from torchtitan_flux.training.transfer import sent
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What the model is trained on, on its device.
-
-    Attributes:
-        latents, noise: packed tokens, float32.
-        text: encoded captions.
-        size: of the images, in pixels.
-    """
+    """What the model is trained on, on its device; `size` is that of the images, in pixels."""
 
     latents: Float[Tensor, "b tokens features"]
     noise: Float[Tensor, "b tokens features"]
@@ -52,9 +46,7 @@ class Encoders(Protocol):
 class FrozenEncoders:
     """Text encoders and codec on the training device; `Encoders` for training and validation.
 
-    Attributes:
-        geometry: of the flavor.
-        peers: ranks that have the same batches, and encode a part of each; None for one.
+    `peers` are ranks that have the same batches, and encode a part of each; None for one.
     """
 
     tokenizer: CaptionTokenizer
@@ -107,11 +99,7 @@ class FrozenEncoders:
 
 
 def build_tokenizer(config: FluxJobConfig) -> CaptionTokenizer:
-    """The tokenizers that belong to the two text encoders (torchtitan's TokenizerBuilder).
-
-    Raises:
-        RuntimeError: under a trainer that did not load FLUX's configuration.
-    """
+    """The tokenizers of the two text encoders (torchtitan's TokenizerBuilder)."""
     if not hasattr(config, "flow"):
         raise RuntimeError(OTHER_TRAINER)
     encoder = config.encoder
@@ -130,10 +118,7 @@ def build_frozen_encoders(
     device: torch.device,
     dtype: torch.dtype,
 ) -> FrozenEncoders:
-    """Load the encoders and the codec that the configuration names, in `dtype`.
-
-    T5 is sharded over the data ranks where there are several.
-    """
+    """The configured encoders and codec; T5 is sharded over the data ranks, if several."""
     encoder = config.encoder
     t5 = T5Encoder(resolved_path(encoder.t5_encoder), device=device, dtype=dtype)
     if dims.data_mesh.size() > 1:

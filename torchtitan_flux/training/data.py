@@ -93,10 +93,7 @@ def data_problems(config: FluxJobConfig) -> list[Problem]:
 def log_surveys(
     sources: Mapping[str, Source], size: ImageSize, tokenizer: CaptionTokenizer
 ) -> None:
-    """Log what data sets hold, by what each is for; two parts of one are one table. For one rank.
-
-    `size` is that of training, in pixels.
-    """
+    """Log what data sets hold, by what each is for; two parts of one are one table."""
     used_for: dict[str, list[str]] = {}
     for name, source in sources.items():
         used_for.setdefault(items_digest(whole_of(source)), []).append(name)
