@@ -22,7 +22,7 @@ import torch
 from peak_memory import PeakMemory
 
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
-from torchtitan_flux.tensor_files.safetensors_writer import total_bytes, write_tensors
+from torchtitan_flux.tensor_files.safetensors_file import total_bytes, write_tensors
 from torchtitan_flux.weights.architecture import to_metadata
 from torchtitan_flux.weights.convert import TargetFormat, convert
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries

@@ -28,11 +28,11 @@ from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
 from torchtitan_flux.shards import local
-from torchtitan_flux.tensor_files.safetensors_writer import write_tensors
+from torchtitan_flux.tensor_files.safetensors_file import write_tensors
 from torchtitan_flux.weights.architecture import to_diffusers_config
 from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
-from torchtitan_flux.weights.load import import_weights
-from torchtitan_flux.weights.open import WEIGHTS_NAME, open_weights
+from torchtitan_flux.weights.locations import WEIGHTS_NAME
+from torchtitan_flux.weights.open import import_weights, open_weights
 
 MB = 10**6
 

@@ -1,17 +1,61 @@
-"""Weights as other programs keep them, written here without our own writer."""
+"""Tiny weights in every format, written by the libraries of others where there are any."""
 
 import json
+import math
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import nonzero_model
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
+from torchtitan_flux.checkpoint.storage import ManifestWriter
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.weights.architecture import to_diffusers_config
-from torchtitan_flux.weights.key_maps import to_bfl, to_diffusers
+from torchtitan_flux.weights import architecture
+from torchtitan_flux.weights.key_maps import to_layout
+
+TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
+ARGS = FluxModelArgs(
+    in_channels=12,
+    out_channels=20,
+    vec_in_dim=14,
+    context_in_dim=22,
+    hidden_size=40,
+    num_heads=5,
+    depth=2,
+    depth_single_blocks=3,
+    axes_dim=(2, 2, 4),
+)
+GUIDED = replace(ARGS, guidance_embed=True)
+VARIANTS = {"plain": ARGS, "guided": GUIDED}
+FOR_PIPELINE = replace(ARGS, in_channels=64, out_channels=64, vec_in_dim=32, context_in_dim=32)
+"""Widths of assets/tiny, so that a pipeline can be made."""
+SOURCES = ("dcp", "bfl", "comfyui", "diffusers", "sharded")
+"""Formats that `make` writes; "sharded" is a diffusers folder in three files."""
+
+
+def state_dict(args: FluxModelArgs, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Random weights under our names, no two parameters alike."""
+    return nonzero_model(args, seed=11).to(dtype).state_dict()
+
+
+def make(folder: Path, source: str, args: FluxModelArgs, state: Mapping[str, Tensor]) -> Path:
+    """Weights in a format; returns the path to open."""
+    if source == "dcp":
+        return save_checkpoint(folder / "checkpoint" / "step-7", args, state)
+    if source == "bfl":
+        return bfl_file(folder / "flux1-tiny.safetensors", state, args)
+    if source == "comfyui":
+        return bfl_file(folder / "single.safetensors", state, args, prefix="model.diffusion_model.")
+    return diffusers_folder(folder, state, args, shards={"diffusers": 1, "sharded": 3}[source])
 
 
 def diffusers_folder(
@@ -19,8 +63,8 @@ def diffusers_folder(
 ) -> Path:
     """Our state dict as `transformer/` of a pipeline, in so many files and an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_diffusers_config(args)))
-    theirs = to_diffusers(state, args)
+    (folder / "config.json").write_text(json.dumps(architecture.to_diffusers_config(args)))
+    theirs = to_layout("diffusers", state, args)
     if shards == 1:
         save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
         return folder
@@ -44,26 +88,74 @@ def pipeline_root(root: Path, state: Mapping[str, Tensor], args: FluxModelArgs) 
     return root
 
 
+def pipeline(root: Path, args: FluxModelArgs) -> Path:
+    """What FluxPipeline opens, of the tiny encoders and weights of these widths."""
+    pipeline_root(root, state_dict(args), args)
+    index = json.loads((root / "model_index.json").read_text())
+    for part, folder, library, name in (
+        ("text_encoder", "clip", "transformers", "CLIPTextModel"),
+        ("text_encoder_2", "t5", "transformers", "T5EncoderModel"),
+        ("tokenizer", "clip", "transformers", "CLIPTokenizer"),
+        ("tokenizer_2", "t5", "transformers", "T5TokenizerFast"),
+        ("vae", "vae", "diffusers", "AutoencoderKL"),
+    ):
+        shutil.copytree(TINY / folder, root / part)
+        index[part] = [library, name]
+    guided = args.guidance_embed  # as FLUX.1-dev, else as FLUX.1-schnell
+    scheduler = {"shift": 3.0 if guided else 1.0, "use_dynamic_shifting": guided}
+    (root / "scheduler").mkdir()
+    (root / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler})
+    )
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (root / "model_index.json").write_text(json.dumps(index))
+    return root
+
+
 def bfl_file(
     path: Path, state: Mapping[str, Tensor], args: FluxModelArgs, prefix: str = ""
 ) -> Path:
-    """Our state dict as BFL's file, or with ComfyUI's prefix."""
+    """Our state dict as BFL's file, or with ComfyUI's prefix and something beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({prefix + name: x for name, x in to_bfl(state, args).items()}, path)
+    tensors = {prefix + name: x for name, x in to_layout("bfl", state, args).items()}
+    others = {"vae.decoder.conv_in.bias": torch.ones(3)} if prefix else {}
+    save_file(tensors | others, path, metadata=architecture.to_metadata(args))
     return path
-
-
-def torchtitan_states(state: Mapping[str, Tensor], args: FluxModelArgs) -> dict[str, Tensor]:
-    """Our state dict under the names of torchtitan 0.2's own FLUX."""
-    theirs = to_bfl(state, args)
-    return {name.replace("_norm.scale", "_norm.weight"): x for name, x in theirs.items()}
 
 
 def torchtitan_checkpoint(folder: Path, state: Mapping[str, Tensor], args: FluxModelArgs) -> Path:
     """A checkpoint of torchtitan 0.2's own FLUX, with what else it saves."""
-    more = {"train_state.step": torch.tensor(5)}
-    dcp.save(torchtitan_states(state, args) | more, checkpoint_id=folder, no_dist=True)
+    theirs = to_layout("torchtitan", state, args)
+    more = {
+        "train_state.step": torch.tensor(5),
+        "optimizer.state.img_in.weight.exp_avg": torch.zeros(3),
+    }
+    dcp.save(theirs | more, checkpoint_id=folder, no_dist=True)
     return folder
+
+
+def save_checkpoint(folder: Path, args: FluxModelArgs, state: Mapping[str, Tensor]) -> Path:
+    """A full checkpoint of ours as the manager leaves it, optimizer state included."""
+    shared = ("context_in_dim", "vec_in_dim", "in_channels", "depth", "depth_single_blocks")
+    facts = RunFacts(5, 8, **{name: getattr(args, name) for name in shared})
+    writer = ManifestWriter(folder, Manifest(7, "full", facts))
+    optimizer = {f"optimizer.state.{n}.exp_avg": torch.zeros_like(t) for n, t in state.items()}
+    dcp.save({**state, **optimizer}, storage_writer=writer, no_dist=True)
+    return folder
+
+
+def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """A file of bf16 zeros that takes no room on the disk."""
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        end = position + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    return path
 
 
 SCALINGS = ("scale_weight", "weight_scale", "rows", "comfy_quant", "header")

@@ -39,6 +39,19 @@ def absence(path: str | Path) -> str:
     return _ABSENT
 
 
+def why_absent(path: str | Path) -> str:
+    """`absence`, and for a name on the hub the command that downloads its weights."""
+    why, name = absence(path), str(path)
+    local = "/" not in name or "safetensors" in name or Path(name.split("/")[0]).exists()
+    if local or not is_hub_name(name):
+        return why
+    return (
+        f"{why} here; what the hub has is downloaded first: `python scripts/download_hf_assets.py "
+        f"--repo_id {name} --assets transformer --hf_token <token>`, then name "
+        f"assets/hf/{name.split('/')[1]}/transformer"
+    )
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a repository on the Hugging Face hub can have this name: "name" or "owner/name"."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id

@@ -17,7 +17,7 @@ from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.hooks import Hook
 from torchtitan_flux.training.trainer import FluxTrainer
 from torchtitan_flux.weights.convert_command import main, open_as
-from torchtitan_flux.weights.key_maps import to_diffusers
+from torchtitan_flux.weights.key_maps import to_layout
 
 STEPS, START, DECAYS = 6, 2, (0.5, 0.9)
 EMA = [
@@ -183,7 +183,7 @@ def test_the_average_is_exported_and_drawn(alone, tmp_path):
         assert torch.equal(opened.read(name), value), name
     main([str(checkpoint), str(tmp_path / "average"), "--to", "diffusers", "--ema", "0.5"])
     theirs = FluxTransformer2DModel.from_pretrained(tmp_path / "average").state_dict()
-    for name, value in to_diffusers(averages["0.5"], opened.args).items():
+    for name, value in to_layout("diffusers", averages["0.5"], opened.args).items():
         assert torch.equal(theirs[name], value), name
     with pytest.raises(ValueError, match=r"no average alone.*decay 0\.5, 0\.9"):
         open_as(checkpoint, "flux-tiny", average="")

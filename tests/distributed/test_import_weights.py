@@ -1,7 +1,6 @@
 """FLUX weights of every format into a run on any mesh: the same model, or one clear refusal."""
 
 import math
-import pickle
 import re
 import subprocess
 import sys
@@ -27,8 +26,6 @@ from weight_files import (
     torchtitan_checkpoint,
 )
 
-from torchtitan_flux import train
-from torchtitan_flux.inference import open_run
 from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -37,9 +34,8 @@ from torchtitan_flux.parallel.pipeline import pipeline_flux
 from torchtitan_flux.shards import local
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.trainer import FluxTrainer
-from torchtitan_flux.weights.key_maps import from_bfl, to_bfl
-from torchtitan_flux.weights.load import import_weights
-from torchtitan_flux.weights.open import open_weights
+from torchtitan_flux.weights.key_maps import from_layout, to_layout
+from torchtitan_flux.weights.open import import_weights, open_weights
 
 ARGS = FLAVORS["flux-tiny"]
 GUIDED = replace(ARGS, guidance_embed=True)
@@ -147,10 +143,10 @@ def test_every_mesh_gets_the_same_model(files, mesh):
 def test_scaled_float8_is_cut_with_its_scales(tmp_path):
     """A scale for each row, in layouts that permute rows and columns; ranks hold some of both."""
     state = nonzero_model(ARGS, seed=11).state_dict()
-    stored, _, numbers = scaled_float8(to_bfl(state, ARGS), "rows")
+    stored, _, numbers = scaled_float8(to_layout("bfl", state, ARGS), "rows")
     path = tmp_path / "flux1-scaled.safetensors"
     save_file(stored, path)
-    numbers = from_bfl(numbers, ARGS)
+    numbers = from_layout("bfl", numbers, ARGS)
     of_ranks = run_ranks(4, imported, parallelism(shard=2, tp=2), [path], numbers)
     assert all(wrong == [] for _, wrong in of_ranks), of_ranks
 
@@ -221,76 +217,24 @@ def test_a_rank_holds_little_more_than_its_shards():
 # ---- what is refused -------------------------------------------------------------------------
 
 
-def wrong_inputs(files: Files, folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    """By name: the path, and what the message must say."""
-    tensors = load_file(files.bfl)
-    unknown = folder / "unknown.safetensors"
-    save_file({**tensors, "stray.weight": torch.zeros(2)}, unknown)
-    missing = folder / "missing.safetensors"
-    save_file({n: x for n, x in tensors.items() if n != "txt_in.bias"}, missing)
-    truncated = folder / "truncated.safetensors"
-    truncated.write_bytes(files.bfl.read_bytes()[:-1000])
-    pickled = folder / "flux1.ckpt"
-    pickled.write_bytes(pickle.dumps({"weights": 1}))
-    shard = diffusers_folder(folder / "gone", nonzero_model(ARGS).state_dict(), ARGS)
-    (shard / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    (folder / "empty").mkdir()
-    digits = FLAVORS["flux-digits"]
-    other = diffusers_folder(folder / "other", nonzero_model(digits).state_dict(), digits)
-    return {
-        "missing": (missing, ["1 missing: txt_in.bias"]),
-        "unknown": (unknown, ["1 unknown: stray.weight"]),
-        "flavor": (other, ["model.flavor = 'flux-tiny', and these are weights of flux-digits"]),
-        "truncated": (truncated, ["truncated.safetensors"]),
-        "pickle": (pickled, ["flux1.ckpt", "pickle"]),
-        "shard": (shard, ["diffusion_pytorch_model-00002-of-00002.safetensors"]),
-        "empty": (folder / "empty", [str(folder / "empty")]),
-        "guidance": (files.guided, ['checkpoint.guidance_weights = "drop"']),
-    }
-
-
 def refusals(argvs: list[list[str]]) -> list[str]:
     return [refusal(argv) for argv in argvs]
 
 
 def test_what_cannot_be_loaded_is_refused_before_anything_is_built(files, tmp_path):
-    (tmp_path / "in").mkdir()
-    wrong = wrong_inputs(files, tmp_path / "in")
-    argvs = [beginning(tmp_path / name, path) for name, (path, _) in wrong.items()]
+    missing, tensors = tmp_path / "missing.safetensors", load_file(files.bfl)
+    save_file({n: x for n, x in tensors.items() if n != "txt_in.bias"}, missing)
+    wrong = {missing: "1 missing: txt_in.bias", files.guided: 'guidance_weights = "drop"'}
+    dumps = [tmp_path / "one", tmp_path / "other"]
+    argvs = [beginning(dump, path) for dump, path in zip(dumps, wrong, strict=True)]
     one, other = run_ranks(2, refusals, argvs)
     assert one == other, "ranks say the same"
-    for message, (name, (path, parts)) in zip(one, wrong.items(), strict=True):
+    for message, dump, (path, said) in zip(one, dumps, wrong.items(), strict=True):
         assert len(message.splitlines()) == 1, message
-        for part in [f'checkpoint.initial_load_path = "{path}": ', *parts]:
-            assert part in message, (name, message)
-        left = [p.name for p in (tmp_path / name).rglob("*") if p.is_file()]
+        for part in (f'checkpoint.initial_load_path = "{path}": ', said):
+            assert part in message, message
+        left = [p.name for p in dump.rglob("*") if p.is_file()]
         assert left == [], "the check says it, and nothing is begun"
-
-
-def test_guidance_that_is_missing_is_refused_too(files, tmp_path):
-    (message,) = run_ranks(1, guided, refusal, beginning(tmp_path, files.bfl))
-    assert 'checkpoint.guidance_weights = "initialize"' in message
-
-
-def test_a_wrong_path_ends_the_run_with_status_2(files, tmp_path):
-    def status(argv):
-        sys.argv[1:] = argv
-        try:
-            train.main()
-        except SystemExit as leaving:
-            return leaving.code
-
-    argv = beginning(tmp_path, files.guided, "--checkpoint.initial_load_in_hf")
-    assert run_ranks(1, status, argv) == [2]
-
-
-def test_weights_that_may_not_be_read_are_one_message(files, monkeypatch):
-    def locked(path, *_):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(open_run, "open_for", locked)
-    with pytest.raises(ValueError, match=r"--weights .*flux1-tiny\.safetensors: .*denied"):
-        open_run._open(str(files.bfl), ARGS, load_config(["--model.flavor", "flux-tiny"]))
 
 
 IN_HF = "--checkpoint.initial_load_in_hf"

@@ -13,10 +13,10 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 from helpers import model_inputs, nonzero_model
-from made_weights import save_checkpoint
 from programs import Said, attempt, pixels
 from ranks import run_ranks
 from tiny_run import arguments
+from weight_files import save_checkpoint
 
 from torchtitan_flux import infer, train
 from torchtitan_flux.image_file import read_facts

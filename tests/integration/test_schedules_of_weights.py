@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from helpers import nonzero_model
-from made_weights import make
 from PIL import Image
 from programs import Said, attempt
 from ranks import run_ranks
 from tiny_run import arguments
+from weight_files import pipeline
 
 from torchtitan_flux import infer
 from torchtitan_flux.image_file import read_facts
@@ -45,20 +44,19 @@ def several(argvs: list[list[str]]) -> list[Said]:
 def drawn(tmp_path_factory) -> tuple[Path, dict[str, Said]]:
     """Pipelines with each scheduler, what they are converted into, and a picture by each."""
     folder = tmp_path_factory.mktemp("schedules")
-    states = nonzero_model(ARGS, seed=3).state_dict()
-    convert(make(folder / "made", "bfl", ARGS, states), folder / "plain", "pipeline")
+    plain = pipeline(folder / "plain", ARGS)
     for name, config in SCHEDULERS.items():
-        shutil.copytree(folder / "plain", folder / name)
+        shutil.copytree(plain, folder / name)
         file = folder / name / "scheduler" / "scheduler_config.json"
         file.write_text(json.dumps(CLASS | config))
-    convert(folder / "static", folder / "static.safetensors", "bfl")
+    convert(folder / "static", folder / "static-hf", "diffusers")
     convert(folder / "line", folder / "dcp", "dcp")
-    convert(folder / "dcp", folder / "again", "pipeline")
+    convert(folder / "dcp", folder / "again", "pipeline", base=plain)
     settings = ("--prompt", PROMPT, "--size", str(SIZE), "--steps", str(STEPS), "--seed", "7")
     commands = {  # picture -> weights, more
         "static": ("static", *settings),
         "static, low": ("static", *settings, "--low_memory"),
-        "static, converted": ("static.safetensors", *settings),
+        "static, converted": ("static-hf", *settings),
         "static, schnell": ("static", *settings, "--sampling.schedule", "schnell"),
         "line": ("line", *settings),
         "line, converted": ("again", *settings),
@@ -76,9 +74,9 @@ def drawn(tmp_path_factory) -> tuple[Path, dict[str, Said]]:
     return folder, dict(zip(commands, said, strict=True))
 
 
-def of_diffusers(pipeline: Path) -> np.ndarray:
+def of_diffusers(weights: Path) -> np.ndarray:
     """The pipeline's picture from our noise, 8 bits a channel."""
-    theirs = FluxPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    theirs = FluxPipeline.from_pretrained(weights, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     noise = pack(initial_noise(ARGS.geometry, SIZE, seed=7, index=0)[None], ARGS.patch_size)
     (picture,) = theirs(
@@ -100,15 +98,15 @@ def picture(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "names"),
+    ("weights", "names"),
     [
         ("static", ("static", "static, low", "static, converted", "repeated")),
         ("line", ("line", "line, converted", "line, checkpoint")),
     ],
 )
-def test_pictures_are_diffusers_before_and_after_conversion(drawn, pipeline, names):
+def test_pictures_are_diffusers_before_and_after_conversion(drawn, weights, names):
     folder, said = drawn
-    expected = of_diffusers(folder / pipeline)
+    expected = of_diffusers(folder / weights)
     for name in names:
         assert said[name].status == 0, said[name].text
         found = picture(folder / f"{name}.png")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,9 +23,8 @@ from weight_files import bfl_file, pipeline_root
 from torchtitan_flux import infer
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.model import FLAVORS
-from torchtitan_flux.sampling.schedules import Schedule
 from torchtitan_flux.weights import export
-from torchtitan_flux.weights.key_maps import to_diffusers
+from torchtitan_flux.weights.key_maps import to_layout
 
 ARGS = FLAVORS["flux-tiny"]
 EXPORT = ("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
@@ -80,22 +78,13 @@ def journey(tmp_path_factory) -> Journey:
 def test_the_last_step_is_a_checkpoint_and_a_folder_that_diffusers_opens(journey):
     assert Manifest.read(journey.dcp).kind == "model"
     model = FluxTransformer2DModel.from_pretrained(journey.exported, local_files_only=True)
-    theirs = to_diffusers(journey.first.weights, ARGS)
+    theirs = to_layout("diffusers", journey.first.weights, ARGS)
     found = model.state_dict()
     assert found.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(found[name], value), name
     left = sorted(path.name for path in journey.dcp.parent.iterdir())
     assert left == ["step-5", "step-5-hf"]
-
-
-def test_the_export_has_the_schedule_that_the_run_draws_with(journey):
-    """Which it has from the pipeline that it began with, and writes down."""
-    assert 'schedule = "shift=3.0"' in (journey.dump / "config.toml").read_text()
-    theirs = FlowMatchEulerDiscreteScheduler.from_pretrained(journey.exported)
-    assert isinstance(theirs, FlowMatchEulerDiscreteScheduler)
-    theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    assert np.abs(np.asarray(theirs.sigmas) - Schedule(3.0).times(4, 16)).max() <= 1e-6
 
 
 def test_training_on_from_the_export_is_training_on_from_the_checkpoint(journey, tmp_path):
@@ -128,7 +117,7 @@ def test_an_export_that_fails_loses_nothing_and_is_made_up_for(journey, tmp_path
     assert (again.error, again.losses) == ("", {})
     assert "checkpoint.initial_load_path is not read" in again.log
     rounded = {name: value.bfloat16() for name, value in failed.weights.items()}
-    theirs = to_diffusers(rounded, ARGS)
+    theirs = to_layout("diffusers", rounded, ARGS)
     weights = tmp_path / "checkpoint/step-1-hf/diffusion_pytorch_model.safetensors"
     found = load_file(weights)
     assert found.keys() == theirs.keys()
@@ -200,17 +189,6 @@ def test_pictures_are_drawn_from_every_kind_of_weights(journey, tmp_path):
                 facts = picture.text  # type: ignore[attr-defined]
                 assert facts["weights"] == str(path)
                 assert "checkpoint" not in facts
-
-
-def test_weights_that_do_not_fit_are_not_drawn_with(journey, tmp_path):
-    missing = drawing(tmp_path, tmp_path / "a.png", "--weights", str(tmp_path / "nowhere"))
-    flavor = drawing(tmp_path, tmp_path / "b.png", "--weights", str(journey.exported))
-    flavor[flavor.index("flux-tiny")] = "flux-debug"
-    ((one, other),) = run_ranks(1, draw, [missing, flavor])
-    assert one == f"status 2: Cannot draw: --weights {tmp_path / 'nowhere'} does not exist\n"
-    assert other.startswith("status 2: Cannot draw: ")
-    assert "model.flavor = 'flux-debug'" in other
-    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_pipeline_folder_brings_its_encoders(tmp_path):

@@ -6,8 +6,7 @@ from pathlib import Path
 from torchtitan_flux.checkpoint.manifest import Damaged, Manifest
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.problems import Problem, violated
-from torchtitan_flux.paths import locate
-from torchtitan_flux.tensor_files.hub_cache import why_absent
+from torchtitan_flux.paths import locate, why_absent
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
 """What a checkpoint consists of."""

@@ -30,7 +30,7 @@ from torchtitan_flux.encoders.autoencoder_layers import (
 )
 from torchtitan_flux.paths import absence
 from torchtitan_flux.tensor_files.file_sets import weight_files
-from torchtitan_flux.tensor_files.quantized import check_config, without_scales
+from torchtitan_flux.tensor_files.quantized import ScaledSource, check_config
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
 from torchtitan_flux.tensor_files.sources import Box, FilesSource, Source
 from torchtitan_flux.tensor_files.state_dict_keys import Shape, check_keys
@@ -108,7 +108,7 @@ class StoredAutoencoder(Source):
         stored = FilesSource([TensorsFile.open(file)])
         if not path.is_dir():
             self.args = _args_of_shapes(path, stored.shapes)
-        self._source = without_scales(stored, file)
+        self._source = ScaledSource(stored, file)
         self.shapes = parameter_shapes(self.args)
         names = {own: (own, shape) for own, shape in self.shapes.items()}
         names = diffusers_names(self.args) if path.is_dir() else names

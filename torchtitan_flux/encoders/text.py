@@ -24,7 +24,7 @@ from torchtitan_flux.encoders.pretrained import (
 )
 from torchtitan_flux.encoders.tokenizer import CLIP_LENGTH
 from torchtitan_flux.tensor_files import file_sets
-from torchtitan_flux.tensor_files.quantized import without_scales
+from torchtitan_flux.tensor_files.quantized import ScaledSource
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile
 from torchtitan_flux.tensor_files.sources import FilesSource, RenamedSource, Source
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys, shapes_of
@@ -70,7 +70,7 @@ class TextWeights:
                 folder = Path(snapshot_download(str(path), allow_patterns=plain))
             stored = FilesSource([TensorsFile.open(one) for one in files_in(folder)[0]])
             named = RenamedSource(stored, _own_names(stored, self._kind))
-            self._source = without_scales(named, "it")
+            self._source = ScaledSource(named, "it")
             check_keys(self._source.shapes, self.shapes, "it")
         except (OSError, ValueError) as error:
             raise refusal(key, path, "weights", error) from None

@@ -38,7 +38,7 @@ from torchtitan_flux.sampling.generate import (
     to_pil,
 )
 from torchtitan_flux.training.conditioning import build_codec, build_tokenizer
-from torchtitan_flux.weights.load import import_weights
+from torchtitan_flux.weights.open import import_weights
 
 MAX_IMAGES_PER_CHUNK = 32
 """Pictures of a rank that go together through sequential stages, so that memory does not grow with

@@ -15,9 +15,8 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import shard_model
-from torchtitan_flux.paths import locate
+from torchtitan_flux.paths import locate, why_absent
 from torchtitan_flux.startup.model_args import resolve_model_args
-from torchtitan_flux.tensor_files.hub_cache import why_absent
 from torchtitan_flux.training.conditioning import (
     FrozenEncoders,
     build_frozen_encoders,
@@ -26,8 +25,7 @@ from torchtitan_flux.training.conditioning import (
 from torchtitan_flux.training.process import start_process_group
 from torchtitan_flux.training.resume import checkpoint_folder
 from torchtitan_flux.weights.dcp_source import DcpSource
-from torchtitan_flux.weights.load import import_weights, open_for
-from torchtitan_flux.weights.open import Weights
+from torchtitan_flux.weights.open import Weights, import_weights, open_weights
 from torchtitan_flux.weights.pruned import blocks_told
 
 
@@ -122,7 +120,7 @@ def _open(weights: str, args: FluxModelArgs, config: FluxJobConfig) -> Weights:
         raise FileNotFoundError(f"--weights {weights} {why_absent(weights)}")
     c = config.checkpoint
     try:
-        return open_for(path, config.model.flavor, args, c.guidance_weights, c.unknown_weights)
+        return open_weights(path, args, c.guidance_weights, unknown=c.unknown_weights)
     except (ValueError, OSError) as error:
         raise ValueError(f"--weights {weights}: {error}") from None
 

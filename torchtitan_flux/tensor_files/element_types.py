@@ -20,9 +20,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Names in a header of safetensors, those of quantised files among them."""
 
-PACKED = ("F4", "F6_E2M3", "F6_E3M2")
-"""The same of types that are no whole bytes."""
-
 
 class BeyondRange(ValueError):
     """A finite value is beyond what an element type can hold."""

@@ -1,6 +1,5 @@
 """What a file of weights or data really is, by its first bytes or its name."""
 
-import zipfile
 from pathlib import Path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -33,20 +32,16 @@ _KINDS = {
     b"PAR1": "a parquet file",
 }
 
-_PICKLE = (
-    "is a pickle by its {}, and unpickling runs whatever code is in it; give a safetensors file "
-    "(where the pickle is trusted: safetensors.torch.save_file writes one)"
+PICKLE = (
+    "is a pickle, and unpickling runs whatever code is in it; give a safetensors file (where the "
+    "pickle is trusted: safetensors.torch.save_file writes one)"
 )
-PICKLE_BY_NAME, _PICKLE_BY_CONTENTS = _PICKLE.format("name"), _PICKLE.format("contents")
-_AGAIN = (
-    "where it was downloaded, that failed: get it again, logged in or with a token (--hf_token) if "
-    "the model asks for one"
-)
-_INSTEAD = {
-    LFS_POINTER: "not the weights: run `git lfs pull` there",
-    "a GGUF file": "whose weights are quantised; give the safetensors file it was made from",
+_REMEDIES = {
+    LFS_POINTER: "run `git lfs pull` there",
+    "a GGUF file": "its weights are quantised; give the safetensors file it was made from",
+    WEB_PAGE: "the download failed: get it again, logged in or with a token (--hf_token) if the "
+    "model asks for one",
 }
-_SHOWN = 80
 
 
 def kind_of_bytes(head: bytes) -> str:
@@ -57,41 +52,18 @@ def kind_of_bytes(head: bytes) -> str:
     return "" if kind == "bzip2" and head[4:10] != b"1AY&SY" else kind
 
 
-def other_kind(path: Path) -> str | None:
-    """What a file is instead of safetensors and what to do, as "is …"; None if not known.
+def other_kind(path: Path) -> str:
+    """What a file is instead of safetensors and what to do, as "is …"; empty if not known.
 
     Raises OSError where it cannot be read.
     """
     with path.open("rb") as file:
         head = file.read(HEAD)
     kind = kind_of_bytes(head)
-    if kind == "zip":  # what torch.save writes: an archive with a pickle in it
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, OSError):
-            return "is a ZIP archive, or a pickle of PyTorch, that was cut off; get it again"
-        kind = "a pickle" if any(name.endswith(".pkl") for name in names) else kind
-    if kind == "a pickle":
-        return _PICKLE_BY_CONTENTS
-    if kind in COMPRESSED:
-        return f"is compressed by {kind}; unpack it, and give the safetensors file in it"
-    if kind and kind != WEB_PAGE:
-        return f"is {kind}, {_INSTEAD.get(kind, 'not weights; give a safetensors file')}"
-    return _text(head)
-
-
-def _text(head: bytes) -> str | None:
-    """What a server said instead of sending the file."""
-    try:
-        text = head.decode("utf-8-sig", errors="strict" if len(head) < HEAD else "ignore")
-    except UnicodeDecodeError:
-        return None
-    words = " ".join(text.split())
-    if not words or not all(one.isprintable() or one.isspace() for one in text):
-        return None
-    if words[:1] == "<":
-        return f"is a web page or XML, not weights; {_AGAIN}"
-    what = "a JSON text" if words[:1] in ("{", "[") else "a text"
-    shown = words[:_SHOWN] + (" …" if len(words) > _SHOWN else "")
-    return f"is {what}, not weights ({shown!r}); {_AGAIN}"
+    if kind in ("a pickle", "zip"):  # torch.save writes an archive with a pickle in it
+        return PICKLE
+    if not kind and head.lstrip()[:1] in (b"<", b"{"):  # XML or JSON: what a server answered
+        kind = WEB_PAGE
+    return (
+        f"is {kind}, not weights; {_REMEDIES.get(kind, 'give a safetensors file')}" if kind else ""
+    )

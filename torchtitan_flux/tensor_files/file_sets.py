@@ -2,22 +2,17 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, read_weight_map
+from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, read_json
 
-_VARIANT = r"(?:\.(?:fp|bf|float|bfloat|int)\d+\w*|\.(?:non_)?ema)"
-_FILE = re.compile(
-    rf"(?P<stem>.+?)(?P<before>{_VARIANT})?(?:-(?P<number>\d{{5}})-of-(?P<count>\d{{5}}))?"
-    rf"(?P<after>{_VARIANT})?\.(?:safetensors|sft)"
-)
-_INDEX = re.compile(
-    rf"(?P<stem>.+?)(?P<before>{_VARIANT})?\.safetensors\.index(?P<after>{_VARIANT})?\.json"
-)
+_SET = r"(?P<stem>[^.]+?)(?:\.(?P<variant>.+?))?"
+_FILE = re.compile(rf"{_SET}(?:-\d{{5}}-of-(?P<count>\d{{5}}))?\.(?:safetensors|sft)")
+_INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(?:\.(?P<variant>.+))?\.json")
 
 
 @dataclass(frozen=True)
@@ -63,9 +58,14 @@ class WeightFiles:
         return files
 
 
-def is_index(path: Path) -> bool:
-    """Whether a file, by its name, says in which shards tensors lie."""
-    return _INDEX.fullmatch(path.name) is not None
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file beside the index that holds it; UnreadableWeights."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in table.values()
+    ):
+        raise UnreadableWeights(f"{index}: its weight_map is no table of file names")
+    return table
 
 
 def shard_count(path: Path) -> int:
@@ -88,15 +88,15 @@ def weight_files(folder: Path, stems: Iterable[str] = ()) -> list[WeightFiles]:
     return sets
 
 
-def all_files(folder: Path) -> Sequence[WeightFiles]:
+def all_files(folder: Path) -> list[WeightFiles]:
     """Every set of safetensors files in a folder, variants included."""
     indexes: dict[tuple[str, str], str] = {}
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(path.name for path in folder.iterdir()):  # broken links included
         if found := _INDEX.fullmatch(name):
-            indexes[_set_of(found)] = name
+            indexes[found["stem"], found["variant"] or ""] = name
         elif found := _FILE.fullmatch(name):
-            members[_set_of(found)].append(name)
+            members[found["stem"], found["variant"] or ""].append(name)
     sets = []
     for key in sorted({*indexes, *members}):
         names, index = members[key], indexes.get(key, "")
@@ -106,7 +106,3 @@ def all_files(folder: Path) -> Sequence[WeightFiles]:
         count = max((shard_count(folder / name) for name in names), default=0)
         sets.append(WeightFiles(folder, *key, tuple(names), index, count))
     return sets
-
-
-def _set_of(found: re.Match[str]) -> tuple[str, str]:
-    return found["stem"], (found["before"] or found["after"] or "").removeprefix(".")

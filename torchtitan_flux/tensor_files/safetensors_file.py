@@ -1,13 +1,15 @@
-"""Reading a safetensors file of somebody else: checked against its own length, then mapped.
+"""Safetensors files: read where they lie, and written tensor by tensor.
 
 The safetensors library checks the header. Its tensors are not used: they lie on a private mapping,
-which has to fit into memory and swap, and whose pages stay until the whole file is closed.
+which has to fit into memory and swap, and whose pages stay until the whole file is closed. Its
+`serialize_file` wants every tensor in memory at once.
 """
 
 import json
+import math
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.element_types import DTYPES, PACKED
-from torchtitan_flux.tensor_files.file_kinds import PICKLE_BY_NAME, PICKLES, other_kind
+from torchtitan_flux.tensor_files.element_types import DTYPES
+from torchtitan_flux.tensor_files.file_kinds import PICKLE, PICKLES, other_kind
 
 SAFETENSORS = (".safetensors", ".sft")
 """Suffixes of the format."""
@@ -99,11 +101,6 @@ class TensorsFile:
 
 
 def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
-    if stored in PACKED:
-        raise UnreadableWeights(
-            f"{path} holds weights of 4 or 6 bits (NVFP4, MXFP4 or MXFP6: {name} has type "
-            f"{stored}), which are not read; give the file that it was made from"
-        )
     if stored not in DTYPES:
         raise UnreadableWeights(
             f"{path}: {name} has element type {stored}; read are {', '.join(DTYPES)}"
@@ -114,7 +111,7 @@ def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
 def refuse_pickle(path: Path) -> None:
     """Raise UnreadableWeights for a file name that stands for a pickle."""
     if path.suffix.lower() in PICKLES:
-        raise UnreadableWeights(f"{path} {PICKLE_BY_NAME}")
+        raise UnreadableWeights(f"{path} {PICKLE}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,11 +130,48 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file beside the index that holds it; UnreadableWeights."""
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in table.values()
-    ):
-        raise UnreadableWeights(f"{index}: its weight_map is no table of file names")
-    return table
+# ---- writing -------------------------------------------------------------------------------
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Element type and shape of each tensor by its name."""
+
+
+def write_tensors(
+    folder: Path,
+    files: Mapping[str, Specs],
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Safetensors files in a folder that exists; OSError where the disk refuses.
+
+    Args:
+        files: what each file will hold, by file name.
+        metadata: for the header of every file.
+        tensors: all of them, with their names, in any order.
+    """
+    places: dict[str, tuple[Path, int, tuple]] = {}
+    for file, specs in files.items():
+        header: dict[str, object] = {"__metadata__": metadata}
+        begins, end = {}, 0
+        for name, (dtype, shape) in specs.items():
+            begins[name], end = end, end + total_bytes({name: (dtype, shape)})
+            offsets = (begins[name], end)
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as the format asks
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
+        for name, begin in begins.items():
+            places[name] = folder / file, 8 + len(text) + begin, specs[name]
+    for name, tensor in tensors:
+        path, position, spec = places.pop(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, name
+        with path.open("r+b") as out:
+            out.seek(position)
+            out.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))  # type: ignore
+    assert not places, f"not written: {list(places)}"
+
+
+def total_bytes(specs: Specs) -> int:
+    """Bytes of all values."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())

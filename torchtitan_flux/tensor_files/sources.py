@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchtitan_flux.tensor_files.element_types import cast
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights
-from torchtitan_flux.tensor_files.state_dict_keys import Shape, shapes_of
+from torchtitan_flux.tensor_files.state_dict_keys import Shape
 
 Box = tuple[slice, ...]
 
@@ -35,18 +35,6 @@ class Source:
         values = cast(self.whole(name), dtype or self.dtypes[name], name).clone()
         self.release(name)
         return values
-
-
-class StateDict(Source):
-    """The tensors of a state dict."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-        self.shapes = shapes_of(tensors)
-
-    def part(self, name: str, box: Box) -> Tensor:
-        return self._tensors[name][box]
 
 
 class FilesSource(Source):

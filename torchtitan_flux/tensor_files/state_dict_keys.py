@@ -25,8 +25,7 @@ class KeyMismatch(ValueError):
         mis_shaped: Sequence[str],
         remedy: str = "",
     ):
-        self.missing, self.unknown = list(missing), list(unknown)
-        self.mis_shaped = list(mis_shaped)
+        self.missing, self.unknown, self.mis_shaped = missing, unknown, mis_shaped
         named = {"missing": missing, "unknown": unknown, "mis-shaped": mis_shaped}
         parts = [
             f"{len(names)} {label}: {listed(names, _SHOWN)}"
@@ -36,8 +35,13 @@ class KeyMismatch(ValueError):
         super().__init__("; ".join([f"{what} does not fit", *parts, *([remedy] if remedy else [])]))
 
 
-def check_keys(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str) -> None:
-    """Raise KeyMismatch unless `found` has exactly the expected names and shapes."""
+def check_keys(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], what: str, remedy: str = ""
+) -> None:
+    """Raise KeyMismatch unless `found` has exactly the expected names and shapes.
+
+    `remedy`: what to do where nothing but unknown tensors is wrong.
+    """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     mis_shaped = [
@@ -46,7 +50,8 @@ def check_keys(found: Mapping[str, Shape], expected: Mapping[str, Shape], what: 
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     if missing or unknown or mis_shaped:
-        raise KeyMismatch(what, missing, unknown, mis_shaped)
+        remedy = "" if missing or mis_shaped else remedy
+        raise KeyMismatch(what, missing, unknown, mis_shaped, remedy)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

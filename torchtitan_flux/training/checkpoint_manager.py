@@ -48,7 +48,7 @@ from torchtitan_flux.shards import local
 from torchtitan_flux.tensor_files.element_types import overflows
 from torchtitan_flux.training.resume import ResumePlan
 from torchtitan_flux.weights.export import export_beside, exported
-from torchtitan_flux.weights.load import import_weights
+from torchtitan_flux.weights.open import import_weights
 
 _LEFT_OUT = {
     "model": "the weights are initialised anew, while the optimizer keeps its moments unless it "

@@ -34,8 +34,7 @@ from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.data import global_batch_size
 from torchtitan_flux.training.run_folder import RunFolderLock, lock_run_folder
-from torchtitan_flux.weights.load import open_for
-from torchtitan_flux.weights.open import Weights
+from torchtitan_flux.weights.open import Weights, open_weights
 from torchtitan_flux.weights.pruned import blocks_told
 
 MAY_CHANGE = ("training", "optimizer", "lr_scheduler", "flow")
@@ -214,7 +213,7 @@ def _weights(path: Path, config: FluxJobConfig, args: FluxModelArgs, key: str) -
     """The weights at `path`, checked on every rank against the model that will be built."""
     weights, problem, c = None, "", config.checkpoint
     try:
-        weights = open_for(path, config.model.flavor, args, c.guidance_weights, c.unknown_weights)
+        weights = open_weights(path, args, c.guidance_weights, unknown=c.unknown_weights)
     except (ValueError, OSError) as error:
         problem = str(error)
     if found := sorted(set(filter(None, gather(problem)))):

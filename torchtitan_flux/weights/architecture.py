@@ -10,10 +10,9 @@ from typing import Any
 import tomli
 
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
-from torchtitan_flux.tensor_files.quantized import QuantizedWeights, check_config
+from torchtitan_flux.tensor_files.quantized import check_config
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, read_json
 from torchtitan_flux.tensor_files.state_dict_keys import Shape
-from torchtitan_flux.tensor_files.weight_kinds import CLASSES
 
 METADATA_KEY = "torchtitan_flux.model_args"
 """Where our safetensors files keep the arguments that shapes do not show."""
@@ -32,12 +31,6 @@ _FREE = (
     "depth_single_blocks",
 )
 """What weights of a flavor may have otherwise: what follows encoders, and what pruning takes."""
-_CONDITIONED = {
-    384: "FLUX.1 Fill, which sees a mask and the masked picture",
-    128: "FLUX.1 Canny or Depth, which see a second picture",
-}
-"""Features of an image token that goes in, where 64 come out -> whose they are."""
-
 _CLASS = "FluxTransformer2DModel"
 _CONFIG = {
     "in_channels": "in_channels",
@@ -52,15 +45,16 @@ _CONFIG = {
 _FIXED = {"mlp_ratio": 4.0, "theta": 10_000, "qkv_bias": True}
 """What it has no entry for."""
 
-_IN = ("img_in.weight", "x_embedder.weight")
-_LAYERS = {
-    "out_channels": ("final_layer.linear.weight", "proj_out.weight"),
-    "vec_in_dim": ("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight"),
-    "context_in_dim": ("txt_in.weight", "context_embedder.weight"),
+_PATTERNS = {
+    "the input layer": r"^(img_in|x_embedder)\.weight$",
+    "the output layer": r"^(final_layer\.linear|proj_out)\.weight$",
+    "vector_in": r"^(vector_in\.in_layer|time_text_embed\.text_embedder\.linear_1)\.weight$",
+    "txt_in": r"^(txt_in|context_embedder)\.weight$",
+    "the norm of queries": r"query_norm\.(scale|weight)$|attn\.norm_q\.weight$",
+    "the first layer of an MLP": r"\.(img_mlp\.0|ff\.net\.0\.proj|proj_mlp)\.weight$"
+    r"|\.linear2(_by_head)?\.weight$",
 }
-"""Argument -> the layer that has it, in BFL's and diffusers' names."""
-_QUERY_NORM = r"query_norm\.(scale|weight)$|attn\.norm_q\.weight$"
-_MLP = r"\.(img_mlp\.0|ff\.net\.0\.proj|proj_mlp)\.weight$"
+"""Layers whose shapes tell the architecture, in BFL's and diffusers' names."""
 _QKV_BIAS = r"img_attn\.qkv(_by_head)?\.bias$|^transformer_blocks\.\d+\.attn\.to_q\.bias$"
 
 
@@ -69,26 +63,13 @@ def to_metadata(args: FluxModelArgs) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: json.dumps(asdict(args))}
 
 
-def from_metadata(path: Path, metadata: Mapping[str, str]) -> FluxModelArgs | None:
-    """The arguments that `to_metadata` wrote, or None; UnreadableWeights if they are corrupt."""
-    if METADATA_KEY not in metadata:
-        return None
+def from_json(path: Path, text: str) -> FluxModelArgs:
+    """Arguments from what `to_metadata` or a conversion wrote; UnreadableWeights if corrupt."""
     try:
-        return _from_json(json.loads(metadata[METADATA_KEY]))
+        content = json.loads(text)
+        return FluxModelArgs(**{**content, "axes_dim": tuple(content["axes_dim"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableWeights(f"{path}: its {METADATA_KEY} is not usable ({error})") from None
-
-
-def from_args_file(path: Path) -> FluxModelArgs:
-    """The arguments beside a converted checkpoint."""
-    try:
-        return _from_json(read_json(path))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableWeights(f"{path} does not describe a FLUX model ({error})") from None
-
-
-def _from_json(content: dict[str, Any]) -> FluxModelArgs:
-    return FluxModelArgs(**{**content, "axes_dim": tuple(content["axes_dim"])})
+        raise UnreadableWeights(f"{path} states no usable {METADATA_KEY} ({error})") from None
 
 
 def flavor_of_run(checkpoint: Path) -> FluxModelArgs | None:
@@ -117,14 +98,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def from_diffusers_config(path: Path) -> FluxModelArgs:
     """Arguments from `config.json`; UnreadableWeights unless it is of FLUX.1, not quantised."""
     config = read_json(path)
-    classes = config.get("architectures")  # of transformers' models
-    first = classes[0] if isinstance(classes, list) and classes else None
-    described = config.get("_class_name") or first
+    described = config.get("_class_name") or config.get("architectures")  # of transformers' models
     if described != _CLASS:
-        known = CLASSES.get(str(described))
-        what = f", {known}" if known else ""
         raise UnreadableWeights(
-            f"{path} describes a {described!r}{what}, needed is a {_CLASS}: give the folder "
+            f"{path} describes a {described!r}, needed is a {_CLASS}: give the folder "
             "`transformer` of a FLUX.1 model, or the folder that holds it"
         )
     try:
@@ -139,8 +116,6 @@ def from_diffusers_config(path: Path) -> FluxModelArgs:
             axes_dim=tuple(config.get("axes_dims_rope", FluxModelArgs.axes_dim)),
             **_FIXED,
         )
-    except QuantizedWeights as error:
-        raise UnreadableWeights(f"{path}: {error}") from None
     except KeyError as error:
         raise UnreadableWeights(f"{path} has no entry {error}") from None
     except (ValueError, TypeError) as error:
@@ -178,44 +153,37 @@ def from_shapes(
     Rotary axes and geometry are those of `flavor`; without one, FLUX.1's, where heads are 128 wide
     as FLUX.1's are. UnreadableWeights: a tensor that is needed is missing, or the axes are unknown.
     """
-    layout = 1 if _IN[1] in shapes else 0
-
-    def first(pattern: str) -> Shape | None:
-        return next((shape for name, shape in shapes.items() if re.search(pattern, name)), None)
-
+    layers: dict[str, tuple[str, Shape]] = {}
+    for layer, pattern in _PATTERNS.items():
+        one = next((n for n in shapes if re.search(pattern, n)), None)
+        if one is None or len(shapes[one]) != (1 if "norm" in layer else 2):
+            raise UnreadableWeights(f"{path} holds no FLUX transformer: {layer} is missing")
+        layers[layer] = one, shapes[one]
+    (hidden, in_channels), (head_dim, *_) = (
+        layers[one][1] for one in ("the input layer", "the norm of queries")
+    )
+    name, (rows, columns) = layers["the first layer of an MLP"]
     try:
-        hidden, in_channels = shapes[_IN[layout]]
-        if (norm := first(_QUERY_NORM)) is None:
-            raise KeyError("the norm of queries")
-        mlp, fused = first(_MLP), first(r"\.linear2(_by_head)?\.weight$")
-        if mlp is None and fused is None:
-            raise KeyError("the first layer of the MLP")
-        layers = {name: shapes[names[layout]] for name, names in _LAYERS.items()}
         found = {
-            "out_channels": layers["out_channels"][0],
-            "vec_in_dim": layers["vec_in_dim"][1],
-            "context_in_dim": layers["context_in_dim"][1],
             "in_channels": in_channels,
+            "out_channels": layers["the output layer"][1][0],
+            "vec_in_dim": layers["vector_in"][1][1],
+            "context_in_dim": layers["txt_in"][1][1],
             "hidden_size": hidden,
-            "mlp_ratio": (mlp[0] if mlp else fused[1] - hidden) / hidden,  # type: ignore[index]
-            "num_heads": hidden // norm[0],
+            "mlp_ratio": (columns - hidden if "linear2" in name else rows) / hidden,
+            "num_heads": hidden // head_dim,
             "depth": _count(shapes, "(double|transformer)_blocks"),
             "depth_single_blocks": _count(shapes, "single(_transformer)?_blocks"),
-            "qkv_bias": first(_QKV_BIAS) is not None,
+            "qkv_bias": any(re.search(_QKV_BIAS, name) for name in shapes),
             "guidance_embed": any(name.startswith(GUIDANCE) for name in shapes),
         }
-    except KeyError as error:
-        whose = ("Black Forest Labs'", "diffusers'")[layout]
-        raise UnreadableWeights(
-            f"{path} holds no FLUX transformer in {whose} names: {error.args[0]} is missing"
-        ) from None
-    except (ValueError, IndexError, ZeroDivisionError):
+    except ZeroDivisionError:
         raise UnreadableWeights(f"{path} holds tensors that are no FLUX transformer's") from None
     if flavor is not None:
         check_matches_flavor(path, found, flavor)
-    elif norm[0] != FluxModelArgs().head_dim:
+    elif head_dim != FluxModelArgs().head_dim:
         raise UnreadableWeights(
-            f"{path} does not say how its heads of {norm[0]} are divided among the rotary axes; "
+            f"{path} does not say how its heads of {head_dim} are divided among the rotary axes; "
             f"name the flavor that it was made with (--flavor, one of {', '.join(FLAVORS)})"
         )
     try:
@@ -241,21 +209,4 @@ def check_matches_flavor(path: Path, found: Mapping[str, Any], flavor: FluxModel
         raise UnreadableWeights(
             f"{path} is of another flavor than named: {'; '.join(differ)}; name the one that it "
             f"was made with (of {', '.join(FLAVORS)}), or none"
-        )
-
-
-def refuse_conditioned(path: Path, shapes: Mapping[str, Shape], args: FluxModelArgs) -> None:
-    """Refuse weights that see another picture beside the noise, where the model does not."""
-    shape = shapes.get(_IN[0]) or shapes.get(_IN[1])
-    if shape is not None and len(shape) == 2 and shape[1] != args.in_channels:
-        raise_conditioned(path, shape[1], args.out_channels)
-
-
-def raise_conditioned(path: Path, in_channels: int, out_channels: int) -> None:
-    """Raise UnreadableWeights where these widths are of Fill, Canny or Depth."""
-    if out_channels == FluxModelArgs().out_channels and in_channels in _CONDITIONED:
-        raise UnreadableWeights(
-            f"{path} is {_CONDITIONED[in_channels]} beside the noise ({in_channels} features of an "
-            f"image token go in, {out_channels} come out); it is not trained or drawn with here: "
-            "give FLUX.1-dev or FLUX.1-schnell, or another model of text alone"
         )

@@ -9,8 +9,8 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import locate
-from torchtitan_flux.weights.load import open_for
 from torchtitan_flux.weights.locations import find
+from torchtitan_flux.weights.open import open_weights
 
 KEY = "checkpoint.initial_load_path"
 
@@ -37,7 +37,7 @@ def initial_weights_problems(
     try:
         find(path, "sizes")
         if args is not None:
-            flavor, guidance, unknown = config.model.flavor, c.guidance_weights, c.unknown_weights
-            open_for(path, flavor, args, guidance, unknown, contents=False)
+            guidance, unknown = c.guidance_weights, c.unknown_weights
+            open_weights(path, args, guidance, unknown=unknown, contents=False)
     except (ValueError, OSError) as error:
         yield Problem(KEY, str(error))

@@ -4,19 +4,19 @@ The peak of memory is three tensors in the written element type, whatever the si
 """
 
 import json
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -28,19 +28,24 @@ from torchtitan_flux.checkpoint.manifest import Manifest, RunFacts
 from torchtitan_flux.checkpoint.storage import ManifestWriter, causes_of
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights, write_json
-from torchtitan_flux.tensor_files.safetensors_writer import Specs, total_bytes, write_tensors
+from torchtitan_flux.tensor_files.safetensors_file import (
+    Specs,
+    UnreadableWeights,
+    read_json,
+    total_bytes,
+    write_json,
+    write_tensors,
+)
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entries
-from torchtitan_flux.weights.model_card import companion_files, license_and_card
-from torchtitan_flux.weights.open import COMFYUI_PREFIX, WEIGHTS_NAME, Weights, open_weights
-from torchtitan_flux.weights.pipeline_folder import PipelineParts, PipelinePlan, pipeline_plan
-from torchtitan_flux.weights.scheduler import SCHEDULER_FILE, SCHEDULER_KEY, stated_scheduler
-from torchtitan_flux.weights.staging import check_suffix, staged
+from torchtitan_flux.weights.locations import COMFYUI_PREFIX, PIPELINE_INDEX, WEIGHTS_NAME
+from torchtitan_flux.weights.model_card import companion_files
+from torchtitan_flux.weights.open import Weights, open_weights
+from torchtitan_flux.weights.scheduler import SCHEDULER_FILE, StatedScheduler, stated_scheduler
+from torchtitan_flux.weights.staging import staged
 
 TargetFormat = Literal["dcp", "bfl", "comfyui", "diffusers", "pipeline"]
 TARGET_FORMATS: tuple[TargetFormat, ...] = get_args(TargetFormat)
-CHECKSUMS = "SHA256SUMS"
 
 
 def convert(
@@ -52,7 +57,7 @@ def convert(
     args: FluxModelArgs | None = None,
     max_shard_size: str = "10GB",
     verify: bool = False,
-    parts: PipelineParts | None = None,
+    base: Path | None = None,
 ) -> None:
     """Write weights in another format; complete, or not at all.
 
@@ -60,12 +65,13 @@ def convert(
 
     Args:
         source: what is converted; a path is opened with `args`.
-        target: a folder for "dcp", "diffusers" and "pipeline", a `.safetensors` file for "bfl" and
-            "comfyui". Checksums, licence and model card go into it, or beside the file.
+        target: a folder for "dcp", "diffusers" and "pipeline", into which licence, model card and
+            scheduler go as well; a `.safetensors` file for "bfl" and "comfyui".
         dtype: None keeps what each parameter has.
         max_shard_size: of the files of a diffusers folder.
-        verify: read the result back and compare all of it, bit for bit.
-        parts: of a pipeline; None takes those that the source names.
+        verify: read the transformer back and compare all of it, bit for bit.
+        base: for "pipeline", the folder of one, from which all but the transformer is copied; None
+            where the source is one.
 
     Raises:
         UnreadableWeights, KeyMismatch, FileNotFoundError: see `open_weights`.
@@ -73,31 +79,45 @@ def convert(
         ValueError: the format cannot hold this model, or the element type one of its values.
     """
     target = Path(target)
-    check_suffix(target, format)
     if not isinstance(source, Weights):
         source = open_weights(source, args, alone=True)
-    plan = pipeline_plan(source, parts) if format == "pipeline" else None
-    companions = companion_files(source, target.stem, format in ("diffusers", "pipeline"))
-    metadata, beside = architecture.to_metadata(source.args), []
-    scheduler = stated_scheduler(source.path)
-    if format in ("bfl", "comfyui"):
-        metadata |= {SCHEDULER_KEY: scheduler.text} if scheduler else {}
-        names = [*license_and_card(target), *companions, CHECKSUMS]
-        beside = [f"{target.stem}.{name}" for name in names]
-    elif format != "pipeline" and scheduler:
-        companions[SCHEDULER_FILE] = scheduler.text.encode()
-    job = _Job(source, dtype, max_shard_size, plan, metadata, companions)
-    needed = job.bytes + (plan.bytes if plan else 0)
+    job = _Job(source, dtype, max_shard_size)
+    if format == "pipeline":
+        job.base = base or source.path
+        _check_fits(job.base, source.args)
+    if format not in ("bfl", "comfyui"):
+        job.companions = companion_files(source, target.stem)
+        job.scheduler = stated_scheduler(source.path) or (job.base and stated_scheduler(job.base))
     logger.info(f"Writing {target}: {format_bytes(job.bytes)} of weights")
     bar = partial(tqdm, unit="B", unit_scale=True, disable=None)
     with (
-        staged(target, needed, beside) as stage,
+        staged(target, format, job.bytes) as made,
         bar(total=job.bytes * (1 + verify)) as job.bar,
     ):
-        _WRITERS[format](job, stage / target.name)
+        _WRITERS[format](job, made)
         if verify:
-            _verify(job, stage / target.name)
+            _verify(job, made)
     logger.info(f"Wrote {target}" + (", verified: every tensor is bit-equal" if verify else ""))
+
+
+def _check_fits(pipeline: Path, args: FluxModelArgs) -> None:
+    """Raise UnreadableWeights unless a pipeline's encoders and autoencoder fit a transformer."""
+    if not (pipeline / PIPELINE_INDEX).is_file():
+        raise UnreadableWeights(
+            f"{pipeline} is no pipeline: name one by --base, whose encoders and autoencoder go "
+            "along; or convert to diffusers"
+        )
+    for part, key, needed in (
+        ("text_encoder_2", "d_model", args.context_in_dim),
+        ("text_encoder", "hidden_size", args.vec_in_dim),
+        ("vae", "latent_channels", args.geometry.channels),
+    ):
+        file = pipeline / part / "config.json"
+        if (found := read_json(file).get(key)) != needed:
+            raise UnreadableWeights(
+                f"{file}: {key} is {found}, the transformer needs {needed}; name another pipeline "
+                "by --base"
+            )
 
 
 @dataclass
@@ -105,16 +125,16 @@ class _Job:
     """What is written, and in which element type.
 
     Attributes:
-        metadata: for headers.
-        companions: licences, card and scheduler, by their names in a folder.
+        base: a pipeline whose other parts go along.
+        companions: licences and card, by their names in a folder.
     """
 
     weights: Weights
     dtype: torch.dtype | None
     max_shard_size: str
-    pipeline: PipelinePlan | None
-    metadata: dict[str, str]
-    companions: dict[str, bytes]
+    base: Path | None = None
+    companions: dict[str, bytes] = field(default_factory=dict)
+    scheduler: StatedScheduler | None = None
     bar: tqdm | None = None
 
     @cached_property
@@ -157,10 +177,10 @@ def _write_dcp(job: _Job, folder: Path) -> None:
     manifest = Manifest(0, "model", facts)
     if job.weights.format == "dcp":
         manifest = replace(Manifest.read(job.weights.path), kind="model", settings={})
-    stated = {architecture.ARGS_FILE: json.dumps(asdict(args), indent=1).encode()}
-    writer = ManifestWriter(
-        folder, manifest, companions={**job.companions, **stated}, file_per_tensor=True
-    )
+    companions = {**job.companions, architecture.ARGS_FILE: _json(asdict(args))}
+    if job.scheduler is not None:
+        companions[SCHEDULER_FILE] = _json(job.scheduler.config)
+    writer = ManifestWriter(folder, manifest, companions=companions, file_per_tensor=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -186,21 +206,43 @@ def _empty(specs: Specs) -> dict[str, Tensor]:
     return {name: torch.empty(s, dtype=t, device="meta") for name, (t, s) in specs.items()}
 
 
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode()
+
+
 def _write_file(job: _Job, path: Path, prefix: str = "") -> None:
     specs = {f"{prefix}{name}": spec for name, spec in job.specs_in("bfl").items()}
     tensors = ((f"{prefix}{name}", tensor) for name, tensor in job.tensors_in("bfl"))
-    write_tensors(path.parent, {path.name: specs}, job.metadata, tensors)
-    _write_companions(job, path.parent, f"{path.stem}.")
+    metadata = architecture.to_metadata(job.weights.args)
+    write_tensors(path.parent, {path.name: specs}, metadata, tensors)
 
 
 def _write_folder(job: _Job, folder: Path) -> None:
-    folder.mkdir()
-    if job.pipeline is None:
-        _write_transformer(job, folder)
-    else:
-        job.pipeline.write(folder)
-        _write_transformer(job, folder / "transformer")
+    _write_transformer(job, folder)
+    if job.scheduler is not None:
+        write_json(folder / SCHEDULER_FILE, job.scheduler.config)
     _write_companions(job, folder)
+
+
+def _write_pipeline(job: _Job, folder: Path) -> None:
+    """What FluxPipeline opens: encoders, tokenizers and autoencoder are copied as they are."""
+    assert job.base is not None
+    index = read_json(job.base / PIPELINE_INDEX)
+    for part in index:
+        if (job.base / part).is_dir() and part != "transformer":
+            shutil.copytree(job.base / part, folder / part)
+    _write_transformer(job, folder / "transformer")
+    if job.scheduler is not None:
+        index["scheduler"] = ["diffusers", job.scheduler.config["_class_name"]]
+        (folder / "scheduler").mkdir(exist_ok=True)
+        write_json(folder / "scheduler" / SCHEDULER_FILE, job.scheduler.config)
+    write_json(folder / PIPELINE_INDEX, index)
+    _write_companions(job, folder)
+
+
+def _write_companions(job: _Job, folder: Path) -> None:
+    for name, content in job.companions.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_transformer(job: _Job, folder: Path) -> None:
@@ -215,8 +257,9 @@ def _write_transformer(job: _Job, folder: Path) -> None:
     except ValueError as error:
         raise ValueError(f"--max_shard_size: {error}") from None
     files = {f: {n: specs[n] for n in names} for f, names in shards.filename_to_tensors.items()}
-    folder.mkdir(exist_ok=True)
-    write_tensors(folder, files, job.metadata, job.tensors_in("diffusers"))
+    folder.mkdir(parents=True)
+    metadata = architecture.to_metadata(job.weights.args)
+    write_tensors(folder, files, metadata, job.tensors_in("diffusers"))
     write_json(folder / "config.json", config)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -228,25 +271,12 @@ _WRITERS: dict[TargetFormat, Callable[[_Job, Path], None]] = {
     "bfl": _write_file,
     "comfyui": partial(_write_file, prefix=COMFYUI_PREFIX),
     "diffusers": _write_folder,
-    "pipeline": _write_folder,
+    "pipeline": _write_pipeline,
 }
-
-
-def _write_companions(job: _Job, folder: Path, prefix: str = "") -> None:
-    """Licences and cards; and what `sha256sum -c` reads, of everything in `folder`."""
-    for name, content in job.companions.items():
-        (folder / f"{prefix}{name}").write_bytes(content)
-    files = sorted(one for one in folder.rglob("*") if one.is_file())
-    with (folder / f"{prefix}{CHECKSUMS}").open("w") as sums:
-        for one in files:
-            with one.open("rb") as file:
-                sums.write(f"{sha_fileobj(file).hex()}  {one.relative_to(folder)}\n")
 
 
 def _verify(job: _Job, written: Path) -> None:
     """Read an export back; UnreadableWeights names the parameters that are not bit-equal."""
-    if job.pipeline is not None:
-        job.pipeline.verify(written)
     found = open_weights(written, job.weights.args, alone=True)
     wrong = [name for name in job.specs if not same_bits(found.read(name), job.read(name))]
     if wrong:

@@ -19,8 +19,8 @@ from torchtitan_flux.tensor_files.safetensors_file import (
     write_json,
 )
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
-from torchtitan_flux.weights.open import WEIGHTS_NAME
-from torchtitan_flux.weights.staging import TargetRefused, check_suffix, staged
+from torchtitan_flux.weights.locations import WEIGHTS_NAME
+from torchtitan_flux.weights.staging import TargetRefused, staged
 
 
 def is_autoencoder(path: Path) -> bool:
@@ -56,48 +56,34 @@ def convert_autoencoder(
     verify: bool = False,
 ) -> None:
     """`convert` for an autoencoder, to "bfl" or "diffusers"."""
-    writers = {"bfl": _write_file, "diffusers": write_vae}
-    if format not in writers:
+    if format not in ("bfl", "diffusers"):
         raise TargetRefused(f"{path} is an autoencoder; --to bfl or --to diffusers, not {format}")
-    check_suffix(target, format)
     args, tensors = open_autoencoder(path)
-    tensors = {name: cast(one, dtype or one.dtype, name) for name, one in tensors.items()}
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    with staged(target, needed) as stage:
-        writers[format](args, tensors, stage / target.name)
-        if verify:
-            verify_vae(tensors, stage / target.name)
-
-
-def _write_file(args: AutoencoderArgs, tensors: dict[str, Tensor], path: Path) -> None:
-    """BFL's layout, which holds neither scale nor shift: they must be FLUX.1's."""
     usual = AutoencoderArgs()
-    if (args.scale_factor, args.shift_factor) != (usual.scale_factor, usual.shift_factor):
+    if format == "bfl" and (args.scale_factor, args.shift_factor) != (
+        usual.scale_factor,
+        usual.shift_factor,
+    ):
         raise ValueError(
             f"the autoencoder has scaling_factor {args.scale_factor} and shift_factor "
             f"{args.shift_factor}; BFL's layout has no place for them and would be read with "
             f"{usual.scale_factor} and {usual.shift_factor}; keep it as a diffusers folder"
         )
-    _save(tensors, path)
-
-
-def write_vae(args: AutoencoderArgs, tensors: dict[str, Tensor], folder: Path) -> None:
-    """A folder that AutoencoderKL opens; it must not exist."""
-    folder.mkdir()
-    _save(to_diffusers(tensors, args), folder / f"{WEIGHTS_NAME}.safetensors")
-    write_json(folder / "config.json", vae_config(args))
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: one.contiguous() for name, one in tensors.items()}, path, {"format": "pt"})
-
-
-def verify_vae(tensors: dict[str, Tensor], written: Path) -> None:
-    """Read an autoencoder back; UnreadableWeights names the first tensor that differs."""
-    _, found = open_autoencoder(written)
-    for name, tensor in tensors.items():
-        if not torch.equal(found[name], tensor):
-            raise UnreadableWeights(f"what was written differs from what was read: {name}")
+    tensors = {name: cast(one, dtype or one.dtype, name) for name, one in tensors.items()}
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with staged(target, format, needed) as made:
+        file = made
+        if format == "diffusers":
+            made.mkdir()
+            write_json(made / "config.json", vae_config(args))
+            file = made / f"{WEIGHTS_NAME}.safetensors"
+        stored = to_diffusers(tensors, args) if format == "diffusers" else tensors
+        save_file({name: one.contiguous() for name, one in stored.items()}, file, {"format": "pt"})
+        if verify:
+            _, found = open_autoencoder(made)
+            wrong = [name for name, one in tensors.items() if not torch.equal(found[name], one)]
+            if wrong:
+                raise UnreadableWeights(f"what was written differs from what was read: {wrong[0]}")
 
 
 def vae_config(args: AutoencoderArgs, sample_size: int = 1024) -> dict[str, Any]:

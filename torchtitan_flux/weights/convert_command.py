@@ -1,7 +1,6 @@
 """Command line of scripts/convert_checkpoint.py."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS
 from torchtitan_flux.weights.convert import TARGET_FORMATS, convert
 from torchtitan_flux.weights.convert_autoencoder import convert_autoencoder, is_autoencoder
 from torchtitan_flux.weights.open import Guidance, Unknown, Weights, open_weights
-from torchtitan_flux.weights.pipeline_folder import PipelineParts
 from torchtitan_flux.weights.pruned import with_blocks_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,9 +40,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema", metavar="DECAY", nargs="?", const="", help=what)
     add("--max_shard_size", default="10GB", help="of diffusers files (10GB)")
     add("--verify", action="store_true", help="read back, compare every tensor")
-    add("--t5", type=Path, help="T5 folder, for --to pipeline")
-    add("--clip", type=Path, help="CLIP folder, for --to pipeline")
-    add("--autoencoder", type=Path, help="ae.safetensors or vae folder, for --to pipeline")
+    what = "pipeline whose encoders go along, for --to pipeline (the source, where it is one)"
+    add("--base", type=Path, help=what)
     return parser.parse_args(argv)
 
 
@@ -53,16 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
     init_logger()
     dtype = _DTYPES.get(given.dtype)
-    with exit_on_sigterm(), one_message("Cannot convert"):
+    with one_message("Cannot convert"):
         common = {"dtype": dtype, "verify": given.verify}
         if is_autoencoder(given.source):
             convert_autoencoder(given.source, given.target, given.to, **common)
             return
         g, u = given.guidance_weights, given.unknown_weights
         weights = open_as(given.source, given.flavor, g, u, given.ema)
-        parts = PipelineParts(given.t5, given.clip, given.autoencoder)
-        size = given.max_shard_size
-        convert(weights, given.target, given.to, max_shard_size=size, parts=parts, **common)
+        common |= {"max_shard_size": given.max_shard_size, "base": given.base}
+        convert(weights, given.target, given.to, **common)
 
 
 def open_as(
@@ -82,16 +78,6 @@ def open_as(
             raise ValueError(f"--guidance_weights {guidance} contradicts --flavor {flavor}")
         args, fixed = None, with_blocks_of(path, args)
     return open_weights(path, fixed, guidance, flavor=args, unknown=unknown, average=average)
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as an exception does: what was begun is removed on the way."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

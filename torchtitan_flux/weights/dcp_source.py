@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from torchtitan_flux.checkpoint.storage import EMA_PREFIX, NOT_MODEL, SafeReader
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
@@ -31,7 +33,7 @@ class DcpSource(Source):
                 for name, entry in metadata.state_dict_metadata.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
-            self._places = metadata.storage_data
+            self._reader.set_up_storage_reader(metadata, is_coordinator=False)
         except Exception as error:  # a restricted unpickler meets anything
             raise UnreadableWeights(f"{folder} is no readable DCP checkpoint: {error}") from None
         self._stored = {name: name for name in entries if not name.startswith(NOT_MODEL)}
@@ -43,48 +45,30 @@ class DcpSource(Source):
 
     def part(self, name: str, box: Box) -> Tensor:
         bounds = [one.indices(size)[:2] for one, size in zip(box, self.shapes[name], strict=True)]
-        out: Tensor | None = None
-        for number, chunk in enumerate(self._tensors[name].chunks):
-            # the part of the box in this chunk, counted from the tensor's first element
-            overlap = [
-                (max(low, at), min(high, at + size))
-                for (low, high), at, size in zip(bounds, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(low >= high for low, high in overlap):
-                continue
-            index = MetadataIndex(self._stored[name], chunk.offsets, number)
-            stored = self._chunk(index, tuple(chunk.sizes))
-            wanted = stored[_box(overlap, chunk.offsets)]
-            if overlap == bounds:
-                return wanted
-            if out is None:
-                out = torch.empty([high - low for low, high in bounds], dtype=self.dtypes[name])
-            out[_box(overlap, [low for low, _ in bounds])] = wanted
-        if out is None:
-            return torch.empty([high - low for low, high in bounds], dtype=self.dtypes[name])
+        sizes = torch.Size([high - low for low, high in bounds])
+        out = torch.empty(sizes, dtype=self.dtypes[name])
+        chunk = ChunkStorageMetadata(torch.Size([low for low, _ in bounds]), sizes)
+        stored, tensor = self._stored[name], self._tensors[name]
+        items = create_read_items_for_chunk_list(stored, tensor, [chunk]) if out.numel() else []
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(out)).wait()
+        except (OSError, RuntimeError, EOFError, AssertionError) as error:
+            raise UnreadableWeights(f"{self._folder}: {stored} cannot be read ({error})") from None
         return out
 
-    def _chunk(self, index: MetadataIndex, shape: tuple[int, ...]) -> Tensor:
-        place = self._places[index]
-        path = self._folder / place.relative_path
-        if place.transform_descriptors:
-            raise UnreadableWeights(f"{path} is compressed; save it without extensions")
-        try:
-            with path.open("rb") as file:
-                stream = self._reader._slice_file(file, place)
-                tensor = torch.load(stream, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise UnreadableWeights(f"{path}: {index.fqn} cannot be read ({error})") from None
-        if tuple(tensor.shape) != shape:
-            raise UnreadableWeights(
-                f"{path}: {index.fqn} has a part of shape {tuple(tensor.shape)}, expected {shape}"
-            )
-        return tensor
 
+class _Into(LoadPlanner):
+    """Reads parts of one tensor."""
 
-def _box(bounds: Iterable[tuple[int, int]], origin: Iterable[int]) -> Box:
-    """Bounds as slices, counted from `origin`."""
-    return tuple(slice(low - at, high - at) for (low, high), at in zip(bounds, origin, strict=True))
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        places = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._out[tuple(slice(begin, begin + length) for begin, length in places)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It lies where it is wanted."""
 
 
 def _average(folder: Path, entries: Iterable[str], decay: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ Every missing, unknown or mis-shaped key is named and refused.
 
 A map is a list of `Entry`: one of our parameters, the names it has elsewhere, and how values move
 between the layouts. The same list is read in both directions, dict to dict here and part by part
-in slices.py.
+in open.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +22,7 @@ from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.state_dict_keys import check_keys, shapes_of
 
 StateDict = dict[str, Tensor]
+Layout = Literal["ours", "bfl", "diffusers", "torchtitan"]
 
 _KINDS = ("weight", "bias")
 
@@ -46,44 +47,23 @@ class Entry:
     axis: int = 0
 
 
-def from_bfl(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
-    """Black Forest Labs' layout -> ours. Raises KeyMismatch."""
-    return _to_ours(state_dict, args, _bfl_entries(args), "BFL transformer state dict")
-
-
-def to_bfl(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
-    """Our layout -> Black Forest Labs'. Raises KeyMismatch."""
-    return _from_ours(state_dict, args, _bfl_entries(args))
-
-
-def from_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
-    """FluxTransformer2DModel's layout -> ours. Raises KeyMismatch."""
-    return _to_ours(state_dict, args, _diffusers_entries(args), "diffusers transformer state dict")
-
-
-def to_diffusers(state_dict: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
-    """Our layout -> FluxTransformer2DModel's. Raises KeyMismatch."""
-    return _from_ours(state_dict, args, _diffusers_entries(args))
-
-
-def _to_ours(
-    state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry], what: str
-) -> StateDict:
-    check_keys(shapes_of(state_dict), foreign_shapes(args, entries), what)
+def from_layout(layout: Layout, state: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
+    """A foreign layout -> ours. Raises KeyMismatch."""
+    entries = layout_entries(layout, args)
+    check_keys(shapes_of(state), foreign_shapes(args, entries), f"{layout} transformer state dict")
     return {
-        entry.ours: entry.join([state_dict[name] for name in entry.theirs]).contiguous()
+        entry.ours: entry.join([state[name] for name in entry.theirs]).contiguous()
         for entry in entries
     }
 
 
-def _from_ours(
-    state_dict: Mapping[str, Tensor], args: FluxModelArgs, entries: list[Entry]
-) -> StateDict:
-    check_keys(shapes_of(state_dict), our_shapes(args), "transformer state dict")
+def to_layout(layout: Layout, state: Mapping[str, Tensor], args: FluxModelArgs) -> StateDict:
+    """Ours -> a foreign layout. Raises KeyMismatch."""
+    check_keys(shapes_of(state), our_shapes(args), "transformer state dict")
     return {
         name: tensor.contiguous()
-        for entry in entries
-        for name, tensor in zip(entry.theirs, entry.split(state_dict[entry.ours]), strict=True)
+        for entry in layout_entries(layout, args)
+        for name, tensor in zip(entry.theirs, entry.split(state[entry.ours]), strict=True)
     }
 
 
@@ -168,8 +148,6 @@ def _swap_halves(ours: str, theirs: str) -> Entry:
 
 
 # ---- the maps ------------------------------------------------------------------------------
-
-Layout = Literal["ours", "bfl", "diffusers", "torchtitan"]
 
 
 def layout_entries(layout: Layout, args: FluxModelArgs) -> list[Entry]:

@@ -8,8 +8,7 @@
 | dcp | a checkpoint of ours, verified against its manifest |
 | torchtitan | a checkpoint of torchtitan 0.2's own FLUX, read only |
 
-Any other prefix of all names is cut off as well (names.py); what else a path can be, and what is
-refused, is found out in locations.py and weight_kinds.py.
+Any other prefix of all names is cut off as well; what a path can be is found out in locations.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,39 +25,30 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.initial_values import initial_rows
-from torchtitan_flux.tensor_files.element_types import BeyondRange
-from torchtitan_flux.tensor_files.quantized import without_scales
+from torchtitan_flux.shards import box as box_of
+from torchtitan_flux.shards import local
+from torchtitan_flux.tensor_files.element_types import BeyondRange, cast, narrows
+from torchtitan_flux.tensor_files.quantized import ScaledSource
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.tensor_files.sources import Box, RenamedSource, Source
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
+from torchtitan_flux.tensor_files.state_dict_keys import Shape, check_keys
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.dcp_source import DcpSource
-from torchtitan_flux.weights.key_maps import foreign_shapes, layout_entries, our_shapes
-from torchtitan_flux.weights.locations import (
-    COMFYUI_PREFIX,
-    WEIGHTS_NAME,
-    Format,
-    Trust,
-    find,
-)
-from torchtitan_flux.weights.names import layout_of
-from torchtitan_flux.weights.slices import Bounds, joined_dtype, read_joined
-
-__all__ = [
-    "COMFYUI_PREFIX",
-    "WEIGHTS_NAME",
-    "Guidance",
-    "Unknown",
-    "UnreadableWeights",
-    "Weights",
-    "open_weights",
-]
+from torchtitan_flux.weights.key_maps import Entry, foreign_shapes, layout_entries, our_shapes
+from torchtitan_flux.weights.locations import Format, Trust, find, layout_of
 
 Guidance = Literal["match", "drop", "initialize"]
 Unknown = Literal["refuse", "drop"]
 
+Bounds = list[tuple[int, int]]
+"""First index and the one after the last, for each dimension."""
+
 _TWIN = "time_in.in_layer.weight"
 """Whose element type new guidance weights get."""
+_REMEDY = (
+    'leave them out with checkpoint.unknown_weights = "drop" (when converting: --unknown_weights '
+    "drop), or give a file without them"
+)
 
 
 class Weights:
@@ -97,7 +87,7 @@ class Weights:
         self.left_out = [one for one in source.shapes if one not in expected and unknown == "drop"]
         if self.left_out:
             source = RenamedSource(source, {one: one for one in source.shapes if one in expected})
-        _check_keys(path, source, expected)
+        check_keys(source.shapes, expected, str(path), _REMEDY)
         self._source = source
         _check_guidance(path, stored.guidance_embed, args.guidance_embed, guidance)
         self._entries = {entry.ours: entry for entry in entries}
@@ -174,7 +164,7 @@ def open_weights(
     found = find(Path(path), trust if contents else "sizes")
     path = found.path
     stored = found.source if average is None else DcpSource(path, average)
-    source = without_scales(stored, path)
+    source = ScaledSource(stored, path)
     if args is None:
         args = found.declared
         if args is None:
@@ -184,7 +174,6 @@ def open_weights(
         wanted = {"match": args.guidance_embed, "drop": False, "initialize": True}[guidance]
         args = replace(args, guidance_embed=wanted)
     else:
-        architecture.refuse_conditioned(path, source.shapes, args)
         for name in ("axes_dim", "theta") if found.declared else ():  # shapes do not show these
             if (other := getattr(found.declared, name)) != getattr(args, name):
                 raise UnreadableWeights(
@@ -214,20 +203,6 @@ def _log(weights: Weights, other_parts: Sequence[str]) -> None:
         )
 
 
-def _check_keys(path: Path, source: Source, expected: Mapping[str, Shape]) -> None:
-    """Raise KeyMismatch, with what to do where nothing but unknown tensors is wrong."""
-    try:
-        check_keys(source.shapes, expected, str(path))
-    except KeyMismatch as error:
-        if error.missing or error.mis_shaped:
-            raise
-        remedy = (
-            'leave them out with checkpoint.unknown_weights = "drop" (when converting: '
-            "--unknown_weights drop), or give a file without them"
-        )
-        raise KeyMismatch(str(path), [], error.unknown, [], remedy) from None
-
-
 def _check_guidance(path: Path, stored: bool, wanted: bool, guidance: Guidance) -> None:
     if stored and not wanted and guidance != "drop":
         raise UnreadableWeights(
@@ -248,3 +223,76 @@ def _new_guidance(name: str, shape: Shape, bounds: Bounds) -> Tensor:
     last = name.startswith(f"{architecture.GUIDANCE[0]}out_layer.")
     whole = torch.zeros(shape) if last else initial_rows(0, name, shape, 0, shape[0])
     return whole[tuple(slice(low, high) for low, high in bounds)].clone()
+
+
+def joined_dtype(entry: Entry, source: Source) -> torch.dtype:
+    """Element type of ours: that of its pieces, or where they differ one that holds them all."""
+    dtypes = {source.dtypes[name] for name in entry.theirs}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def read_joined(entry: Entry, source: Source, bounds: Bounds, dtype: torch.dtype) -> Tensor:
+    """The part of `entry.join(foreign tensors)` within `bounds`, without building the whole.
+
+    Which foreign index each of ours comes from is found by sending numbers through the map; then
+    whatever is contiguous on both sides is copied as one block.
+    """
+    axis = entry.axis
+    out = torch.empty([high - low for low, high in bounds], dtype=dtype)
+    if not out.numel():
+        return out
+    probes, end = [], 0
+    for name in entry.theirs:
+        shape = [1] * len(source.shapes[name])
+        shape[axis] = source.shapes[name][axis]
+        probes.append(torch.arange(end, end + shape[axis]).view(shape))
+        end += shape[axis]
+    low, high = bounds[axis]
+    origin = entry.join(probes).flatten()[low:high]
+    begin = 0
+    for name, probe in zip(entry.theirs, probes, strict=True):
+        end = begin + probe.numel()
+        here = ((origin >= begin) & (origin < end)).nonzero().flatten()
+        if len(here):
+            _copy(out, here, origin[here] - begin, name, source, bounds, axis)
+        begin = end
+    return out
+
+
+def _copy(
+    out: Tensor, ours: Tensor, theirs: Tensor, name: str, source: Source, bounds: Bounds, axis: int
+) -> None:
+    """Copy indices `theirs` of one foreign tensor to indices `ours` of the result; BeyondRange."""
+    first, last = int(theirs.min()), int(theirs.max()) + 1
+    box = [slice(low, high) for low, high in bounds]
+    box[axis] = slice(first, last)
+    part = cast(source.part(name, tuple(box)), out.dtype, name)
+    breaks = ((ours.diff() != 1) | (theirs.diff() != 1)).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist()]
+    for start, end in zip(starts, [*starts[1:], len(ours)], strict=True):
+        length = end - start
+        out.narrow(axis, int(ours[start]), length).copy_(
+            part.narrow(axis, int(theirs[start]) - first, length)
+        )
+    del part
+    source.release(name)
+
+
+@torch.no_grad()
+def import_weights(parameters: Mapping[str, Tensor], weights: Weights) -> None:
+    """Give parameters the values of a file or folder, in place and in their own dtype.
+
+    No communication: every rank maps the files and reads the part that it holds, one parameter at a
+    time. `parameters`: by canonical name, sharded in any dimensions; a pipeline rank has its own.
+    """
+    for name, parameter in parameters.items():
+        shard = local(parameter)
+        if shard.numel() == 0:
+            continue
+        # where nothing can be lost, the cast is the device's
+        narrow = narrows(weights.dtypes[name], shard.dtype)
+        values = weights.read(name, box_of(parameter), shard.dtype if narrow else None)
+        assert values.shape == shard.shape, name  # copy_ would broadcast
+        shard.copy_(values)

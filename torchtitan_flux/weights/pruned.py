@@ -1,7 +1,6 @@
 """Models from which blocks were taken, or to which some were added: their weights say how many."""
 
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from torchtitan_flux.checkpoint.folder import list_steps, step_folder
@@ -17,11 +16,6 @@ def with_blocks_of(path: Path, args: FluxModelArgs) -> FluxModelArgs:
     Reads headers only. Weights that cannot be read, or are of other widths, change nothing: why
     they cannot be used is said where they are opened.
     """
-    return _with_blocks_of(path, args, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@lru_cache
-def _with_blocks_of(path: Path, args: FluxModelArgs, changed: int) -> FluxModelArgs:
     try:
         found = find(path, "sizes")
         stored = found.declared or architecture.from_shapes(path, found.source.shapes, args)

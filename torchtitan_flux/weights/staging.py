@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,34 +18,26 @@ class TargetRefused(ValueError):
     """A target that cannot be written; the message says why and what to do."""
 
 
-def check_suffix(target: Path, format: str) -> None:
-    """Raise TargetRefused where a single file has a folder's name, or a folder a file's."""
+@contextmanager
+def staged(target: Path, format: str, needed: int) -> Iterator[Path]:
+    """Where to make a file or folder that moves to `target` when all went well, else goes.
+
+    Args:
+        target: a file for "bfl" and "comfyui", else a folder.
+        format: what will be written.
+        needed: bytes that will be written.
+
+    Raises:
+        TargetRefused: another kind of name, something is there already, or the disk is too small.
+    """
     single = format in ("bfl", "comfyui")
     if single != (target.suffix in SAFETENSORS) or target.suffix == ".sft":
         what = "a file: name it *.safetensors" if single else "a folder: leave the suffix out"
         raise TargetRefused(f"{target}: format {format} is {what}")
-
-
-@contextmanager
-def staged(target: Path, needed: int, beside: Collection[str] = ()) -> Iterator[Path]:
-    """A new folder, whose contents move next to `target` when all went well, else go.
-
-    Args:
-        target: the file or folder to be made, as `<the yielded folder>/<target's name>`.
-        needed: bytes that will be written.
-        beside: names that will be, or would be taken for, the target's companions.
-
-    Raises:
-        TargetRefused: something is there already, or the disk is too small.
-    """
     target = Path(os.path.abspath(target))
     parent = target.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        file = next(one for one in target.parents if one.exists())
-        raise TargetRefused(f"{target} cannot be made: {file} is a file") from None
-    _refuse_existing([target, *(parent / name for name in beside)])
+    parent.mkdir(parents=True, exist_ok=True)
+    _refuse_existing(target, single)
     needed, free = needed + _SLACK, shutil.disk_usage(parent).free
     if needed > free:
         raise TargetRefused(
@@ -54,20 +46,17 @@ def staged(target: Path, needed: int, beside: Collection[str] = ()) -> Iterator[
         )
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=parent))
     try:
-        yield stage
+        yield stage / target.name
         for one in (*stage.rglob("*"), stage):
             sync_folder(one)
-        made = sorted(stage.iterdir(), key=lambda one: one.name == target.name)  # which comes last
-        _refuse_existing(parent / one.name for one in made)  # somebody may have been faster
-        for one in made:
-            one.rename(parent / one.name)
+        _refuse_existing(target, single)  # somebody may have been faster
+        (stage / target.name).rename(target)
         sync_folder(parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _refuse_existing(paths: Iterable[Path]) -> None:
-    for path in paths:
-        empty_folder = path.is_dir() and not any(path.iterdir()) and path.suffix not in SAFETENSORS
-        if os.path.lexists(path) and not empty_folder:
-            raise TargetRefused(f"{path} exists; delete it, or name another target")
+def _refuse_existing(path: Path, single: bool) -> None:
+    empty_folder = not single and path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not empty_folder:
+        raise TargetRefused(f"{path} exists; delete it, or name another target")

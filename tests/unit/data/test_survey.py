@@ -1,6 +1,5 @@
 """The table of every start, from an index alone."""
 
-
 import numpy as np
 import pytest
 

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, nonzero_model, relative_l2
 
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.weights.key_maps import from_diffusers, to_diffusers
+from torchtitan_flux.weights.key_maps import from_layout, to_layout
 
 ARGS = FluxModelArgs(
     in_channels=12,
@@ -53,7 +53,7 @@ def pair(guidance: bool, qk_rms: float) -> tuple[FluxModel, FluxTransformer2DMod
                 if "linear1_by_head" in name:
                     p.unflatten(0, (heads, -1))[:, : 2 * d].mul_(qk_rms)
     theirs = diffusers_twin(args)
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), args))
+    theirs.load_state_dict(to_layout("diffusers", ours.state_dict(), args))
     return ours, theirs
 
 
@@ -68,7 +68,9 @@ def test_forward_and_every_gradient_equal_diffusers(guidance, qk_rms):
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     (out * weights).sum().backward()
     (reference * weights).sum().backward()
-    theirs_grads = from_diffusers({n: p.grad for n, p in theirs.named_parameters()}, ours.args)
+    theirs_grads = from_layout(
+        "diffusers", {n: p.grad for n, p in theirs.named_parameters()}, ours.args
+    )
     for name, parameter in ours.named_parameters():
         assert theirs_grads[name].abs().max() > 1e-6, f"{name} is not tested"
         assert relative_l2(parameter.grad, theirs_grads[name]) <= 2e-4, name

@@ -33,7 +33,7 @@ from torchtitan_flux.sampling.generate import (
     to_pil,
 )
 from torchtitan_flux.sampling.schedules import DEV, SCHNELL, Schedule
-from torchtitan_flux.weights.key_maps import to_diffusers
+from torchtitan_flux.weights.key_maps import to_layout
 
 TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = FLAVORS["flux-tiny"]
@@ -75,7 +75,7 @@ def model_and_pipeline(args: FluxModelArgs, schedule: Schedule) -> tuple[FluxMod
         guidance_embeds=args.guidance_embed,
         axes_dims_rope=args.axes_dim,
     )
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), args))
+    theirs.load_state_dict(to_layout("diffusers", ours.state_dict(), args))
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler.from_config(schedule.config()),
         vae=AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32),

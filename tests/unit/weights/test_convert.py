@@ -1,35 +1,29 @@
 """From every format to every other without loss, and into what diffusers opens."""
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import resources
 from itertools import product
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+import weight_files as made
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, relative_l2
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel
-from weight_files import scaled_float8, torchtitan_states
 
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
-from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
-from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
+from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
 from torchtitan_flux.latents import ImageSize, pack
-from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
+from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
 from torchtitan_flux.sampling.euler import euler
 from torchtitan_flux.sampling.generate import initial_noise
@@ -39,12 +33,11 @@ from torchtitan_flux.weights import compare, convert_command, staging
 from torchtitan_flux.weights import convert as convert_module
 from torchtitan_flux.weights.convert import convert
 from torchtitan_flux.weights.convert_autoencoder import convert_autoencoder, open_autoencoder
-from torchtitan_flux.weights.key_maps import to_bfl
+from torchtitan_flux.weights.key_maps import to_layout
 from torchtitan_flux.weights.open import open_weights
-from torchtitan_flux.weights.pipeline_folder import PipelineParts
 from torchtitan_flux.weights.staging import TargetRefused
 
-TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
+TINY = made.TINY
 SINGLE = "diffusion_pytorch_model.safetensors"
 NAMES = {"dcp": "step-0", "bfl": "flux1-a.safetensors", "comfyui": "b.safetensors"}
 FORMATS = ("dcp", "bfl", "comfyui", "diffusers")
@@ -53,9 +46,10 @@ PAIRS = [
     *product(FORMATS, ["pipeline"]),
     *product(["pipeline"], FORMATS),
 ]
-# widths of assets/tiny, so that a pipeline can be made
-FOR_PIPELINE = replace(made.ARGS, in_channels=64, out_channels=64, vec_in_dim=32, context_in_dim=32)
-PIPELINES = {"plain": FOR_PIPELINE, "guided": replace(FOR_PIPELINE, guidance_embed=True)}
+PIPELINES = {
+    "plain": made.FOR_PIPELINE,
+    "guided": replace(made.FOR_PIPELINE, guidance_embed=True),
+}
 
 
 def target(folder: Path, format: str) -> Path:
@@ -74,15 +68,15 @@ def sources(tmp_path_factory, models) -> dict[tuple[str, FluxModelArgs], Path]:
     for i, (args, states) in enumerate(models.items()):
         folder = tmp_path_factory.mktemp(f"sources-{i}")
         now = made.make(folder / "first", "bfl", args, states)
-        for format in (*FORMATS, *(["pipeline"] if args in PIPELINES.values() else [])):
+        for format in FORMATS:
             made_here = target(folder, format)
             convert(now, made_here, format, max_shard_size="200KB")  # type: ignore[arg-type]
             found[format, args] = now = made_here
+        if args in PIPELINES.values():
+            found["base", args] = made.pipeline(folder / "base", args)
+            found["pipeline", args] = folder / "pipeline"
+            convert(now, folder / "pipeline", "pipeline", base=found["base", args])
     return found
-
-
-def copied(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -108,23 +102,24 @@ def test_every_pair_of_formats(sources, models, tmp_path, source, to, variant):
     args = (PIPELINES if "pipeline" in (source, to) else made.VARIANTS)[variant]
     path = sources[source, args]
     assert_same(path, models[args], args)
-    convert(path, target(tmp_path, to), to, verify=source == to)
+    base = sources["base", args] if to == "pipeline" else None
+    convert(path, target(tmp_path, to), to, verify=source == to, base=base)
     assert_same(target(tmp_path, to), models[args], args)
     assert [one.name for one in tmp_path.iterdir() if one.name.endswith(".partial")] == []
 
 
-def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models):
-    theirs = torchtitan_states(models[made.ARGS], made.ARGS)
-    dcp.save(theirs, checkpoint_id=tmp_path / "step-9", no_dist=True)
-    convert(tmp_path / "step-9", tmp_path / "ours", "dcp", args=made.ARGS)
+def test_torchtitans_own_checkpoint_becomes_ours(tmp_path, models, caplog):
+    theirs = made.torchtitan_checkpoint(tmp_path / "step-9", models[made.ARGS], made.ARGS)
+    convert(theirs, tmp_path / "ours", "dcp", args=made.ARGS)
     assert_same(tmp_path / "ours", models[made.ARGS], made.ARGS)
+    assert "causal attention" in caplog.text
     assert "causal attention" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def test_what_was_written_is_what_others_read(sources, models):
     """The safetensors library and DCP's own loader see the same values."""
     states, args = models[made.GUIDED], made.GUIDED
-    expected = {f"model.diffusion_model.{n}": t for n, t in to_bfl(states, args).items()}
+    expected = {f"model.diffusion_model.{n}": t for n, t in to_layout("bfl", states, args).items()}
     assert_equal(load_file(sources["comfyui", args]), expected)
     path = sources["dcp", args]
     files = {one.name for one in path.glob("*.distcp")}
@@ -196,91 +191,19 @@ def test_the_pipeline_draws_what_our_sampler_draws(sources, models, variant):
     assert relative_l2(found, expected) <= 1e-5  # type: ignore[arg-type]
 
 
-def shards_without_one(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-1-of-2.safetensors")
-    shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-
-
-def with_scales(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    save_file(scaled_float8(load_file(file), "weight_scale")[0], file)
-
-
-def with_stray(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    save_file({**load_file(file), "stray": torch.ones(1)}, file)
-
-
-T5S = {
-    "pickle": (
-        lambda t5: (t5 / "model.safetensors").rename(t5 / "pytorch_model.bin"),
-        r"pytorch_model\.bin, are not read",
-    ),
-    "name": (
-        lambda t5: (t5 / "model.safetensors").rename(t5 / "model-1-of-2.safetensors"),
-        r"safetensors there: model-1-of-2\.safetensors ",
-    ),
-    "shards": (shards_without_one, r"names model-2-of-2\.safetensors, which"),
-    "scaled": (with_scales, r"holds scaled float8"),
-    "stray": (with_stray, r"it does not fit; 1 unknown: stray"),
-}
-
-
-@pytest.mark.parametrize("case", T5S)
-def test_an_encoder_that_no_pipeline_reads(sources, tmp_path, case):
-    change, message = T5S[case]
-    t5 = copied(TINY / "t5", tmp_path / "t5")
-    change(t5)
-    with pytest.raises(UnreadableWeights, match=rf"--t5: .*{message}"):
-        convert(
-            sources["bfl", FOR_PIPELINE], tmp_path / "out", "pipeline", parts=PipelineParts(t5=t5)
-        )
-    assert [one.name for one in tmp_path.iterdir()] == ["t5"]
-
-
-def test_a_pipelines_parts_must_fit(sources, tmp_path, models):
-    digits = replace(FLAVORS["flux-digits"], depth=1, depth_single_blocks=1)
-    pixels = made.make(tmp_path / "pixels", "bfl", digits, made.state_dict(digits))
-    narrow = sources["bfl", made.ARGS]
-    parts = PipelineParts(TINY / "t5", TINY / "clip", TINY / "vae")
+def test_a_pipelines_parts_must_fit(sources, tmp_path):
+    base = sources["base", made.FOR_PIPELINE]
+    spoilt = shutil.copytree(base, tmp_path / "spoilt")
+    config = json.loads((base / "vae" / "config.json").read_text())
+    (spoilt / "vae" / "config.json").write_text(json.dumps({**config, "latent_channels": 4}))
     for path, given, message in (
-        (narrow, None, r"name it by --t5"),
-        (narrow, parts, r"--t5 has 32 features, the transformer needs 22"),
-        (narrow, PipelineParts(clip=tmp_path / "absent"), r"name it by --t5"),
-        (sources["bfl", FOR_PIPELINE], PipelineParts(clip=tmp_path / "no"), r"--clip: there is no"),
-        (pixels, None, r"works on pixels"),
+        (sources["bfl", made.ARGS], None, r"is no pipeline: name one by --base"),
+        (sources["bfl", made.ARGS], base, r"text_encoder_2/config\.json: d_model is 32, .* 22"),
+        (sources["bfl", made.FOR_PIPELINE], spoilt, r"vae/config\.json: latent_channels is 4"),
     ):
-        with pytest.raises(ValueError, match=message):
-            convert(path, tmp_path / "out", "pipeline", parts=given)
-
-
-def test_a_pipeline_has_a_variant_of_an_encoder_under_its_plain_name(sources, tmp_path):
-    state = {n: x.half() for n, x in load_file(TINY / "t5" / "model.safetensors").items()}
-    shutil.copytree(TINY, tmp_path / "tiny")
-    t5, clip = tmp_path / "tiny" / "t5", tmp_path / "tiny" / "clip"
-    (t5 / "model.safetensors").unlink()
-    table = {}
-    for i in (1, 2):
-        file = f"model.fp16-0000{i}-of-00002.safetensors"
-        mine = {name: state[name] for name in list(state)[i - 1 :: 2]}
-        save_file(mine, t5 / file, metadata={"format": "pt"})
-        table |= dict.fromkeys(mine, file)
-    (clip / "model.safetensors").rename(clip / "model.fp16.safetensors")
-    parts = PipelineParts(t5=t5, clip=clip)
-    path, target = sources["bfl", FOR_PIPELINE], tmp_path / "out"
-    with pytest.raises(UnreadableWeights, match=r"--t5: .* not their model\.safetensors\.index"):
-        convert(path, target, "pipeline", parts=parts)
-    index = {"metadata": {}, "weight_map": table}
-    (t5 / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
-    convert(path, target, "pipeline", parts=parts)
-    pipeline = FluxPipeline.from_pretrained(target, torch_dtype=torch.float16)
-    for name, tensor in pipeline.text_encoder_2.state_dict().items():
-        assert torch.equal(tensor, state[name.replace("encoder.embed_tokens", "shared")]), name
-    for name, tensor in CLIPTextModel.from_pretrained(TINY / "clip").state_dict().items():
-        found = pipeline.text_encoder.state_dict()[name]
-        assert torch.equal(found.half(), tensor.half()), name
+        with pytest.raises(UnreadableWeights, match=message):
+            convert(path, tmp_path / "out", "pipeline", base=given)
+    assert [one.name for one in tmp_path.iterdir()] == ["spoilt"]
 
 
 # ---- the autoencoder -----------------------------------------------------------------------
@@ -318,17 +241,6 @@ def test_the_autoencoder_there_and_back(tmp_path, capsys):
 # ---- the files -----------------------------------------------------------------------------
 
 
-def test_checksums_are_those_of_the_files(sources):
-    for path in (sources["diffusers", made.ARGS], sources["pipeline", FOR_PIPELINE]):
-        lines = (path / "SHA256SUMS").read_text().splitlines()
-        found = {name: digest for digest, name in (line.split("  ") for line in lines)}
-        files = [one for one in path.rglob("*") if one.is_file() and one.name != "SHA256SUMS"]
-        assert found == {
-            str(one.relative_to(path)): hashlib.sha256(one.read_bytes()).hexdigest()
-            for one in files
-        }
-
-
 def test_shards_are_as_diffusers_makes_them(sources, tmp_path):
     folder = sources["diffusers", made.ARGS]
     index = json.loads((folder / f"{SINGLE}.index.json").read_text())
@@ -345,28 +257,12 @@ def test_shards_are_as_diffusers_makes_them(sources, tmp_path):
     assert not (tmp_path / "one" / f"{SINGLE}.index.json").exists()
 
 
-def test_what_lies_beside_a_single_file(tmp_path, sources):
-    theirs = copied(sources["diffusers", made.ARGS], tmp_path / "theirs")
-    (theirs / "LICENSE.md").write_text("do no harm")
-    file = tmp_path / "out" / "flux1-a.safetensors"
-    convert(theirs, file, "bfl")
-    companions = {f"flux1-a.{name}" for name in ("README.md", "SHA256SUMS", "LICENSE.md")}
-    assert {one.name for one in file.parent.iterdir()} == {file.name, *companions}
-    file.unlink()
-    for name in companions:
-        with pytest.raises(TargetRefused, match=r"flux1-a\..* exists"):
-            convert(sources["dcp", made.ARGS], file, "bfl")
-        (file.parent / name).unlink()
-    convert(sources["dcp", made.ARGS], file, "bfl")
-
-
 def test_targets_that_are_refused(sources, tmp_path, monkeypatch, capsys):
     source, out = sources["bfl", made.ARGS], tmp_path / "out"
     (tmp_path / "file").write_text("")
     for path, format, message in (
         (out, "bfl", r"name it \*\.safetensors"),
         (tmp_path / "out.safetensors", "diffusers", "leave the suffix out"),
-        (tmp_path / "file" / "out", "diffusers", "file is a file"),
         (tmp_path / "file", "diffusers", "file exists"),
     ):
         with pytest.raises(TargetRefused, match=message):
@@ -404,26 +300,18 @@ def test_whatever_goes_wrong_nothing_is_left(sources, tmp_path, monkeypatch, for
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("format", "name", "message"),
-    [
-        ("diffusers", SINGLE, r"differs from .* in 1 parameters: "),
-        ("pipeline", "tokenizer/tokenizer.json", "the copy tokenizer"),
-        ("pipeline", f"vae/{SINGLE}", "what was written differs"),
-    ],
-)
-def test_verification_finds_a_flipped_bit(sources, tmp_path, monkeypatch, format, name, message):
-    write = convert_module._WRITERS[format]
+def test_verification_finds_a_flipped_bit(sources, tmp_path, monkeypatch):
+    write = convert_module._WRITERS["diffusers"]
 
     def flip(job, folder):
         write(job, folder)
-        content = bytearray((folder / name).read_bytes())
+        content = bytearray((folder / SINGLE).read_bytes())
         content[-9] ^= 1
-        (folder / name).write_bytes(content)
+        (folder / SINGLE).write_bytes(content)
 
-    monkeypatch.setitem(convert_module._WRITERS, format, flip)
-    with pytest.raises(UnreadableWeights, match=message):
-        convert(sources["bfl", FOR_PIPELINE], tmp_path / "out", format, verify=True)
+    monkeypatch.setitem(convert_module._WRITERS, "diffusers", flip)
+    with pytest.raises(UnreadableWeights, match=r"differs from .* in 1 parameters: "):
+        convert(sources["bfl", made.ARGS], tmp_path / "out", "diffusers", verify=True)
     assert list(tmp_path.iterdir()) == []
 
 

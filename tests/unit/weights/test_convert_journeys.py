@@ -2,26 +2,21 @@
 
 import shutil
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+import weight_files as made
 from documents import commands
-from weight_files import torchtitan_states
 
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.weights import compare, convert_command
-from torchtitan_flux.weights.convert import convert
 from torchtitan_flux.weights.convert_autoencoder import open_autoencoder
 from torchtitan_flux.weights.open import open_weights
 
 ROOT = Path(__file__).resolve().parents[3]
-TINY = Path(str(resources.files("torchtitan_flux"))) / "assets" / "tiny"
 PLAIN = replace(FLAVORS["flux-tiny"], depth=1, depth_single_blocks=1)
 GUIDED = replace(PLAIN, guidance_embed=True)
 SCRIPTS = {"convert_checkpoint": convert_command.main, "compare_checkpoints": compare.main}
@@ -35,16 +30,10 @@ def folder(tmp_path_factory) -> Path:
     made.save_checkpoint(folder / "outputs" / "checkpoint" / "step-1000", PLAIN, plain)
     (folder / "outputs" / "config.toml").write_text('[model]\nflavor = "flux-tiny"\n')
     for args, states, name in ((GUIDED, guided, "dev"), (PLAIN, plain, "schnell")):
-        (folder / "make").mkdir()
-        file = made.make(folder / "make", "bfl", args, states)
-        file.rename(folder / f"flux1-{name}.safetensors")
-        (folder / "make").rmdir()
-    convert(folder / "flux1-dev.safetensors", folder / "FLUX.1-dev", "pipeline")
-    for tokenizer in ("tokenizer", "tokenizer_2"):
-        assert (folder / "FLUX.1-dev" / tokenizer).is_dir()
-    shutil.copy(TINY / "ae.safetensors", folder / "ae.safetensors")
-    theirs = torchtitan_states(plain, PLAIN)
-    dcp.save(theirs, checkpoint_id=folder / "torchtitan-outputs/checkpoint/step-500", no_dist=True)
+        made.bfl_file(folder / f"flux1-{name}.safetensors", states, args)
+    made.pipeline(folder / "FLUX.1-dev", GUIDED)
+    shutil.copy(made.TINY / "ae.safetensors", folder / "ae.safetensors")
+    made.torchtitan_checkpoint(folder / "torchtitan-outputs/checkpoint/step-500", plain, PLAIN)
     return folder
 
 

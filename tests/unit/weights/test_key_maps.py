@@ -1,34 +1,24 @@
 """Key maps of the transformer: exact both ways, complete, and equal to what others read."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from helpers import nonzero_model
+from weight_files import ARGS
 
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
-from torchtitan_flux.weights.key_maps import from_bfl, from_diffusers, to_bfl, to_diffusers
+from torchtitan_flux.weights.key_maps import Layout, from_layout, to_layout
 
-HIDDEN, HEADS, HEAD_DIM, MLP = 40, 5, 8, 120
-TINY = FluxModelArgs(
-    in_channels=12,
-    out_channels=20,
-    vec_in_dim=14,
-    context_in_dim=22,
-    hidden_size=HIDDEN,
-    mlp_ratio=3.0,
-    num_heads=HEADS,
-    depth=2,
-    depth_single_blocks=3,
-    axes_dim=(2, 2, 4),
-)
+TINY = replace(ARGS, mlp_ratio=3.0)
 GUIDED = replace(TINY, guidance_embed=True)
 NO_BIAS = replace(TINY, qkv_bias=False)
 VARIANTS = {"plain": TINY, "guided": GUIDED, "no qkv bias": NO_BIAS}
-MAPS = {"bfl": (to_bfl, from_bfl), "diffusers": (to_diffusers, from_diffusers)}
+LAYOUTS: tuple[Layout, ...] = ("bfl", "diffusers")
 
 
 def meta_state_dict(args: FluxModelArgs) -> dict[str, torch.Tensor]:
@@ -43,12 +33,12 @@ def assert_bit_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.T
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("layout", MAPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_bit_equal(layout, variant, dtype):
     args = VARIANTS[variant]
-    to_theirs, to_ours = MAPS[layout]
+    to_theirs, to_ours = partial(to_layout, layout), partial(from_layout, layout)
     ours = nonzero_model(args).to(dtype).state_dict()
     theirs = to_theirs(ours, args)
     assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in ours.values())
@@ -65,7 +55,7 @@ def test_there_and_back_is_bit_equal(layout, variant, dtype):
 def test_names_and_shapes_at_full_size(flavor, bfl, diffusers):
     args = FLAVORS[flavor]
     ours = meta_state_dict(args)
-    theirs = to_bfl(ours, args)
+    theirs = to_layout("bfl", ours, args)
     assert len(theirs) == bfl
     assert theirs["double_blocks.18.txt_attn.norm.key_norm.scale"].shape == (128,)
     assert theirs["double_blocks.0.img_attn.qkv.weight"].shape == (9216, 3072)
@@ -75,67 +65,15 @@ def test_names_and_shapes_at_full_size(flavor, bfl, diffusers):
 
     with torch.device("meta"):
         reference = FluxTransformer2DModel(guidance_embeds=args.guidance_embed).state_dict()
-    converted = to_diffusers(ours, args)
+    converted = to_layout("diffusers", ours, args)
     assert len(converted) == diffusers
     assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in reference.items()}
-
-
-# ---- where BFL's rows and columns land -----------------------------------------------------
-
-
-def test_qkv_rows_of_bfl_land_by_head():
-    """Row (part, head, i) of BFL's (3, heads, d) is row (head, part, i) of ours."""
-    theirs = to_bfl(nonzero_model(TINY).state_dict(), TINY)
-    for kind in ("weight", "bias"):
-        name = f"double_blocks.1.txt_attn.qkv.{kind}"
-        for part in range(3):
-            for head in range(HEADS):
-                for i in range(HEAD_DIM):
-                    row = part * HIDDEN + head * HEAD_DIM + i
-                    theirs[name][row] = 10_000 * part + 100 * head + i
-    ours = from_bfl(theirs, TINY)
-    for kind in ("weight", "bias"):
-        found = ours[f"double_blocks.1.txt_attn.qkv_by_head.{kind}"]
-        for head in range(HEADS):
-            for part in range(3):
-                for i in range(HEAD_DIM):
-                    row = (head * 3 + part) * HEAD_DIM + i
-                    assert (found[row] == 10_000 * part + 100 * head + i).all()
-
-
-def test_linear1_rows_and_linear2_columns_of_bfl_land_by_head():
-    """BFL: q, k, v, then the MLP. Ours: for each head its q, k, v and its share of the MLP."""
-    share = MLP // HEADS
-    theirs = to_bfl(nonzero_model(TINY).state_dict(), TINY)
-    linear1 = torch.arange(3 * HIDDEN + MLP, dtype=torch.float32)
-    linear2 = torch.arange(HIDDEN + MLP, dtype=torch.float32)
-    theirs["single_blocks.2.linear1.weight"] = linear1[:, None].repeat(1, HIDDEN)
-    theirs["single_blocks.2.linear1.bias"] = linear1.clone()
-    theirs["single_blocks.2.linear2.weight"] = linear2.repeat(HIDDEN, 1)
-    ours = from_bfl(theirs, TINY)
-
-    rows: list[int] = []
-    columns: list[int] = []
-    for head in range(HEADS):
-        for part in range(3):
-            rows += range(part * HIDDEN + head * HEAD_DIM, part * HIDDEN + (head + 1) * HEAD_DIM)
-        rows += range(3 * HIDDEN + head * share, 3 * HIDDEN + (head + 1) * share)
-        columns += range(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        columns += range(HIDDEN + head * share, HIDDEN + (head + 1) * share)
-    expected_rows = torch.tensor(rows, dtype=torch.float32)
-    expected_columns = torch.tensor(columns, dtype=torch.float32)
-    block = "single_blocks.2"
-    weight = ours[f"{block}.linear1_by_head.weight"]
-    assert torch.equal(weight, expected_rows[:, None].expand_as(weight))
-    assert torch.equal(ours[f"{block}.linear1_by_head.bias"], expected_rows)
-    weight = ours[f"{block}.linear2_by_head.weight"]
-    assert torch.equal(weight, expected_columns.expand_as(weight))
 
 
 def test_bfl_map_equals_diffusers_own_conversion():
     """diffusers converts BFL files only at FLUX.1's width; one block of each kind is enough."""
     args = replace(FLAVORS["flux-dev"], depth=1, depth_single_blocks=1)
-    shapes = {name: t.shape for name, t in to_bfl(meta_state_dict(args), args).items()}
+    shapes = {name: t.shape for name, t in to_layout("bfl", meta_state_dict(args), args).items()}
     # tensors are windows of one pool of random bits (below infinity): no gigabyte to draw
     bits = torch.randint(
         0, 0x7F80, (2**27,), dtype=torch.int16, generator=torch.Generator().manual_seed(5)
@@ -146,20 +84,20 @@ def test_bfl_map_equals_diffusers_own_conversion():
         for i, (name, shape) in enumerate(shapes.items())
     }
     reference = convert_flux_transformer_checkpoint_to_diffusers(dict(bfl))
-    ours = from_bfl(bfl, args)
-    converted = to_diffusers(ours, args)
+    ours = from_layout("bfl", bfl, args)
+    converted = to_layout("diffusers", ours, args)
     # diffusers drops a key that it does not know, so the names are compared as well
     assert_bit_equal(converted, reference)
     del converted
-    assert_bit_equal(from_diffusers(reference, args), ours)
+    assert_bit_equal(from_layout("diffusers", reference, args), ours)
 
 
 # ---- every key is accounted for ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", MAPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_missing_unknown_and_misshaped_keys_are_named(layout):
-    to_theirs, to_ours = MAPS[layout]
+    to_theirs, to_ours = partial(to_layout, layout), partial(from_layout, layout)
     ours = nonzero_model(TINY).state_dict()
     theirs = to_theirs(ours, TINY)
     for state_dict, convert in ((ours, to_theirs), (theirs, to_ours)):
@@ -178,14 +116,14 @@ def test_missing_unknown_and_misshaped_keys_are_named(layout):
             assert fact in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", MAPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("more", "part", "count"),
     [(GUIDED, "guidance", {"bfl": 4, "diffusers": 4}), (TINY, "bias", {"bfl": 4, "diffusers": 12})],
     ids=["guidance", "qkv bias"],
 )
 def test_optional_parts_are_neither_dropped_nor_invented(layout, more, part, count):
-    to_theirs, to_ours = MAPS[layout]
+    to_theirs, to_ours = partial(to_layout, layout), partial(from_layout, layout)
     less = TINY if more is GUIDED else NO_BIAS
     full = to_theirs(nonzero_model(more).state_dict(), more)
     plain = to_theirs(nonzero_model(less).state_dict(), less)
@@ -203,12 +141,12 @@ def test_optional_parts_are_neither_dropped_nor_invented(layout, more, part, cou
 def test_layouts_do_not_pass_for_one_another():
     """Contract 3: a foreign layout cannot load by accident, even where every shape is equal."""
     ours = nonzero_model(TINY).state_dict()
-    bfl = to_bfl(ours, TINY)
+    bfl = to_layout("bfl", ours, TINY)
     model = FluxModel(TINY)
-    for foreign in (bfl, to_diffusers(ours, TINY)):
+    for foreign in (bfl, to_layout("diffusers", ours, TINY)):
         with pytest.raises(RuntimeError, match="qkv_by_head"):
             model.load_state_dict(foreign)
     with pytest.raises(KeyMismatch, match="qkv_by_head"):
-        from_bfl(ours, TINY)
+        from_layout("bfl", ours, TINY)
     with pytest.raises(KeyMismatch, match="linear1_by_head"):
-        to_bfl(bfl, TINY)
+        to_layout("bfl", bfl, TINY)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
+import weight_files as made
 
 from torchtitan_flux.checkpoint.manifest import RunFacts
 from torchtitan_flux.model import FLAVORS, FluxModelArgs
@@ -17,11 +17,7 @@ from torchtitan_flux.startup.load_config import load_config, read_config
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.key_maps import Layout, foreign_shapes, layout_entries
-from torchtitan_flux.weights.pruned import (
-    blocks_told,
-    with_blocks_of,
-    with_blocks_of_run,
-)
+from torchtitan_flux.weights.pruned import with_blocks_of, with_blocks_of_run
 
 TINY = FLAVORS["flux-tiny"]
 PRUNED = replace(TINY, depth=1, depth_single_blocks=3)
@@ -93,11 +89,3 @@ def test_check_planner_and_drawing_agree(tmp_path):
     path = file_of(tmp_path, dev)
     planned = read_config([*argv[:2], "--model.flavor", "flux-dev", *begin])
     assert model_args(planned) == dev
-
-
-def test_the_log_says_so_once_they_differ(tmp_path):
-    assert blocks_told(tmp_path, "flux-tiny", TINY) is None
-    assert blocks_told(tmp_path, "flux-tiny", PRUNED) == (
-        f"{tmp_path} has 1 double and 3 single blocks, model.flavor = 'flux-tiny' 2 and 2: the "
-        "model is built with those of the weights"
-    )

@@ -5,21 +5,18 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
-from helpers import model_inputs, relative_l2
-from safetensors.torch import load_file, save_file
+import weight_files as made
+from safetensors.torch import save_file
 from torch import Tensor
-from weight_files import SCALINGS, scaled_float8
 
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.weights import architecture
 from torchtitan_flux.weights.convert import convert
-from torchtitan_flux.weights.key_maps import from_bfl, from_diffusers, to_bfl, to_diffusers
-from torchtitan_flux.weights.load import import_weights
-from torchtitan_flux.weights.open import open_weights
+from torchtitan_flux.weights.key_maps import from_layout, to_layout
+from torchtitan_flux.weights.open import import_weights, open_weights
 
 SINGLE = "diffusion_pytorch_model.safetensors"
 PREFIX = "model.diffusion_model."
@@ -35,22 +32,24 @@ def write(folder: Path, format: str, scaling: str, state: dict[str, Tensor]):
     folder.mkdir(exist_ok=True)
     ours = architecture.to_metadata(made.GUIDED)
     if format == "diffusers":
-        stored, header, numbers = scaled_float8(to_diffusers(state, made.GUIDED), scaling)
+        stored, header, numbers = made.scaled_float8(
+            to_layout("diffusers", state, made.GUIDED), scaling
+        )
         save_file(stored, folder / SINGLE, metadata=header)
         config = architecture.to_diffusers_config(made.GUIDED)
         if scaling == "rows":
             config["quantization_config"] = {"quant_method": "compressed-tensors"}
         (folder / "config.json").write_text(json.dumps(config))
-        return folder, from_diffusers(numbers, made.GUIDED)
-    stored, header, numbers = scaled_float8(to_bfl(state, made.GUIDED), scaling)
+        return folder, from_layout("diffusers", numbers, made.GUIDED)
+    stored, header, numbers = made.scaled_float8(to_layout("bfl", state, made.GUIDED), scaling)
     if format == "comfyui":  # the marker is found with and without the prefix
         stored = {n if n == "scaled_fp8" else PREFIX + n: t for n, t in stored.items()}
         stored["vae.decoder.conv_in.bias"] = torch.ones(3)
     save_file(stored, folder / "flux1-scaled.safetensors", metadata=header | ours)
-    return folder / "flux1-scaled.safetensors", from_bfl(numbers, made.GUIDED)
+    return folder / "flux1-scaled.safetensors", from_layout("bfl", numbers, made.GUIDED)
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", made.SCALINGS)
 @pytest.mark.parametrize("format", ["bfl", "comfyui", "diffusers"])
 def test_every_part_of_every_parameter(tmp_path, state, format: str, scaling: str):
     """Ranks read parts of rows and of columns, which the layouts permute."""
@@ -66,27 +65,10 @@ def test_every_part_of_every_parameter(tmp_path, state, format: str, scaling: st
         assert torch.equal(weights.read(name), expected), name
         for box in boxes:
             assert torch.equal(weights.read(name, box), expected[box]), (name, box)
-
-
-@torch.no_grad()
-def forward(state: dict[str, Tensor]) -> Tensor:
-    model = FluxModel(made.GUIDED)
-    model.load_state_dict(state)
-    return model(**model_inputs(made.GUIDED, 2, 3, 5, 7, seed=1))
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_forward_equals_that_of_the_numbers(tmp_path, state, scaling: str):
-    """As training and drawing import weights, and after converting."""
-    path, numbers = write(tmp_path, "bfl", scaling, state)
-    expected, weights = forward(numbers), open_weights(path)
-    model = FluxModel(made.GUIDED)
-    import_weights(dict(model.named_parameters()), weights)
-    assert relative_l2(forward(model.state_dict()), expected) <= 1e-6
-    convert(path, tmp_path / "made.safetensors", "bfl", verify=True)
-    written = load_file(tmp_path / "made.safetensors")
-    assert relative_l2(forward(from_bfl(written, made.GUIDED)), expected) <= 1e-6
-    assert relative_l2(forward(state), expected) > 1e-3, "rounding to float8 is seen"
+    convert(weights, tmp_path / "made", "dcp", verify=True)
+    name = "img_in.weight"
+    assert torch.equal(open_weights(tmp_path / "made").read(name), numbers[name])
+    assert not torch.equal(numbers[name], state[name]), "rounding to float8 is seen"
 
 
 # ---- refused -------------------------------------------------------------------------------
@@ -94,16 +76,14 @@ def test_forward_equals_that_of_the_numbers(tmp_path, state, scaling: str):
 
 def test_what_is_quantised_otherwise_is_named_before_anything_else(tmp_path, state):
     """Packed codes have other shapes, which would be taken for another model's."""
-    theirs = to_bfl(state, made.GUIDED)
+    theirs = to_layout("bfl", state, made.GUIDED)
     name = "double_blocks.0.img_attn.proj.weight"
     theirs[name] = torch.zeros(theirs[name].numel() // 2, 1, dtype=torch.uint8)
     theirs[f"{name}.absmax"] = torch.ones(25)
     path = tmp_path / "flux1-nf4.safetensors"
     save_file(theirs, path)
-    with pytest.raises(UnreadableWeights, match=r"nf4.safetensors holds bitsandbytes 4-bit weight"):
+    with pytest.raises(UnreadableWeights, match=r"nf4.safetensors holds quantised weights"):
         open_weights(path)
-    with pytest.raises(UnreadableWeights, match="bitsandbytes 4-bit"):
-        convert(path, tmp_path / "no", "dcp", args=made.GUIDED)
 
 
 def test_config_of_a_folder_names_the_method(tmp_path, state):
@@ -111,31 +91,13 @@ def test_config_of_a_folder_names_the_method(tmp_path, state):
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnreadableWeights, match=r"config\.json: .* by bitsandbytes, 8 bits, which"):
+    with pytest.raises(UnreadableWeights, match=r"config\.json .*quantised .*bitsandbytes"):
         open_weights(path)
 
 
-def test_element_types_of_four_bits(tmp_path):
-    path = tmp_path / "flux1-fp4.safetensors"
-    header = {"img_in.weight": {"dtype": "F4", "shape": [4, 2], "data_offsets": [0, 4]}}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(UnreadableWeights, match=r"holds weights of 4 or 6 bits .*type F4\)"):
-        open_weights(path)
-
-
-def test_a_scale_that_is_no_number_is_named(tmp_path, state):
-    path, _ = write(tmp_path, "bfl", "scale_weight", state)
-    stored = load_file(path)
-    stored["img_in.scale_weight"] = torch.tensor(torch.nan)
-    save_file(stored, path, metadata=architecture.to_metadata(made.GUIDED))
-    with pytest.raises(UnreadableWeights, match=r"img_in\.scale_weight is not finite"):
-        open_weights(path).read("img_in.weight")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_float64_beyond_the_range_is_refused_on_every_way(tmp_path, state, dtype: torch.dtype):
-    theirs = {name: t.double() for name, t in to_bfl(state, made.GUIDED).items()}
+    theirs = {name: t.double() for name, t in to_layout("bfl", state, made.GUIDED).items()}
     theirs["single_blocks.1.linear1.weight"][1, 2] = 1e300
     path = tmp_path / "flux1-wide.safetensors"
     save_file(theirs, path, metadata=architecture.to_metadata(made.GUIDED))

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
-import made_weights as made
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import weight_files as made
 from safetensors.torch import load_file, save_file
 
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, UnreadableWeights
 from torchtitan_flux.weights import convert_command
 from torchtitan_flux.weights.convert import convert
-from torchtitan_flux.weights.key_maps import to_bfl
+from torchtitan_flux.weights.key_maps import to_layout
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -60,11 +60,6 @@ def drop(name: str) -> Callable[[dict], dict]:
     return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
 
-def entry(**change: object) -> Callable[[Path], None]:
-    """Another entry of the header for one tensor."""
-    return lambda path: reheader(path, lambda header: header["img_in.bias"].update(change))
-
-
 def config(**change: object) -> Callable[[Path], None]:
     return lambda path: edit_json(path / "config.json", lambda content: content.update(change))
 
@@ -84,10 +79,6 @@ def flip_a_bit(path: Path) -> None:
     (path / "__0_0.distcp").write_bytes(bytes(content))
 
 
-def map_all_to_one(index: dict) -> None:
-    index["weight_map"] = dict.fromkeys(index["weight_map"], shard(1))
-
-
 class Payload:
     def __reduce__(self):
         return (print, ("this must not run",))
@@ -99,89 +90,34 @@ def code_in_metadata(path: Path) -> None:
 
 
 ARGUMENTS = {"torchtitan_flux.model_args": '{"hidden_size": "wide"}'}
-CODES = {"img_in.weight": torch.ones(2, 2, dtype=torch.int8)}
 
 # What `source` names, how a copy of it is spoilt (which may return another path), the message.
 CASES: dict[str, tuple[str, Callable, str]] = {
-    "missing": ("bfl", lambda p: rewrite(p, drop("txt_in.bias")), r"1 missing: txt_in\.bias"),
-    "unknown": (
-        "bfl",
-        lambda p: rewrite(p, lambda t: {**t, "lora_A.weight": torch.ones(2)}),
-        r"1 unknown: lora_A\.weight",
-    ),
-    "mis-shaped": (
-        "bfl",
-        lambda p: rewrite(p, lambda t: {**t, "double_blocks.1.img_mlp.0.bias": torch.ones(7)}),
-        r"1 mis-shaped: double_blocks\.1\.img_mlp\.0\.bias: \(7,\), expected",
-    ),
-    "missing, diffusers": (
-        "diffusers",
-        lambda p: rewrite(p / SINGLE, drop("transformer_blocks.1.attn.to_k.bias")),
-        r"1 missing: transformer_blocks\.1\.attn\.to_k\.bias",
-    ),
-    "unknown, diffusers": (
-        "diffusers",
-        lambda p: rewrite(p / SINGLE, lambda t: {**t, "controlnet.weight": torch.ones(2)}),
-        r"1 unknown: controlnet\.weight",
-    ),
     "unknown, comfyui": (
         "comfyui",
         lambda p: rewrite(p, lambda t: {**t, "hypernet.weight": torch.ones(2)}),
         r"1 unknown: hypernet\.weight; leave them out with .*_weights drop",
-    ),
-    "pointer": (
-        "bfl",
-        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:46\n") and p,
-        r"is a Git LFS pointer, not the weights: run `git lfs pull` there",
     ),
     "truncated": (
         "bfl",
         lambda p: os.truncate(p, p.stat().st_size - 100),
         r"was cut off or damaged \(.*not fully covered\); get it again",
     ),
-    "long header": (
-        "bfl",
-        lambda p: p.write_bytes((2**40).to_bytes(8, "little") + b"{}") and p,
-        r"damaged \(header too large\)",
-    ),
-    "no JSON": (
-        "bfl",
-        lambda p: reheader(p, lambda _: None, b"{broken"),
-        r"invalid JSON in header",
-    ),
     "overlap": ("bfl", lambda p: reheader(p, overlap), r"invalid offset for tensor"),
-    "hole": (
-        "bfl",
-        lambda p: reheader(p, lambda header: header.pop("img_in.weight")),
-        r"invalid offset for tensor",
-    ),
-    "element type": ("bfl", entry(dtype="F6_X"), r"unknown variant `F6_X`"),
-    "length": ("bfl", entry(shape=[41]), r"invalid shape, data type, or offset"),
-    "negative size": ("bfl", entry(shape=[-40]), r"invalid value: integer `-40`"),
     "arguments": (
         "bfl",
         lambda p: reheader(p, lambda header: header["__metadata__"].update(ARGUMENTS)),
-        r"torchtitan_flux\.model_args is not usable",
-    ),
-    "codes": (
-        "bfl",
-        lambda p: rewrite(p, lambda t: t | CODES),
-        r"quantised or integer weights.*img_in\.weight \(torch\.int8\)",
+        r"no usable torchtitan_flux\.model_args",
     ),
     "pickle by name": (
         "bfl",
         lambda p: p.rename(p.with_suffix(".pt")),
-        r"is a pickle by its name.*give a safetensors file",
-    ),
-    "pickle in a folder": (
-        "diffusers",
-        lambda p: (p / SINGLE).rename(p / "diffusion_pytorch_model.bin") and p,
-        r"diffusion_pytorch_model\.bin is a pickle",
+        r"is a pickle.*give a safetensors file",
     ),
     "a shard alone": (
         "sharded",
         lambda p: p / shard(2),
-        r"is one of 3 files of a model; give their folder, .*sharded",
+        r"is only a part of a model; give its folder, .*sharded",
     ),
     "missing shard": (
         "sharded",
@@ -198,25 +134,10 @@ CASES: dict[str, tuple[str, Callable, str]] = {
         lambda p: edit_json(p / INDEX, lambda i: i["weight_map"].update({"proj_out.bias": "../x"})),
         r"weight_map is no table of file names",
     ),
-    "index of another": (
-        "sharded",
-        lambda p: edit_json(p / INDEX, map_all_to_one),
-        r"missing: x_embedder",
-    ),
-    "index no JSON": (
-        "sharded",
-        lambda p: (p / INDEX).write_text("[") and p,
-        r"index\.json is not JSON",
-    ),
     "no config": (
         "sharded",
         lambda p: (p / "config.json").unlink() or p / INDEX,
         r"does not say how its heads of 8 are divided .*--flavor",
-    ),
-    "other class": (
-        "diffusers",
-        config(_class_name="SD3Transformer2DModel"),
-        r"'SD3Transformer2DModel', needed is a FluxTransformer2DModel",
     ),
     "config without depth": (
         "diffusers",
@@ -230,17 +151,11 @@ CASES: dict[str, tuple[str, Callable, str]] = {
         lambda p: (p.parent / "empty").mkdir() or p.parent / "empty",
         r"holds no FLUX weights: expected is",
     ),
-    "folder of a run": (
-        "dcp",
-        lambda p: p.parent,
-        r"holds checkpoints of a run; give one, as .*step-7",
-    ),
     "several files": (
         "bfl",
         lambda p: Path(shutil.copy(p, p.with_name("flux1-other.safetensors"))).parent,
         r"several models: flux1-other.safetensors, flux1-tiny",
     ),
-    "nothing": ("bfl", lambda p: p.with_name("absent"), r"absent does not exist"),
     "damaged": ("dcp", flip_a_bit, r"is damaged: the checksum of __0_0\.distcp is wrong"),
     "no manifest": (
         "dcp",
@@ -275,16 +190,6 @@ def test_refused_with_one_message_and_nothing_written(good, tmp_path, capsys, ca
     assert not target.parent.exists(), "nothing half-written"
 
 
-def test_no_memory_is_taken_on_the_word_of_a_header(tmp_path):
-    """A header may claim anything; only the file's own length counts."""
-    entry = {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}
-    text = json.dumps({"img_in.weight": entry}).encode()
-    path = tmp_path / "flux1-huge.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(UnreadableWeights, match=r"was cut off or damaged \(overflow"):
-        TensorsFile.open(path)
-
-
 def test_another_flavor_is_refused(good, capsys, tmp_path):
     for flavor, message in (
         ("flux-dev", "was made with axes_dim"),
@@ -305,7 +210,7 @@ def test_another_flavor_is_refused(good, capsys, tmp_path):
 
 def test_a_file_of_ours_without_its_metadata_needs_a_flavor(tmp_path):
     path = tmp_path / "flux1-x.safetensors"
-    save_file(to_bfl(made.state_dict(made.ARGS), made.ARGS), path)
+    save_file(to_layout("bfl", made.state_dict(made.ARGS), made.ARGS), path)
     with pytest.raises(UnreadableWeights, match=r"rotary axes; name the flavor.*flux-tiny"):
         convert(path, tmp_path / "out", "dcp")
     convert(path, tmp_path / "out", "dcp", args=made.ARGS)
@@ -313,5 +218,5 @@ def test_a_file_of_ours_without_its_metadata_needs_a_flavor(tmp_path):
 
 def test_a_foreign_checkpoint_of_another_model(tmp_path):
     dcp.save({"layers.0.weight": torch.ones(3)}, checkpoint_id=tmp_path / "step-1", no_dist=True)
-    with pytest.raises(UnreadableWeights, match=r"no FLUX .*layers\.0"):
+    with pytest.raises(UnreadableWeights, match=r"layers\.0.*no FLUX"):
         convert(tmp_path / "step-1", tmp_path / "out", "dcp")
