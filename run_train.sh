@@ -4,7 +4,7 @@
 #   CONFIG_FILE    TOML file (default train_configs/flux_digits.toml)
 #   LOG_RANK       ranks whose output is shown, e.g. 0,1 (default 0)
 #   NNODES         machines (default 1); then RDZV_ENDPOINT, host:port of the first, on all of them,
-#                  and NODE_RANK, 0 to NNODES - 1 (without it they number themselves)
+#                  and NODE_RANK, 0 to NNODES - 1
 #   GRACE          seconds to save in after SIGTERM or Ctrl-C (default 600)
 #   PYTHON         interpreter (default python)
 # --help lists every key, --check only checks the configuration, --print-config prints it as resolved.

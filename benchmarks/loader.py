@@ -33,10 +33,9 @@ from torchtitan.models.flux.tokenizer import FluxTokenizer
 
 from torchtitan.models.flux import flux_datasets
 from torchtitan_flux.data.loader import FluxDataLoader
-from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples
+from torchtitan_flux.data.samples import TrainingSamples
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
@@ -129,9 +128,9 @@ def ours(shards: Path, workers: int) -> Iterator[Any]:
         channels=3,
         tokenize=CaptionTokenizer(tiny / "t5", tiny / "clip", T5_TOKENS),
         time_density=TimeDensity("logit_normal"),
-        dropout=CaptionDropout(DROPOUT, "independent"),
+        dropout_prob=DROPOUT,
+        dropout_mode="independent",
         stochastic=True,
-        rules=PictureRules(),
     )
     return FluxDataLoader(samples, BATCH, BATCH, num_workers=workers)
 

@@ -9,16 +9,15 @@ torchtitan_flux/config/meanings.py; a test keeps it current.
 from pathlib import Path
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.config.reference import reference_text
-from torchtitan_flux.config.schema import keys_of
+from torchtitan_flux.config.reference import as_toml
 
 PATH = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 HEAD = """\
 # Configuration
 
-Every key, by section of the TOML file. `./run_train.sh --help` prints the same. Written by
-`python scripts/configuration_reference.py`; do not edit.
+Every key, by section of the TOML file, with its default; `./run_train.sh --help` prints the same.
+Written by `python scripts/configuration_reference.py`; do not edit.
 
 - A file holds what differs from the defaults below: `CONFIG_FILE=my.toml ./run_train.sh`.
 - The command line outranks it: `--section.key value`, `--section.key` and `--section.no-key` for
@@ -37,7 +36,7 @@ Every key, by section of the TOML file. `./run_train.sh --help` prints the same.
 
 def text() -> str:
     """The whole document."""
-    return HEAD + reference_text(keys_of(FluxJobConfig))
+    return f"{HEAD}```toml\n{as_toml(FluxJobConfig(), described=True).lstrip()}```\n"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python scripts/inspect_data.py --training.dataset folder --training.dataset_path
 
 import sys
 
-from torchtitan_flux.inspection.command import main
+from torchtitan_flux.inspection import main
 
 if __name__ == "__main__":
     sys.exit(main())

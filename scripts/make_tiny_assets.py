@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_tokenizers import clip_tokenizer, t5_tokenizer
 
-from torchtitan_flux.encoders.autoencoder_keys import from_ours
+from torchtitan_flux.encoders.autoencoder import to_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import AutoencoderArgs, parameter_shapes
 from torchtitan_flux.randomness import Stream, generator
 from torchtitan_flux.weights.convert_autoencoder import vae_config
@@ -214,12 +214,12 @@ def write_tiny_assets(folder: Path) -> None:
         write_weights(folder / name / "model.safetensors", weights(tokenizer.vocabulary))
 
     autoencoder = autoencoder_weights()
-    write_weights(folder / "ae.safetensors", from_ours("bfl", autoencoder, AUTOENCODER))
+    write_weights(folder / "ae.safetensors", autoencoder)
     (folder / "vae").mkdir(exist_ok=True)
     write_json(folder / "vae" / "config.json", vae_config(AUTOENCODER, sample_size=64))
     write_weights(
         folder / "vae" / "diffusion_pytorch_model.safetensors",
-        from_ours("diffusers", autoencoder, AUTOENCODER),
+        to_diffusers(autoencoder, AUTOENCODER),
     )
 
 

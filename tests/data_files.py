@@ -9,7 +9,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,8 +19,6 @@ from torchtitan_flux.data.sources.index import Row
 from torchtitan_flux.data.sources.indexed import IndexedSource
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, Split, UnreadableItem
-from torchtitan_flux.data.transforms import fit, load_picture
-from torchtitan_flux.latents import ImageSize
 
 
 def tensors(sample: Any) -> dict[str, Tensor]:
@@ -34,11 +31,6 @@ def tensors(sample: Any) -> dict[str, Tensor]:
         elif isinstance(value, Tensor):
             found[name] = value
     return found
-
-
-def to_training_image(image: Image.Image, size: ImageSize, *arguments, **more) -> np.ndarray:
-    """A picture as it is trained on; arguments as of `fit`."""
-    return fit(load_picture(image, size), size, *arguments, **more)
 
 
 def png(shade: int = 0, size: tuple[int, int] = (5, 3), format: str = "PNG") -> bytes:

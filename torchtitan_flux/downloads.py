@@ -4,29 +4,17 @@ scripts/download_hf_assets.py where only a wheel is installed: python -m torchti
 """
 
 import argparse
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from torchtitan_flux.files import try_lock
 from torchtitan_flux.formatting import format_bytes, listed
 from torchtitan_flux.paths import PACKAGE, locate
 from torchtitan_flux.tensor_files.file_kinds import PICKLES
@@ -55,11 +43,7 @@ OPTIONS = {
 
 
 class DownloadError(Exception):
-    """One message; `status` 2 before anything was fetched, 1 afterwards."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
+    """One message about all that is in the way."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,9 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         download(options)
     except DownloadError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command fetches what is missing", file=sys.stderr)
+        sys.exit(2)
+    except (HTTPError, OSError, ValueError) as error:  # huggingface_hub says what is wrong
+        print(
+            f"{options.repo_id}: {error}\nA gated repository needs its licence accepted on the "
+            "hub, and a token: --hf_token, HF_TOKEN or `hf auth login`. What has arrived stays: "
+            "the same command fetches the rest.",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -82,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="download_hf_assets.py",
         description="Fetch files of a Hugging Face repository; pickles never.",
-        epilog="Exit status: 0 all is there and right; 2 nothing was fetched; 1 stopped on the way",
+        epilog="Exit status: 0 all is there and right; 2 wrong options or no space; 1 not all came",
     )
     for name, arguments in OPTIONS.items():
         parser.add_argument(f"--{name}", **arguments)
@@ -98,56 +87,34 @@ def default_folder() -> Path:
 
 def download(options: argparse.Namespace) -> None:
     """Say what will be fetched and how much it is, check access and space, fetch and verify it."""
-    repo, token, status = options.repo_id, options.hf_token, 2
-    try:
-        info = HfApi(token=token).model_info(repo, revision=options.revision, files_metadata=True)
-        files = info.siblings or []
-        chosen = choose(files, options.assets, options.additional_patterns, options.all)
-        parent = default_folder() if options.local_dir is None else options.local_dir.expanduser()
-        folder = (parent / repo.split("/")[-1]).absolute()
-        print(f"{repo} at {info.sha}, to {folder}")
-        missing = [file for file in chosen if not is_right(folder / file.rfilename, file)]
-        for file in chosen:
-            state = "" if file in missing else "  is here"
-            print(f"{format_bytes(file.size or 0):>10}  {file.rfilename}{state}", flush=True)
-        if missing:  # anyone may list a gated repository, not read it
-            url = hf_hub_url(repo, missing[0].rfilename, revision=info.sha)
-            get_hf_file_metadata(url, token=token)
-        check_space(folder, sum(file.size or 0 for file in missing))
-        if options.dry_run:
-            return
-        with _locked(folder):
-            for file in missing:
-                status, path = 1, folder / file.rfilename
-                path.unlink(missing_ok=True)  # the hub's client trusts one of the right size
-                hf_hub_download(
-                    repo, file.rfilename, revision=info.sha, local_dir=folder, token=token
-                )
-                if not is_right(path, file):
-                    path.unlink()
-                    raise DownloadError(
-                        f"{file.rfilename}: its checksum is wrong; it was deleted. Run the same "
-                        "command again; if it happens twice, a proxy or the disk changes bytes",
-                        status,
-                    )
-    except (HFValidationError, HTTPError, OSError, ValueError, TypeError) as error:
-        raise DownloadError(_explained(error, repo), status) from error
+    repo, token = options.repo_id, options.hf_token
+    info = HfApi(token=token).model_info(repo, revision=options.revision, files_metadata=True)
+    chosen = choose(info.siblings or [], options.assets, options.additional_patterns, options.all)
+    parent = default_folder() if options.local_dir is None else options.local_dir.expanduser()
+    folder = (parent / repo.split("/")[-1]).absolute()
+    print(f"{repo} at {info.sha}, to {folder}")
+    missing = [file for file in chosen if not is_right(folder / file.rfilename, file)]
+    for file in chosen:
+        state = "" if file in missing else "  is here"
+        print(f"{format_bytes(file.size or 0):>10}  {file.rfilename}{state}", flush=True)
+    if missing:  # anyone may list a gated repository, not read it
+        url = hf_hub_url(repo, missing[0].rfilename, revision=info.sha)
+        get_hf_file_metadata(url, token=token)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    need, free = sum(file.size or 0 for file in missing), shutil.disk_usage(there).free
+    print(f"to fetch: {format_bytes(need)}; free: {format_bytes(free)}", flush=True)
+    if need > free:
+        raise DownloadError(f"not enough space in {folder}: make room, or name a --local_dir")
+    if options.dry_run:
+        return
+    for file in missing:
+        path = folder / file.rfilename
+        path.unlink(missing_ok=True)  # the hub's client trusts one of the right size
+        hf_hub_download(repo, file.rfilename, revision=info.sha, local_dir=folder, token=token)
+        if not is_right(path, file):
+            path.unlink()
+            raise OSError(f"{file.rfilename}: its checksum is wrong; it was deleted")
     print(f"{len(chosen)} files, {format_bytes(sum(f.size or 0 for f in chosen))}: {folder}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second download out of the folder, and clear what a killed one left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if try_lock(descriptor) is False:
-            raise DownloadError(f"another download is writing to {folder}: wait for it")
-        for leftover in folder.glob(".cache/huggingface/download/**/*.incomplete"):
-            leftover.unlink()  # never resumed by huggingface_hub, and up to 24 GB
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def choose(
@@ -176,12 +143,9 @@ def choose(
             for glob in globs
             if fnmatchcase(name if "/" in glob else PurePosixPath(name).name, glob)
         }
-        if not found:
-            near = get_close_matches(given, [*folders, *names], n=3, cutoff=0.5)
-            hint = f"near: {', '.join(near)}" if near else f"it has: {listed(names)}"
-            problems.append(f"{flag} {given}: no such file or folder in the repository ({hint})")
-        elif all(name.endswith(NOT_FETCHED) for name in found):
-            problems.append(f"{flag} {given}: a pickle, which can run code; fetch the safetensors")
+        if all(name.endswith(NOT_FETCHED) for name in found):
+            reason = "is a pickle, which can run code" if found else "is not in the repository"
+            problems.append(f"{flag} {given}: {reason}; it has {listed(names)}")
         chosen |= found
     if problems:
         raise DownloadError("\n".join(problems))
@@ -196,46 +160,6 @@ def is_right(path: Path, file: RepoSibling) -> bool:
         return git_hash(path.read_bytes()) == file.blob_id
     with path.open("rb") as content:
         return sha_fileobj(content).hex() == file.lfs.sha256
-
-
-def check_space(folder: Path, need: int) -> None:
-    """Say what is needed and free, in bytes; raise DownloadError where it does not fit."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir():
-        raise DownloadError(f"{there} is no folder: change --local_dir")
-    free = shutil.disk_usage(there).free
-    print(f"to fetch: {format_bytes(need)}; free: {format_bytes(free)}", flush=True)
-    if need > free:
-        raise DownloadError(
-            f"not enough space in {folder}: {format_bytes(need)} needed, {format_bytes(free)} "
-            "free; make room, or name another disk with --local_dir"
-        )
-
-
-_EXPLAINED = {
-    HFValidationError: "--repo_id {repo}: a repository is named owner/name",
-    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set, so nothing is downloaded: unset HF_HUB_OFFLINE",
-    GatedRepoError: "{repo} is gated: accept its licence on {hub}/{repo}, and give a token that "
-    "may read it as --hf_token, as HF_TOKEN, or by `hf auth login`",
-    RevisionNotFoundError: "--revision: {repo} has no such branch, tag or commit",
-    RepositoryNotFoundError: "{repo}: no such repository, or it needs a token (--hf_token, "
-    "HF_TOKEN, `hf auth login`); the hub does not tell strangers which",
-    HfHubHTTPError: "the hub answered with status {status}: {error}; later, the same command",
-    HTTPError: "no connection to {hub} ({error}): check the network, HTTPS_PROXY and HF_ENDPOINT",
-    OSError: "{error}; the same command fetches what is missing",
-    Exception: "{hub} does not answer like a hub ({error}): check HF_ENDPOINT",
-}
-"""What an error of the hub's client means and what to do about it; the first that fits."""
-
-
-def _explained(error: Exception, repo: str) -> str:
-    hub, status = constants.ENDPOINT, 0
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 401 and not isinstance(error, RepositoryNotFoundError):
-            return f"the hub refuses the token: make a new one at {hub}/settings/tokens"
-    text = next(text for kind, text in _EXPLAINED.items() if isinstance(error, kind))
-    return text.format(repo=repo, hub=hub, status=status, error=error)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 ./run_infer.sh --prompt "a handwritten seven" --out seven.png
 """
 
-import secrets
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -16,14 +15,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.distributed.utils import set_pg_timeouts
 from torchtitan.tools.logging import init_logger, logger
 
-from torchtitan_flux.collectives import from_rank_0
 from torchtitan_flux.formatting import format_bytes
 from torchtitan_flux.inference.draw import NotFinite, render
 from torchtitan_flux.inference.open_run import InferenceContext, open_run
-from torchtitan_flux.inference.options import FRESH_SEED, parse
-from torchtitan_flux.inference.picture import Picture
-from torchtitan_flux.inference.requested import cut_captions, requested
-from torchtitan_flux.inference.targets import check_format, check_paths, targets
+from torchtitan_flux.inference.options import parse
+from torchtitan_flux.inference.picture import Picture, check_paths, requested, targets
 from torchtitan_flux.startup.load_config import exit_on_config_error, load_config
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
@@ -44,18 +40,13 @@ def main() -> None:
         options, rest = parse(sys.argv[1:])
         config = load_config(rest, training=False)
         args = resolve_model_args(config, options.weights, training=False)
-    batch_size, settings = config.inference.local_batch_size, None
+    batch_size = config.inference.local_batch_size
     try:
         pictures = requested(options, config, args)
         folder = Path(config.job.dump_folder, config.inference.save_img_folder)
-        paths, settings = targets(options, folder, pictures), pictures[0].settings
+        paths = targets(options, folder, pictures)
         check_paths(paths, options.overwrite)
-        for path, picture in zip(paths, pictures, strict=True):
-            # the names of what is drawn with are not known yet
-            check_format(path, settings.size, {**picture.facts(), "names": " " * 4096})
         device = start_process_group(config)
-        if options.seed == FRESH_SEED:
-            pictures = _with_fresh_seeds(pictures)
         context = open_run(config, options.weights, options.ema)
         if torch.distributed.get_rank() == 0:
             _warn(options.recorded, pictures, context)
@@ -64,38 +55,23 @@ def main() -> None:
             comm = config.comm
             seconds = max(A_DAY, comm.init_timeout_seconds, comm.train_timeout_seconds)
             set_pg_timeouts(timedelta(seconds=seconds), context.dims)
-        remedies = [] if options.low_memory else ["--low_memory"]
-        if batch_size > 1:
-            remedies.append(f"a smaller --inference.local_batch_size (now {batch_size})")
-        remedies.append(f"a smaller --size (now {settings.size})")
+        remedies = [
+            "--low_memory",
+            f"a smaller --inference.local_batch_size (now {batch_size})",
+            f"a smaller --size (now {pictures[0].settings.size})",
+        ]
         with exit_when_out_of_memory(lambda: remedies):
             render(context, pictures, paths, batch_size, options.low_memory)
     except (ValueError, FileNotFoundError) as error:
         print(f"Cannot draw: {error}", file=sys.stderr)
         sys.exit(2)
     except NotFinite as error:
-        dtype, cfg = config.training.mixed_precision_param, settings.cfg if settings else 1
-        help = ["other weights"]
-        if dtype != "float32":
-            help.append(f"--training.mixed_precision_param float32 (now {dtype})")
-        if cfg != 1:
-            help.append(f"a smaller --cfg (now {cfg:g})")
-        print(f"Drawing failed: {error}. What may help: {', '.join(help)}", file=sys.stderr)
+        help = "other weights, --training.mixed_precision_param float32, a smaller --cfg"
+        print(f"Drawing failed: {error}. What may help: {help}", file=sys.stderr)
         sys.exit(1)
     if device.type == "cuda":
         logger.info(f"Peak memory: {format_bytes(torch.cuda.max_memory_allocated(device))}")
     torch.distributed.destroy_process_group()
-
-
-def _with_fresh_seeds(pictures: list[Picture]) -> list[Picture]:
-    """With seeds that count up from one that rank 0 draws."""
-    seed = from_rank_0(lambda: secrets.randbelow(2**32))
-    if torch.distributed.get_rank() == 0:
-        logger.info(f"--seed {seed} was drawn, and draws the same again")
-    return [
-        replace(one, settings=replace(one.settings, seed=one.settings.seed - FRESH_SEED + seed))
-        for one in pictures
-    ]
 
 
 def _warn(recorded: Picture | None, pictures: list[Picture], context: InferenceContext) -> None:
@@ -103,11 +79,12 @@ def _warn(recorded: Picture | None, pictures: list[Picture], context: InferenceC
     first = replace(pictures[0], names=context.names)
     for line in recorded.differences(first) if recorded else ():
         logger.warning(f"Not the same picture: {line}")
-    captions = [one.prompt for one in pictures]
-    if first.settings.cfg != 1.0:
-        captions.append(first.negative_prompt)
-    for line in cut_captions(captions, build_tokenizer(context.config)):
-        logger.warning(line)
+    tokenizer = build_tokenizer(context.config)
+    for caption in dict.fromkeys([*(one.prompt for one in pictures), first.negative_prompt]):
+        for encoder, (tokens, limit) in tokenizer.cut(caption).items():
+            logger.warning(
+                f"{caption!r} is cut for {encoder}: it has {tokens} tokens, {limit} are read"
+            )
 
 
 if __name__ == "__main__":

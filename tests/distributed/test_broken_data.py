@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from data_files import png_of
+from data_files import png_of, write_samples
 from ranks import run_ranks
 from tiny_run import Run, arguments, refusal, train, worst
 
@@ -24,11 +24,8 @@ def jpeg(index: int, size: tuple[int, int] = (80, 72)) -> tuple[bytes, str]:
     return buffer.getvalue(), item.captions[0]
 
 
-def write(folder: Path, name: str, data: bytes, caption: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(data)
-    if caption:
-        (folder / name).with_suffix(".txt").write_text(caption)
+def samples(*indices: int) -> list[tuple[str, bytes, str]]:
+    return [(f"{index:03d}.jpg", *jpeg(index)) for index in indices]
 
 
 BROKEN = {
@@ -48,13 +45,10 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def broken_set(tmp_path_factory) -> Path:
     """200 pictures in a folder; six are broken, each in another way."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for index in range(ITEMS):
-        if not any(name.startswith(f"{index:03d}") for name in BROKEN):
-            write(folder, f"{index:03d}.jpg", *jpeg(index))
-    for name, (data, caption, _) in BROKEN.items():
-        write(folder, name, data, caption)
-    return folder
+    found = {name: (name, data, caption) for name, data, caption in samples(*range(ITEMS))}
+    del found["101.jpg"]
+    found |= {name: (name, data, caption) for name, (data, caption, _) in BROKEN.items()}
+    return write_samples("folder", tmp_path_factory.mktemp("pictures"), found.values())
 
 
 def run(ranks: int, data: Path, dump: Path, *more: str) -> Run:
@@ -75,9 +69,8 @@ def listed(dump: Path) -> list[dict]:
 
 def test_pictures_without_any_caption_are_trained_on_when_that_is_said(tmp_path):
     """With the empty caption the run trains, on every picture; without the key it is refused."""
-    pictures = tmp_path / "pictures"
-    for index in range(GLOBAL_BATCH):
-        write(pictures, f"{index}.jpg", jpeg(index)[0], "")
+    files = [(f"{index}.jpg", jpeg(index)[0], "") for index in range(GLOBAL_BATCH)]
+    pictures = write_samples("folder", tmp_path / "pictures", files)
     argv = ("--training.steps", "2", "--checkpoint.no-enable")
     told = run(1, pictures, tmp_path / "told", *argv, "--data.default_caption", "")
     assert told.error == ""
@@ -105,21 +98,10 @@ def test_broken_files_change_nothing_between_ranks(broken_set, tmp_path):
         assert worst(one.losses, runs[1].losses) <= 1e-5
 
 
-def test_past_the_share_the_start_is_refused_with_the_reasons(broken_set, tmp_path):
-    argv = ["--training.dataset", "folder", "--training.dataset_path", str(broken_set)]
-    argv = arguments(tmp_path, 4, *argv, "--validation.no-enable")
-    (refused,) = run_ranks(1, refusal, [*argv, "--data.max_unreadable_share", "0.01"])
-    assert "of 200 items" in refused
-    assert "data.max_unreadable_share = 0.01" in refused
-    assert "has no caption (150.jpg)" in refused
-
-
 def test_past_the_share_the_run_stops_with_the_list(tmp_path):
-    folder = tmp_path / "pictures"
-    for index in range(40):
-        data, caption = jpeg(index)
-        cut = index % 4 == 0  # their headers are whole
-        write(folder, f"{index}.jpg", data[:-200] if cut else data, caption)
+    files = samples(*range(40))
+    files[::4] = [(name, data[:-200], caption) for name, data, caption in files[::4]]  # not headers
+    folder = write_samples("folder", tmp_path / "pictures", files)
     stopped = run(2, folder, tmp_path, "--data.max_unreadable_share", "0.01")
     assert stopped.error.startswith("TooManyUnreadable")
     assert "data.max_unreadable_share = 0.01" in stopped.error
@@ -128,17 +110,15 @@ def test_past_the_share_the_run_stops_with_the_list(tmp_path):
 
 
 def test_other_items_of_the_same_number_are_noticed_on_resume(tmp_path):
-    data = tmp_path / "pictures"
-    for index in range(10):
-        write(data, f"{index}.jpg", *jpeg(index))
+    data = write_samples("folder", tmp_path / "pictures", samples(*range(10)))
 
     def continued(steps: int) -> str:
         keys = ("--training.steps", str(steps), "--checkpoint.interval", "1")
         return run(1, data, tmp_path, *keys).log
 
     assert "are other ones" not in continued(1) + continued(2)
-    (data / "3.jpg").rename(data / "3b.jpg")
-    (data / "3.txt").rename(data / "3b.txt")
+    (data / "003.jpg").rename(data / "3b.jpg")
+    (data / "003.txt").rename(data / "3b.txt")
     assert "The data set has 10 items as before, but" in continued(3)
     (data / "3b.jpg").unlink()
     assert "The data set had 10 items and now has 9" in continued(4)

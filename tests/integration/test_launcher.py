@@ -1,15 +1,10 @@
 """The commands of the README, through the real launcher: train, train again, draw, score."""
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
@@ -72,30 +67,6 @@ def test_the_default_run_logs_what_it_does_and_ends_with_score_and_grid(trained)
         "step-2",
         "step-4",
     ]
-
-
-def on_a_terminal(command: list[str], cwd: Path) -> str:
-    """Output of a command whose terminal is 150 columns wide."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave
-    )
-    os.close(slave)
-    output = b""
-    with contextlib.suppress(OSError):  # the last process has closed the terminal
-        while block := os.read(master, 65536):
-            output += block
-    assert process.wait(timeout=600) == 0, output.decode()
-    return output.decode()
-
-
-@pytest.mark.slow
-def test_a_terminal_shows_colours(tmp_path):
-    quiet = ("--validation.no-enable", "--sampling.no-enable", "--score.no-enable")
-    output = on_a_terminal([str(REPO / "run_train.sh"), *DIGITS, *quiet], tmp_path)
-    assert "\x1b[31mstep:     4" in output
 
 
 def test_tensorboard_holds_loss_by_time_throughput_and_pictures(trained):

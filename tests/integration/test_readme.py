@@ -27,7 +27,7 @@ LATENT = (
     "--encoder.max_t5_encoding_len", "32",
 )  # fmt: skip
 NOT_HERE = ("pip", "pytest", "python scripts/download_hf_assets.py")
-"""CI's, and tests/integration/test_downloads.py's."""
+"""CI's, and tests/unit/test_downloads.py's."""
 
 
 def begin(line: str, folder: Path, **environment: str) -> subprocess.Popen[str]:

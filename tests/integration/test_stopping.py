@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_flux.training.stopping import ONE_REQUEST
-
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -134,29 +132,15 @@ def losses(output: str) -> dict[int, str]:
     return {int(s): x for s, x in re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", output)}
 
 
-# ---- wrong from the start -------------------------------------------------------------------
-
-
-def test_wrong_configuration_is_one_report_and_status_2(tmp_path):
-    run = Run(tmp_path, "--parallelism.expert_parallel_degree", "2", NGPU=2)
-    assert run.ended() == 2
-    assert run.output.count("expert_parallel_degree") == 1
-    assert "Traceback" not in run.output
-    assert not list(tmp_path.iterdir())
-
-
 # ---- a rank fails ---------------------------------------------------------------------------
 
 
 FAULTY = """
 import os
-from dataclasses import dataclass
 
 import torch
 
-@dataclass
-class JobConfig:
-    pass
+import torchtitan_flux.training.train_spec
 
 calls = 0
 step = torch.optim.AdamW.step
@@ -175,19 +159,15 @@ if os.environ.get("RANK") == "1":
 
 def test_an_exception_is_told_once_and_last_even_of_a_rank_that_is_not_shown(tmp_path):
     (tmp_path / "faulty.py").write_text(FAULTY)
-    (tmp_path / "faulty.toml").write_text(
-        (REPO / "train_configs/flux_digits.toml")
-        .read_text()
-        .replace("[job]", '[job]\ncustom_config_module = "faulty"')
-    )
-    run = Run(tmp_path, *ENDLESS, NGPU=2, CONFIG_FILE="faulty.toml", PYTHONPATH=tmp_path)
+    argv = (*ENDLESS, "--experimental.custom_import", "faulty")
+    run = Run(tmp_path, *argv, NGPU=2, PYTHONPATH=f"{tmp_path}:{REPO}")
     assert run.ended() == 1
     assert re.match(r"torchtitan-flux: rank 1 \(pid \d+\) failed in step 3 \(", run.report()[0])
     assert "ValueError: on purpose" in run.report()
     assert run.output.count("Traceback") == 1
     assert "ChildFailedError" not in run.output
     logs = Path(tmp_path, run.report()[-1].split(": ")[-1])
-    assert "Compute type is float32" in (logs / "rank-1.out").read_text()
+    assert "Compute type is float32" in (logs / "rank-1.log").read_text()
 
 
 @pytest.mark.long
@@ -199,7 +179,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert run.ended() == 1
     found = re.match(
         r"torchtitan-flux: rank 1 \(pid \d+\) hangs: last sign of rank 1 (\d+) s ago, "
-        r"in step (\d+) \(.+\); its process is stopped",
+        r"in step (\d+) \(.+\)",
         run.report()[0],
     )
     assert found, run.report()
@@ -275,37 +255,17 @@ def test_a_stop_while_ranks_are_starting_waits_for_the_first_step(tmp_path):
 
 
 @pytest.mark.long
-def test_a_second_signal_ends_all_ranks_at_once(tmp_path):
-    run = Run(tmp_path, *ENDLESS, NGPU=2)
-    run.until("step: +2 ")
-    os.kill(run.rank(1), signal.SIGSTOP)  # or the ranks would be gone too soon
-    run.process.send_signal(signal.SIGTERM)
-    run.until("a second signal ends them")
-    time.sleep(ONE_REQUEST + 0.2)
-    assert run.process.poll() is None
-    run.process.send_signal(signal.SIGTERM)
-    assert run.ended(60) == 1
-    time.sleep(0.5)
-    assert run.pids() == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("numbered", [True, False])
-def test_a_stop_of_one_node_stops_all(tmp_path, numbered):
+def test_a_stop_of_one_node_stops_all(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         variables = {"NNODES": 2, "RDZV_ENDPOINT": f"localhost:{free.getsockname()[1]}"}
-    nodes = [
-        Run(tmp_path, *ENDLESS, **variables, **({"NODE_RANK": node} if numbered else {}))
-        for node in range(2)
-    ]
+    nodes = [Run(tmp_path, *ENDLESS, **variables, NODE_RANK=node) for node in range(2)]
     end = time.monotonic() + 300
     while not any(losses(node.output) for node in nodes):
         assert time.monotonic() < end, [node.output for node in nodes]
         time.sleep(0.05)
-    if numbered:
-        assert losses(nodes[0].output)
-        assert not nodes[1].output, "its only rank is 1, which is not shown"
+    assert losses(nodes[0].output)
+    assert not nodes[1].output, "its only rank is 1, which is not shown"
     nodes[1].process.send_signal(signal.SIGTERM)
     assert [node.ended() for node in nodes] == [0, 0], [node.output for node in nodes]
     assert "stopped at step" in nodes[0].output + nodes[1].output

@@ -48,14 +48,6 @@ def test_every_key_is_honoured_or_its_difference_is_said(name, caplog):
     assert len(reasons) == len(said), "a line for each reason"
 
 
-def test_pictures_of_validation_are_named_in_one_line(caplog):
-    with caplog.at_level(logging.WARNING):
-        load_config(argv("flux_schnell_model", *TINY))
-    pictures = [line for line in caplog.messages if "[sampling] draws pictures" in line]
-    assert len(pictures) == 1
-    assert all(key in pictures[0] for key in ("denoising_steps", "save_img_count"))
-
-
 def test_their_command_lines_mean_the_same(tmp_path, monkeypatch):
     """Those of torchtitan's own integration tests."""
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -111,17 +103,3 @@ def test_they_train(name, tmp_path):
     again = load_config(["--job.config_file", str(tmp_path / "config.toml")])
     assert (again.training.steps, again.model.flavor) == (2, "flux-tiny")
     assert again.debug.seed is not None, "the seed that was drawn"
-
-
-def few_steps(trainer) -> None:
-    trainer.config.training.steps = min(trainer.config.training.steps, 10)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", FILES)
-def test_they_train_with_nothing_but_paths_changed(name, tmp_path):
-    """debug_model at full width; the others tiny, at their own batch, and stopped early."""
-    flavor = () if name == "debug_model" else TINY
-    (run,) = run_ranks(1, train, argv(name, *flavor, "--job.dump_folder", str(tmp_path)), few_steps)
-    assert run.error == ""
-    assert all(0 < loss < 4 for loss in run.losses.values())

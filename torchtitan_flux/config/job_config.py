@@ -26,8 +26,7 @@ class Job(torchtitan_config.Job):
     description: str = "FLUX pretraining"
     """Description of the job"""
     save_config_file: str | None = "config.toml"
-    """File below job.dump_folder for the configuration as resolved: a configuration file that
-    repeats the run, or JSON where the name ends in .json"""
+    """File below job.dump_folder for the configuration as resolved, which repeats the run"""
 
 
 @dataclass
@@ -86,8 +85,7 @@ class Data:
     """Column of tables that holds images, or suffix of the pictures in tar shards; empty finds
     it"""
     caption_column: str = ""
-    """Column of tables, or key of json captions; empty finds it. "json.caption" is the field
-    caption of the column json"""
+    """Column of tables, or key of json captions; empty finds it."""
     captions: Literal["whole", "lines"] = "whole"
     """Whether a text is one caption, or every line of it that is not blank is one of several"""
     default_caption: str | None = None

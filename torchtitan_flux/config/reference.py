@@ -1,20 +1,19 @@
-"""All keys, described: for `--help`, and as docs/configuration.md."""
+"""A configuration as TOML: the resolved file, and all keys described, for `--help` and the docs."""
 
 import textwrap
-from collections.abc import Iterable
 from itertools import groupby
 
-from torchtitan_flux.config.schema import Key
+from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text, type_name
 
 ABOUT = """\
-Usage: {command} [--check | --print-config] [--section.key value …]
+Usage: ./run_train.sh [--check | --print-config] [--section.key value …]
 
   --check                   check the configuration, start nothing
   --print-config            print the configuration as resolved, start nothing
   --help                    this text
 
-  CONFIG_FILE               environment: TOML file (default {config_file}); also
+  CONFIG_FILE               environment: TOML file (default train_configs/flux_digits.toml); also
                             --job.config_file FILE
   NGPU, LOG_RANK, NNODES, NODE_RANK, RDZV_ENDPOINT, GRACE
                             environment: ranks, and what is shown of them; see the head of
@@ -26,31 +25,25 @@ except those before a space.
 """
 
 
-def help_text(keys: Iterable[Key], command: str, config_file: str) -> str:
-    """What `--help` prints: usage, then each key with its default, type and meaning."""
-    lines = [ABOUT.format(command=command, config_file=config_file)]
-    for section, of_section in groupby(keys, lambda key: key.section):
-        lines += [f"[{section}]"]
-        for key in of_section:
-            head = f"--{key.name}  ({_default(key)}; {type_name(key.annotation)})"
-            for text, indent in ((head, "  "), (key.meaning, "      ")):
-                lines += textwrap.wrap(text, 100, initial_indent=indent, subsequent_indent="      ")
-        lines.append("")
-    return "\n".join(lines)
+def as_toml(config: object, described: bool = False) -> str:
+    """Every key with its value; read again as configuration file it gives an equal configuration.
 
+    Keys that are unset and unset by default are left out: TOML has no word for it.
 
-def reference_text(keys: Iterable[Key]) -> str:
-    """The tables of docs/configuration.md, a section of the TOML each."""
-    parts = []
-    for section, of_section in groupby(keys, lambda key: key.section):
-        rows = ["| key | default | type | meaning |", "|---|---|---|---|"]
-        for key in of_section:
-            name, of_type = key.name.rpartition(".")[2], type_name(key.annotation)
-            cells = (f"`{name}`", f"`{_default(key)}`", f"`{of_type}`", key.meaning)
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        parts.append("\n".join([f"## [{section}]", "", *rows]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _default(key: Key) -> str:
-    return "unset" if key.default is None else toml_text(key.default)
+    Args:
+        config: any configuration of dataclasses.
+        described: whether meaning and type of each key stand above it.
+    """
+    lines = []
+    for section, keys in groupby(keys_of(type(config)), lambda key: key.section):
+        lines += ["", f"[{section}]"]
+        for key in keys:
+            value = get(config, key.name)
+            line = f"{key.name.rpartition('.')[2]} = {toml_text(value)}"
+            unset = value is None and key.default is None
+            if described:
+                text = f"# {key.meaning} ({type_name(key.annotation)})"
+                lines += textwrap.wrap(text, 100, subsequent_indent="# ")
+            if described or not unset:
+                lines.append(f"# {line}" if unset else line)
+    return "\n".join(lines) + "\n"

@@ -1,15 +1,17 @@
-"""The keys of a configuration class, with types, defaults and meanings; merging of two classes."""
+"""The keys of a configuration class, with types, defaults and meanings."""
 
 import ast
+import difflib
 import functools
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from torchtitan_flux.config.meanings import MEANINGS
+from torchtitan_flux.config.problems import Problem
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,12 @@ class Key:
         return self.name.rpartition(".")[0]
 
 
-def merged(base: type, custom: type) -> type:
-    """A subclass of `base` with the keys of `custom` too, section by section.
-
-    Where both have a key, `custom` decides, unless it has it from a class that `base` derives from.
-    """
-    own = {f.name: f for f in fields(base)}
-    ancestors = [f for cls in base.__mro__[1:] if is_dataclass(cls) for f in fields(cls)]
-    members = []
-    for f in fields(custom):
-        if any(f is other for other in ancestors):
-            continue
-        kind: Any = f.type
-        if f.name in own and is_dataclass(kind):
-            kind = merged(own[f.name].type, kind)  # type: ignore[arg-type]
-        default: Any = (
-            field(default_factory=kind) if isinstance(kind, type) and is_dataclass(kind) else f
-        )
-        members.append((f.name, kind, default))
-    namespace = {"meanings": meanings_of(custom)}
-    return make_dataclass(base.__name__, members, bases=(base,), namespace=namespace)
-
-
 @functools.cache
 def meanings_of(cls: type) -> dict[str, str]:
     """Field -> the string that stands below it in the source, as one paragraph."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        found |= base.__dict__.get("meanings", {})
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made at run time
-            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         for statement, following in itertools.pairwise(tree.body[0].body):  # type: ignore[attr-defined]
             match statement, following:
                 case (
@@ -98,3 +74,31 @@ def put(config: object, key: str, value: object) -> None:
     """Set "section.key"."""
     section, _, name = key.rpartition(".")
     setattr(get(config, section), name, value)
+
+
+def unknown_name(
+    name: str, keys: Collection[str], given: str, section: bool = False
+) -> tuple[Problem, list[str]]:
+    """What to say of a key or section that does not exist.
+
+    Args:
+        name: the dotted name that was given.
+        keys: all that exist.
+        given: how and where it was given.
+        section: whether it is a section.
+
+    Returns:
+        the problem, and the key that was probably meant (then its value is in doubt), if any: a
+        slip of the finger within the section comes before the right key in a wrong section.
+    """
+    head, _, last = name.rpartition(".")
+    if section:
+        near = difflib.get_close_matches(name, {key.rpartition(".")[0] for key in keys}, n=1)
+        hint = f"did you mean [{near[0]}]?" if near else "--help lists all sections"
+        return Problem(name, f"is an unknown section; {hint}", given=given), []
+    within = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == head}
+    near = [within[found] for found in difflib.get_close_matches(last, within, n=1)]
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    near = near or same[: len(same) == 1] or difflib.get_close_matches(name, keys, 1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
+    return Problem(name, f"is unknown; {hint}", given=given), near

@@ -25,11 +25,7 @@ class TomlFile:
     lines: dict[str, int] = field(default_factory=dict)
 
     def where(self, key: str) -> str:
-        """ "FILE:LINE" of a key or section; the file alone where the line is not known.
-
-        A key inside of an inline table has the line of that table, a section that is only named
-        by its keys that of the first.
-        """
+        """ "FILE:LINE" of a key or section, or of what is around or below; else the file alone."""
         name = key
         while name and name not in self.lines:
             name = name.rpartition(".")[0]
@@ -39,26 +35,22 @@ class TomlFile:
         return f"{file}:{line}" if line else file
 
 
-def read_toml(path: Path, name: str) -> TomlFile:
+def read_toml(path: Path) -> TomlFile:
     """Read a configuration file.
-
-    Args:
-        path: where it lies.
-        name: what messages call it.
 
     Raises:
         ConfigError: it cannot be read or is not TOML; the line is named.
     """
     try:
         text = path.read_bytes().decode("utf-8")
-        return TomlFile(name, tomli.loads(text), _lines(text))
+        return TomlFile(str(path), tomli.loads(text), _lines(text))
     except UnicodeDecodeError as error:
         reason = f"is not text in UTF-8 ({error.reason}); is it a TOML file?"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
     except tomli.TOMLDecodeError as error:
         reason = f"is not valid TOML: {error}"
-    raise ConfigError([Problem("job.config_file", f"{name!r} {reason}")])
+    raise ConfigError([Problem("job.config_file", f"{str(path)!r} {reason}")])
 
 
 _NAME = r"""[\w."' -]+?"""

@@ -68,9 +68,7 @@ def _opened(file: IO[bytes] | io.BufferedIOBase, item_id: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         file.seek(0)
         head = file.read(HEAD)
-        known = f"{', '.join(formats()[:9])} and {len(formats()) - 9} others"
-        reason = foreign_content(head) or unread_format(head)
-        reason = reason or f"no image in a known format ({known})"
+        reason = foreign_content(head) or unread_format(head) or "no image in a known format"
         raise UnreadableItem(item_id, reason if head else "the file is empty") from error
 
 

@@ -1,10 +1,11 @@
 """Which formats of images are read: what the installed Pillow and its plug-ins decode."""
 
 import functools
+import os
 from contextlib import suppress
 from importlib import import_module
 
-from PIL import Image, features
+from PIL import Image
 
 # data.max_image_pixels is the only limit.
 Image.MAX_IMAGE_PIXELS = None
@@ -17,12 +18,9 @@ _REFUSED = {
     *("BUFR", "GRIB", "HDF5", "WMF", "MPEG"),  # recognised, but not decoded
 }
 
-# Formats that Pillow knows, but decodes only if it was built with a library.
-_COMPILED_IN = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
-
 _PLUG_INS = {  # format -> (package, suffixes)
-    "HEIF": ("pillow-heif", (".heic", ".heif", ".hif")),
-    "JXL": ("pillow-jxl-plugin", (".jxl",)),
+    "HEIF": ("pillow-heif", {".heic", ".heif", ".hif"}),
+    "JXL": ("pillow-jxl-plugin", {".jxl"}),
 }
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
@@ -36,26 +34,21 @@ def formats() -> tuple[str, ...]:
     with suppress(ImportError):
         import_module("pillow_jxl")
     suffixed = set(Image.registered_extensions().values())
-    known = [name for name in Image.OPEN if name in suffixed and _is_decoded(name)]
+    known = [name for name in Image.OPEN if name in suffixed and name not in _REFUSED]
     others = [name for name in known if name not in _COMMON]
     others.sort(key=lambda name: (Image.OPEN[name][1] is None, name))
     return (*(name for name in _COMMON if name in known), *others)
 
 
-def _is_decoded(name: str) -> bool:
-    library = _COMPILED_IN.get(name)
-    return name not in _REFUSED and (library is None or bool(features.check(library)))
-
-
 _KNOWN = {*formats(), "MPO"}  # which JPEG's decoder opens; plug-ins are registered by now
-IMAGE_SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in _KNOWN)
-"""Of files that are taken for pictures: lower case, with the dot."""
+IMAGE_SUFFIXES = {s for s, name in Image.registered_extensions().items() if name in _KNOWN}
+IMAGE_SUFFIXES.update(*(suffixes for _, suffixes in _PLUG_INS.values()))
+"""Of files that are taken for pictures, those of missing plug-ins too: lower case, with the dot."""
 
 
-def plug_in_for(suffix: str) -> str:
-    """The package that would read files of a suffix that is not read now; "" where none does."""
-    unread = (package for package, suffixes in _PLUG_INS.values() if suffix in suffixes)
-    return "" if suffix in IMAGE_SUFFIXES else next(unread, "")
+def is_picture(file: str) -> bool:
+    """Whether a file is one by its suffix."""
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
 def unread_format(head: bytes) -> str:

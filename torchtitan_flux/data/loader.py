@@ -7,49 +7,19 @@ number that a checkpoint needs is kept here.
 import atexit
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import count
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
-from typing_extensions import Unpack
 
 from torchtitan_flux.data.batch import Batch, Replacement, TrainingBatch, ValidationBatch, stack
 from torchtitan_flux.data.samples import TrainingSamples, ValidationSamples
 from torchtitan_flux.lifetime import die_with_parent
 
 B = TypeVar("B", bound=Batch)
-
-
-class Workers(TypedDict, total=False):
-    """Arguments of torch's DataLoader; without workers, all but `pin_memory` are unused."""
-
-    num_workers: int
-    pin_memory: bool
-    prefetch_factor: int | None
-    persistent_workers: bool
-
-
-def positions_of(
-    step: int,
-    microbatch: int,
-    rank: int,
-    *,
-    global_batch_size: int,
-    local_batch_size: int,
-    dp_world_size: int,
-) -> range:
-    """Positions of one microbatch of one data rank.
-
-    Step s trains on [s*G, (s+1)*G). Every rank owns a contiguous part of it, and its microbatches
-    are consecutive pieces of that part.
-    """
-    first = step * global_batch_size + rank * (global_batch_size // dp_world_size)
-    first += microbatch * local_batch_size
-    return range(first, first + local_batch_size)
 
 
 class FluxDataLoader:
@@ -64,6 +34,7 @@ class FluxDataLoader:
         local_batch_size: samples of one microbatch of one rank.
         dp_rank, dp_world_size: data rank, and number of data ranks. Context and tensor peers have
             the same rank and get equal batches.
+        workers: torch's DataLoader's; without `num_workers`, all but `pin_memory` are unused.
 
     Raises:
         ValueError: the batch sizes do not fit; names the TOML keys.
@@ -76,7 +47,7 @@ class FluxDataLoader:
         local_batch_size: int,
         dp_rank: int = 0,
         dp_world_size: int = 1,
-        **workers: Unpack[Workers],
+        **workers: Any,
     ):
         self.microbatches, rest = divmod(global_batch_size, local_batch_size * dp_world_size)
         """Batches of a step."""
@@ -89,14 +60,9 @@ class FluxDataLoader:
         self.samples = samples
         self.replaced: list[Replacement] = []
         """Items of the batches handed out that could not be read, in the order of positions."""
-        positions = partial(
-            positions_of,
-            rank=dp_rank,
-            global_batch_size=global_batch_size,
-            local_batch_size=local_batch_size,
-            dp_world_size=dp_world_size,
+        self._sampler = _PositionSampler(
+            global_batch_size, local_batch_size, dp_rank, dp_world_size
         )
-        self._sampler = _PositionSampler(positions, self.microbatches)
         self._batches: _Batches[TrainingBatch] = _Batches(samples, self._sampler, **workers)
 
     @property
@@ -144,7 +110,7 @@ class ValidationLoader:
         batch_size: int,
         dp_rank: int = 0,
         dp_world_size: int = 1,
-        **workers: Unpack[Workers],
+        **workers: Any,
     ):
         self.samples = samples
         self.replaced: list[Replacement] = []
@@ -171,19 +137,25 @@ class ValidationLoader:
 
 
 class _PositionSampler:
-    """Batch sampler: positions of one rank's microbatches after those handed out, without end."""
+    """Batch sampler: positions of one rank's microbatches after those handed out, without end.
 
-    def __init__(self, positions: Callable[[int, int], range], microbatches: int):
-        self._positions = positions
-        self._microbatches = microbatches
+    Step s trains on [s*G, (s+1)*G). Every rank owns a contiguous part of it, and its microbatches
+    are consecutive pieces of that part.
+    """
+
+    def __init__(self, global_batch_size: int, local_batch_size: int, rank: int, world_size: int):
+        self._global, self._local = global_batch_size, local_batch_size
+        self._microbatches = global_batch_size // (local_batch_size * world_size)
+        self._first = rank * (global_batch_size // world_size)
         self.origin = 0  # position that step 0 begins at: where a checkpoint was continued
         self.handed_out = 0  # microbatches since then
 
     def __iter__(self) -> Iterator[range]:
         origin = self.origin
         for number in count(self.handed_out):
-            local = self._positions(*divmod(number, self._microbatches))
-            yield range(origin + local.start, origin + local.stop)
+            step, microbatch = divmod(number, self._microbatches)
+            first = origin + step * self._global + self._first + microbatch * self._local
+            yield range(first, first + self._local)
 
 
 def _init_worker(worker_id: int) -> None:
@@ -207,7 +179,7 @@ class _Batches(Generic[B]):
         self,
         samples: TrainingSamples | ValidationSamples,
         indices: Iterable[Sequence[int]],
-        **workers: Unpack[Workers],
+        **workers: Any,
     ):
         pin = workers.get("pin_memory", False) and torch.cuda.is_available()
         self._arguments: dict[str, Any] = {

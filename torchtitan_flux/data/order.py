@@ -65,35 +65,26 @@ class Permutation:
 
 
 class Order:
-    """From positions of the run to items, a pure function of (seed, length).
-
-    Args:
-        seed: the run's seed.
-        length: number of items in the source.
-    """
+    """From positions of the run to `length` items of the source, by the run's seed."""
 
     def __init__(self, seed: int, length: int):
         if length < 1:
             raise ValueError(f"training.dataset: a source of {length} items cannot be trained on")
         self.seed = seed
         self.length = length
-        self._epoch: tuple[int, Permutation] = (0, self._permutation(0))
-
-    def _permutation(self, epoch: int) -> Permutation:
-        return Permutation(self.seed, f"epoch/{epoch}", self.length)
+        self._epoch, self._permutation = 0, Permutation(seed, "epoch/0", length)
 
     def item(self, position: int, choice: int = 0) -> int:
-        """Index of the item at a position, 0 <= item < length.
+        """Index of the item at a position, the number of samples of the run before this one.
 
-        Args:
-            position: 0 <= position, the number of samples of the run before this one.
-            choice: 0 for the item itself; k >= 1 for the k-th substitute, when the choices before
-                it cannot be read. The first `length` choices of a position are all different.
+        `choice` is 0 for the item itself; k >= 1 for the k-th substitute, when the choices before
+        it cannot be read. The first `length` choices of a position are all different.
         """
         epoch, offset = divmod(position, self.length)
-        if self._epoch[0] != epoch:  # only spares work: positions come mostly in sequence
-            self._epoch = (epoch, self._permutation(epoch))
-        item = self._epoch[1](offset)
+        if self._epoch != epoch:  # only spares work: positions come mostly in sequence
+            self._epoch = epoch
+            self._permutation = Permutation(self.seed, f"epoch/{epoch}", self.length)
+        item = self._permutation(offset)
         if choice == 0 or self.length == 1:
             return item
         others = self.length - 1

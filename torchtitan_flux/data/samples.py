@@ -15,35 +15,19 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from torchtitan_flux.data.batch import Pixels, Replacement, Tokens, TrainingBatch, ValidationBatch
-from torchtitan_flux.data.colours import in_srgb
 from torchtitan_flux.data.decode import damage_is_unreadable
 from torchtitan_flux.data.order import Order
-from torchtitan_flux.data.reused_generator import reused_generator
 from torchtitan_flux.data.sources.source import Item, Source, UnreadableItem
-from torchtitan_flux.data.transforms import CENTER, PictureRules, fit, load_picture
+from torchtitan_flux.data.transforms import CENTER, WHITE, to_training_image
 from torchtitan_flux.flow_matching import TimeDensity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize
-from torchtitan_flux.randomness import Stream
+from torchtitan_flux.randomness import Stream, generator
 
 MAX_CHOICES = 16
 """Items tried for one position before the source counts as broken."""
 
 Tokenize = Callable[[str], tuple[Tensor, Tensor]]
 """caption -> (T5 token ids int64 [L], CLIP token ids int64 [77]); remembers repeated captions."""
-
-
-@dataclass(frozen=True)
-class CaptionDropout:
-    """How often text is replaced by the encoding of "", which guidance is trained with.
-
-    Attributes:
-        prob: probability in [0, 1].
-        mode: "joint" drops both encodings together; "independent" drops the T5 and the CLIP
-            encoding each with its own draw, as torchtitan's FLUX does.
-    """
-
-    prob: float = 0.0
-    mode: Literal["joint", "independent"] = "joint"
 
 
 @dataclass(kw_only=True)
@@ -55,7 +39,9 @@ class _Samples:
         size: of the images in pixels; ask `size_at`, which buckets of sizes would change.
         channels: of the images, 1 or 3.
         stochastic: the codec samples a posterior, so samples carry `posterior_noise`.
-        rules: what holds for all pictures.
+        background: red, green and blue, 0 to 255, behind transparent parts.
+        min_size: pixels that the shorter side of a picture must have.
+        srgb: embedded ICC profiles are applied.
     """
 
     source: Source
@@ -65,7 +51,9 @@ class _Samples:
     channels: int
     tokenize: Tokenize
     stochastic: bool
-    rules: PictureRules
+    background: tuple[int, int, int] = WHITE
+    min_size: int = 1
+    srgb: bool = False
 
     def size_at(self, position: int) -> ImageSize:
         """Size of the image at a position; the same for all positions of a step."""
@@ -78,16 +66,15 @@ class _Samples:
         crop: tuple[float, float] = CENTER,
         flip: bool = False,
     ) -> Float32[Tensor, "c H W"]:
-        """The item's image as `fit` makes it; UnreadableItem when it is damaged or too small."""
+        """The item's image for training; UnreadableItem when it is damaged or too small."""
         with damage_is_unreadable(item.item_id):
-            (width, height), least = item.image.size, self.rules.min_size  # from the header alone
+            (width, height), least = item.image.size, self.min_size  # from the header alone
             if min(width, height) < least:
                 what = f"too small: {width} x {height} pixels, data.min_image_size = {least}"
                 raise UnreadableItem(item.item_id, what)
-            picture = load_picture(item.image, size)
-            if self.rules.srgb:
-                picture = picture._replace(image=in_srgb(picture.image))
-            image = fit(picture, size, self.channels, crop, flip, self.rules.background)
+            image = to_training_image(
+                item.image, size, self.channels, crop, flip, self.background, self.srgb
+            )
             return torch.from_numpy(image)
 
     def _noise(
@@ -95,10 +82,10 @@ class _Samples:
     ) -> tuple[Float32[Tensor, "ch h w"], Float32[Tensor, "ch h w"] | None]:
         """Noise and posterior noise, at addresses of this index."""
         shape = self.geometry.latent_shape(size)
-        noise = standard_normal(reused_generator(self.seed, Stream.NOISE, index), shape)
+        noise = standard_normal(generator(self.seed, Stream.NOISE, index), shape)
         if not self.stochastic:
             return noise, None
-        return noise, standard_normal(reused_generator(self.seed, Stream.POSTERIOR, index), shape)
+        return noise, standard_normal(generator(self.seed, Stream.POSTERIOR, index), shape)
 
 
 @dataclass(kw_only=True)
@@ -108,13 +95,16 @@ class TrainingSamples(_Samples):
     Attributes:
         order: which item stands at a position.
         time_density: maps a uniform draw to a time.
-        dropout: how often captions are dropped.
+        dropout_prob: how often text is replaced by the encoding of "", which guidance needs.
+        dropout_mode: "joint" drops both encodings together; "independent" drops the T5 and the CLIP
+            encoding each with its own draw, as torchtitan's FLUX does.
         flip_prob: probability of mirroring left and right.
     """
 
     order: Order = field(init=False)
     time_density: TimeDensity
-    dropout: CaptionDropout
+    dropout_prob: float = 0.0
+    dropout_mode: Literal["joint", "independent"] = "joint"
     flip_prob: float = 0.0
 
     def __post_init__(self):
@@ -133,7 +123,7 @@ class TrainingSamples(_Samples):
         )
 
     def _rng(self, stream: Stream, position: int) -> np.random.Generator:
-        return reused_generator(self.seed, stream, position)
+        return generator(self.seed, stream, position)
 
     def picture(self, position: int) -> tuple[Item, Float32[Tensor, "c H W"], list[Replacement]]:
         """The first choice for the position that can be read, its image, and those before it."""
@@ -165,9 +155,9 @@ class TrainingSamples(_Samples):
     def tokens(self, item: Item, position: int) -> Tokens:
         """The caption at a position for both encoders, dropped or not."""
         t5, clip = self.tokenize(self.caption(item, position))
-        if self.dropout.prob:
-            drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout.prob
-            drop_t5, drop_clip = drop if self.dropout.mode == "independent" else (drop[0], drop[0])
+        if self.dropout_prob:
+            drop = self._rng(Stream.DROPOUT, position).random(2) < self.dropout_prob
+            drop_t5, drop_clip = drop if self.dropout_mode == "independent" else (drop[0], drop[0])
             if drop_t5 or drop_clip:
                 empty_t5, empty_clip = self.tokenize("")
                 t5, clip = empty_t5 if drop_t5 else t5, empty_clip if drop_clip else clip

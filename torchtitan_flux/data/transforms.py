@@ -1,21 +1,20 @@
 """From a PIL image of any mode and size to the array that the codec reads."""
 
+import io
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float32, UInt8
-from PIL import Image
+from PIL import Image, ImageCms
 
-from torchtitan_flux.data.colours import WHITE, check_deep_colours, is_deep, to_mode
 from torchtitan_flux.data.decode import exif_orientation
 from torchtitan_flux.latents import ImageSize
 
 CENTER = (0.5, 0.5)
 """The `crop_draw` of the middle."""
+WHITE = (255, 255, 255)
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -29,111 +28,45 @@ _WHOLE_PIXELS = 128
 # Crops of so many pixels a side, when they shrink, begin and end between two pixels: half a pixel
 # more or less does not show, and torch's resize knows no other.
 
+_NEARLY_BLACK = 16  # of 255: what stays below when 12 bits are taken for 16
 
-# By EXIF orientation: how to turn a picture upright; whether columns and rows of the result run
-# against those (or the rows and columns) of the stored picture. From 5 on, its sides are swapped.
-_ORIENTATIONS = {
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
-    3: (Image.Transpose.ROTATE_180, True, True),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
-    5: (Image.Transpose.TRANSPOSE, False, False),
-    6: (Image.Transpose.ROTATE_270, True, False),
-    7: (Image.Transpose.TRANSVERSE, True, True),
-    8: (Image.Transpose.ROTATE_90, False, True),
+_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
-@dataclass(frozen=True)
-class PictureRules:
-    """What holds for all pictures of a run.
-
-    Attributes:
-        background: red, green and blue, 0 to 255, behind transparent parts.
-        min_size: pixels that the shorter side of a picture must have.
-        srgb: embedded ICC profiles are applied.
-    """
-
-    background: tuple[int, int, int] = WHITE
-    min_size: int = 1
-    srgb: bool = False
-
-
-class Picture(NamedTuple):
-    """An upright, decoded image, and where in it the picture lies.
-
-    A JPEG of 101 columns that is decoded at half its size has 51, of which the picture fills 50.5.
-
-    Attributes:
-        image: upright, decoded.
-        left, top: first column and row, below 1; 0 except where EXIF turned what was left over.
-        width, height: extent in pixels of `image`.
-    """
-
-    image: Image.Image
-    left: float
-    top: float
-    width: float
-    height: float
-
-
-def load_picture(image: Image.Image, size: ImageSize) -> Picture:
-    """Decode an image, no finer than `size` needs, and turn it as its EXIF orientation says.
-
-    Raises:
-        Exception: almost any, when the file behind the image is damaged.
-    """
-    # A picture made in memory has no metadata to look through; that look takes 10 us.
-    if type(image) is Image.Image and not image.info:
-        return Picture(image, 0, 0, *image.size)
-    deep, extent, is_jpeg = is_deep(image), None, image.format in ("JPEG", "MPO")
-    if not is_jpeg:  # whose EXIF stands before the pixels
-        image.load()
-    orientation = exif_orientation(image)
-    turn = _ORIENTATIONS.get(orientation)
-    swaps = turn is not None and orientation >= 5
-    if is_jpeg:
-        wanted = (size.height, size.width) if swaps else (size.width, size.height)
-        least = (math.ceil(_DRAFT_MARGIN * wanted[0]), math.ceil(_DRAFT_MARGIN * wanted[1]))
-        if drafted := image.draft(None, least):
-            extent = drafted[1][2:]
-        image.load()
-    extent = extent or image.size
-    if deep:
-        check_deep_colours(image)
-    if turn is None:
-        return Picture(image, 0, 0, *extent)
-    left, top = image.width - extent[0], image.height - extent[1]
-    if swaps:
-        left, top, extent = top, left, extent[::-1]
-    method, flips_x, flips_y = turn
-    return Picture(image.transpose(method), left * flips_x, top * flips_y, *extent)
-
-
-def fit(
-    picture: Picture,
+def to_training_image(
+    image: Image.Image,
     size: ImageSize,
     channels: int,
     crop_draw: tuple[float, float] = CENTER,
     flip: bool = False,
     background: tuple[int, int, int] = WHITE,
+    srgb: bool = False,
 ) -> Float32[np.ndarray, "channels height width"]:
-    """Resize a picture so that it just covers `size`, crop, and scale to [-1, 1].
+    """Turn a picture upright, resize it so that it just covers `size`, crop, scale to [-1, 1].
 
     Args:
-        picture: of any PIL mode.
+        image: of any PIL mode, decoded or not yet.
         size: pixels of the result.
         channels: 1 for gray, 3 for RGB.
         crop_draw: (x, y) in [0, 1): where in the part that is left over the crop lies.
         flip: mirror left and right.
-        background: red, green and blue behind what is transparent.
+        background: red, green and blue, 0 to 255, behind what is transparent.
+        srgb: apply an embedded ICC profile.
 
     Raises:
-        ValueError: other channels, or an image of a mode that PIL cannot convert.
+        Exception: almost any, when the file behind the image is damaged.
     """
-    if channels not in _MODES:
-        raise ValueError(f"images have 1 or 3 channels, not {channels}")
-    image = to_mode(picture.image, _MODES[channels], background)
-    pixels = _resized_crop(picture._replace(image=image), size, crop_draw)
+    image, extent = load_picture(image, size)
+    image = _to_mode(_in_srgb(image) if srgb else image, _MODES[channels], background)
+    pixels = _resized_crop(image, extent, size, crop_draw)
     if flip:
         pixels = pixels[:, ::-1]
     pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
@@ -143,11 +76,75 @@ def fit(
     return scaled
 
 
+def load_picture(image: Image.Image, size: ImageSize) -> tuple[Image.Image, tuple[float, float]]:
+    """(the upright image, width and height of the picture in its pixels).
+
+    A JPEG that lies upright is decoded no finer than `size` needs. One of 101 columns that is
+    decoded at half its size has 51, of which the picture fills 50.5.
+    """
+    drafted = None
+    if image.format in ("JPEG", "MPO") and exif_orientation(image) == 1:
+        least = math.ceil(_DRAFT_MARGIN * size.width), math.ceil(_DRAFT_MARGIN * size.height)
+        drafted = image.draft(None, least)
+    image.load()
+    if (orientation := exif_orientation(image)) in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    width, height = drafted[1][2:] if drafted else image.size
+    return image, (float(width), float(height))
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The image with its ICC profile applied, unless that is damaged or of other colours."""
+    if profile := image.info.get("icc_profile"):
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        image = image.convert(mode) if mode == "RGBA" or image.mode == "P" else image
+        srgb = ImageCms.createProfile("sRGB")
+        try:
+            found = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+            return found or image
+        except ImageCms.PyCMSError:
+            pass
+    return image
+
+
+def _to_mode(image: Image.Image, mode: str, background: tuple[int, int, int]) -> Image.Image:
+    """An image of any mode as "L" or "RGB", on `background` where it is transparent."""
+    transparent = image.has_transparency_data
+    if image.mode == "F" or image.mode.startswith("I"):
+        if transparent:
+            raise ValueError("gray pixels of 16 bits, and one value of them is transparent")
+        image = _to_8_bits(image)
+    if transparent:
+        behind = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA"))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray integers of 16 bits, or floats: 0 to 1 or, if any is above 1, 0 to 255.
+
+    ValueError for others, and for what would come out nearly black: it has fewer bits than its
+    file says.
+    """
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    limit = 255 if image.mode == "F" else 65535
+    white = 1 if image.mode == "F" and high <= 1 else limit
+    if not (low >= 0 and high <= limit):  # a NaN compares false
+        raise ValueError(f"gray pixels from {low:g} to {high:g}, not in 0 to {limit}")
+    if 0 < high * 255 / white < _NEARLY_BLACK:
+        raise ValueError(f"gray pixels up to {high:g}, nearly black where {white} is white")
+    return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
+
+
 def _resized_crop(
-    picture: Picture, size: ImageSize, crop_draw: tuple[float, float]
+    image: Image.Image,
+    extent: tuple[float, float],
+    size: ImageSize,
+    crop_draw: tuple[float, float],
 ) -> UInt8[np.ndarray, "height width *channels"]:
     """The crop of `size` from a picture as resized to cover it; sampled once, where needed."""
-    image, x0, y0, full_width, full_height = picture
+    full_width, full_height = extent
     if (full_width, full_height) == (size.width, size.height):
         return np.asarray(image)
     scale = max(size.width / full_width, size.height / full_height)
@@ -158,8 +155,8 @@ def _resized_crop(
     # The crop in pixels of the original; min() because of rounding in the last place.
     width = min(size.width / scale, full_width)
     height = min(size.height / scale, full_height)
-    left = x0 + crop_draw[0] * (full_width - width)
-    top = y0 + crop_draw[1] * (full_height - height)
+    left = crop_draw[0] * (full_width - width)
+    top = crop_draw[1] * (full_height - height)
     if scale < 1 and min(width, height) >= _WHOLE_PIXELS:
         return _shrunk(image, round(left), round(top), round(width), round(height), size)
     box = (left, top, min(left + width, image.width), min(top + height, image.height))

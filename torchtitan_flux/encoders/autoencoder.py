@@ -1,8 +1,19 @@
-"""The FLUX.1 autoencoder as a codec, and loading it from a file of BFL's or a diffusers folder."""
+"""The FLUX.1 autoencoder as a codec, and loading it from a file of BFL's or a diffusers folder.
+
+| BFL | diffusers AutoencoderKL |
+|---|---|
+| {encoder,decoder}.norm_out | conv_norm_out |
+| mid.block_{1,2} | mid_block.resnets.{0,1} |
+| mid.attn_1.{norm,q,k,v,proj_out}, weights (O, I, 1, 1) | mid_block.attentions.0.{group_norm, |
+| | to_q,to_k,to_v,to_out.0}, weights (O, I) |
+| encoder.down.i.block.j, .downsample.conv | down_blocks.i.resnets.j, .downsamplers.0.conv |
+| decoder.up.i.block.j, .upsample.conv | up_blocks.(n-1-i).resnets.j, .upsamplers.0.conv |
+| nin_shortcut | conv_shortcut |
+"""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torchtitan_flux.encoders.autoencoder_keys import layout_names, without_prefix
 from torchtitan_flux.encoders.autoencoder_layers import (
     NORM_GROUPS,
     AutoencoderArgs,
@@ -18,20 +28,28 @@ from torchtitan_flux.encoders.autoencoder_layers import (
     Encoder,
     parameter_shapes,
 )
-from torchtitan_flux.encoders.codec import check_channels
 from torchtitan_flux.paths import absence
-from torchtitan_flux.tensor_files.element_types import BeyondRange
 from torchtitan_flux.tensor_files.file_sets import weight_files
 from torchtitan_flux.tensor_files.quantized import ScaledSource, check_config
 from torchtitan_flux.tensor_files.safetensors_file import TensorsFile, read_json
-from torchtitan_flux.tensor_files.sources import Box, FilesSource, RenamedSource, Source
-from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch, Shape, check_keys
+from torchtitan_flux.tensor_files.sources import Box, FilesSource, Source
+from torchtitan_flux.tensor_files.state_dict_keys import Shape, check_keys
 
-__all__ = ["Autoencoder", "AutoencoderArgs", "autoencoder_geometry", "load_autoencoder"]
-
-_KEY = "encoder.autoencoder_path"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_STEM = "diffusion_pytorch_model"
 _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
+_RENAMES = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
+    (r"\.block\.(\d+)\.", r".resnets.\1."),
+    (r"\.downsample\.", ".downsamplers.0."),
+    (r"\.upsample\.", ".upsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+)
 
 
 class Autoencoder(nn.Module):
@@ -54,14 +72,8 @@ class Autoencoder(nn.Module):
         """Normalised latents in the dtype of `images`: scale_factor * (z - shift_factor).
 
         z = mean + exp(logvar / 2) * noise, logvar clamped to [-30, 20] as in diffusers; without
-        `noise`, z = mean. ValueError: other channels, or a size that is no multiple of `downscale`.
+        `noise`, z = mean. Sides are multiples of `downscale`.
         """
-        check_channels("images", images, self.args.in_channels)
-        if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
-            raise ValueError(
-                f"images of {images.shape[2]}x{images.shape[3]} pixels: the autoencoder needs "
-                f"multiples of {self.downscale}"
-            )
         moments = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).to(images.dtype)
         z, logvar = moments.chunk(2, dim=1)
         if noise is not None:
@@ -72,7 +84,6 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b ch h w"]) -> Float[Tensor, "b c H W"]:
         """Images, nominally in [-1, 1] and not clipped, in the dtype of `latents`."""
-        check_channels("latents", latents, self.channels)
         z = latents / self.args.scale_factor + self.args.shift_factor
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype)).to(latents.dtype)
 
@@ -86,22 +97,24 @@ class StoredAutoencoder(Source):
     def __init__(self, path: Path) -> None:
         file = path
         if path.is_dir():
-            file = weights_in(path)
-            self.args = _args_of_folder(path, file)
+            # a variant, such as fp16, where it is the only one
+            found = [one for one in weight_files(path) if one.stem == _STEM and one.count == 1]
+            file = path / (found[0].names[0] if len(found) == 1 else f"{_STEM}.safetensors")
+            self.args = _args_of_folder(path)
         elif not path.is_file():
             raise FileNotFoundError(
                 f"{path} {absence(path)}; give BFL's ae.safetensors or a diffusers vae folder"
             )
         stored = FilesSource([TensorsFile.open(file)])
-        named = RenamedSource(stored, without_prefix({name: name for name in stored.shapes}))
         if not path.is_dir():
-            self.args = _args_of_shapes(path, named.shapes)
-        self._source = ScaledSource(named, file)
-        names = layout_names("diffusers" if path.is_dir() else "bfl", self.args)
+            self.args = _args_of_shapes(path, stored.shapes)
+        self._source = ScaledSource(stored, file)
+        self.shapes = parameter_shapes(self.args)
+        names = {own: (own, shape) for own, shape in self.shapes.items()}
+        names = diffusers_names(self.args) if path.is_dir() else names
         check_keys(self._source.shapes, dict(names.values()), str(file))
         self._names = {own: name for own, (name, _) in names.items()}
         self.dtypes = {own: self._source.dtypes[name] for own, name in self._names.items()}
-        self.shapes = parameter_shapes(self.args)
 
     def part(self, name: str, box: Box) -> Tensor:
         return self._source.whole(self._names[name]).reshape(self.shapes[name])[box]
@@ -118,19 +131,19 @@ def load_autoencoder(
     Args:
         path: a file in Black Forest Labs' layout (`ae.safetensors`; its architecture is read off
             the tensor shapes, scale and shift are those of FLUX.1), or a diffusers `vae` folder
-            with `config.json` and `diffusion_pytorch_model.safetensors`; all names may stand behind
-            a prefix.
+            with `config.json` and `diffusion_pytorch_model.safetensors`.
         device: where the weights go.
         dtype: of the weights and of the computation.
 
     Raises:
-        FileNotFoundError: nothing there, or a folder that lacks one of the two files.
-        ValueError: not safetensors, not this architecture (KeyMismatch names the keys), a
-            configuration this code does not implement, or quantised but for scaled float8.
+        ValueError: not there, not safetensors, not this architecture, a configuration that is not
+            implemented, quantised but for scaled float8, or values that `dtype` cannot hold.
     """
-    with _naming_key(path):
+    try:
         stored = StoredAutoencoder(Path(path))
         state_dict = {name: stored.read(name, dtype).to(device) for name in stored.shapes}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"encoder.autoencoder_path: {path}: {error}") from None
     with torch.device("meta"):
         autoencoder = Autoencoder(stored.args)
     autoencoder.load_state_dict(state_dict, assign=True)
@@ -140,34 +153,32 @@ def load_autoencoder(
 def autoencoder_geometry(path: str | Path) -> tuple[int, int]:
     """(latent channels, pixels per latent cell) of what `load_autoencoder` would load.
 
-    Reads only the configuration and the safetensors header. Raises as `load_autoencoder` does, but
-    where a value does not fit.
+    Reads only the configuration and the safetensors header. Raises ValueError or OSError.
     """
-    with _naming_key(path):
-        args = StoredAutoencoder(Path(path)).args
+    args = StoredAutoencoder(Path(path)).args
     return args.z_channels, args.downscale
 
 
-@contextmanager
-def _naming_key(path: str | Path) -> Iterator[None]:
-    """Messages begin with the TOML key."""
-    try:
-        yield
-    except KeyMismatch as error:
-        what = f"{_KEY}: {path}"
-        raise KeyMismatch(what, error.missing, error.unknown, error.mis_shaped) from None
-    except BeyondRange as error:
-        raise ValueError(f"{_KEY}: {path}: {error}") from None
-    except (ValueError, FileNotFoundError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{_KEY}: {error}") from None
+@cache
+def diffusers_names(args: AutoencoderArgs) -> dict[str, tuple[str, Shape]]:
+    """Our name -> diffusers' name and shape, for every parameter; values are in equal order."""
+    last = len(args.ch_mult) - 1
+
+    def entry(name: str, shape: Shape) -> tuple[str, Shape]:
+        matrix = re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name)
+        if level := re.match(r"decoder\.up\.(\d+)\.", name):
+            name = f"decoder.up_blocks.{last - int(level[1])}.{name[level.end() :]}"
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        return name, shape[:2] if matrix else shape
+
+    return {name: entry(name, shape) for name, shape in parameter_shapes(args).items()}
 
 
-def weights_in(folder: Path) -> Path:
-    """The weights in a diffusers folder: a variant, such as fp16, where it is the only one."""
-    stem = _WEIGHTS.partition(".")[0]
-    found = [one for one in weight_files(folder) if one.stem == stem and one.count == 1]
-    return folder / (found[0].names[0] if len(found) == 1 else _WEIGHTS)
+def to_diffusers(state_dict: Mapping[str, Tensor], args: AutoencoderArgs) -> dict[str, Tensor]:
+    """A state dict of ours under diffusers' names and in its shapes."""
+    names = diffusers_names(args)
+    return {name: state_dict[own].reshape(shape) for own, (name, shape) in names.items()}
 
 
 def _args_of_shapes(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderArgs:
@@ -178,41 +189,35 @@ def _args_of_shapes(path: Path, shapes: Mapping[str, Shape]) -> AutoencoderArgs:
 
     try:
         ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+        _ = shapes["encoder.down.0.block.0.conv1.weight"]  # which diffusers' layout has not
         levels = count(r"encoder\.down\.(\d+)\.")
         widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         return AutoencoderArgs(
             in_channels=in_channels,
             ch=ch,
-            ch_mult=_multiples(widths, ch),
+            ch_mult=tuple(width // ch for width in widths),
             num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
             z_channels=shapes["decoder.conv_in.weight"][1],
             out_ch=shapes["decoder.conv_out.weight"][0],
         )
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{path} is not an autoencoder in BFL's layout ({error}); give ae.safetensors of "
-            "FLUX.1, or a diffusers vae folder with its config.json"
+            f"{path} is not an autoencoder in BFL's layout ({error!r}); give ae.safetensors of "
+            "FLUX.1, or a diffusers vae folder"
         ) from None
 
 
-def _args_of_folder(folder: Path, weights: Path) -> AutoencoderArgs:
+def _args_of_folder(folder: Path) -> AutoencoderArgs:
     """Architecture of a diffusers AutoencoderKL, from its config.json."""
-    path = folder / "config.json"
-    for file in (path, weights):
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"the folder {folder} has no {file.name}; give a diffusers vae folder, or the file "
-                "ae.safetensors itself"
-            )
     try:
-        config = read_json(path)
+        config = read_json(folder / "config.json")
         _check_supported(config)
         check_config(config)
         widths = config["block_out_channels"]
         return AutoencoderArgs(
             in_channels=config["in_channels"],
             ch=widths[0],
-            ch_mult=_multiples(widths, widths[0]),
+            ch_mult=tuple(width // widths[0] for width in widths),
             num_res_blocks=config["layers_per_block"],
             z_channels=config["latent_channels"],
             scale_factor=config["scaling_factor"],
@@ -220,10 +225,11 @@ def _args_of_folder(folder: Path, weights: Path) -> AutoencoderArgs:
             shift_factor=config.get("shift_factor") or 0.0,
             out_ch=config["out_channels"],
         )
-    except KeyError as error:
-        raise ValueError(f"{path} has no entry {error}; not an AutoencoderKL?") from None
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a FLUX autoencoder: {error}") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} does not describe a FLUX autoencoder ({error!r}); give a diffusers vae "
+            "folder with its config.json, or the file ae.safetensors itself"
+        ) from None
 
 
 def _check_supported(config: Mapping[str, Any]) -> None:
@@ -248,9 +254,3 @@ def _check_supported(config: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
-
-
-def _multiples(widths: list[int], ch: int) -> tuple[int, ...]:
-    if any(width % ch for width in widths):
-        raise ValueError(f"level widths {widths} are not multiples of the first, {ch}")
-    return tuple(width // ch for width in widths)

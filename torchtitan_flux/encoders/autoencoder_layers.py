@@ -40,14 +40,6 @@ class AutoencoderArgs:
     shift_factor: float = 0.1159
     out_ch: int = 3
 
-    def __post_init__(self) -> None:
-        if self.ch < NORM_GROUPS or self.ch % NORM_GROUPS:
-            raise ValueError(
-                f"autoencoder width {self.ch} is not a positive multiple of {NORM_GROUPS}"
-            )
-        if not self.ch_mult:
-            raise ValueError("an autoencoder needs at least one level, ch_mult is empty")
-
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, highest resolution first."""

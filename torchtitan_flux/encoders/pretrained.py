@@ -7,7 +7,7 @@ what the folder says about itself (`model_type` in config.json) is compared with
 from pathlib import Path
 from typing import Any
 
-from torchtitan_flux.paths import is_hub_name
+from torchtitan_flux.paths import absence, looks_local
 from torchtitan_flux.tensor_files.quantized import check_config
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.tensor_files.state_dict_keys import KeyMismatch
@@ -33,30 +33,20 @@ def locate(path: str | Path, key: str) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-    if Path(path).exists() or not is_hub_name(str(path)):
-        raise FileNotFoundError(
-            f"{key}: there is no folder {path} (a name on the Hugging Face hub would be owner/name)"
-        )
+    if Path(path).exists():
+        raise FileNotFoundError(f"{key}: {path} is a file; name the folder with its config.json")
+    if looks_local(str(path)):
+        raise FileNotFoundError(f"{key}: {path} {absence(path)}")
     return {"pretrained_model_name_or_path": str(path)}
 
 
 def refusal(key: str, path: str | Path, what: str, error: Exception | str) -> ValueError:
-    """The one error for a thing that does not load; for a name on the hub, also the way around.
-
-    Not every repository can be reached, and some (google/t5-v1_1-xxl) have only pickles.
-    """
+    """The one error for a thing that does not load."""
     reason = " ".join(str(error).split()).rstrip(".")
     if len(reason) > _REASON_LENGTH and not isinstance(error, _OWN):
         reason = reason[:_REASON_LENGTH] + " …"
-    message = f"{key}: cannot load the {what} from {path}: {reason}"
-    if not Path(path).exists() and key in PUBLISHED:
-        encoder, tokenizer = PUBLISHED[key]
-        message += (
-            "; FLUX.1's own is downloaded by `python scripts/download_hf_assets.py --repo_id "
-            f"black-forest-labs/FLUX.1-schnell --assets {encoder} {tokenizer}`, then {key} = "
-            f"'assets/hf/FLUX.1-schnell/{encoder}'"
-        )
-    return ValueError(message)
+    hint = "" if Path(path).exists() else "; docs/downloads.md tells how to get FLUX.1's own"
+    return ValueError(f"{key}: cannot load the {what} from {path}: {reason}{hint}")
 
 
 def read_t5_config(path: str | Path) -> Any:
@@ -98,10 +88,9 @@ def _read_config(path: str | Path, key: str, *model_types: str) -> dict[str, Any
 def load_tokenizer(path: str | Path, key: str) -> Any:
     """The tokenizer in a folder or repository, else in the folder beside it of a pipeline."""
     where = locate(path, key)
-    beside = Path(path).parent / PUBLISHED[key][1]
-    if Path(path).is_dir() and not has_tokenizer(Path(path)) and has_tokenizer(beside):
-        where = locate(beside, key)
     try:
+        if Path(path).is_dir():
+            where = locate(tokenizer_folder(Path(path), key), key)
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(**where, use_fast=True)
@@ -110,6 +99,12 @@ def load_tokenizer(path: str | Path, key: str) -> Any:
         raise refusal(key, path, "tokenizer", error) from None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+def tokenizer_folder(encoder: Path, key: str) -> Path:
+    """The folder of an encoder, or that beside it, whichever holds a tokenizer."""
+    places = [encoder, encoder.parent / PUBLISHED[key][1]]
+    for place in places:
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            return place
+    raise FileNotFoundError(
+        f"no tokenizer ({' or '.join(TOKENIZER_FILES)}) is in {places[0]} or {places[1]}"
+    )

@@ -1,9 +1,8 @@
 """Captions to the tokens of both text encoders."""
 
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -15,24 +14,6 @@ from torchtitan_flux.encoders.pretrained import CLIP_KEY, T5_KEY, load_tokenizer
 CLIP_LENGTH = 77
 """Tokens that CLIP reads, start and end of text included."""
 
-_CACHED_CAPTIONS = 4096
-
-
-class Unread(NamedTuple):
-    """What an encoder does not read of a caption.
-
-    Attributes:
-        encoder: "T5" or "CLIP".
-        tokens: of the whole caption, those that the encoder adds included.
-        limit: how many are read.
-        text: the end that is cut.
-    """
-
-    encoder: str
-    tokens: int
-    limit: int
-    text: str
-
 
 class CaptionTokenizer:
     """Tokenises a caption for T5 and CLIP, padded and truncated to fixed lengths.
@@ -41,8 +22,7 @@ class CaptionTokenizer:
     tokens, end of text, then its padding token up to 77. When a caption is too long its end is cut
     and the end token stays.
 
-    Can be pickled, for the workers of a data loader; repeated captions are remembered, the most
-    recent 4096 of them.
+    Can be pickled, for the workers of a data loader.
     """
 
     def __init__(self, t5_path: str | Path, clip_path: str | Path, max_t5_len: int) -> None:
@@ -58,8 +38,6 @@ class CaptionTokenizer:
         t5 = load_tokenizer(t5_path, T5_KEY)
         clip = load_tokenizer(clip_path, CLIP_KEY)
         self.max_t5_len = max_t5_len
-        self.limits = {"T5": max_t5_len, "CLIP": CLIP_LENGTH}
-        """Name of each encoder -> tokens that it takes."""
         self._t5 = _fixed_length(t5, max_t5_len)
         self._clip = _fixed_length(clip, CLIP_LENGTH)
         # The empty caption shows whether the two are what they were given for.
@@ -71,22 +49,16 @@ class CaptionTokenizer:
             )
 
     def __call__(self, caption: str) -> tuple[Int64[Tensor, " t5_len"], Int64[Tensor, "77"]]:
-        """(T5 tokens of shape [max_t5_len], CLIP tokens of shape [77]), the caller's own copies."""
-        t5, clip = self._tokens(caption)
-        return t5.clone(), clip.clone()
+        """(T5 tokens of shape [max_t5_len], CLIP tokens of shape [77])."""
+        t5, clip = self._t5.encode(caption), self._clip.encode(caption)
+        return torch.tensor(t5.ids), torch.tensor(clip.ids)
 
-    @cached_property
-    def _tokens(self) -> Callable[[str], tuple[Tensor, Tensor]]:
-        def encode(caption: str) -> tuple[Tensor, Tensor]:
-            both = (self._t5.encode(caption).ids, self._clip.encode(caption).ids)
-            return torch.tensor(both[0]), torch.tensor(both[1])
-
-        return lru_cache(_CACHED_CAPTIONS)(encode)
-
-    def count(self, caption: str) -> tuple[int, int]:
-        """Tokens of the whole caption for T5 and CLIP, those that both add included."""
-        t5, clip = self._whole
-        return len(t5.encode(caption).ids), len(clip.encode(caption).ids)
+    def cut(self, caption: str) -> dict[str, tuple[int, int]]:
+        """Encoders that do not read all of a caption: the tokens that it has, and those read."""
+        limits = {"T5": self.max_t5_len, "CLIP": CLIP_LENGTH}
+        counts = (len(tokenizer.encode(caption).ids) for tokenizer in self._whole)
+        found = zip(limits.items(), counts, strict=True)
+        return {name: (count, limit) for (name, limit), count in found if count > limit}
 
     @cached_property
     def _whole(self) -> tuple[Tokenizer, Tokenizer]:
@@ -96,26 +68,6 @@ class CaptionTokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
         return both
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
-
-    def unread(self, caption: str) -> list[Unread]:
-        """What is cut of a caption, for each encoder that does not read all of it."""
-        found = []
-        for name, tokenizer in (("T5", self._t5), ("CLIP", self._clip)):
-            encoding = tokenizer.encode(caption)
-            if not encoding.overflowing:
-                continue
-            further = [
-                place
-                for part in encoding.overflowing
-                for place, added in zip(part.offsets, part.special_tokens_mask, strict=True)
-                if not added
-            ]
-            tokens, limit = len(encoding.ids) + len(further), len(encoding.ids)
-            found.append(Unread(name, tokens, limit, caption[further[0][0] :]))
-        return found
 
 
 def _fixed_length(tokenizer: Any, length: int) -> Tokenizer:

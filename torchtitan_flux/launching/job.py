@@ -70,7 +70,7 @@ class Job:
         self._ranks: dict[int, subprocess.Popen] = {}
         self._signals: list[tuple[signal.Signals, float]] = []
         self._requested_at: float | None = None
-        self._killed_in: dict[int, str] = {}  # state letter of a rank's process at that time
+        self._killed: set[int] = set()
 
     def run(self) -> int:
         """Start the ranks and wait for their end; stderr gets a report.
@@ -101,14 +101,16 @@ class Job:
     def _run(self, folder: Path) -> int:
         s = self.settings
         if s.nodes > 1:
-            store, node = join(s, float(self.join_timeout), say)
+            store = join(s, float(self.join_timeout), say)
             host, _, port = s.endpoint.rpartition(":")
         else:
-            store, node = TCPStore("localhost", 0, is_master=True, wait_for_workers=False), 0
+            store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
             host, port = "localhost", str(store.port)
-        first = node * s.ranks_per_node
-        hidden = set(range(first, first + s.ranks_per_node)) - s.shown
-        logs = _new_folder(self.logs) if hidden else None
+        first = s.node_rank * s.ranks_per_node
+        # nodes that start in the same second share it, rank numbers differ
+        logs = self.logs / time.strftime("%Y%m%d-%H%M%S")
+        if set(range(first, first + s.ranks_per_node)) - s.shown:
+            logs.mkdir(parents=True, exist_ok=True)
         self._start(first, {"MASTER_ADDR": host, "MASTER_PORT": port}, folder, logs)
         ended_after, failed_at = self._wait(folder)
         exits = [self._exit(rank, after, folder) for rank, after in ended_after.items()]
@@ -119,10 +121,10 @@ class Job:
             leave_together(store, s.nodes)
         return DONE
 
-    def _start(self, first: int, address: dict[str, str], folder: Path, logs: Path | None) -> None:
+    def _start(self, first: int, address: dict[str, str], folder: Path, logs: Path) -> None:
         s = self.settings
         common = {
-            **os.environ, **unset(os.environ, s.ranks_per_node, sys.platform), **address,
+            **os.environ, **unset(os.environ, s.ranks_per_node), **address,
             FOLDER: str(folder), LAUNCHER: str(os.getpid()), "WORLD_SIZE": str(s.ranks),
             "LOCAL_WORLD_SIZE": str(s.ranks_per_node), "TORCHELASTIC_RUN_ID": "torchtitan-flux",
             # rank 0 uses the launcher's store instead of serving one
@@ -135,11 +137,12 @@ class Job:
             for local, rank in enumerate(range(first, first + s.ranks_per_node)):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(local),
                        "TORCHELASTIC_ERROR_FILE": str(folder / f"error-{rank}.json")}  # fmt: skip
-                to = None if rank in s.shown else logs
-                with _stream(to, f"rank-{rank}.out") as out, _stream(to, f"rank-{rank}.err") as err:
+                path = os.devnull if rank in s.shown else logs / f"rank-{rank}.log"
+                with open(path, "wb") as file:
+                    log = None if rank in s.shown else file
                     self._ranks[rank] = subprocess.Popen(
                         [*command, *self.arguments], env={**common, **own},
-                        stdout=out, stderr=err, start_new_session=True,
+                        stdout=log, stderr=log, start_new_session=True,
                     )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -167,7 +170,7 @@ class Job:
                 killed_at = killed_at or now
                 for rank in self._ranks.keys() - ended_after.keys():
                     if left[rank] is None:  # else it was ending by itself
-                        self._killed_in.setdefault(rank, _process_state(self._ranks[rank].pid))
+                        self._killed.add(rank)
                     _kill(self._ranks[rank])
                     if now - killed_at > PATIENCE:  # uninterruptible in the kernel
                         ended_after[rank] = now
@@ -183,23 +186,23 @@ class Job:
         with contextlib.suppress(OSError, ValueError):
             recorded = json.loads((folder / f"error-{rank}.json").read_text())
             traceback = recorded["message"]["extraInfo"]["py_callstack"]
-        killed_in = self._killed_in.get(rank)
-        return RankExit(rank, process.pid, status, ended_after, beat, traceback, killed_in)
+        killed = rank in self._killed
+        return RankExit(rank, process.pid, status, ended_after, beat, traceback, killed)
 
-    def _report(self, exits: list[RankExit], failed_at: float, logs: Path | None) -> int:
+    def _report(self, exits: list[RankExit], failed_at: float, logs: Path) -> int:
         s = self.settings
         refused = [one for one in exits if one.status == MISCONFIGURED]
         refused.sort(key=lambda one: one.rank not in s.shown)
         cause = refused[0] if refused else root_cause(exits)
-        if logs is not None and cause.rank not in s.shown and not cause.traceback:
+        if cause.rank not in s.shown and not cause.traceback:
             # a refused configuration or a fault handler's stack, in a log nobody looks at
-            text = (logs / f"rank-{cause.rank}.err").read_text(errors="replace")
+            text = (logs / f"rank-{cause.rank}.log").read_text(errors="replace")
             sys.stderr.write("".join(text.splitlines(keepends=True)[-TAIL:]))
         if refused:
             return MISCONFIGURED
-        overdue = self._requested_at is not None and len(exits) == len(self._killed_in)
+        overdue = self._requested_at is not None and len(exits) == len(self._killed)
         say(report(exits, s.ranks, failed_at, s.grace if overdue else None))
-        if logs is not None:
+        if logs.exists():
             say(f"output of the ranks that were not shown: {logs}")
         return FAILED
 
@@ -231,13 +234,13 @@ class Job:
                 raise EndNow(f"{number.name} again: ending all ranks; the last checkpoint stays")
 
 
-def unset(environment: Mapping[str, str], ranks_per_node: int, platform: str) -> dict[str, str]:
+def unset(environment: Mapping[str, str], ranks_per_node: int) -> dict[str, str]:
     """What the ranks get beyond the launcher's `environment`, which keeps what it says."""
     # c10d's warnings about peers that left would bury the one report that matters
     wanted = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     if ranks_per_node > 1:
         wanted["OMP_NUM_THREADS"] = "1"
-    if platform == "linux" and not any(name in environment for name in ALLOCATOR):
+    if not any(name in environment for name in ALLOCATOR):
         # a GPU's memory would else be cut into pieces that fit nothing: 4 of 44 GiB
         wanted[ALLOCATOR[0]] = "expandable_segments:True"
     return {name: value for name, value in wanted.items() if name not in environment}
@@ -253,25 +256,3 @@ def _kill(process: subprocess.Popen) -> None:
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def _stream(folder: Path | None, name: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if folder is None else open(folder / name, "wb")
-
-
-def _process_state(pid: int) -> str:
-    """State letter of a process, as in ps; "?" where the system does not tell."""
-    try:  # the name, in brackets, may hold anything
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "?"
-
-
-def _new_folder(parent: Path) -> Path:
-    """One for this start; nodes that start in the same second share it, rank numbers differ."""
-    path = parent / time.strftime("%Y%m%d-%H%M%S")
-    with contextlib.suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-    return Path(tempfile.mkdtemp(prefix="torchtitan-flux-"))

@@ -1,11 +1,10 @@
-"""The launchers of several machines rendezvous at one store before any rank starts, with a timeout
-and a line about who is missing. The ranks use the same store."""
+"""The launchers of several machines meet at a store that the first one serves, before any rank
+starts; the ranks use the same store."""
 
 import contextlib
-import json
+import os
 import socket
 import time
-import uuid
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -18,58 +17,54 @@ INTERVAL = 30.0
 """Seconds between two lines about who is missing."""
 
 
-class NotJoined(RuntimeError):
-    """The machines did not meet; the message says who is missing, or what they disagree about."""
-
-
-class Disagreement(NotJoined):
-    """Two machines were started in different ways."""
+class NotJoined(Exception):
+    """The machines did not meet; the message says why."""
 
 
 def join(
     settings: Settings, timeout: float, say: Callable[[str], None], interval: float = INTERVAL
-) -> tuple[Store, int]:
+) -> Store:
     """Wait until a launcher runs on each machine; `say` gets a line every `interval` seconds.
 
     Returns:
-        (the store they met at, to be kept; number of this machine).
+        the store they met at, to be kept.
 
     Raises:
-        NotJoined: after `timeout` seconds, or as soon as it can be seen that they never will.
+        NotJoined: after `timeout` seconds, or because two were started in different ways.
     """
-    s, begin, lines = settings, time.monotonic(), 0
-    mine = {"NNODES": s.nodes, "NGPU": s.ranks_per_node, "name": uuid.uuid4().hex}
-    store, number = None, -1
+    s, begin, lines, store = settings, time.monotonic(), 0, None
+    mine, way = str(s.node_rank), f"NNODES = {s.nodes}, NGPU = {s.ranks_per_node}"
+    me = f"{way}, {socket.gethostname()}:{os.getpid()}"
     try:
         while True:
             try:
-                if store is None:
-                    store = PrefixStore("torchtitan-flux", _connect(s))
-                    number = _take_number(store, s, mine)
-                state = _missing(store, s, mine)
-                if not state:
-                    return store.underlying_store, number
+                store = store or _connect(s)
+                there = {mine: store.compare_set(mine, "", me).decode()}
+                names = [str(number) for number in range(s.nodes)]
+                there |= {name: store.get(name).decode() for name in names if store.check([name])}
+                other = [text for text in there.values() if not text.startswith(f"{way}, ")]
+                if other or there[mine] != me:
+                    other = other or [f"NODE_RANK = {mine}, {there[mine]}"]
+                    raise NotJoined(f"{s.endpoint}: {me} here, but there is {other[0]}")
+                absent = [name for name in names if name not in there]
+                if not absent:
+                    return store.underlying_store
+                state = f"NODE_RANK {', '.join(absent)} missing at {s.endpoint}"
             except (OSError, RuntimeError) as error:  # torch's DistError is one
-                if isinstance(error, NotJoined):
-                    raise
                 store = None
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 state = f"no launcher answers at {s.endpoint} ({reason})"
             waited = time.monotonic() - begin
             if waited >= timeout:
-                raise NotJoined(
-                    f"{state}; waited {waited:.0f} s (comm.init_timeout_seconds). Each machine "
-                    f"needs the same command with NNODES = {s.nodes} and RDZV_ENDPOINT = "
-                    f"{s.endpoint}, and has to reach that port"
-                )
+                raise NotJoined(f"{state}; waited {waited:.0f} s (comm.init_timeout_seconds)")
             if waited >= (lines + 1) * interval:
                 lines += 1
                 say(f"{state}; waiting, {timeout - waited:.0f} s more at most")
             time.sleep(min(PERIOD, interval))
-    except BaseException as error:
-        if store is not None and number >= 0 and not isinstance(error, Disagreement):
-            with contextlib.suppress(RuntimeError):  # the server has gone first
-                store.delete_key(str(number))  # another launcher may have it
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # started again, it may come with other settings
+            if store is not None and store.get(mine).decode() == me:
+                store.delete_key(mine)
         raise
 
 
@@ -82,54 +77,12 @@ def leave_together(store: Store, nodes: int, timeout: float = 30.0) -> None:
             time.sleep(0.1)
 
 
-def _take_number(store: Store, s: Settings, mine: dict[str, str | int]) -> int:
-    """The configured number, or the first that is free."""
-    for number in range(s.nodes) if s.node_rank is None else [s.node_rank]:
-        if json.loads(store.compare_set(str(number), "", json.dumps(mine))) == mine:
-            return number
-    taken = f"{s.nodes} machines" if s.node_rank is None else f"NODE_RANK = {s.node_rank}"
-    raise NotJoined(
-        f"{taken} joined at {s.endpoint} before: end that launcher, or choose another port for "
-        "RDZV_ENDPOINT"
-    )
-
-
-def _missing(store: Store, s: Settings, mine: dict[str, str | int]) -> str:
-    """Who has come, as long as somebody is missing."""
-    absent = [str(number) for number in range(s.nodes) if not store.check([str(number)])]
-    for number in range(s.nodes):
-        theirs = mine if str(number) in absent else json.loads(store.get(str(number)))
-        for name in ("NNODES", "NGPU"):
-            if theirs[name] != mine[name]:
-                raise Disagreement(  # and the other one has to see it too
-                    f"{name} = {mine[name]} here, and {theirs[name]} on another machine at "
-                    f"{s.endpoint}: all need the same"
-                )
-    if not absent:
-        return ""
-    which = "" if s.node_rank is None else f" (NODE_RANK {', '.join(absent)} missing)"
-    return f"{s.nodes - len(absent)} of {s.nodes} machines have joined at {s.endpoint}{which}"
-
-
-def _connect(s: Settings) -> Store:
-    """The store at the endpoint, served here where the endpoint is this machine."""
+def _connect(s: Settings) -> PrefixStore:
     host, _, port = s.endpoint.rpartition(":")
-    more = {"wait_for_workers": False, "timeout": timedelta(seconds=30)}
-    if s.node_rank == 0 or (s.node_rank is None and _is_here(host)):
-        try:
-            return TCPStore("localhost", int(port), is_master=True, **more)
-        except RuntimeError:
-            if s.node_rank == 0:
-                raise
-            # unnumbered launchers on one machine: another was faster
-    socket.create_connection((host, int(port)), timeout=5).close()  # fails faster than a store
-    return TCPStore(host, int(port), is_master=False, **more)
-
-
-def _is_here(host: str) -> bool:
-    """Whether an address of this name is one of this machine."""
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as tried:
-            tried.bind(address)
-            return True
-    return False
+    if s.node_rank > 0:  # fails faster than a store
+        socket.create_connection((host, int(port)), timeout=5).close()
+    store = TCPStore(
+        host if s.node_rank else "localhost", int(port), is_master=s.node_rank == 0,
+        wait_for_workers=False, timeout=timedelta(seconds=30),
+    )  # fmt: skip
+    return PrefixStore("torchtitan-flux", store)

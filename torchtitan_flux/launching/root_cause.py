@@ -10,8 +10,6 @@ from torchtitan_flux.training.heartbeat import Beat
 COLLECTIVE_ERROR = re.compile(r"gloo|nccl|Dist(Backend|Network|Store)Error", re.IGNORECASE)
 """In the message of a rank that has waited in vain for another one."""
 
-STATES = {"T": "its process is stopped", "t": "a debugger holds it", "D": "it waits in the kernel"}
-
 
 @dataclass(frozen=True)
 class RankExit:
@@ -22,7 +20,7 @@ class RankExit:
         time: the earliest moment at which it can have failed.
         beat: its last sign.
         traceback: of torchrun's error file.
-        killed_in: state letter of its process when the launcher killed it; None: it ended itself.
+        killed: whether the launcher killed it.
     """
 
     rank: int
@@ -31,7 +29,7 @@ class RankExit:
     time: float
     beat: Beat
     traceback: str = ""
-    killed_in: str | None = None
+    killed: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid})"
@@ -44,12 +42,12 @@ class RankExit:
 
 def root_cause(exits: Sequence[RankExit]) -> RankExit:
     """The rank that failed first; of those that waited for a rank that hangs, that one."""
-    failed = sorted((e for e in exits if e.killed_in is None), key=lambda e: e.time)
-    hung = [e for e in exits if e.killed_in is not None]
+    failed = sorted((e for e in exits if not e.killed), key=lambda e: e.time)
+    hung = [e for e in exits if e.killed]
     if failed and not (hung and COLLECTIVE_ERROR.search(failed[0].message)):
         return failed[0]
     # ranks go in step: who stopped signing first is the one that the others wait for
-    return min(hung, key=lambda e: (e.killed_in not in STATES, e.beat.time))
+    return min(hung, key=lambda e: e.beat.time)
 
 
 def report(
@@ -66,14 +64,13 @@ def report(
     cause = root_cause(exits)
     place = cause.beat.place
     others = [f"{ranks - 1} other rank{'s were' if ranks > 2 else ' was'} stopped."][: ranks - 1]
-    if cause.killed_in is not None:
+    if cause.killed:
         ago = f"{failed_at - cause.beat.time:.0f} s ago, {place}" if cause.beat.phase else "never"
-        state = f"; {STATES[cause.killed_in]}" if cause.killed_in in STATES else ""
         how = f"{cause} hangs" if grace is None else f"not saved within GRACE = {grace} s"
         waited = [
             f"{e} waited for it {e.beat.place}, until: {e.message}" for e in exits if e.message
         ]
-        lines = [f"{how}: last sign of rank {cause.rank} {ago}{state}", *waited[:1], *others]
+        lines = [f"{how}: last sign of rank {cause.rank} {ago}", *waited[:1], *others]
     elif cause.status < 0:
         signals = {number.value: number.name for number in signal.Signals}
         name = signals.get(-cause.status, f"signal {-cause.status}")

@@ -11,7 +11,7 @@ class Settings:
     """How many ranks, where, and what is shown of them.
 
     Attributes:
-        node_rank: None where the nodes are to number themselves.
+        node_rank: number of this machine.
         endpoint: host:port at which several nodes meet.
         shown: ranks whose output is shown.
         grace: seconds that ranks get to save.
@@ -19,7 +19,7 @@ class Settings:
 
     ranks_per_node: int = 1
     nodes: int = 1
-    node_rank: int | None = None
+    node_rank: int = 0
     endpoint: str = ""
     shown: frozenset[int] = frozenset({0})
     grace: int = 600
@@ -50,9 +50,9 @@ class Settings:
             return default
 
         per_node, nodes, grace = whole("NGPU", 1, 1), whole("NNODES", 1, 1), whole("GRACE", 600, 0)
-        node_rank = whole("NODE_RANK", 0, 0) if "NODE_RANK" in value else None
-        if node_rank is not None and node_rank >= nodes:
-            found.append(f"NODE_RANK = {node_rank}: with NNODES = {nodes} it is below {nodes}")
+        node_rank = whole("NODE_RANK", 0, 0)
+        if node_rank >= nodes or (nodes > 1 and "NODE_RANK" not in value):
+            found.append(f"NODE_RANK: each of NNODES = {nodes} has its own, 0 to {nodes - 1}")
         endpoint = value.get("RDZV_ENDPOINT", "")
         host, _, port = endpoint.rpartition(":")
         if nodes > 1 and not (host and port.isdecimal() and 0 < int(port) < 65536):

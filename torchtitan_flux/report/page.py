@@ -14,9 +14,9 @@ from plotly.offline import get_plotlyjs
 
 from torchtitan_flux import __version__
 from torchtitan_flux.formatting import format_bytes
-from torchtitan_flux.report.run import Run, spread
+from torchtitan_flux.report.run import Run, Series
 
-LOSS, MAX_LOSS = "loss_metrics/global_avg_loss", "loss_metrics/global_max_loss"
+LOSS = "loss_metrics/global_avg_loss"
 VALIDATION = "validation_metrics/loss"
 AVERAGE = re.compile(r"validation_metrics/(ema.*)/loss")
 BY_TIME = re.compile(r"validation_metrics/loss_t=(\d+(?:\.\d+)?)")
@@ -31,10 +31,6 @@ OTHERS = {
     "time_metrics/data_wait(%)": "Waiting for data, % of the time",
     "memory/max_reserved(GiB)": "Memory, GiB, peak of rank 0",
 }
-Points = Mapping[int, float] | Mapping[float, float]
-"""Values by step or by time."""
-POINTS = 2000
-"""A curve is drawn with so many points at most."""
 
 
 def page(run: Run, now: float) -> str:
@@ -81,25 +77,13 @@ def figures(run: Run) -> dict[str, go.Figure]:
     """Every curve, by the id of its element."""
     scalars = run.scalars
     tags = {"training": LOSS, "validation": VALIDATION}
-    if scalars.get(MAX_LOSS) != scalars.get(LOSS):
-        tags["training, highest of a rank"] = MAX_LOSS
     tags |= {f"validation, {m[1]}": tag for tag in scalars if (m := AVERAGE.fullmatch(tag))}
     times = {float(m[1]): one for tag, one in scalars.items() if (m := BY_TIME.fullmatch(tag))}
-    times = dict(sorted(times.items()))
-    common = sorted(set.intersection(*map(set, times.values()))) if times else []
     found = {
         "loss": _figure("Loss", {name: scalars[t] for name, t in tags.items() if t in scalars}),
         "by-time": _figure(
             "Validation loss by time (0 data, 1 noise)",
-            {f"t {time:.2f}": series for time, series in times.items()},
-        ),
-        "profile": _figure(
-            "Validation loss over t",
-            {
-                f"step {step:,}": {time: series[step] for time, series in times.items()}
-                for step in spread(common, 4)
-            },
-            x="t",
+            {f"t {time:.2f}": times[time] for time in sorted(times)},
         ),
     }
     for tag, title in OTHERS.items():
@@ -115,22 +99,12 @@ def not_finite(run: Run) -> list[int]:
     return sorted({step for one in series for step, v in one.items() if not math.isfinite(v)})
 
 
-def thinned(series: Points) -> list[tuple[int | float, float]]:
-    """Points by step: all, or of each stretch the lowest and the highest, so that spikes stay."""
-    points = sorted(series.items())
-    size = max(1, math.ceil(2 * len(points) / POINTS))
-    stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    kept = {pick(s, key=lambda point: point[1]) for s in stretches for pick in (min, max)}
-    return sorted(kept, key=lambda point: point[0])
-
-
-def _figure(title: str, lines: Mapping[str, Points], x: str = "step") -> go.Figure:
+def _figure(title: str, lines: Mapping[str, Series]) -> go.Figure:
     figure = go.Figure()
     for name, series in lines.items():
-        points = thinned(series)
-        mode = "lines+markers" if len(points) < 40 else "lines"
-        figure.add_scatter(x=[p for p, _ in points], y=[v for _, v in points], name=name, mode=mode)
+        mode = "lines+markers" if len(series) < 40 else "lines"
+        figure.add_scatter(x=list(series), y=list(series.values()), name=name, mode=mode)
     margin: dict[str, Any] = {"l": 50, "r": 10, "t": 50, "b": 40}
-    figure.update_layout(title=title, xaxis_title=x, height=340, margin=margin)
+    figure.update_layout(title=title, xaxis_title="step", height=340, margin=margin)
     figure.update_layout(legend={"orientation": "h", "y": -0.25}, showlegend=len(lines) > 1)
     return figure

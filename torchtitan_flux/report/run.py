@@ -24,6 +24,7 @@ from torchtitan_flux.training.environment import NAME as ENVIRONMENT
 from torchtitan_flux.training.environment import read_json_lines
 
 MAX_GRIDS, MAX_GRID_BYTES, MAX_GRID_SIDE = 40, 400_000, 1600
+GRID = re.compile(r"step-(\d+)\.png")
 OTHER_RANK = re.compile(r"rank_0*[1-9]\d*")
 Series = dict[int, float]
 """Step -> value."""
@@ -84,7 +85,8 @@ def read_run(folder: Path) -> Run:
     known = defaults | config
     starts = _read_starts(folder / str(known["metrics.save_tb_folder"]))
     scalars = joined(starts)
-    files = _grid_files(folder / str(known["sampling.folder"]), starts)
+    pictures = (folder / str(known["sampling.folder"])).glob("step-*.png")
+    files = sorted((int(m[1]), path) for path in pictures if (m := GRID.fullmatch(path.name)))
     checkpoints = folder / str(known["checkpoint.folder"])
     saved, complete = list_steps(checkpoints), complete_steps(checkpoints)
     if not (config or scalars or files or saved):
@@ -106,7 +108,7 @@ def read_run(folder: Path) -> Run:
     for step, file in spread(files, MAX_GRIDS):
         try:
             grids.append(read_grid(step, file))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except (OSError, ValueError, TypeError, SyntaxError):
             missing.append(f"{file.name} cannot be read as a picture.")
     steps = [*map(max, scalars.values()), *(step for step, _ in files), *complete]
     step = max(steps, default=0)
@@ -151,11 +153,7 @@ def read_grid(step: int, path: Path) -> Grid:
             smaller.save(out, format="JPEG", quality=88)
             content = out.getvalue()
     facts.pop("step", None)
-    try:
-        prompts = json.loads(facts.pop("prompts", ""))
-    except ValueError:
-        prompts = None
-    prompts = list(map(str, prompts)) if isinstance(prompts, list) else []
+    prompts = list(map(str, json.loads(facts.pop("prompts", "[]"))))
     return Grid(
         step, prompts, facts, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     )
@@ -209,17 +207,6 @@ def _read_starts(folder: Path) -> list[Start]:
             series = {tag: {e.step: e.value for e in values} for tag, values in tags.items()}
             starts.append(Start(min(times), max(times), series))
     return sorted(starts, key=lambda start: start.begin)
-
-
-def _grid_files(folder: Path, starts: list[Start]) -> list[tuple[int, Path]]:
-    """(step, file) by step, without those of steps that a later start took back."""
-    found = []
-    for path in folder.glob("step-*.png"):
-        if match := re.fullmatch(r"step-(\d+)\.png", path.name):
-            step, drawn = int(match[1]), path.stat().st_mtime
-            if not any(drawn < start.begin and step > start.first_step for start in starts):
-                found.append((step, path))
-    return sorted(found)
 
 
 def _state(folder: Path, step: int, steps: int | None) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from torchtitan_flux.flow_matching import Velocity
@@ -29,7 +29,7 @@ def euler(
     velocity: Velocity,
     noise: Float[Tensor, "b *rest"],
     times: np.ndarray,
-    on_step: Callable[[Tensor], None] | None = None,
+    on_step: Callable[[Tensor], object] | None = None,
 ) -> Float[Tensor, "b *rest"]:
     """Integrate dx/dt = v from noise to data: x <- x + (t_next - t) v, in float32.
 
@@ -46,27 +46,3 @@ def euler(
         if on_step is not None:
             on_step(x)
     return x
-
-
-class FirstNotFinite:
-    """Notes at which step each sample of a batch stopped being finite, without waiting for a GPU.
-
-    Attributes:
-        first: step of each sample [b], counted from 1; 0 where all is finite.
-    """
-
-    def __init__(self) -> None:
-        self._step = 0
-        self.first = torch.zeros(0, dtype=torch.long)
-
-    def __call__(self, x: Float[Tensor, "b *rest"]) -> None:
-        """Look at the samples after a step of `euler`."""
-        if self._step == 0:
-            self.first = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        self._step += 1
-        self.first.masked_fill_((self.first == 0) & ~all_finite(x), self._step)
-
-
-def all_finite(x: Float[Tensor, "b *rest"]) -> Bool[Tensor, " b"]:
-    """Of which samples every value is a number, neither infinite nor nan."""
-    return torch.isfinite(x).flatten(1).all(1)

@@ -14,7 +14,7 @@ from torchtitan_flux.flow_matching import Velocity, standard_normal
 from torchtitan_flux.latents import Geometry, ImageSize, pack, unpack
 from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
 from torchtitan_flux.randomness import Stream, generator
-from torchtitan_flux.sampling.euler import all_finite, euler, guided
+from torchtitan_flux.sampling.euler import euler, guided
 from torchtitan_flux.sampling.schedules import SCHNELL, Schedule
 
 TextEncoding = Callable[[Sequence[str]], TextConditioning]
@@ -63,7 +63,6 @@ def generate(
     settings: SampleSettings,
     negative_prompt: str = "",
     device: torch.device | str = "cpu",
-    on_step: Callable[[Tensor], None] | None = None,
 ) -> Float[Tensor, "b c H W"]:
     """Draw one `displayable` image for each prompt of a batch.
 
@@ -71,12 +70,11 @@ def generate(
         model: FluxModel, sharded or not; every rank that shares it must call with as many prompts.
         indices: number of each picture; it starts from noise (settings.seed, index).
         negative_prompt: what classifier-free guidance moves away from.
-        on_step: called with the packed tokens after each Euler step.
     """
     noise = torch.stack([initial_noise(geometry, settings.size, settings.seed, i) for i in indices])
     negative = encode_text([negative_prompt]) if settings.cfg != 1.0 else None
     text = encode_text(prompts)
-    latents = denoise(model, geometry, noise.to(device), text, negative, settings, on_step)
+    latents = denoise(model, geometry, noise.to(device), text, negative, settings)
     return displayable(codec.decode(latents))
 
 
@@ -88,7 +86,7 @@ def denoise(
     text: TextConditioning,
     negative: TextConditioning | None,
     settings: SampleSettings,
-    on_step: Callable[[Tensor], None] | None = None,
+    on_step: Callable[[Tensor], object] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """From noise to latents, float32, where the noise is.
 
@@ -108,7 +106,7 @@ def denoise(
 
 def displayable(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
     """What a codec decodes, in [-1, 1], float32; nan all over where a picture is not finite."""
-    bad = ~all_finite(images)
+    bad = ~images.isfinite().flatten(1).all(1)
     return images.float().clamp(-1, 1).masked_fill(bad.view(-1, 1, 1, 1), torch.nan)
 
 

@@ -7,7 +7,7 @@ A schedule has the settings of diffusers' FlowMatchEulerDiscreteScheduler under 
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, StrictBool, StrictInt, TypeAdapter, ValidationError
@@ -19,11 +19,9 @@ TRAIN_TIMESTEPS = 1000
 """What FLUX.1 multiplies times by; with another number diffusers tells the model other times."""
 _UNSUPPORTED = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"),
-    *("invert_sigmas", "stochastic_sampling"),
+    *("invert_sigmas", "stochastic_sampling", "shift_terminal"),
 )
-_ONLY_DYNAMIC = (
-    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type"),
-)
+_ONLY_DYNAMIC = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
 _LARGEST_MU = 300.0
 """Beyond, e^mu and its products overflow."""
 
@@ -38,11 +36,9 @@ class Schedule(NamedTuple):
 
     Attributes:
         shift: alpha, unless use_dynamic_shifting.
-        use_dynamic_shifting: alpha follows from mu, which is linear in the number of image tokens.
+        use_dynamic_shifting: alpha is e^mu, and mu is linear in the number of image tokens.
         base_shift, base_image_seq_len: mu at this many tokens.
         max_shift, max_image_seq_len: a second point of that line.
-        time_shift_type: alpha is e^mu ("exponential"), or mu itself ("linear").
-        shift_terminal: time of the last step, to which all are stretched; None leaves them.
     """
 
     shift: Annotated[Number, Field(gt=0)] = 1.0
@@ -51,8 +47,6 @@ class Schedule(NamedTuple):
     max_shift: Number = SHIFT_MAX[1]
     base_image_seq_len: StrictInt = SHIFT_BASE[0]
     max_image_seq_len: StrictInt = SHIFT_MAX[0]
-    time_shift_type: Literal["exponential", "linear"] = "exponential"
-    shift_terminal: Annotated[Number, Field(gt=0, lt=1)] | None = None
 
     @classmethod
     def of_flavor(cls, guidance_embed: bool) -> "Schedule":
@@ -72,6 +66,8 @@ class Schedule(NamedTuple):
         wrong = [f"{key} = {config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
         if (steps := config.get("num_train_timesteps", TRAIN_TIMESTEPS)) != TRAIN_TIMESTEPS:
             wrong.append(f"num_train_timesteps = {steps!r}, FLUX.1 has {TRAIN_TIMESTEPS}")
+        if (kind := config.get("time_shift_type") or "exponential") != "exponential":
+            wrong.append(f"time_shift_type = {kind!r}")
         if wrong:
             raise ValueError(f"{'; '.join(wrong)}: not computed here")
         given = {key: config[key] for key in cls._fields if config.get(key) is not None}
@@ -94,40 +90,30 @@ class Schedule(NamedTuple):
                     f'{entry.strip()!r} is unknown; "dev", "schnell", or key=value with keys of '
                     f"{', '.join(cls._fields)}, as in shift=3.0"
                 )
-            if key in given:
-                raise ValueError(f"{key} is given twice")
             try:
                 given[key] = json.loads(value)
             except ValueError:
                 given[key] = value
-        dynamic = given.get("use_dynamic_shifting", False)
-        unused = [key for key in (("shift",) if dynamic else _ONLY_DYNAMIC) if key in given]
-        if unused:
-            needs = "without" if dynamic else "with"
+        schedule = cls(**given)._validated()
+        if unused := given.keys() & schedule._unused():
+            needs = "without" if schedule.use_dynamic_shifting else "with"
             raise ValueError(f"{', '.join(unused)} counts only {needs} use_dynamic_shifting=true")
-        return cls(**given)._validated()
+        return schedule
 
     def __str__(self) -> str:
         for name, one in _NAMED.items():
             if self._effective() == one._effective():
                 return name
-        return ",".join(
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in self._effective().items()
-        )
+        settings = self._effective().items()
+        return ",".join(f"{key}={json.dumps(value)}" for key, value in settings)
 
     def config(self) -> dict[str, Any]:
         """`scheduler_config.json` that has diffusers draw at these times."""
-        later = ("time_shift_type", "shift_terminal")  # than FLUX.1, so only where they count
         return {
             "_class_name": SCHEDULER,
             "_diffusers_version": "0.30.0",  # the first release with FLUX.1
             "num_train_timesteps": TRAIN_TIMESTEPS,
-            **{
-                key: value
-                for key, value in self._asdict().items()
-                if key not in later or value != self._field_defaults[key]
-            },
+            **self._asdict(),
         }
 
     def times(self, steps: int, tokens: int) -> np.ndarray:
@@ -138,44 +124,33 @@ class Schedule(NamedTuple):
         """
         if steps < 1:
             raise ValueError(f"denoising steps must be at least 1, not {steps}")
-        times = shift_times(np.linspace(1.0, 0.0, steps + 1), self._alpha(tokens))
-        if self.shift_terminal is None:
-            return times
-        if steps < 2:
-            raise ValueError(f"shift_terminal = {self.shift_terminal} needs at least 2 steps")
-        # source: diffusers, `stretch_shift_to_terminal`; the step to 0 comes after the last time
-        times[:-1] = 1 - (1 - times[:-1]) * (1 - self.shift_terminal) / (1 - times[-2])
-        return times
+        return shift_times(np.linspace(1.0, 0.0, steps + 1), self._alpha(tokens))
 
     def _alpha(self, tokens: int) -> float:
         if not self.use_dynamic_shifting:
             return self.shift
         base = (self.base_image_seq_len, self.base_shift)
         mu = resolution_mu(tokens, base, (self.max_image_seq_len, self.max_shift))
-        alpha = mu
-        if self.time_shift_type == "exponential":
-            alpha = math.exp(mu) if abs(mu) < _LARGEST_MU else 0.0
-        if alpha <= 0:
+        if abs(mu) > _LARGEST_MU:
             raise ValueError(
                 f"at {tokens} image tokens the schedule {self} has mu = {mu:.4g}, which is out of "
                 "range; take another size or another schedule"
             )
-        return alpha
+        return math.exp(mu)
 
     def _effective(self) -> dict[str, Any]:
         """Settings that the times depend on, where they are not the defaults."""
-        unused = ("shift",) if self.use_dynamic_shifting else _ONLY_DYNAMIC
-        return {
-            key: value
-            for key, value in self._asdict().items()
-            if key not in unused and value != self._field_defaults[key]
-        }
+        unused, defaults = self._unused(), self._field_defaults
+        settings = self._asdict().items()
+        return {k: value for k, value in settings if k not in unused and value != defaults[k]}
+
+    def _unused(self) -> set[str]:
+        return {"shift"} if self.use_dynamic_shifting else _ONLY_DYNAMIC
 
     def _validated(self) -> "Schedule":
-        """With numbers as float, and 0 as no terminal (as in diffusers)."""
-        given = self._replace(shift_terminal=self.shift_terminal or None)
+        """With numbers as float."""
         try:
-            given = _VALIDATOR.validate_python(given._asdict())
+            given = _VALIDATOR.validate_python(self._asdict())
         except ValidationError as error:
             wrong = [f"{e['loc'][0]} = {e['input']!r}: {e['msg']}" for e in error.errors()]
             raise ValueError("; ".join(wrong)) from None

@@ -1,8 +1,9 @@
 """What is wrong with a configuration, all of it: the checks of every part, and of the features."""
 
-import functools
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -16,12 +17,10 @@ from torchtitan_flux.encoders.checks import encoder_problems
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.trainable import trainable
 from torchtitan_flux.optimizers import OPTIMIZERS, WITH_BF16
-from torchtitan_flux.parallel.card import card
 from torchtitan_flux.parallel.low_precision_checks import low_precision_fit, low_precision_problems
 from torchtitan_flux.parallel.mesh_checks import mesh_problems, model_problems
 from torchtitan_flux.parallel.pipeline_plan import pipeline_fit, pipeline_problems
 from torchtitan_flux.parallel.recomputation_checks import recomputation_problems
-from torchtitan_flux.startup.folder_checks import folder_problems
 from torchtitan_flux.startup.model_args import (
     AUTO,
     configured_schedule,
@@ -29,9 +28,17 @@ from torchtitan_flux.startup.model_args import (
     resolve_model_args,
     sample_settings,
 )
-from torchtitan_flux.startup.number_checks import number_problems, schedule_problems
+from torchtitan_flux.startup.number_checks import number_problems
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.weights.checks import initial_weights_problems
+
+FLUX_MODULES = (
+    "",
+    "torchtitan.models.flux.job_config",
+    "torchtitan.experiments.flux.job_config",
+    "torchtitan_flux.config.job_config",
+)
+"""Values of job.custom_config_module that mean FLUX's own sections."""
 
 ON_GPUS = (
     "training.enable_cpu_offload",
@@ -52,20 +59,19 @@ def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> li
         ranks: of the run.
     """
     model, args = _model_problems(config, training)
-    schedule = list(_schedule_problems(config))
+    drawn = args if training and not model and config.sampling.denoising_steps > 0 else None
     found = [*number_problems(config), *model]
     if training:
         low_precision = list(low_precision_problems(config))
         found += _feature_problems(config)
         found += _optimizer_problems(config)
-        found += folder_problems(config)
+        found += _folder_problems(config)
         found += data_key_problems(config)
         found += checkpoint_problems(config)
         found += initial_weights_problems(config, args)
         found += recomputation_problems(config)
         found += low_precision
         found += _evaluation_problems(config)
-        found += schedule_problems(config)
         if config.training.local_batch_size > 0:
             found += mesh_problems(config, ranks)
             found += pipeline_problems(config)
@@ -74,9 +80,7 @@ def problems(config: FluxJobConfig, training: bool = True, ranks: int = 1) -> li
             found += pipeline_fit(config, args)
             if not (model or low_precision):
                 found += low_precision_fit(config, args, config.training.image_size)
-            if not (model or schedule) and config.sampling.denoising_steps > 0:
-                found += _grid_problems(config, args)
-    return [*found, *schedule, *_compute_type_problems(config)]
+    return [*found, *_schedule_problems(config, drawn)]
 
 
 def _model_problems(
@@ -101,9 +105,8 @@ def _model_problems(
         args.geometry.check(config.training.image_size)
     except ValueError as error:
         t = config.training
-        key = "training.img_height" if t.img_height else "training.img_width"
-        key = key if t.img_height or t.img_width else "training.img_size"
-        found.append(Problem(key, str(error), ("training.img_size",)))
+        key = next(key for key in ("img_height", "img_width", "img_size") if getattr(t, key))
+        found.append(Problem(f"training.{key}", str(error), ("training.img_size",)))
     return found, args
 
 
@@ -126,14 +129,12 @@ def _feature_problems(config: FluxJobConfig) -> Iterator[Problem]:
             "metrics.enable_wandb",
             "wandb is not installed: pip install wandb, or set it to false",
         ),
+        (
+            config.job.custom_config_module not in FLUX_MODULES,
+            "job.custom_config_module",
+            "is not read: the sections are FLUX's; remove the key",
+        ),
     )
-    if module := config.experimental.custom_import:
-        try:
-            reason = "" if find_spec(module) else "is no module that can be imported"
-        except (ImportError, ValueError) as error:  # of what is above it
-            reason = f"cannot be imported ({error})"
-        if reason:
-            yield Problem("experimental.custom_import", reason)
 
 
 def _optimizer_problems(config: FluxJobConfig) -> Iterator[Problem]:
@@ -141,7 +142,10 @@ def _optimizer_problems(config: FluxJobConfig) -> Iterator[Problem]:
     name, dtype, ema = config.optimizer.name, config.training.dtype, config.ema
     bf16, only = dtype == "bfloat16", config.training.train_only
     kind = OPTIMIZERS.get(name)
-    names = parameter_names(config.model.flavor) if config.model.flavor in FLAVORS else []
+    names = []
+    if only and config.model.flavor in FLAVORS:
+        with torch.device("meta"):
+            names = [name for name, _ in FluxModel(FLAVORS[config.model.flavor]).named_parameters()]
     yield from violated(
         (kind is None, "optimizer.name", f"is not available; use one of {', '.join(OPTIMIZERS)}"),
         (
@@ -177,39 +181,56 @@ def _optimizer_problems(config: FluxJobConfig) -> Iterator[Problem]:
     )
 
 
-@functools.cache
-def parameter_names(flavor: str) -> list[str]:
-    """Names of a flavor's parameters."""
-    with torch.device("meta"):
-        return [name for name, _ in FluxModel(FLAVORS[flavor]).named_parameters()]
+def _folder_problems(config: FluxJobConfig) -> Iterator[Problem]:
+    """Folders that cannot be written, or that another run may be writing."""
+    given, metrics = config.job.dump_folder, config.metrics
+    if problem := _unwritable(Path(given)) if given else "is no folder; name one":
+        yield Problem("job.dump_folder", problem)
+        return
+    for key, used in {
+        "job.save_config_file": True,
+        "checkpoint.folder": config.checkpoint.enable,
+        "sampling.folder": config.sampling.enable,
+        "metrics.save_tb_folder": metrics.enable_tensorboard or metrics.enable_wandb,
+        "profiling.save_traces_folder": config.profiling.enable_profiling,
+        "profiling.save_memory_snapshot_folder": config.profiling.enable_memory_snapshot,
+        "comm.save_traces_folder": config.comm.trace_buf_size > 0,
+    }.items():
+        if not used or not (name := get(config, key)):
+            continue
+        path = Path(os.path.abspath(Path(given, name)))
+        problem = _unwritable(path.parent if key == "job.save_config_file" else path)
+        if not path.is_relative_to(os.path.abspath(given)):
+            problem = "is not below job.dump_folder, which one run alone may write; name one in it"
+        if problem:
+            yield Problem(key, problem)
 
 
-def _compute_type_problems(config: FluxJobConfig) -> Iterator[Problem]:
-    here = card() if torch.version.hip is None else None
-    if config.training.mixed_precision_param == "bfloat16" and here and here.capability < (8, 0):
-        yield Problem(
-            "training.mixed_precision_param",
-            f"needs a GPU of compute capability 8.0 or later, and {here}; compute in float32",
-        )
+def _unwritable(folder: Path) -> str:
+    """Why nothing can be put into a folder that may have to be made; "" where it can."""
+    # unlike Path.exists, os.path.exists raises nothing
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        return f"{there} is a file; name a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written by this user"
+    return ""
 
 
-def _schedule_problems(config: FluxJobConfig) -> Iterator[Problem]:
-    try:
-        configured_schedule(config)
-    except ConfigError as error:
-        yield from error.problems
-
-
-def _grid_problems(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Problem]:
-    """Whether there is a schedule for the pictures that are drawn while training.
+def _schedule_problems(config: FluxJobConfig, args: FluxModelArgs | None) -> Iterator[Problem]:
+    """Whether the schedule exists, and, with `args`, suits the pictures drawn while training.
 
     What states it has to be readable without any, too: it goes along with what is exported.
     """
     key, stated = "checkpoint.initial_load_path", config.sampling.schedule == AUTO
     try:
-        _ = own_scheduler(config) if stated else None
-        if config.sampling.enable:
+        configured_schedule(config)
+        if args is not None and stated:
+            own_scheduler(config)
+        if args is not None and config.sampling.enable:
             sample_settings(config, args).times(args.geometry)
+    except ConfigError as error:
+        yield from error.problems
     except UnreadableWeights as error:
         yield Problem(key, f"{error}; get it again, or set sampling.schedule")
     except (ValueError, OSError) as error:
@@ -217,8 +238,16 @@ def _grid_problems(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Probl
 
 
 def _evaluation_problems(config: FluxJobConfig) -> Iterator[Problem]:
-    v, sampling = config.validation, config.sampling
+    v, sampling, steps = config.validation, config.sampling, config.training.steps
+    total = config.lr_scheduler.total_steps
     yield from violated(
+        (
+            total is not None and steps > total,
+            "training.steps",
+            f"is beyond the schedule of the learning rate, lr_scheduler.total_steps = {total}; "
+            "raise that, or remove it to take training.steps",
+            "lr_scheduler.total_steps",
+        ),
         (
             v.enable and v.steps < 1 and v.steps != -1,
             "validation.steps",
@@ -231,6 +260,12 @@ def _evaluation_problems(config: FluxJobConfig) -> Iterator[Problem]:
             "sampling.prompts",
         ),
     )
+    for section in ("training", "validation"):
+        key, loader = f"{section}.dataloader", get(config, f"{section}.dataloader")
+        factor, workers = loader.prefetch_factor, loader.num_workers
+        if factor is not None and not workers > 0 < factor:
+            message = f"both it and {key}.num_workers = {workers} must be at least 1"
+            yield Problem(f"{key}.prefetch_factor", message, (f"{key}.num_workers",))
     if config.score.enable and config.model.flavor in FLAVORS:
         for key, have, want in (
             ("training.dataset", config.training.dataset, "digits"),

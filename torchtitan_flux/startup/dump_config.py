@@ -1,6 +1,7 @@
 """A configuration as TOML: printed, and left in the dump folder to repeat the run with."""
 
-import json
+import contextlib
+import copy
 from pathlib import Path
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -10,57 +11,34 @@ from torchtitan.tools.logging import logger
 
 from torchtitan_flux import __version__
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.config.schema import get, keys_of
-from torchtitan_flux.config.values import toml_text
+from torchtitan_flux.config.reference import as_toml
 from torchtitan_flux.files import replacing
 from torchtitan_flux.startup.model_args import AUTO, own_scheduler
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 
-NOT_WRITTEN = ("job.config_file",)
-"""It says where the other keys came from."""
-
 
 def resolved_toml(config: FluxJobConfig) -> str:
-    """Every key with its value; read again as configuration file it gives an equal configuration.
+    """A configuration file that repeats the run.
 
-    Keys that are unset and unset by default are left out: TOML has no word for it. The schedule
-    that the run's weights say (`own_scheduler`) is written out: `checkpoint.initial_load_path` may
-    be gone one day.
+    The schedule that the run's weights say (`own_scheduler`) is written out:
+    `checkpoint.initial_load_path` may be gone one day.
     """
-    written = _written_out(config)
-    lines = [
-        f"# The configuration as resolved by torchtitan-flux {__version__}.",
-        "# Given as CONFIG_FILE it repeats the run (job.dump_folder names another place for it).",
-    ]
-    section = None
-    for key in keys_of(type(config)):
-        value = written.get(key.name, get(config, key.name))
-        if key.name in NOT_WRITTEN or (value is None and key.default is None):
-            continue
-        if key.section != section:
-            section = key.section
-            lines += ["", f"[{section}]"]
-        lines.append(f"{key.name.rpartition('.')[2]} = {toml_text(value)}")
-    return "\n".join(lines) + "\n"
+    resolved = copy.deepcopy(config)
+    resolved.job.config_file = None  # it says where the other keys came from
+    resolved.sampling.schedule = _stated_schedule(config) or config.sampling.schedule
+    return (
+        f"# The configuration as resolved by torchtitan-flux {__version__}.\n"
+        "# Given as CONFIG_FILE it repeats the run (job.dump_folder names another place for it).\n"
+        f"{as_toml(resolved)}"
+    )
 
 
-def _resolved_json(config: FluxJobConfig) -> str:
-    values = config.to_dict()
-    for name, value in _written_out(config).items():
-        section, key = name.split(".")
-        values[section][key] = value
-    return json.dumps(values, indent=2)
-
-
-def _written_out(config: FluxJobConfig) -> dict[str, str]:
-    """Values that are found outside of the configuration, by key."""
-    if config.sampling.schedule != AUTO:
-        return {}
-    try:
-        stated = own_scheduler(config)
-        return {} if stated is None else {"sampling.schedule": str(stated.schedule())}
-    except UnreadableWeights:  # nothing is drawn by it: the check saw to that
-        return {}
+def _stated_schedule(config: FluxJobConfig) -> str:
+    """The schedule that the weights say where the configuration leaves it to them."""
+    with contextlib.suppress(UnreadableWeights):  # the check saw to it where it counts
+        if config.sampling.schedule == AUTO and (stated := own_scheduler(config)):
+            return str(stated.schedule())
+    return ""
 
 
 def log_resolved(config: FluxJobConfig) -> None:
@@ -70,14 +48,12 @@ def log_resolved(config: FluxJobConfig) -> None:
     """
     if config.job.print_config:
         logger.info(f"The configuration as resolved:\n{resolved_toml(config)}")
-    for key, value in _written_out(config).items():
-        logger.info(f"{key} = {value!r}, as the run's weights say")
+    if schedule := _stated_schedule(config):
+        logger.info(f"sampling.schedule = {schedule!r}, as the run's weights say")
     name = config.job.save_config_file
     if not name or (dist.is_initialized() and dist.get_rank() != 0):
         return
     path = Path(config.job.dump_folder) / name
-    as_json = path.suffix == ".json"
-    text = _resolved_json(config) if as_json else resolved_toml(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(resolved_toml(config), encoding="utf-8")

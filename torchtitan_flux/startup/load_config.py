@@ -1,11 +1,9 @@
 """`load_config(argv)`: TOML and command line -> one checked configuration, or one report."""
 
-import importlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,35 +14,19 @@ import torch
 from torchtitan.tools.logging import logger
 
 from torchtitan_flux.config.command_line import given_keys, parse
-from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.job_config import Encoder, FluxJobConfig, Inference
 from torchtitan_flux.config.meanings import NOT_USED
 from torchtitan_flux.config.problems import ConfigError, Problem, exit_on_config_error
-from torchtitan_flux.config.schema import Key, get, keys_of, merged, put
+from torchtitan_flux.config.schema import get, keys_of, put, unknown_name
 from torchtitan_flux.config.toml_file import TomlFile, read_toml
-from torchtitan_flux.config.unknown_keys import unknown_key, unknown_section
 from torchtitan_flux.config.values import from_toml, shown
 from torchtitan_flux.paths import locate
 from torchtitan_flux.startup.checks import problems
 
 CONFIG_FILE = "job.config_file"
-CUSTOM_MODULE = "job.custom_config_module"
-
-FLUX_MODULES = (
-    "",
-    "torchtitan.models.flux.job_config",
-    "torchtitan.experiments.flux.job_config",
-    "torchtitan_flux.config.job_config",
-)
-"""Values of job.custom_config_module that mean FLUX's own sections."""
-
-TINY = {
-    "t5_encoder": "assets/tiny/t5",
-    "clip_encoder": "assets/tiny/clip",
-    "autoencoder_path": "assets/tiny/ae.safetensors",
-}
+KEYS = {key.name: key for key in keys_of(FluxJobConfig)}
 
 TORCHTITAN_PROMPTS = "torchtitan/models/flux/inference/prompts.txt"
-PROMPTS = "assets/prompts.txt"
 """What torchtitan's files call the prompts, which only a checkout has there."""
 
 
@@ -57,16 +39,12 @@ class Reading:
         problems: what is wrong.
         unknown: keys whose value is not known because something is wrong with it.
         given: keys that are set -> where: "FILE:LINE", or "" for the command line.
-        repeated: keys that the command line gives several values, a line each.
-        complete: whether all keys were read; a file that is no TOML says nothing about any.
     """
 
     config: FluxJobConfig = field(default_factory=FluxJobConfig)
     problems: list[Problem] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
     given: dict[str, str] = field(default_factory=dict)
-    repeated: list[str] = field(default_factory=list)
-    complete: bool = True
 
 
 def load_config(
@@ -88,12 +66,10 @@ def load_config(
     """
     reading = read(argv)
     notes = list(_adapt(reading))
-    found = list(reading.problems)
-    if reading.complete:
-        ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
-        wrong = [*problems(reading.config, training, ranks)]
-        wrong += more(reading.config) if more else []
-        found += located(wrong, reading.config, reading.given, reading.unknown)
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
+    wrong = [*problems(reading.config, training, ranks)]
+    wrong += more(reading.config) if more else []
+    found = [*reading.problems, *located(wrong, reading.config, reading.given, reading.unknown)]
     if found:
         raise ConfigError(found)
     for level, note in notes:
@@ -120,26 +96,21 @@ def read_config(argv: list[str]) -> FluxJobConfig:
 
 
 def read(argv: list[str]) -> Reading:
-    """Everything that a file and a command line say; raises nothing."""
-    file, reading = TomlFile(""), Reading()
-    try:
-        file = _file(argv)
-    except ConfigError as error:
-        reading.problems += error.problems
-        reading.complete = False
-    try:
-        reading.config = _config_class(argv, file)()
-    except ConfigError as error:  # then nobody knows which keys there are
-        return Reading(problems=[*reading.problems, *error.problems], complete=False)
-    keys = {key.name: key for key in keys_of(type(reading.config))}
-    _read_table(file, file.values, "", keys, reading)
-    line = parse(argv, keys)
-    for key, value in line.values.items():
+    """What a file and a command line say.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    named = [text for key, text in given_keys(argv) if key == CONFIG_FILE]
+    file = read_toml(locate(named[-1]) or Path(named[-1])) if named else TomlFile("")
+    reading = Reading()
+    _read_table(file, file.values, "", reading)
+    values, wrong, in_doubt = parse(argv, KEYS)
+    for key, value in values.items():
         put(reading.config, key, value)
         reading.given[key] = ""
-    reading.problems += line.problems
-    reading.unknown = (reading.unknown - set(line.values)) | line.unknown
-    reading.repeated = line.repeated
+    reading.problems += wrong
+    reading.unknown = (reading.unknown - set(values)) | in_doubt
     job = reading.config.job
     job.config_file = file.path or job.config_file
     # once, for everything that writes there; elsewhere "~" would be a folder of that name
@@ -147,68 +118,22 @@ def read(argv: list[str]) -> Reading:
     return reading
 
 
-def _file(argv: list[str]) -> TomlFile:
-    """The configuration file of a command line; an empty one where none is named.
-
-    Raises:
-        ConfigError: it is not there, cannot be read, or is one of several.
-    """
-    named = list(dict.fromkeys(text for key, text in given_keys(argv) if key == CONFIG_FILE))
-    if not named:
-        return TomlFile("")
-    path = locate(named[0]) if named[0] else None
-    if len(named) > 1:
-        problem = f"is given more than once ({', '.join(named)}); choose one"
-    elif path is None:
-        problem = f"{named[0]!r} does not exist"
-    elif path.is_dir():
-        problem = f"{named[0]!r} is a folder; name the TOML file in it"
-    else:
-        return read_toml(path, str(path))
-    raise ConfigError([Problem(CONFIG_FILE, problem)])
-
-
-def _config_class(argv: list[str], file: TomlFile) -> type[FluxJobConfig]:
-    """The configuration class, with what the user's own module adds.
-
-    Raises:
-        ConfigError: the module cannot be imported, or has no such sections.
-    """
-    job = file.values.get("job", {})
-    module = job.get("custom_config_module", "") if isinstance(job, dict) else ""
-    for key, text in given_keys(argv):
-        module = text if key == CUSTOM_MODULE else module
-    if module in FLUX_MODULES or not isinstance(module, str):
-        return FluxJobConfig
-    try:
-        custom = importlib.import_module(module).JobConfig
-    except Exception as error:  # whatever the user's module raises
-        reason = f"{module!r} cannot be used ({type(error).__name__}: {error})"
-        raise ConfigError([Problem(CUSTOM_MODULE, reason)]) from None
-    if not is_dataclass(custom) or not all(is_dataclass(f.type) for f in dataclass_fields(custom)):
-        reason = f"JobConfig of {module!r} must be a dataclass whose fields are dataclasses"
-        raise ConfigError([Problem(CUSTOM_MODULE, reason)])
-    return merged(FluxJobConfig, custom)  # type: ignore[arg-type]
-
-
-def _read_table(
-    file: TomlFile, table: dict[str, Any], prefix: str, keys: dict[str, Key], reading: Reading
-) -> None:
+def _read_table(file: TomlFile, table: dict[str, Any], prefix: str, reading: Reading) -> None:
     """Put what a table of the file says into the configuration, or note what is wrong with it."""
     for last, value in table.items():
         name = prefix + last
         where = f"{file.where(name)}: {name}"
-        within = [key for key in keys if key.startswith(f"{name}.")]
+        within = [key for key in KEYS if key.startswith(f"{name}.")]
         meant: list[str] = []
         if within and isinstance(value, dict):
-            _read_table(file, value, f"{name}.", keys, reading)
+            _read_table(file, value, f"{name}.", reading)
             continue
         if within:
             problem = Problem(name, f"is a section: write [{name}], and its keys below", (), where)
             meant = within
         elif name == CONFIG_FILE:
             problem = Problem(name, "belongs on the command line; remove it", (), where)
-        elif key := keys.get(name):
+        elif key := KEYS.get(name):
             try:
                 put(reading.config, name, from_toml(value, key.annotation))
                 reading.given[name] = file.where(name)
@@ -216,10 +141,8 @@ def _read_table(
             except ValueError as error:
                 problem = Problem(name, str(error), (), f"{where} = {shown(value)}")
                 meant = [name]
-        elif isinstance(value, dict):
-            problem = unknown_section(name, keys, where)
         else:
-            problem, meant = unknown_key(name, keys, where)
+            problem, meant = unknown_name(name, KEYS, where, isinstance(value, dict))
         reading.problems.append(problem)
         reading.unknown.update(meant)
 
@@ -227,18 +150,17 @@ def _read_table(
 def _adapt(reading: Reading) -> Iterator[tuple[int, str]]:
     """Set what depends on the machine, and what torchtitan's files mean here; yields log lines."""
     config, given = reading.config, reading.given
-    yield from ((logging.WARNING, line) for line in reading.repeated)
     if config.training.test_mode:
         yield (
             logging.WARNING,
-            f"training.test_mode = true: the encoders of {Path(TINY['t5_encoder']).parent} are "
-            "used, whatever [encoder] names",
+            "training.test_mode = true: the encoders of assets/tiny are used, whatever [encoder] "
+            "names",
         )
-        for key, path in TINY.items():
-            setattr(config.encoder, key, path)
+        for key in ("t5_encoder", "clip_encoder", "autoencoder_path"):
+            setattr(config.encoder, key, getattr(Encoder, key))
     prompts = config.inference.prompts_path
     if prompts.removeprefix("./") == TORCHTITAN_PROMPTS and locate(prompts) is None:
-        config.inference.prompts_path = PROMPTS
+        config.inference.prompts_path = Inference.prompts_path
     yield from ((logging.WARNING, line) for line in _not_used(reading))
     if not torch.cuda.is_available():
         if "training.mixed_precision_param" not in given:

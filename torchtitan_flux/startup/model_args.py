@@ -16,6 +16,9 @@ from torchtitan_flux.sampling.schedules import Schedule
 from torchtitan_flux.weights.pruned import with_blocks_of, with_blocks_of_run
 from torchtitan_flux.weights.scheduler import StatedScheduler, of_run, stated_scheduler
 
+# a start asks six times, and names on the hub are asked for over the network
+_text_widths, _autoencoder_geometry = lru_cache(text_widths), lru_cache(autoencoder_geometry)
+
 AUTO = "auto"
 """The value of `sampling.schedule` that leaves it to the weights."""
 
@@ -26,8 +29,7 @@ def resolve_model_args(
     """The flavor with the widths of the configured encoders and codec, and its weights' blocks.
 
     flux-dev and flux-schnell have fixed widths, which the encoders must have; other flavors
-    follow the encoders. The number of blocks is that of the run's checkpoints or of the weights
-    that it begins with (`with_configured_blocks`).
+    follow the encoders.
 
     Args:
         config: the configuration.
@@ -68,14 +70,13 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
         resolved_path, (config.encoder.t5_encoder, config.encoder.clip_encoder)
     )
     with problem_of("encoder.t5_encoder", "encoder.clip_encoder"):
-        changed = _changed(t5_path), _changed(clip_path)
-        t5_width, clip_width = _text_widths(t5_path, clip_path, *changed)
+        t5_width, clip_width = _text_widths(t5_path, clip_path)
     if args.pixel_space:
         channels, downscale = config.encoder.pixel_channels, 1
     else:
         path = resolved_path(config.encoder.autoencoder_path)
         with problem_of("encoder.autoencoder_path"):
-            channels, downscale = _autoencoder_geometry(path, _changed(path))
+            channels, downscale = _autoencoder_geometry(path)
     features = channels * args.patch_size**2
     if config.model.flavor not in FIXED_WIDTH_FLAVORS:
         return replace(
@@ -104,26 +105,6 @@ def _with_widths(config: FluxJobConfig) -> FluxModelArgs:
     return args
 
 
-def _changed(path: str) -> int:
-    """When what describes an encoder was last written; 0 for a name on the hub."""
-    described = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    try:
-        return described.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@lru_cache
-def _text_widths(t5_path: str, clip_path: str, *changed: int) -> tuple[int, int]:
-    # a start asks six times, and names on the hub are asked for over the network
-    return text_widths(t5_path, clip_path)
-
-
-@lru_cache
-def _autoencoder_geometry(path: str, changed: int) -> tuple[int, int]:
-    return autoencoder_geometry(path)
-
-
 def time_density(config: FluxJobConfig) -> TimeDensity:
     """Density of training times."""
     flow = config.flow
@@ -150,10 +131,7 @@ def configured_schedule(config: FluxJobConfig) -> Schedule | None:
 
 
 def own_scheduler(config: FluxJobConfig) -> StatedScheduler | None:
-    """What is said of the schedule by a run's own weights; None where nothing is.
-
-    That is what the run wrote down, once it has checkpoints; before, what the weights say that it
-    begins with.
+    """What a run's checkpoints say of the schedule, before, what the weights that it begins with.
 
     Raises:
         UnreadableWeights: what says it is damaged.
@@ -170,10 +148,7 @@ def sampling_schedule(
 ) -> Schedule:
     """When pictures take their steps: as configured, else as the weights say, else as the flavor.
 
-    Args:
-        config: job configuration.
-        args: of the model.
-        weights: that are drawn with; None for the run's own.
+    `weights` are those that are drawn with, None for the run's own.
 
     Raises:
         ValueError: `sampling.schedule` is none, or the weights' is not computed here.

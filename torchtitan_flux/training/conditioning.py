@@ -13,7 +13,8 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.batch import Batch, Pixels, Tokens
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
 from torchtitan_flux.encoders.codec import Codec, PixelCodec
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.latents import Geometry, ImageSize, pack
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning
@@ -26,13 +27,7 @@ from torchtitan_flux.training.transfer import sent
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What the model is trained on, on its device.
-
-    Attributes:
-        latents, noise: packed tokens, float32.
-        text: encoded captions.
-        size: of the images, in pixels.
-    """
+    """What the model is trained on, on its device; `size` is that of the images, in pixels."""
 
     latents: Float[Tensor, "b tokens features"]
     noise: Float[Tensor, "b tokens features"]
@@ -51,9 +46,7 @@ class Encoders(Protocol):
 class FrozenEncoders:
     """Text encoders and codec on the training device; `Encoders` for training and validation.
 
-    Attributes:
-        geometry: of the flavor.
-        peers: ranks that have the same batches, and encode a part of each; None for one.
+    `peers` are ranks that have the same batches, and encode a part of each; None for one.
     """
 
     tokenizer: CaptionTokenizer
@@ -106,11 +99,7 @@ class FrozenEncoders:
 
 
 def build_tokenizer(config: FluxJobConfig) -> CaptionTokenizer:
-    """The tokenizers that belong to the two text encoders (torchtitan's TokenizerBuilder).
-
-    Raises:
-        RuntimeError: under a trainer that did not load FLUX's configuration.
-    """
+    """The tokenizers of the two text encoders (torchtitan's TokenizerBuilder)."""
     if not hasattr(config, "flow"):
         raise RuntimeError(OTHER_TRAINER)
     encoder = config.encoder
@@ -129,10 +118,7 @@ def build_frozen_encoders(
     device: torch.device,
     dtype: torch.dtype,
 ) -> FrozenEncoders:
-    """Load the encoders and the codec that the configuration names, in `dtype`.
-
-    T5 is sharded over the data ranks where there are several.
-    """
+    """The configured encoders and codec; T5 is sharded over the data ranks, if several."""
     encoder = config.encoder
     t5 = T5Encoder(resolved_path(encoder.t5_encoder), device=device, dtype=dtype)
     if dims.data_mesh.size() > 1:

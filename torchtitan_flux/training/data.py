@@ -14,7 +14,6 @@ from torchtitan_flux.config.problems import ConfigError, Problem
 from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.data.loader import FluxDataLoader, ValidationLoader
 from torchtitan_flux.data.samples import (
-    CaptionDropout,
     Tokenize,
     TrainingSamples,
     ValidationSamples,
@@ -29,8 +28,7 @@ from torchtitan_flux.data.sources.source import (
 )
 from torchtitan_flux.data.sources.split import whole_of
 from torchtitan_flux.data.survey import refuse_unusable, survey
-from torchtitan_flux.data.transforms import PictureRules
-from torchtitan_flux.encoders.text import CaptionTokenizer
+from torchtitan_flux.encoders.tokenizer import CaptionTokenizer
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.parallel.dims import FluxParallelDims
@@ -38,13 +36,14 @@ from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.startup.model_args import resolve_model_args, time_density
 
 
-def open_source(config: FluxJobConfig, split: Split) -> Source:
+def open_source(config: FluxJobConfig, split: Split, unusable: bool = False) -> Source:
     """The source that [training] or [validation] names, read as [data] says.
 
     Validation reads the held-out part of the training data, or all of data of its own.
 
     Raises:
-        ConfigError: the data are not there or cannot be read; names the key.
+        ConfigError: the data are not there, cannot be read or, unless `unusable` ones are wanted,
+            cannot be trained on; names the key.
     """
     data, training, validation = config.data, config.training, config.validation
     name, path, share = training.dataset, training.dataset_path, data.held_out_share
@@ -66,18 +65,12 @@ def open_source(config: FluxJobConfig, split: Split) -> Source:
         max_pixels=data.max_image_pixels,
     )
     try:
-        return build_source(name, split, options)
+        source = build_source(name, split, options)
+        if not unusable:
+            refuse_unusable(source, data.max_unreadable_share, PATH_KEY[split])
+        return source
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-
-
-def refuse_bad_data(source: Source, split: Split, config: FluxJobConfig) -> Source:
-    """The source; ConfigError where nobody can train on it (`survey.refuse_unusable`)."""
-    try:
-        refuse_unusable(source, config.data.max_unreadable_share, PATH_KEY[split])
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    return source
 
 
 def data_problems(config: FluxJobConfig) -> list[Problem]:
@@ -91,7 +84,7 @@ def data_problems(config: FluxJobConfig) -> list[Problem]:
         if {PATH_KEY[split], PATH_KEY[split].removesuffix("_path")} & wrong:
             continue
         try:
-            refuse_bad_data(open_source(config, split), split, config)
+            open_source(config, split)
         except ConfigError as error:
             found += error.problems
     return list(dict.fromkeys(found))  # of one data set, both parts say the same
@@ -100,33 +93,26 @@ def data_problems(config: FluxJobConfig) -> list[Problem]:
 def log_surveys(
     sources: Mapping[str, Source], size: ImageSize, tokenizer: CaptionTokenizer
 ) -> None:
-    """Log what data sets hold, by what each is for; two parts of one are one table. For one rank.
-
-    `size` is that of training, in pixels.
-    """
+    """Log what data sets hold, by what each is for; two parts of one are one table."""
     used_for: dict[str, list[str]] = {}
     for name, source in sources.items():
         used_for.setdefault(items_digest(whole_of(source)), []).append(name)
     for names in used_for.values():
-        title, *rest = survey(sources[names[-1]], size, tokenizer).lines()
+        title, *rest = survey(sources[names[-1]], size, tokenizer.cut).lines()
         for line in (f"Data of {' and '.join(names)}: {title}", *rest):
             logger.info(line)
 
 
-def picture_rules(config: FluxJobConfig) -> PictureRules:
-    """What [data] says that holds for all pictures."""
-    red, green, blue = config.data.background
-    srgb = config.data.color_profiles == "srgb"
-    return PictureRules((red, green, blue), config.data.min_image_size, srgb)
-
-
 def _sample_options(config: FluxJobConfig, args: FluxModelArgs) -> dict[str, Any]:
     """What training and validation samples have in common."""
+    red, green, blue = config.data.background
     return {
         "size": config.training.image_size,
         "geometry": args.geometry,
         "channels": config.encoder.pixel_channels if args.pixel_space else 3,
-        "rules": picture_rules(config),
+        "background": (red, green, blue),
+        "min_size": config.data.min_image_size,
+        "srgb": config.data.color_profiles == "srgb",
         "stochastic": not args.pixel_space,
     }
 
@@ -141,7 +127,8 @@ def training_samples(
         seed=seed,
         tokenize=tokenize,
         time_density=time_density(config),
-        dropout=CaptionDropout(training.classifier_free_guidance_prob, training.caption_dropout),
+        dropout_prob=training.classifier_free_guidance_prob,
+        dropout_mode=training.caption_dropout,
         flip_prob=training.flip_prob,
         **_sample_options(config, args),
     )
@@ -165,9 +152,9 @@ def build_dataloader(
     """The training loader of one data rank (torchtitan's DataLoaderBuilder)."""
     training, seed = job_config.training, job_config.debug.seed
     assert seed is not None, "FluxTrainer resolves debug.seed before it builds the loader"
-    source = refuse_bad_data(open_source(job_config, "train"), "train", job_config)
+    source, args = open_source(job_config, "train"), resolve_model_args(job_config)
     return FluxDataLoader(
-        training_samples(source, tokenizer, job_config, resolve_model_args(job_config), seed),
+        training_samples(source, tokenizer, job_config, args, seed),
         global_batch_size(job_config, dp_world_size),
         training.local_batch_size,
         dp_rank,
@@ -180,9 +167,8 @@ def build_validation_loader(
     dims: FluxParallelDims, tokenizer: CaptionTokenizer, config: FluxJobConfig
 ) -> ValidationLoader:
     """The fixed held-out set, dealt to the data ranks."""
-    source = refuse_bad_data(open_source(config, "held_out"), "held_out", config)
     return ValidationLoader(
-        validation_samples(source, tokenizer, config),
+        validation_samples(open_source(config, "held_out"), tokenizer, config),
         config.validation.local_batch_size,
         dims.data_rank,
         dims.data_degree,

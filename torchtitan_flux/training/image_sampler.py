@@ -12,7 +12,6 @@ from torchtitan.tools.logging import logger
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
-from torchtitan_flux.sampling.euler import FirstNotFinite
 from torchtitan_flux.sampling.generate import SampleSettings, generate
 from torchtitan_flux.training.conditioning import FrozenEncoders
 
@@ -43,15 +42,14 @@ class ImageSampler:
     ) -> Float[Tensor, "n c H W"]:
         """One image in [-1, 1] for each prompt, on the CPU of every rank, in the prompts' order.
 
-        A picture that is not finite is black, and an error in the log that names its prompt and
-        the step: drawing shows a run, it does not end it.
+        A picture that is not finite is black, and an error in the log that names its prompt:
+        drawing shows a run, it does not end it.
         """
         was_training = self.model.training
         self.model.eval()
-        drawn, first_bad_steps = [], []
+        drawn = []
         for batch in shard_rows(torch.arange(len(prompts)), self.group).split(self.batch_size):
             indices: list[int] = batch.tolist()
-            watch = FirstNotFinite()
             images = generate(
                 self.model,
                 self.encoders.codec,
@@ -62,21 +60,12 @@ class ImageSampler:
                 settings,
                 negative_prompt,
                 self.encoders.device,
-                on_step=watch,
             )
             drawn.append(images)
-            first_bad_steps.append(watch.first)
         self.model.train(was_training)
-        images, steps = (
-            all_gather_rows(torch.cat(parts), len(prompts), self.group).cpu()
-            for parts in (drawn, first_bad_steps)
-        )
+        images = all_gather_rows(torch.cat(drawn), len(prompts), self.group).cpu()
         bad = images.isnan().flatten(1).any(1)
         if torch.distributed.get_rank() == 0:
             for i in bad.nonzero().flatten().tolist():
-                when = f"from denoising step {steps[i]} of {settings.steps} on"
-                logger.error(
-                    f"Picture {i} of {prompts[i]!r} is not finite "
-                    f"{when if steps[i] else 'once decoded'}; it is drawn black"
-                )
+                logger.error(f"Picture {i} of {prompts[i]!r} is not finite; it is drawn black")
         return images.masked_fill(bad.view(-1, 1, 1, 1), -1.0)

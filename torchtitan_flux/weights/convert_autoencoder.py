@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, StoredAutoencoder
-from torchtitan_flux.encoders.autoencoder_keys import from_ours, without_prefix
+from torchtitan_flux.encoders.autoencoder import AutoencoderArgs, StoredAutoencoder, to_diffusers
 from torchtitan_flux.encoders.autoencoder_layers import NORM_GROUPS
 from torchtitan_flux.tensor_files.element_types import cast
 from torchtitan_flux.tensor_files.safetensors_file import (
@@ -31,7 +30,7 @@ def is_autoencoder(path: Path) -> bool:
         return config.is_file() and read_json(config).get("_class_name") == "AutoencoderKL"
     if path.suffix not in SAFETENSORS or not path.is_file():
         return False
-    return "encoder.conv_in.weight" in without_prefix(TensorsFile.open(path).shapes)
+    return "encoder.conv_in.weight" in TensorsFile.open(path).shapes
 
 
 def open_autoencoder(path: Path) -> tuple[AutoencoderArgs, dict[str, Tensor]]:
@@ -78,7 +77,7 @@ def convert_autoencoder(
             made.mkdir()
             write_json(made / "config.json", vae_config(args))
             file = made / f"{WEIGHTS_NAME}.safetensors"
-        stored = from_ours(format, tensors, args)
+        stored = to_diffusers(tensors, args) if format == "diffusers" else tensors
         save_file({name: one.contiguous() for name, one in stored.items()}, file, {"format": "pt"})
         if verify:
             _, found = open_autoencoder(made)

@@ -3,15 +3,11 @@
 from contextlib import ExitStack
 
 import pytest
-from unit.config.refusals import Refusal, situation
+from unit.config.refusals import situation
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Refusal -> the command line that it is refused by, with `tmp_path` as current folder."""
+    """What is given -> the command line that says it, with `tmp_path` as current folder."""
     with ExitStack() as stack:
-
-        def prepare(case: Refusal) -> list[str]:
-            return stack.enter_context(situation(case, tmp_path))
-
-        yield prepare
+        yield lambda given: stack.enter_context(situation(given, tmp_path))

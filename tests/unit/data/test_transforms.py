@@ -1,13 +1,12 @@
 """A decoded picture as an array: modes, transparency, crops, resizing."""
 
-import io
+import struct
 
 import numpy as np
 import pytest
-from data_files import to_training_image
-from PIL import Image
+from PIL import Image, ImageCms
 
-from torchtitan_flux.data.transforms import load_picture
+from torchtitan_flux.data.transforms import to_training_image
 from torchtitan_flux.latents import ImageSize
 
 
@@ -54,39 +53,9 @@ def test_any_mode(mode, channels):
     assert np.isfinite(result).all()
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I"])
-def test_16_bit_gray_is_scaled(mode):
-    values = np.array([[0, 257 * 100, 65535]], np.uint16 if mode == "I;16" else np.int32)
-    image = Image.fromarray(values)
-    assert image.mode == mode
-    assert bytes_of(image, ImageSize(1, 3)).tolist() == [[[0, 100, 255]]]
-
-
-def test_transparent_parts_show_the_background():
-    size = ImageSize(4, 4)
-    palette = Image.new("P", (4, 4), 3)
-    palette.info["transparency"] = 3
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    for image in clear, Image.new("LA", (4, 4), (0, 0)), palette:
-        assert (to_training_image(image, size, 3) == 1).all()
+def test_half_transparent_parts_show_half_of_the_background():
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
-    np.testing.assert_allclose(to_training_image(half, size, 1), -4e-3, atol=8e-3)
-    colour = (10, 20, 200)
-    assert bytes_of(clear, size, 3, background=colour)[:, 1, 2].tolist() == list(colour)
-
-
-def test_exif_orientation():
-    image = Image.new("RGB", (8, 4), "black")
-    image.paste("white", (0, 0, 4, 4))  # left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: show it turned by 90 degrees clockwise
-    file = io.BytesIO()
-    image.save(file, "PNG", exif=exif)
-    stored, size = Image.open(io.BytesIO(file.getvalue())), ImageSize(8, 4)
-    assert load_picture(stored, size).image.size == (4, 8)
-    result = to_training_image(stored, size, 3)
-    assert (result[:, :4] == 1).all()
-    assert (result[:, 4:] == -1).all()
+    np.testing.assert_allclose(to_training_image(half, ImageSize(4, 4), 1), -4e-3, atol=8e-3)
 
 
 def test_crop_follows_the_draw_in_whole_pixels():
@@ -143,6 +112,60 @@ def test_flip(channels):
     assert not np.array_equal(flipped, plain)
 
 
-def test_other_channel_counts_are_refused():
-    with pytest.raises(ValueError, match="1 or 3 channels, not 4"):
-        to_training_image(ramp(4, 4), ImageSize(4, 4), 4)
+def profile(exponent: float, tags: tuple[bytes, ...]) -> bytes:
+    """sRGB's ICC profile with another exponent in place of its curves."""
+    icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(256 * exponent))
+    for tag in tags:
+        entry = icc.index(tag, 128)
+        at = struct.unpack_from(">I", icc, entry + 4)[0]
+        icc[at : at + len(curve)] = curve
+        struct.pack_into(">I", icc, entry + 8, len(curve))
+    return bytes(icc)
+
+
+LINEAR = profile(1.0, (b"rTRC", b"gTRC", b"bTRC"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_profile_is_applied_where_that_is_asked_for(mode):
+    colour, size = np.array([10, 200, 128]), ImageSize(4, 4)
+    image = Image.new("RGB", (4, 4), tuple(colour.tolist()))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    image.info["icc_profile"] = LINEAR
+    assert np.abs(bytes_of(image, size, 3)[:, 1, 1] - colour).max() <= 1
+    low, high = 12.92 * colour / 255, 1.055 * (colour / 255) ** (1 / 2.4) - 0.055
+    expected = 255 * np.where(colour / 255 <= 0.0031308, low, high)  # IEC 61966-2-1
+    found = bytes_of(image, size, 3, srgb=True)[:, 1, 1]
+    np.testing.assert_allclose(found, expected, atol=2.5)
+    if mode == "RGBA":
+        image.putalpha(0)
+        assert (bytes_of(image, size, 3, srgb=True) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "icc"), [("RGB", b"junk"), ("RGB", LINEAR[:200]), ("L", LINEAR), ("CMYK", LINEAR)]
+)
+def test_profiles_that_do_not_fit_change_nothing(mode, icc):
+    image = Image.new(mode, (4, 4), 77 if mode == "L" else "teal")
+    plain = bytes_of(image, ImageSize(4, 4), 3)
+    image.info["icc_profile"] = icc
+    np.testing.assert_array_equal(bytes_of(image, ImageSize(4, 4), 3, srgb=True), plain)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.arange(16) * 273, "up to 4095, nearly black where 65535 is white"),
+        (np.arange(16) * 10_000, "from 0 to 150000, not in 0 to 65535"),
+        (-np.arange(16), "from -15 to 0, not in 0 to 65535"),
+        (np.arange(16) / 10, "nearly black"),
+        (np.arange(16) / 1000, "nearly black"),
+        (np.arange(16) * 20.0, "not in 0 to 255"),
+        (np.arange(16) + np.nan, "not in 0 to 255"),
+    ],
+)
+def test_deep_pixels_outside_of_the_usual_ranges_are_named(values, message):
+    kind = np.float32 if values.dtype == float else np.int32
+    with pytest.raises(ValueError, match=message):
+        to_training_image(Image.fromarray(values.reshape(4, 4).astype(kind)), ImageSize(4, 4), 3)

@@ -1,12 +1,9 @@
 """Tar shards read at random: which members are a sample, what is said of those that are none."""
 
-import errno
-import io
 import os
 import subprocess
 import sys
 import tarfile
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -21,19 +18,16 @@ from data_files import (
     unreadable,
     write_tar,
 )
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
-from torchtitan_flux.data.sources import index_cache
 from torchtitan_flux.data.sources.captions import NO_CAPTION
 from torchtitan_flux.data.sources.indexed import IndexedSource
+from torchtitan_flux.data.sources.listing import LEFT_OUT
 from torchtitan_flux.data.sources.registry import build_source
 from torchtitan_flux.data.sources.source import SourceOptions
-from torchtitan_flux.data.sources.webdataset import CUT, UNCLEAR
+from torchtitan_flux.data.sources.webdataset import ALONE, CUT, DAMAGED, DOTTED, ODD, UNCLEAR
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"
-NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
 def numbered(path: Path, count: int, start: int = 0) -> bytes:
@@ -50,10 +44,6 @@ def source(path: Path | str, **options) -> IndexedSource:
 
 def of(folder: Path, *members: tuple[str, bytes | str], **options) -> IndexedSource:
     return source(write_tar(folder / "x.tar", members), **options)
-
-
-def lost(items: IndexedSource) -> int:
-    return sum(note.lost for note in items.index.notes)
 
 
 def offsets(shard: Path) -> list[int]:
@@ -89,9 +79,9 @@ def test_captions_come_from_text_or_json_in_any_case_and_spelling(tmp_path):
         "second": ({"caption": "not this", "json": '{"caption": "this"}'}, ("this",)),
         "width": ({"json": '{"width": 3}', "txt": "the text counts"}, ("the text counts",)),
         "none": ({"txt": "", "json": "{"}, "its .json is no JSON"),
-        NFD: ({}, ("coffee",)),
+        "café": ({"txt": "coffee"}, ("coffee",)),
     }
-    members = [(f"{NFC}.txt", "coffee")]
+    members = []
     for key, (files, _) in samples.items():
         members += [(f"{key}.PNG", png()), *((f"{key}.{end}", text) for end, text in files.items())]
     items = of(tmp_path, *members)
@@ -104,19 +94,11 @@ def test_captions_come_from_text_or_json_in_any_case_and_spelling(tmp_path):
     assert found["x.tar/txt"] == ("a text",)
 
 
-def test_two_spellings_of_one_name_are_two_samples(tmp_path):
-    members = ((f"{NFC}.png", png(1)), (f"{NFD}.png", png(2)), (f"{NFC}.txt", "c"))
-    one = {f"x.tar/{NFC}": ("c",), f"x.tar/{NFD}": NO_CAPTION}
-    assert captions(of(tmp_path / "one text", *members)) == one
-    two = one | {f"x.tar/{NFD}": ("d",)}
-    assert captions(of(tmp_path / "two texts", *members, (f"{NFD}.txt", "d"))) == two
-
-
 def test_texts_that_cannot_be_read(tmp_path):
     texts = {
         '{"caption": ': "its .json is no JSON",
         "[" * 100_000: "its .json is no JSON",
-        '["a list"]': "its .json holds no object",
+        '["a list"]': "its .json is no JSON object",
         '{"caption": {"a": 3}}': NO_CAPTION,
         '{"caption": "half \\ud800 a pair"}': ("half ? a pair",),
     }
@@ -125,10 +107,7 @@ def test_texts_that_cannot_be_read(tmp_path):
         members += [(f"{number}.png", png()), (f"{number}.json", text)]
     items = of(tmp_path, *members, ("x.png", png()), ("x.txt", b"\xff"))
     assert list(captions(items).values()) == [*texts.values(), "its .txt is not UTF-8"]
-    assert notes(items) == {
-        "samples without a picture": ("x.tar/only text", "x.tar/only json"),
-        "samples without a picture: .xyz is not read": ("x.tar/z",),
-    }
+    assert notes(items) == {ALONE: ("x.tar/only text", "x.tar/only json", "x.tar/z")}
 
 
 def test_a_key_ends_at_the_first_dot_and_what_follows_is_counted(tmp_path):
@@ -137,59 +116,37 @@ def test_a_key_ends_at_the_first_dot_and_what_follows_is_counted(tmp_path):
     members = [(name, png() if name[-3:].lower() == "png" else "q") for name in dotted]
     for key, (text,) in plain.items():
         members += [(f"./{key}.png", png()), (f"{key}.txt", text)]
-    items = of(tmp_path, *members, (".hidden.txt", ""), ("README", ""))
+    members += [("plain.seg.png", png(7)), (".hidden.txt", ""), ("README", "")]
+    items = of(tmp_path, *members)
     assert captions(items) == {f"x.tar/{key}": texts for key, texts in plain.items()}
-    (note,) = items.index.notes
-    assert note.text.startswith("members with a further dot in their names")
-    assert note[1:] == (4, 2, tuple(f"x.tar/{name}" for name in dotted))
-
-
-def test_further_pictures_of_a_sample_are_no_samples(tmp_path):
-    pictures = {"000.seg": 7, "000": 1, "000.depth": 8, "001.seg": 9}
-    members = [(f"{name}.png", png(shade)) for name, shade in pictures.items()]
-    items = of(tmp_path, *members, ("000.txt", "a"), ("001.txt", "b"))
-    assert captions(items) == {"x.tar/000": ("a",)}
-    assert items[0].image.getpixel((0, 0)) == 1
-    further = next(note for note in items.index.notes if note.text.startswith("further pictures"))
-    assert further[1:] == (2, 0, ("x.tar/000.seg.png", "x.tar/000.depth.png"))
-    assert lost(items) == 1  # 001
+    assert items[0].image.getpixel((0, 0)) == 0
+    assert notes(items) == {DOTTED: tuple(f"x.tar/{n}" for n in (*dotted, "plain.seg.png"))}
 
 
 FIRST, AGAIN = (("0.png", png(1)), ("0.txt", "a")), (("0.txt", "c"), ("0.png", png(3)))
 BETWEEN = (("1.png", png(2)), ("1.txt", "b"))
 
 
-def test_a_repeated_key_is_a_sample_each_time_where_each_is_whole(tmp_path):
+def test_members_of_a_sample_may_stand_apart(tmp_path):
     apart = (FIRST[0], BETWEEN[0], FIRST[1], BETWEEN[1])
-    assert list(captions(of(tmp_path / "sorted by suffix", *apart)).values()) == [("a",), ("b",)]
-    named_so = (("0#2.png", png(4)), ("0#2.txt", "d"))
-    items = of(tmp_path / "each whole", *FIRST, *BETWEEN, *named_so, *AGAIN)
-    found = {"x.tar/0": ("a",), "x.tar/1": ("b",), "x.tar/0#2": ("d",), "x.tar/0#3": ("c",)}
-    assert list(captions(items).items()) == list(found.items())
-    assert [items[i].image.getpixel((0, 0)) for i in range(4)] == [1, 2, 4, 3]
-    assert list(notes(items).values()) == [("x.tar/0#3",)]
-    items = of(tmp_path / "one without a text", *FIRST, *BETWEEN, ("0.png", png(3)))
-    assert captions(items) == {"x.tar/0": ("a",), "x.tar/1": ("b",), "x.tar/0#2": NO_CAPTION}
+    assert list(captions(of(tmp_path, *apart)).values()) == [("a",), ("b",)]
 
 
 @pytest.mark.parametrize(
     "members",
     [
         (*FIRST, *AGAIN),  # neighbours
-        (FIRST[0], *BETWEEN, *AGAIN),  # texts apart
+        (*FIRST, *BETWEEN, *AGAIN),  # each whole
         (*FIRST, *BETWEEN, ("0.txt", "c")),  # two texts
         (("0.jpg", png(1)), ("0.png", png(2)), ("0.txt", "a")),  # two pictures
-        (FIRST[0], AGAIN[1], FIRST[1], AGAIN[0]),  # pictures, then texts
     ],
 )
-def test_a_repeated_key_is_never_paired_wrongly(tmp_path, members):
+def test_a_repeated_key_is_one_unreadable_item(tmp_path, members):
     items = of(tmp_path, *members)
-    count = sum(name in ("0.png", "0.jpg") for name, _ in members)
-    wanted = {"x.tar/0": UNCLEAR, "x.tar/0#2": UNCLEAR} if count == 2 else {"x.tar/0": UNCLEAR}
     found = captions(items)
     assert found.pop("x.tar/1", ("b",)) == ("b",)
-    assert found == wanted
-    assert sum(note.count for note in items.index.notes) == count
+    assert found == {"x.tar/0": UNCLEAR}
+    assert unreadable(items, 0) == UNCLEAR
 
 
 def test_the_suffix_of_pictures_can_be_named(tmp_path):
@@ -198,8 +155,7 @@ def test_the_suffix_of_pictures_can_be_named(tmp_path):
         items = source(tmp_path, image_column=suffix)
         assert captions(items) == {"x.tar/0": ("a",)}
         assert items[0].image.getpixel((0, 0)) == number
-    message = r"hold no pictures; samples without a picture: \.png is"
-    refuses("webdataset", tmp_path, message, image_column="webp")
+    refuses("webdataset", tmp_path, "hold no pictures; .*samples without", image_column="webp")
 
 
 def test_links_and_names_that_are_not_utf8_are_noted(tmp_path):
@@ -211,26 +167,21 @@ def test_links_and_names_that_are_not_utf8_are_noted(tmp_path):
         tar.addfile(tarfile.TarInfo("\udcff.png"))
     items = source(path)
     assert captions(items) == {"x.tar/0": ("a",)}
-    assert [(note.text, note.lost, note.examples) for note in items.index.notes] == [
-        ("members that are links or sparse files", 1, ("x.tar/2.png",)),
-        ("members whose names are not UTF-8", 1, ("x.tar/'\\udcff.png'",)),
-    ]
+    assert notes(items) == {ODD: ("x.tar/2.png", "x.tar/?.png")}
 
 
 def test_a_cut_shard_is_used_up_to_the_cut(tmp_path):
     shard = tmp_path / "x.tar"
     data = numbered(shard, 6)
     at = offsets(shard)
-    for length, whole, cut, damage, missing in (
-        (at[4] + 512 + 20, 2, 1, "unexpected end of data", 1),
-        (at[4], 2, 0, "ends without the mark", 0),
-        (at[4] + 100, 2, 0, "ends without the mark", 1),
-        (at[-1] + 1024, 6, 0, "ends without the mark", 0),
+    for length, whole, cut, damage in (
+        (at[4] + 512 + 20, 2, 1, "unexpected end of data"),
+        (at[4] + 100, 2, 0, "ends without the mark"),
+        (at[-1] + 1024, 6, 0, "ends without the mark"),
     ):
         shard.write_bytes(data[:length])
         items = source(tmp_path)
-        assert (items.index.notes[0].text, lost(items)) == ("damaged shards", missing)
-        assert damage in items.index.notes[0].examples[0]
+        assert damage in notes(items)[DAMAGED][0]
         assert [items[i].captions for i in range(whole)] == [(f"no. {i}",) for i in range(whole)]
         assert [row.reason for row in rows(items)[whole:]] == [CUT] * cut
     shard.write_bytes(data[: at[2] + 512 + 20])  # the shard shrinks while it is in use
@@ -247,79 +198,16 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
     header[124:136] = (-1024).to_bytes(12, "big", signed=True)  # GNU's binary notation
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    for damaged, what in ((b"?" * 512, "no tar header at byte"), (header, "negative size at byte")):
-        data[at : at + 512] = damaged
-        shard.write_bytes(data)
+    whole = bytes(data)
+    for content, count, what in (
+        (data[:at] + b"?" * 512 + data[at + 512 :], 2, f"no tar header at byte {at}"),
+        (data[:at] + header + data[at + 512 :], 2, f"negative size at byte {at}"),
+        (whole + whole, 4, "bytes follow the end of the tar"),
+    ):
+        shard.write_bytes(content)
         items = source(tmp_path)
-        assert len(items) == 2
-        assert f"{what} {at}" in items.index.notes[0].examples[0]
-
-
-def test_lost_samples_of_damaged_shards_are_estimated(tmp_path):
-    data = numbered(tmp_path / "whole.tar", 40)
-    half = 20 * 4 * 512
-    damaged = {
-        "header": (data[:half] + b"?" * 512 + data[half + 512 :], 20),
-        "cut": (data[: half + 520], 19),
-        "joined": (data + data, 40),
-        "no mark": (data[: 2 * half], 0),
-        "empty": (b"", 40),
-        "noise": (b"?" * len(data), 40),
-    }
-    for name, (content, missing) in damaged.items():
-        write_tar(tmp_path / name / "b.tar", [])
-        (tmp_path / name / "b.tar").write_bytes(data)
-        (tmp_path / name / "a.tar").write_bytes(content)
-        items = source(tmp_path / name)
-        (note,) = items.index.notes
-        assert note.examples[0].startswith("a.tar: "), name
-        # Zeros that fill files up have the bytes of ten samples here.
-        assert 0 <= lost(items) - missing <= 10 * (name in ("header", "joined", "noise")), name
-
-
-class Failing(io.BufferedReader):
-    """A file that the system does not read beyond a byte."""
-
-    limit = 2 * 4 * 512 + 100
-
-    def read(self, size=-1):
-        if self.tell() + max(size or 0, 0) > self.limit:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.name))
-        return super().read(size)
-
-
-def test_what_the_system_refuses_is_tried_again(tmp_path, monkeypatch, refused):
-    for shard in range(3):
-        numbered(tmp_path / f"{shard}.tar", 4)
-    whole = list(captions(source(tmp_path)))
-    os.utime(tmp_path / "1.tar", ns=(1, 1))
-    refused.add("1.tar")
-    items = source(tmp_path)
-    assert list(captions(items)) == whole[:4] + whole[8:]
-    (note,) = items.index.notes
-    assert (note.count, note.lost) == (1, 4)
-    assert "cannot be opened" in note.text
-    assert source(tmp_path).index.identity == items.index.identity
-    refused.clear()
-    assert list(captions(source(tmp_path))) == whole
-
-    opened = Path.open
-
-    def open_failing(path, *args, **options):
-        failing = path.name == "1.tar"
-        return Failing(io.FileIO(path)) if failing else opened(path, *args, **options)
-
-    monkeypatch.setattr(Path, "open", open_failing)
-    monkeypatch.setattr(index_cache, "can_open", lambda path, at: False)
-    os.utime(tmp_path / "1.tar", ns=(2, 2))
-    items = source(tmp_path)
-    assert list(captions(items)) == whole[:6] + whole[8:]
-    assert lost(items) >= 2
-    assert not any("Input" in row.reason for row in rows(items))
-    assert [bool(at) for _, at in items.index.refused] == [True]
-    assert source(tmp_path).index.identity == items.index.identity
-    monkeypatch.undo()
-    assert list(captions(source(tmp_path))) == whole
+        assert len(items) == count
+        assert what in notes(items)[DAMAGED][0]
 
 
 def test_which_shards_a_path_means(tmp_path):
@@ -343,6 +231,7 @@ def test_which_shards_a_path_means(tmp_path):
         ("x.tgz", b"", r"x\.tgz: compressed .* unpack"),
         ("X.TAR.ZST", b"", r"X\.TAR\.ZST: compressed .* unpack"),
         ("x.tar", b"\x1f\x8b\x08", r"x\.tar is gzip under another name: unpack"),
+        ("x.tar", b"", r"x\.tar is empty"),
     ],
 )
 def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message):
@@ -355,11 +244,12 @@ def test_what_is_no_tar_is_refused_by_name(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("name", "path", "message"),
     [
-        ("webdataset", "https://x.org/{0..9}.tar", "0.tar and 9 more does not exist; .*download"),
+        ("webdataset", "https://x.org/{0..9}.tar", "0.tar does not exist; .*download"),
         ("webdataset", "{tmp}/*.tgz", "no file matches"),
         ("webdataset", "{tmp}/x.tar", "1 tar files .* hold no pictures; samples without .*/a"),
-        ("webdataset", "{tmp}/1.tar", r"1\.tar holds no shard: .*is a pipe"),
+        ("webdataset", "{tmp}/1.tar", r"1\.tar is no file"),
         ("cc12m-wds", None, "hf download pixparse/cc12m-wds .* --local-dir"),
+        ("coco-validation", None, "hf download howard-hou/COCO-Text .* --local-dir"),
     ],
 )
 def test_what_is_no_shard_is_refused(tmp_path, name, path, message):
@@ -376,13 +266,12 @@ def test_what_is_left_out_of_a_folder_is_noted(tmp_path, refused):
     refused.add("b")
     items = source(tmp_path)
     assert ids(items) == ["a/0.tar/0000"]
-    assert notes(items) == {
-        "files left out, each is a pipe": ("1.tar",),
-        "files whose names are not UTF-8 are left out": (str(tmp_path),),
-        "files or folders that cannot be opened: Permission denied": (str(tmp_path / "b"),),
-    }
+    assert set(notes(items)[LEFT_OUT]) == {"1.tar", "?.tar", "b: Permission denied"}
     refused.clear()
     assert len(source(tmp_path)) == 2
+    refused.add("0.tar")
+    (tmp_path / "1.tar").unlink()
+    refuses("webdataset", tmp_path, r"0\.tar cannot be opened: Permission denied")
 
 
 def test_the_torchtitan_name_reads_the_committed_samples(tmp_path, monkeypatch):
@@ -410,20 +299,7 @@ def test_the_assets_are_written_again_byte_for_byte(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     )
-    written = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}
-    assert {str(file) for file in written} == {
-        "cc12m_test/cc12m-train-0000.tar",
-        "tokenizer/tokenizer.json",
-        "tokenizer/tokenizer_config.json",
-    }
+    written = [file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) == 3
     for file in written:
         assert (tmp_path / file).read_bytes() == (ASSETS / file).read_bytes(), file
-    assert sum((ASSETS / file).stat().st_size for file in written) < 300_000
-
-
-def test_the_tokenizer_loads_both_ways():
-    folder = ASSETS / "tokenizer"
-    caption = "a red circle at the top left"
-    tokens = AutoTokenizer.from_pretrained(folder)(caption).input_ids
-    assert tokens == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(caption).ids
-    assert len(tokens) == len(caption.split()) + 1

@@ -30,7 +30,7 @@ def test_no_caption_at_all_and_a_wrong_key_are_one_report(pictures, capsys):
         check("folder", pictures, "--optimizer.lr", "-1")
     assert end.value.code == 2
     report = capsys.readouterr().err
-    assert "optimizer.lr = -1.0: must be at least 0" in report
+    assert "optimizer.lr = -1.0: must be a number from 0" in report
     assert "training.dataset_path: none of the 1 items" in report
     assert "has no caption (a.png)" in report
 
@@ -39,7 +39,7 @@ def test_no_caption_at_all_and_a_wrong_key_are_one_report(pictures, capsys):
     ("dataset", "path", "problem"),
     [
         ("folder", "", "holds no pictures"),
-        ("webdataset", "{0..3}.tar", "0.tar and 3 more does not exist"),
+        ("webdataset", "{0..3}.tar", "0.tar does not exist"),
         ("folder", None, "training.dataset_path"),  # the key is wrong: nothing is opened
     ],
 )

@@ -36,10 +36,6 @@ CONFIGS = {
     "shift 3": {"shift": 3.0, "use_dynamic_shifting": False},
     "whole shift below 1": {"shift": 0.25},
     "other line": OTHER_LINE,
-    "linear": {**OTHER_LINE, "time_shift_type": "linear"},
-    "terminal": {"shift": 3, "shift_terminal": 0.1},
-    "terminal, dynamic": {**OTHER_LINE, "shift_terminal": 0.02},
-    "terminal off": {"shift": 2.0, "shift_terminal": 0.0},
     "falling line": {"use_dynamic_shifting": True, "base_shift": 0.9, "max_shift": -0.4},
 }
 
@@ -68,10 +64,6 @@ def diffusers_times(config: dict, steps: int, packed: int) -> np.ndarray:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_times_equal_diffusers(name, size, steps):
     config = CONFIGS[name]
-    if steps == 1 and config.get("shift_terminal"):
-        with pytest.raises(ValueError, match=r"shift_terminal = 0\.\d+ needs at least 2 steps"):
-            Schedule.of_config(config).times(steps, tokens(*size))  # diffusers' is nan
-        return
     found = Schedule.of_config(config).times(steps, tokens(*size))
     expected = diffusers_times(config, steps, tokens(*size))
     assert found.dtype == np.float64
@@ -123,10 +115,9 @@ def test_what_has_no_times_is_refused():
     for steps in (0, -1):
         with pytest.raises(ValueError, match=f"at least 1, not {steps}"):
             DEV.times(steps, 256)
-    for text in ("time_shift_type=linear,base_shift=-2", "max_shift=1e300"):
-        schedule = Schedule.parse(f"use_dynamic_shifting=true,{text}")
-        with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic"):
-            schedule.times(4, 300)
+    schedule = Schedule.parse("use_dynamic_shifting=true,max_shift=1e300")
+    with pytest.raises(ValueError, match="at 300 image tokens the schedule use_dynamic"):
+        schedule.times(4, 300)
 
 
 @pytest.mark.parametrize(
@@ -134,23 +125,17 @@ def test_what_has_no_times_is_refused():
     [
         ({"_class_name": "DDIMScheduler"}, "it is a DDIMScheduler; only FlowMatchEuler"),
         ({"use_karras_sigmas": True, "shift": 3.0}, "use_karras_sigmas = True: not computed here"),
-        ({"use_beta_sigmas": True}, "use_beta_sigmas"),
-        ({"use_exponential_sigmas": True}, "use_exponential_sigmas"),
         (
-            {"invert_sigmas": True, "stochastic_sampling": True},
-            "invert_sigmas = True; stochastic_sampling = True: not",
+            {"invert_sigmas": True, "shift_terminal": 0.02, "time_shift_type": "linear"},
+            "invert_sigmas = True; shift_terminal = 0.02; time_shift_type = 'linear': not",
         ),
         ({"num_train_timesteps": 500}, "num_train_timesteps = 500, FLUX.1 has 1000"),
         ({"shift": "3"}, "shift = '3': .*number"),
         ({"shift": 0}, "shift = 0: .*greater than 0"),
         ({"shift": float("inf")}, "shift = inf: .*finite"),
-        ({"shift": True}, "shift = True: .*number"),
-        ({"max_shift": [1]}, "max_shift = .1.: .*number"),
-        ({"shift_terminal": 1.0}, "shift_terminal = 1.0: .*less than 1"),
         ({"use_dynamic_shifting": "yes"}, "use_dynamic_shifting = 'yes': .*boolean"),
         ({"base_image_seq_len": 4096}, "base_image_seq_len and max_image_seq_len must differ"),
         ({"max_image_seq_len": 4096.5}, "max_image_seq_len = 4096.5: .*integer"),
-        ({"time_shift_type": "cosine"}, "time_shift_type = 'cosine': .*exponential"),
     ],
 )
 def test_what_is_not_computed_is_named(config, message):
@@ -167,11 +152,8 @@ def test_null_is_the_default():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "'' is unknown"),
         ("Dev", '\'Dev\' is unknown; "dev", "schnell"'),
-        ("shift", "'shift' is unknown"),
         ("shift=3,karras=true", "'karras=true' is unknown"),
-        ("shift=3,shift=4", "shift is given twice"),
         ("shift=much", "shift = 'much': .*number"),
         ("base_shift=0.4", "base_shift counts only with use_dynamic_shifting=true"),
         ("shift=2,use_dynamic_shifting=true", "shift counts only without"),

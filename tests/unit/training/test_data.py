@@ -7,16 +7,10 @@ import torch
 from PIL import Image
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.data.transforms import PictureRules
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.conditioning import build_tokenizer
-from torchtitan_flux.training.data import (
-    open_source,
-    picture_rules,
-    training_samples,
-    validation_samples,
-)
+from torchtitan_flux.training.data import open_source, training_samples, validation_samples
 
 
 @pytest.fixture
@@ -73,7 +67,11 @@ def test_captions_are_trained_and_validated_as_data_says(configured, data, a, b)
 
 
 def test_every_rule_of_pictures_arrives(configured):
-    assert picture_rules(configured()) == PictureRules((255, 255, 255), 8, False)
     config = configured(min_image_size="5", color_profiles="srgb")
     config.data.background = [1, 2, 3]
-    assert picture_rules(config) == PictureRules((1, 2, 3), 5, True)
+    tokenizer, args = build_tokenizer(config), resolve_model_args(config)
+    for samples in (
+        training_samples(open_source(config, "train"), tokenizer, config, args, seed=1),
+        validation_samples(open_source(config, "held_out"), tokenizer, config),
+    ):
+        assert (samples.background, samples.min_size, samples.srgb) == ((1, 2, 3), 5, True)

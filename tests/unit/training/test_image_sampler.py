@@ -63,7 +63,7 @@ def test_broken_pictures_are_black_and_named(monkeypatch):
     assert images.isfinite().all()
     assert [bool((image == -1).all()) for image in images] == [False, True, False, True, True]
     assert said == [
-        "ERROR Picture 1 of 'bad' is not finite from denoising step 3 of 5 on; it is drawn black",
-        "ERROR Picture 3 of 'bad' is not finite from denoising step 3 of 5 on; it is drawn black",
-        "ERROR Picture 4 of 'worse' is not finite once decoded; it is drawn black",
+        "ERROR Picture 1 of 'bad' is not finite; it is drawn black",
+        "ERROR Picture 3 of 'bad' is not finite; it is drawn black",
+        "ERROR Picture 4 of 'worse' is not finite; it is drawn black",
     ]

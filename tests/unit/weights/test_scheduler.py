@@ -185,10 +185,6 @@ def test_grids_that_could_not_be_drawn_are_found_by_the_check(pipeline, tmp_path
     assert about_schedules(configured(tmp_path / "run", pipeline, "--sampling.no-enable")) == []
     told = (*drawing, "--sampling.schedule", "shift=3")
     assert about_schedules(configured(tmp_path / "run", pipeline, *told)) == []
-    with_scheduler(pipeline, SHIFT_3)
-    once = ("--sampling.schedule", "shift_terminal=0.1", "--sampling.denoising_steps", "1")
-    (said,) = about_schedules(configured(tmp_path / "run", pipeline, *drawing, *once))
-    assert said.startswith("sampling.schedule: shift_terminal = 0.1")
 
 
 def test_a_spoilt_scheduler_is_found_by_the_check_whether_or_not_grids_are_drawn(

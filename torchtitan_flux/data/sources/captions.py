@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 NO_CAPTION = "has no caption"
 """Why an item without any caption is not read, unless `data.default_caption` stands in for it."""
 
-_LINE_END = re.compile("\r\n|\n|\r")
+_LINE_END = re.compile("\r\n|\n|\r")  # str.splitlines would also split at U+2028, VT, …
 _BOM = b"\xef\xbb\xbf"
 
 Captions = tuple[tuple[str, ...], str]
@@ -33,14 +33,19 @@ def captions_of(value: object, by_line: bool) -> Captions:
     texts = value if isinstance(value, list | tuple) else [value]
     texts = [text for text in texts if isinstance(text, str)]
     if by_line:
-        texts = [line for text in texts for line in lines_of(text)]
+        texts = [line for text in texts for line in _LINE_END.split(text)]
     captions = tuple(text.strip() for text in texts if text.strip())
     return captions, "" if captions else NO_CAPTION
 
 
-def lines_of(text: str) -> list[str]:
-    """The lines of a text that are not blank; str.splitlines would also split at U+2028, VT, …"""
-    return [line for line in _LINE_END.split(text) if line.strip()]
+def first_of(found: Iterable[Captions]) -> Captions:
+    """The first that says anything; else why none does."""
+    reason = NO_CAPTION
+    for captions, why in found:
+        if captions:
+            return captions, ""
+        reason = why if reason == NO_CAPTION else reason
+    return (), reason
 
 
 def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Captions:
@@ -50,12 +55,7 @@ def captions_of_file(data: bytes, suffix: str, column: str, by_line: bool) -> Ca
     try:
         if suffix != ".json":
             return captions_of(_decoded(data.removeprefix(_BOM)), by_line)
-        try:
-            record = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError("is no JSON") from error
-        if not isinstance(record, dict):
-            raise ValueError("holds no object")
+        record = _record(data)
         if column and _field(record, column) is None:
             raise ValueError(f"has no {column!r}")
     except ValueError as error:
@@ -73,42 +73,39 @@ def _decoded(data: bytes) -> str:
     return text
 
 
+def _record(text: str | bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("is no JSON") from error
+    if not isinstance(record, dict):
+        raise ValueError("is no JSON object")
+    return record
+
+
 def caption_value(record: Mapping[str, Any], column: str) -> Any:
     """What a record says in a field: the one named, else the first of CAPTION_NAMES that says any.
 
-    Names of fields are found in any case where the exact one is not there; "json.caption" is the
-    field caption of the field json.
+    Names of fields are found in any case where the exact one is not there.
     """
     values = (_field(record, name) for name in ((column,) if column else CAPTION_NAMES))
     return next(filter(None, values), None)
 
 
-def _field(record: Any, name: str) -> Any:
+def _field(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field; None where there is none."""
-    if not isinstance(record, Mapping):
-        return None
-    same = (key for key in record if isinstance(key, str) and key.lower() == name.lower())
-    key = name if name in record else next(same, None)
-    if key is not None:
-        return record[key]
-    outer, dot, inner = name.partition(".")
-    return _field(_field(record, outer), inner) if dot else None
-
-
-class Uncaptioned(ValueError):
-    """No line of a metadata file has a caption; says where captions are looked for."""
+    same = (key for key in record if key and key.lower() == name.lower())
+    return record.get(name if name in record else next(same, name))
 
 
 def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str, Any]]:
     """Rows of the metadata file `name`: (path of a picture, what stands for captions).
 
-    Both paths are relative to `root`. ValueError where a line says something else; Uncaptioned,
-    after all rows, where none has `column` ("": one of CAPTION_NAMES).
+    Both paths are relative to `root`. ValueError where a line says something else, or, after all
+    rows, where `column` is named and none has it.
     """
     folder, path, number = os.path.dirname(name), root / name, 0
-    wanted = (column,) if column else CAPTION_NAMES
-    captioned = False
-    fields: dict[str, None] = {}
+    columns: dict[str, None] = {}
 
     def lines() -> Iterator[str]:
         nonlocal number
@@ -118,65 +115,41 @@ def metadata_captions(root: Path, name: str, column: str) -> Iterator[tuple[str,
                     raise ValueError(listing.LFS_POINTER)
                 yield _decoded(line.removeprefix(_BOM) if number == 1 else line)
 
+    csv_file = name.endswith(".csv")
     try:
-        for record in (_csv_rows if name.endswith(".csv") else _json_lines)(lines()):
+        rows = _csv_rows(lines()) if csv_file else (_record(li) for li in lines() if li.strip())
+        for record in rows:
+            columns |= dict.fromkeys(record)
             file_name = _field(record, "file_name")
             if not isinstance(file_name, str) or not file_name:
                 raise ValueError(f"no name stands in 'file_name': {record!r:.200}")
-            captioned = captioned or any(_field(record, one) is not None for one in wanted)
-            fields |= {} if captioned else dict.fromkeys(record)
-            yield path_inside(root, folder, file_name), caption_value(record, column)
-    except (ValueError, RecursionError) as error:
+            yield _path_inside(root, folder, file_name), caption_value(record, column)
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
-    if fields and not captioned:
-        raise Uncaptioned(
-            f"{path}: no line has {' or '.join(map(repr, wanted))}, only "
-            f"{listed(map(repr, fields), 20)}; name what holds captions in {CAPTION_COLUMN}"
-        )
-
-
-def _json_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for record in (json.loads(line) for line in lines if line.strip()):
-        if not isinstance(record, dict):
-            raise ValueError("is no JSON object")
-        yield record
+    if columns and column and column.lower() not in map(str.lower, columns):
+        found = listed(map(repr, columns), 20)
+        raise ValueError(f"{path}: no line has {column!r} ({CAPTION_COLUMN}), only {found}")
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     """Rows of a table whose first line names its columns, between commas, semicolons or tabs."""
     header = next(lines, "")
-    separator = next((mark for mark in ",;\t" if "file_name" in _columns(header, mark)), ",")
-    names = _columns(header, separator)
-    if twice := next((name for name in names if name and names.count(name) > 1), ""):
-        raise ValueError(f"has two columns called {twice!r}")
+    separator = max(",;\t", key=header.count)
     style = {"strict": True, "delimiter": separator, "skipinitialspace": True}
-    table = csv.DictReader(lines, names, **style)
-    begin = 2
-    try:
-        for row in table:
-            if None in row:
-                raise ValueError(
-                    f"has more fields than line 1 has columns ({listed(map(repr, names))}); put "
-                    f'texts with {separator!r} in "quotes"'
-                )
-            yield {name: value and value.strip() for name, value in row.items()}
-            begin = table.line_num + 2
-    except csv.Error as error:
-        raise ValueError(f"{error}; its row begins in line {begin}") from error
+    names = [name.strip() for name in next(csv.reader([header], **style), [])]
+    for row in csv.DictReader(lines, names, **style):
+        if None in row:
+            columns = listed(map(repr, names))
+            quoted = f'put texts with {separator!r} in "quotes"'
+            raise ValueError(f"has more fields than line 1 has columns ({columns}); {quoted}")
+        yield {name: value and value.strip() for name, value in row.items()}
 
 
-def _columns(line: str, separator: str) -> list[str]:
-    header = csv.reader([line], delimiter=separator, skipinitialspace=True)
-    return [name.strip().lower() for name in next(header, [])]
-
-
-def path_inside(root: Path, folder: str, file_name: str) -> str:
+def _path_inside(root: Path, folder: str, file_name: str) -> str:
     """`file_name` in a file of `folder`, relative to the root, which it may not leave."""
-    if file_name.startswith("/"):
-        raise ValueError(f"{file_name!r} is not relative to the file it stands in")
     if "\0" in file_name or not listing.is_unicode(file_name):
         raise ValueError(f"{file_name!r} cannot be the name of a file")
     path = os.path.normpath(os.path.join(folder, listing.as_spelled(root / folder, file_name)))
-    if path.split("/")[0] == "..":
+    if path.startswith("/") or path.split("/")[0] == "..":
         raise ValueError(f"{file_name!r} is outside of the folder")
     return path

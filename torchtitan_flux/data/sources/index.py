@@ -21,8 +21,7 @@ BATCH_ROWS = 16_384
 EXAMPLES = 5
 """Names that a note keeps."""
 
-_MAX_REFUSED = 1000  # paths that are stored to be tried again
-_FORMAT = "4"  # indexes of other formats are built anew
+_FORMAT = "5"  # indexes of other formats are built anew
 _KEY = b"torchtitan_flux.index"
 
 
@@ -58,12 +57,7 @@ class Note(NamedTuple):
 
     text: str  # in the plural, to be read after a number
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    lost: int  # items that are lost by it, an estimate where the files do not tell
     examples: tuple[str, ...]  # the first names
-
-
-class DamagedIndex(Exception):
-    """The file is no index, or not the whole of one."""
 
 
 class IndexWriter:
@@ -72,7 +66,6 @@ class IndexWriter:
     def __init__(self, path: Path, facts: Mapping[str, str]):
         self.rows = 0
         self.notes: dict[str, Note] = {}
-        self._refused: list[tuple[str, int | None]] = []
         self._digest = xxhash.xxh3_128()
         self._rows: list[Row] = []
         # By the identity, a worker process knows the very index that its parent opened.
@@ -88,8 +81,8 @@ class IndexWriter:
         if kind is None:
             self._flush()
             notes, digest = list(self.notes.values()), self._digest.hexdigest()
-            last = json.dumps({"notes": notes, "refused": self._refused, "digest": digest})
             empty = pa.RecordBatch.from_pylist([], SCHEMA)
+            last = json.dumps({"notes": notes, "digest": digest})
             self._writer.write_batch(empty, custom_metadata={_KEY: last})
             self._writer.close()
         self._file.close()
@@ -102,19 +95,17 @@ class IndexWriter:
         if len(self._rows) >= BATCH_ROWS:
             self._flush()
 
-    def note(self, text: str, *examples: str, lost: int = 0) -> None:
+    def note(self, text: str, *examples: str) -> None:
         """Count names of something that the rows do not show; notes of one text are one `Note`."""
         for example in examples:
-            _, count, before, names = self.notes.get(text, Note(text, 0, 0, ()))
-            self.notes[text] = Note(text, count + 1, before + lost, (*names, example)[:EXAMPLES])
+            _, count, names = self.notes.get(text, Note(text, 0, ()))
+            names = (*names, example.encode("utf-8", "replace").decode())[:EXAMPLES]
+            self.notes[text] = Note(text, count + 1, names)
 
-    def refused(self, path: Path, error: OSError, at: int | None = None, lost: int = 0) -> None:
-        """Note what cannot be opened, or read at a byte: once it can be, the index is outdated."""
-        cannot = "opened" if at is None else "read"
-        text = f"files or folders that cannot be {cannot}: {error.strerror}"
-        self.note(text, str(path), lost=lost)
-        if len(self._refused) < _MAX_REFUSED:
-            self._refused.append((str(path), at))
+    def noted(self) -> str:
+        """The notes in one line."""
+        said = (f"{note.text}: {', '.join(note.examples)}" for note in self.notes.values())
+        return "; ".join(said)
 
     def _flush(self) -> None:
         if self._rows:
@@ -128,33 +119,27 @@ class IndexWriter:
 class Index:
     """An index opened for reading; works after fork and can be pickled (it opens itself anew).
 
-    `identity` differs between any two indexes, `digest` where item ids or their order do; `refused`
-    could not be opened, or not be read at a byte. Raises DamagedIndex or FileNotFoundError.
+    `identity` differs between any two indexes, `digest` where item ids or their order do. A file
+    that is no index, or not the whole of one, raises what Arrow or json do, or KeyError.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            # Threads of Arrow's would not live on in forked workers.
-            options = pa.ipc.IpcReadOptions(use_threads=False)
-            reader = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
-            stored = json.loads((reader.schema.metadata or {})[_KEY])
-            if stored["format"] != _FORMAT or not reader.schema.equals(SCHEMA):
-                raise ValueError("an index of another format")
-            numbers = range(reader.num_record_batches)
-            *batches, (_, last) = map(reader.get_batch_with_custom_metadata, numbers)
-            self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
-            self.facts: dict[str, str] = stored["facts"]
-            self.identity: str = stored["identity"]
-            found = json.loads(last[_KEY])
-            self.notes = [Note(t, n, lost, tuple(names)) for t, n, lost, names in found["notes"]]
-            self.refused: list[tuple[str, int | None]] = [(p, at) for p, at in found["refused"]]
-            self.digest: str = found["digest"]
-        except FileNotFoundError:
-            raise
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedIndex(f"{path}: {error}") from error
+        # Threads of Arrow's would not live on in forked workers.
+        options = pa.ipc.IpcReadOptions(use_threads=False)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
+        stored = json.loads((reader.schema.metadata or {})[_KEY])
+        if stored["format"] != _FORMAT or not reader.schema.equals(SCHEMA):
+            raise ValueError("an index of another format")
+        numbers = range(reader.num_record_batches)
+        *batches, (_, last) = map(reader.get_batch_with_custom_metadata, numbers)
+        found = json.loads(last[_KEY])
+        self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
         self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self.facts: dict[str, str] = stored["facts"]
+        self.identity: str = stored["identity"]
+        self.notes = [Note(text, count, tuple(names)) for text, count, names in found["notes"]]
+        self.digest: str = found["digest"]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

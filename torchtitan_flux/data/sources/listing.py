@@ -4,10 +4,8 @@ import glob
 import itertools
 import os
 import re
-import stat
 import unicodedata
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ from torchtitan_flux.tensor_files import file_kinds
 from torchtitan_flux.tensor_files.file_kinds import HEAD as HEAD
 
 LFS_POINTER = "is a Git LFS pointer, run `git lfs pull`"
-NOT_UTF8 = "files whose names are not UTF-8 are left out"
+LEFT_OUT = "left out: folders that cannot be opened, names that are not UTF-8, pipes and devices"
 _FOREIGN = {
     file_kinds.LFS_POINTER: LFS_POINTER,
     file_kinds.WEB_PAGE: "is a web page: download the file itself",
@@ -26,18 +24,16 @@ _FOREIGN = {
 }
 
 
-@dataclass(frozen=True)
-class Directory:
+class Directory(NamedTuple):
     """A directory of a walk: its path relative to the root, "" for the root; names, sorted.
 
-    `undecodable` is how many names are not UTF-8 and left out, `error` why it cannot be listed.
+    `left_out` are paths of what LEFT_OUT says.
     """
 
     name: str
     files: list[str]
     folders: list[str]
-    undecodable: int = 0
-    error: OSError | None = None
+    left_out: list[str]
 
     def paths(self) -> list[str]:
         """The files, relative to the root."""
@@ -50,61 +46,54 @@ def walk(
     """Every directory at and below `root`, parents first, siblings sorted.
 
     Hidden names, the folder `without` and, directly below the root, folders not in `only` are left
-    out. Links are followed, but not in circles; a broken one counts as a file, as a pipe does.
-    OSError where the root cannot be listed.
+    out. Links are followed, but not in circles; a broken one counts as a file. OSError where the
+    root cannot be listed.
     """
     skipped = _identity(without) if without and without.is_dir() else None
     stack = [("", frozenset[tuple[int, int]]())]
     while stack:
         name, ancestors = stack.pop()
-        files, folders, undecodable = [], [], 0
+        found = Directory(name, [], [], [])
         try:
             identity = _identity(root / name)
             if identity in ancestors or (name and identity == skipped):
                 continue
             with os.scandir(root / name) as entries:
                 for entry in entries:
-                    if not is_unicode(entry.name):
-                        undecodable += 1
-                    elif not entry.name.startswith("."):
-                        (folders if _is_folder(entry) else files).append(entry.name)
+                    if not entry.name.startswith("."):
+                        _kind(entry, found).append(entry.name)
         except OSError as error:
             if not name:
                 raise
-            yield Directory(name, [], [], error=error)
+            yield Directory(name, [], [], [f"{name}: {error.strerror}"])
             continue
-        yield Directory(name, sorted(files), sorted(folders), undecodable)
+        for names in found[1:]:
+            names.sort()
+        yield found._replace(left_out=[os.path.join(name, one) for one in found.left_out])
         stack += [
             (os.path.join(name, folder), ancestors | {identity})
-            for folder in sorted(folders, reverse=True)
+            for folder in reversed(found.folders)
             if name or only is None or folder in only
         ]
 
 
-class Files(NamedTuple):
-    """Files below a folder, relative to it; folders with undecodable names; unlisted folders."""
-
-    names: list[str]
-    undecodable: list[str]
-    refused: list[tuple[Path, OSError]]
-
-
-def files_below(folder: Path, without: Path | None) -> Files:
-    """All files that `walk` meets."""
-    files = Files([], [], [])
-    for directory in walk(folder, without):
-        files.names.extend(directory.paths())
-        files.undecodable.extend([directory.name or str(folder)] * directory.undecodable)
-        if directory.error:
-            files.refused.append((folder / directory.name, directory.error))
-    return files
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
+def _kind(entry: os.DirEntry, found: Directory) -> list[str]:
+    """Which of the lists an entry belongs to."""
+    if not is_unicode(entry.name):
+        return found.left_out
     try:
-        return entry.is_dir()
+        if entry.is_dir():
+            return found.folders
+        return found.files if entry.is_file() or not os.path.exists(entry) else found.left_out
     except OSError:  # a link to itself
-        return False
+        return found.left_out
+
+
+def files_below(folder: Path, without: Path | None) -> tuple[list[str], list[str]]:
+    """(all files that `walk` meets, what it leaves out), relative to the folder."""
+    found = list(walk(folder, without))
+    names = [path for directory in found for path in directory.paths()]
+    return names, [one for directory in found for one in directory.left_out]
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -163,16 +152,9 @@ def as_spelled(folder: Path, name: str) -> str:
 
 def missing(path: Path) -> str:
     """Why there is no file, to be read after its name."""
-    return "is a broken link" if path.is_symlink() else "does not exist"
-
-
-def not_regular(path: Path) -> str:
-    """What a path is that opening might wait for or never end; "" for a regular file."""
-    mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return ""
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
-    return next((what for test, what in kinds.items() if test(mode)), "a device")
+    if path.is_symlink():
+        return "is a broken link"
+    return "is no file" if path.exists() else "does not exist"
 
 
 def is_lfs_pointer(head: bytes) -> bool:

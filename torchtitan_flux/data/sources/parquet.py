@@ -7,12 +7,11 @@ into Arrow files, once, where indexes are kept.
 import io
 import json
 import logging
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import datasets
 import pyarrow as pa
@@ -21,30 +20,28 @@ from datasets import Dataset, DatasetDict
 from tqdm import tqdm
 
 from torchtitan_flux.data.decode import damage_is_unreadable, header_size
-from torchtitan_flux.data.sources import index_cache, listing
-from torchtitan_flux.data.sources.captions import NO_CAPTION, Captions, captions_of, path_inside
-from torchtitan_flux.data.sources.columns import (
-    caption_column,
-    class_names,
-    image_column,
-    picture_in,
-    plain_type,
-    text_in,
-)
+from torchtitan_flux.data.sources import indexed, listing
+from torchtitan_flux.data.sources.captions import CAPTION_NAMES, NO_CAPTION, Captions, captions_of
 from torchtitan_flux.data.sources.index import IndexWriter, Row
-from torchtitan_flux.data.sources.indexed import IndexedSource
-from torchtitan_flux.data.sources.source import SettingError, SourceOptions, Split, UnreadableItem
+from torchtitan_flux.data.sources.source import (
+    CAPTION_COLUMN,
+    IMAGE_COLUMN,
+    SettingError,
+    SourceOptions,
+    Split,
+    UnreadableItem,
+)
 from torchtitan_flux.data.sources.split import part_of, split_files
+from torchtitan_flux.formatting import listed
 from torchtitan_flux.paths import is_hub_name
 
 logger = logging.getLogger(__name__)
 
 _COMPRESSED = re.compile(r"\.(parquet|arrow)\.(gz|zst|xz|bz2|lz4|zip)$", re.IGNORECASE)
 _ROWS = 256  # that are converted, or taken from a table, at once
-_HEADER = 2**16  # bytes of a picture that mostly hold its header: no more of it is read, then
 
 
-class ParquetSource(IndexedSource):
+class ParquetSource(indexed.IndexedSource):
     """All rows of the tables of one split, one table after the other; ids are "<table>/<row>".
 
     The path is a folder, a file, or owner/name of the hub. ValueError where there is nothing to
@@ -58,7 +55,7 @@ class ParquetSource(IndexedSource):
         self._by_line = options.captions_by_line
         local = Path(path).absolute()
         self.place = local if local.is_dir() else local.parent
-        undecodable: list[str] = []
+        left_out: list[str] = []
         if not local.exists():
             self.place = Path.home() / ".cache" / "torchtitan_flux"
             found = _from_hub(path)
@@ -66,32 +63,34 @@ class ParquetSource(IndexedSource):
             with _damage_is_named(local):
                 found = datasets.load_from_disk(str(local))
         elif local.is_dir():
-            found, undecodable = _files(local, options.index_folder)
+            found, left_out = _files(local, options.index_folder)
         else:
             found = local
         parted = isinstance(found, dict)
         found = {str(name): of for name, of in found.items()} if parted else {local.name: found}
         parts = {name: part_of(name) if parted else "" for name in found}
-        part, self.shared, names, left_out = split_files(parts, split, path)
+        part, self.shared, names, others = split_files(parts, split, path)
         tables = {name: _opened(found[name]) for name in names}
-        self.left_out = left_out | {
-            "tables without rows": [name for name, table in tables.items() if not table.rows],
-            listing.NOT_UTF8: undecodable,
-        }
+        empty = [name for name, table in tables.items() if not table.rows]
+        self.left_out = others | {"tables without rows": empty, listing.LEFT_OUT: left_out}
         tables = {name: table for name, table in tables.items() if table.rows}
         if not tables:
             raise ValueError(f"{path} holds no row")
         self._marks = {name: table.mark for name, table in tables.items()}
-        schema = _merged([table.schema for table in tables.values()])
-        self._image, self._caption = image_column(schema, options.image_column), None
+        schema = next(iter(tables.values())).schema
+        self._image = _column(
+            schema, IMAGE_COLUMN, options.image_column, ("image",), _holds_pictures
+        )
+        self._caption, named = None, options.caption_column
         try:
-            self._caption = caption_column(schema, options.caption_column)
+            fits = _holds_text_or_classes if named else _holds_text
+            self._caption = _column(schema, CAPTION_COLUMN, named, CAPTION_NAMES, fits)
         except SettingError:
-            if options.caption_column or options.default_caption is None:
+            if named or options.default_caption is None:
                 raise  # else every row has the default caption
-        self._classes = class_names(schema, self._caption) if self._caption else []
-        read = [column for column in (self._image, self._caption) if column]
-        columns = _common_columns(tables, schema, sorted({column[0] for column in read}))
+        self._classes = _class_names(schema, self._caption)
+        read = [name for name in (self._image, self._caption) if name]
+        columns = _common_columns(tables, list(dict.fromkeys(read)))
         parquet = {name: table.rows for name, table in tables.items() if table.data is None}
         converted = _converted(self.place, parquet, columns, options.index_folder)
         self._tables = [
@@ -99,11 +98,11 @@ class ParquetSource(IndexedSource):
             for name, table in tables.items()
         ]
         given = "" if local.is_dir() else local.name if local.exists() else path
-        self.identity = json.dumps([given, part, *map(".".join, read), self._by_line])
-        index = index_cache.open_index(self, options.index_folder)
+        self.identity = json.dumps([given, part, *read, self._by_line])
+        index = indexed.open_index(self, options.index_folder)
         super().__init__(self.name, path, index, options)
 
-    def facts(self, stored: Mapping[str, str]) -> dict[str, str]:
+    def facts(self) -> dict[str, str]:
         return self._marks
 
     def build(self, writer: IndexWriter, bar: tqdm) -> None:
@@ -111,55 +110,113 @@ class ParquetSource(IndexedSource):
         for number, (name, table) in enumerate(zip(self._marks, self._tables, strict=True)):
             row = 0
             for batch in cast(Iterable[pa.Table], table.iter(batch_size=_ROWS)):
-                texts = batch.column(self._caption[0]) if self._caption else [None] * len(batch)
-                for picture, text in zip(batch.column(self._image[0]), texts, strict=True):
+                texts = batch.column(self._caption) if self._caption else [None] * len(batch)
+                for picture, text in zip(batch.column(self._image), texts, strict=True):
                     item_id = f"{name}/{row}"
                     captions, reason = self._captions_in(text, item_id)
-                    length, (width, height, wrong) = self._size(picture, item_id, writer)
-                    what = captions, reason or wrong
+                    length, width, height, wrong = 0, 0, 0, ""
+                    try:
+                        data = _picture_in(picture, item_id)
+                        length = len(data)
+                        width, height, wrong = header_size(io.BytesIO(data))
+                    except UnreadableItem as error:
+                        wrong = error.reason
+                    what = captions, wrong or reason
                     writer.add(Row(item_id, number, row, length, width, height, *what))
                     row += 1
                 bar.update(len(batch))
 
     def _captions_in(self, scalar: pa.Scalar | None, item_id: str) -> Captions:
-        if self._caption is None or scalar is None:
+        if scalar is None:
             return (), NO_CAPTION
         try:
             with damage_is_unreadable(item_id):
-                text = text_in(scalar.as_py(), self._caption[1:], self._classes, item_id)
-                return captions_of(text, self._by_line)
+                value = scalar.as_py()
         except UnreadableItem as error:
             return (), error.reason
-
-    def _size(
-        self, scalar: pa.Scalar, item_id: str, writer: IndexWriter
-    ) -> tuple[int, tuple[int, int, str]]:
-        """(bytes, what `header_size` says) of a picture."""
-        path = ""
-        try:
-            with damage_is_unreadable(item_id):
-                data, path = picture_in(scalar, self._image[1:], item_id)
-            if data is not None:
-                found = header_size(io.BytesIO(data.slice(0, min(data.size, _HEADER)).to_pybytes()))
-                if not found[0] and data.size > _HEADER:
-                    found = header_size(io.BytesIO(data.to_pybytes()))
-                return data.size, found
-            with _beside(self.place, path, item_id).open("rb") as opened:
-                return os.fstat(opened.fileno()).st_size, header_size(opened)
-        except UnreadableItem as error:
-            return 0, (0, 0, error.reason)
-        except OSError as error:
-            writer.refused(self.place / path, error, at=0)
-            return 0, (0, 0, "")
+        if isinstance(value, int):
+            known = 0 <= value < len(self._classes)
+            value = self._classes[value] if known else str(value)
+        return captions_of(value, self._by_line)
 
     def read(self, row: Row) -> bytes:
         with damage_is_unreadable(row.item_id):
             found = cast(pa.Table, self._tables[row.shard][row.offset])
-            value = found.column(self._image[0])[0]
-            data, path = picture_in(value, self._image[1:], row.item_id)
-            if data is not None:
-                return data.to_pybytes()
-        return _beside(self.place, path, row.item_id).read_bytes()
+            return _picture_in(found.column(self._image)[0], row.item_id)
+
+
+def _column(
+    schema: pa.Schema,
+    key: str,
+    named: str,
+    usual: tuple[str, ...],
+    fits: Callable[[pa.DataType], bool],
+) -> str:
+    """The column that is named, else of a usual name, in any case where none is spelled so; of
+    pictures, also the only one."""
+    fitting = [field.name for field in schema if fits(_plain(field.type))]
+    names, wanted = (schema.names, (named,)) if named else (fitting, usual)
+    exact = [[name for name in names if name == one] for one in wanted]
+    in_any_case = [[name for name in names if name.lower() == one.lower()] for one in wanted]
+    found = next(filter(None, exact + in_any_case), [])
+    if not (found or named) and key == IMAGE_COLUMN:
+        found = fitting
+    if len(found) == 1 and found[0] in fitting:
+        return found[0]
+    what = "encoded images" if key == IMAGE_COLUMN else "text"
+    raise SettingError(
+        key,
+        f"{' or '.join(map(repr, wanted))} has to be one column that holds {what}; those that do: "
+        f"{listed(fitting, 20) or 'none'}; all columns: {listed(schema.names, 20)}",
+    )
+
+
+def _plain(of: pa.DataType) -> pa.DataType:
+    """One type for all that store the same: views, dictionaries, 32 or 64 bits of offsets."""
+    types = pa.types
+    if types.is_dictionary(of):
+        return _plain(of.value_type)
+    if types.is_struct(of):
+        return pa.struct([(field.name, _plain(field.type)) for field in of])
+    if types.is_list(of) or types.is_large_list(of):
+        return pa.list_(_plain(of.value_type))
+    if types.is_string(of) or types.is_large_string(of) or types.is_string_view(of):
+        return pa.string()
+    if types.is_binary(of) or types.is_large_binary(of) or types.is_binary_view(of):
+        return pa.large_binary()
+    return of
+
+
+def _holds_text(of: pa.DataType) -> bool:
+    return pa.types.is_string(of.value_type if pa.types.is_list(of) else of)
+
+
+def _holds_text_or_classes(of: pa.DataType) -> bool:
+    return _holds_text(of) or pa.types.is_integer(of)
+
+
+def _holds_pictures(of: pa.DataType) -> bool:
+    if pa.types.is_struct(of) and of.get_field_index("bytes") >= 0:
+        of = of.field("bytes").type
+    return pa.types.is_large_binary(of)
+
+
+def _picture_in(scalar: Any, item_id: str) -> bytes:
+    """The file of a picture."""
+    if scalar.is_valid and isinstance(scalar, pa.StructScalar):
+        scalar = scalar["bytes"]
+    if not scalar.is_valid:
+        raise UnreadableItem(item_id, "has no image")
+    return scalar.as_py()
+
+
+def _class_names(schema: pa.Schema, column: str | None) -> list[str]:
+    """What `datasets` says that the numbers in a column stand for; [] where it says nothing."""
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return stored["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 class _Table(NamedTuple):
@@ -176,8 +233,8 @@ def _opened(found: Path | Dataset) -> _Table:
         files = [Path(file["filename"]) for file in found.cache_files]
         mark = " ".join([found._fingerprint, *map(listing.stamp, files)])
         return _Table(found.data.schema, len(found), mark, found)
-    if what := listing.not_regular(found):
-        raise ValueError(f"{found} is {what}")
+    if not found.is_file():
+        raise ValueError(f"{found} {listing.missing(found)}")
     with _damage_is_named(found):
         if found.suffix.lower() == ".parquet":
             with pq.ParquetFile(found) as file:
@@ -187,41 +244,27 @@ def _opened(found: Path | Dataset) -> _Table:
 
 
 def _files(folder: Path, index_folder: Path | None) -> tuple[dict[str, Path], list[str]]:
-    """(the tables below a folder by their names, folders of files whose names are not UTF-8)."""
-    names, undecodable, refused = listing.files_below(folder, index_folder)
-    if refused:
-        raise refused[0][1]
+    """(the tables below a folder by their names, what is left out of it)."""
+    names, left_out = listing.files_below(folder, index_folder)
     if compressed := next(filter(_COMPRESSED.search, names), None):
         raise ValueError(f"{folder / compressed} is compressed: unpack it")
     found = {n: folder / n for n in names if n.lower().endswith((".parquet", ".arrow"))}
     if not found:
         raise ValueError(f"{folder} holds no .parquet or .arrow file")
-    return found, undecodable
+    return found, left_out
 
 
-def _merged(schemas: list[pa.Schema]) -> pa.Schema:
-    """The columns of the first table; those of nulls as the first other one has them."""
-    first, *others = schemas
-    fields = {field.name: field for field in first}
-    for field in (field for schema in others for field in schema):
-        if field.name in fields and pa.types.is_null(fields[field.name].type):
-            fields[field.name] = field
-    return pa.schema(list(fields.values()), first.metadata)
-
-
-def _common_columns(tables: Mapping[str, _Table], merged: pa.Schema, names: list[str]) -> pa.Schema:
-    """The columns that are read, which must have one type in all tables; nulls fit any."""
-    columns = {name: plain_type(merged.field(name).type) for name in names}
+def _common_columns(tables: Mapping[str, _Table], names: list[str]) -> pa.Schema:
+    """The columns that are read, which must have one type in all tables."""
+    columns: dict[str, pa.DataType] = {}
     for table, (schema, *_) in tables.items():
-        for column, of in columns.items():
-            found = [plain_type(field.type) for field in schema if field.name == column]
+        for column in names:
+            found = [_plain(field.type) for field in schema if field.name == column]
             if len(found) != 1:
-                many = f"{len(found)} columns" if found else "no column"
-                raise ValueError(f"{table} has {many} {column!r}, it should be one")
-            if found[0] != of and not pa.types.is_null(found[0]):
-                raise ValueError(
-                    f"column {column!r} is {found[0]} in {table}, {of} in {next(iter(tables))}"
-                )
+                raise ValueError(f"{table} has {len(found)} columns {column!r}, it should be one")
+            of = columns.setdefault(column, found[0])
+            if found[0] != of:
+                raise ValueError(f"column {column!r} is {found[0]} in {table}, {of} before")
     return pa.schema(list(columns.items()))
 
 
@@ -233,13 +276,11 @@ def _damage_is_named(file: Path) -> Iterator[None]:
     except SettingError:
         raise
     except Exception as error:
-        what, name = "", str(file)
+        what = ""
         with suppress(OSError), file.open("rb") as opened:
             what = listing.foreign_content(opened.read(listing.HEAD), file.name)
-        if not what and isinstance(error, OSError) and error.strerror:
-            what, name = f"cannot be opened: {error.strerror}", str(error.filename or file)
-        text = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name} {what or f'cannot be read as a table: {text[0]}'}") from error
+        text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise ValueError(f"{file} {what or f'cannot be read as a table: {text}'}") from error
 
 
 def _converted(
@@ -252,7 +293,7 @@ def _converted(
 
     def convert(folder: Path) -> Dataset:
         # One process converts, the others wait and find it done.
-        with index_cache.locked(folder / "parquet.lock", str(root)):
+        with indexed.locked(folder / "parquet.lock", str(root)):
             logger.info("%s: %d parquet files, converted once into %s", root, len(files), folder)
             return datasets.load_dataset(
                 "parquet",
@@ -267,7 +308,7 @@ def _converted(
     datasets.disable_progress_bars()  # of which every process would print several
     what = f"the rows of {root}"
     with _damage_is_named(root):
-        table = index_cache.in_first_writable(index_cache.places(index_folder, root), what, convert)
+        table = indexed.in_first_writable(indexed.places(index_folder, root), what, convert)
     assert len(table) == sum(counts.values())
     tables, start = {}, 0
     for name, count in counts.items():
@@ -288,17 +329,3 @@ def _from_hub(name: str) -> DatasetDict | Dataset:
             f"({' '.join(str(error).split())[:200]}); download it with `hf download {name} "
             f"--repo-type dataset --local-dir {name.split('/')[-1]}` and name the folder"
         ) from error
-
-
-def _beside(root: Path, path: str, item_id: str) -> Path:
-    """The file that a path in a table names, within the folder of the data."""
-    try:
-        file = root / path_inside(root, "", path)
-        what = listing.not_regular(file)
-    except ValueError as error:
-        raise UnreadableItem(item_id, f"its path {error}") from error
-    except FileNotFoundError as error:
-        raise UnreadableItem(item_id, f"{path}: does not exist") from error
-    if what:
-        raise UnreadableItem(item_id, f"{path} is {what}, no file")
-    return file

@@ -23,38 +23,25 @@ from torchtitan_flux.data.sources.source import (
 
 _SEED = 0  # the split is a property of the data set: held-out losses of different runs must compare
 
-PARTS = {
+_PARTS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-"""Part -> the words for it."""
 
 NO_PART = "files that belong to no part of the data are left out"
 
-# Words that a folder's name may have besides, as in "training_set" and "val images 2017".
-_BESIDES = {"set", "split", "data", "images", "pictures"}
-
 
 def part_of(name: str) -> str:
-    """The part that a file belongs to by its name, or that of the nearest folder; "" for none.
+    """The part that a file or folder belongs to by its name, or the nearest folder's; "" for none.
 
     Any word counts, as in the names of the hub's files: train-00000-of-00005.parquet.
     """
     for piece in reversed(name.lower().split("/")):
         words = set(re.split(r"[-._\s\d]+", piece))
-        if part := next((part for part, known in PARTS.items() if words & known), ""):
+        if part := next((part for part, known in _PARTS.items() if words & known), ""):
             return part
     return ""
-
-
-def part_of_folder(name: str) -> str:
-    """The part that a folder of pictures is; "" for none.
-
-    Every word counts: "test_2017" is a part, "test cars" may be a class of pictures.
-    """
-    words = set(re.findall(r"[^\W\d_]+", name.lower())) - _BESIDES
-    return next((part for part, known in PARTS.items() if words and words <= known), "")
 
 
 class SplitFiles(NamedTuple):

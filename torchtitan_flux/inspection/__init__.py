@@ -1,1 +1,0 @@
-"""A look at the data before training."""
