@@ -13,7 +13,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 import pytest
 import torch
 import weight_files as made
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from helpers import diffusers_forward, model_inputs, relative_l2
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,13 +21,7 @@ from torch import Tensor
 from torchtitan_flux.checkpoint.manifest import Manifest
 from torchtitan_flux.checkpoint.storage import load_states
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
-from torchtitan_flux.encoders.text import CaptionTokenizer, ClipEncoder, T5Encoder
-from torchtitan_flux.latents import ImageSize, pack
 from torchtitan_flux.model import FluxModel, FluxModelArgs
-from torchtitan_flux.model.inputs import TextConditioning, conditioned_velocity
-from torchtitan_flux.sampling.euler import euler
-from torchtitan_flux.sampling.generate import initial_noise
-from torchtitan_flux.sampling.schedules import Schedule
 from torchtitan_flux.tensor_files.safetensors_file import UnreadableWeights
 from torchtitan_flux.weights import compare, convert_command, staging
 from torchtitan_flux.weights import convert as convert_module
@@ -158,37 +152,6 @@ def test_forward_in_diffusers(sources, models, variant):
     with torch.no_grad():
         found = diffusers_forward(theirs, inputs)
         assert relative_l2(found, ours(**inputs)) <= 2e-6
-
-
-@pytest.mark.parametrize("variant", PIPELINES)
-def test_the_pipeline_draws_what_our_sampler_draws(sources, models, variant):
-    args, size, prompts, steps = PIPELINES[variant], ImageSize(48, 80), ["a red circle"], 4
-    guidance = 3.5 if args.guidance_embed else None
-    pipeline = FluxPipeline.from_pretrained(sources["pipeline", args], torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = pack(initial_noise(args.geometry, size, seed=7, index=0)[None], args.patch_size)
-    expected = pipeline(
-        prompts,
-        height=size.height,
-        width=size.width,
-        num_inference_steps=steps,
-        guidance_scale=guidance or 0.0,
-        latents=noise,  # type: ignore[arg-type]
-        max_sequence_length=24,
-        output_type="latent",
-    ).images  # type: ignore[union-attr]
-
-    model = FluxModel(args)
-    model.load_state_dict(models[args])
-    t5, clip = CaptionTokenizer(TINY / "t5", TINY / "clip", 24)(prompts[0])
-    encoders = T5Encoder(TINY / "t5"), ClipEncoder(TINY / "clip")
-    text = TextConditioning(encoders[0](t5[None]), encoders[1](clip[None]))
-    velocity = conditioned_velocity(model, text, args.geometry, size, guidance)
-    schedule = Schedule.of_flavor(args.guidance_embed)
-    times = schedule.times(steps, args.geometry.grid(size).tokens)
-    found = euler(velocity, noise, times)
-    assert relative_l2(found, noise) > 0.1
-    assert relative_l2(found, expected) <= 1e-5  # type: ignore[arg-type]
 
 
 def test_a_pipelines_parts_must_fit(sources, tmp_path):
