@@ -34,6 +34,16 @@ def test_geometry_of_the_flavors():
     assert FLAVORS["flux-digits"].pixel_space
 
 
+@pytest.mark.parametrize("flavor", FIXED_WIDTH_FLAVORS)
+@pytest.mark.parametrize(
+    ("pixels", "text", "tflop"), [(256, 256, 20.4), (256, 512, 31.0), (512, 512, 64.5),
+                                  (1024, 512, 223)]
+)  # fmt: skip
+def test_work_per_image(flavor, pixels, text, tflop):
+    found = flops_per_image(FLAVORS[flavor], pixels, text) / 1e12
+    assert found == pytest.approx(tflop, rel=0.01)
+
+
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "text"), [(3, 5, 7), (11, 2, 3)])
 def test_work_per_image_equals_the_counted_operations(guidance, rows, cols, text):

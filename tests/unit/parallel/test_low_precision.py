@@ -5,7 +5,7 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
-import torchtitan_flux.torchtitan_shim  # before torchtitan
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ import torchtitan.components.quantization.mx as torchtitan_mx
 from helpers import model_inputs, nonzero_model, relative_l2
 from torchtitan.protocols.model_converter import build_model_converters
 
-import torchtitan_flux.parallel.low_precision  # noqa: F401  (registers its converters)
 from torchtitan_flux.config.job_config import KEPT, FluxJobConfig
 from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FLAVORS, FluxModel
+from torchtitan_flux.parallel import low_precision
 from torchtitan_flux.parallel.low_precision_checks import (
     FLOAT8,
     MX,
@@ -80,6 +80,16 @@ def test_attention_and_mlp_of_the_blocks_are_converted_and_nothing_else():
     names = [f"double_blocks.{i}.{name}" for i in range(2) for name in DOUBLE]
     names += [f"single_blocks.{i}.{name}" for i in range(2) for name in SINGLE]
     assert converted(FluxModel(ARGS), EMULATED) == sorted(names)
+
+
+def test_the_same_in_the_model_of_twelve_billion():
+    with torch.device("meta"):
+        model = FluxModel(FLAVORS["flux-dev"])
+    weights = dict(model.named_parameters())
+    names = converted(model, EMULATED)
+    assert len(names) == 19 * len(DOUBLE) + 38 * len(SINGLE)
+    assert sum(weights[f"{name}.weight"].numel() for name in names) == 8_606_711_808
+    assert list(dict(model.named_parameters())) == list(weights)
 
 
 def test_a_list_of_the_users_replaces_ours_but_opens_no_embedder():
@@ -185,7 +195,11 @@ def test_what_cannot_be_is_refused_by_name(monkeypatch, capability, changes, nam
     assert named in "".join(found)
 
 
-def test_a_start_checks_widths_too():
+def test_both_ways_in_refuse():
+    argv = ("--model.converters", FLOAT8, f"--{PRECOMPUTE}", "--training.local_batch_size", "3")
+    with pytest.raises(ConfigError) as error:
+        load_config([*DIGITS, *argv])
+    assert len(error.value.found) == 2  # no hardware; a key without effect
     argv = ("--model.converters", FLOAT8, f"--{FLOAT8}.emulate")
     with pytest.raises(ConfigError, match="hidden width 128"):
         load_config([*DIGITS, *argv, "--parallelism.tensor_parallel_degree", "16"])
@@ -235,3 +249,10 @@ def test_widths_and_tokens_have_to_be_multiples_of_16_or_32(changes, more, named
     assert len(found) == len(named)
     for problem, part in zip(found, named, strict=True):
         assert part in str(problem)
+
+
+def test_the_converters_are_ours():
+    from torchtitan.protocols.model_converter import _registry_model_converter_cls as registry
+
+    assert registry[FLOAT8] is low_precision.FluxFloat8Converter
+    assert registry[MX] is low_precision.FluxMXConverter
