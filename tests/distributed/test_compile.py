@@ -51,7 +51,7 @@ def heap_in_use() -> int:
     return use.uordblks + use.hblkhd
 
 
-def outcome(name: str, backend: str | None, ranks: int) -> dict[str, Any]:
+def outcome(name: str, compiled: bool, ranks: int) -> dict[str, Any]:
     """Loss, whole gradients, graphs and bytes kept for the backward pass, of the second of two
     steps, which must need no new graph."""
     torch._dynamo.reset()
@@ -59,9 +59,9 @@ def outcome(name: str, backend: str | None, ranks: int) -> dict[str, Any]:
     model = nonzero_model(ARGS, seed=5)
     apply_activation_checkpoint(model, preserve_rng_state=False, early_stop=False, **MODES[name])
     errors = squared_errors
-    if backend:
-        compile_blocks(model, backend)
-        errors = compiled_squared_errors(backend)
+    if compiled:
+        compile_blocks(model, "aot_eager")
+        errors = compiled_squared_errors("aot_eager")
     mesh = data_dims(1, ranks).data_mesh
     shard_model(model, mesh, param_dtype=torch.float32)
     share = slice(dist.get_rank() * BATCH // ranks, (dist.get_rank() + 1) * BATCH // ranks)
@@ -87,8 +87,8 @@ def outcome(name: str, backend: str | None, ranks: int) -> dict[str, Any]:
     return {"loss": float(total), "grads": grads, "graphs": graphs, "saved": saved}
 
 
-def measured(names: list[str], backend: str | None, ranks: int) -> dict[str, dict[str, Any]]:
-    return {name: outcome(name, backend, ranks) for name in names}
+def measured(names: list[str], compiled: bool, ranks: int) -> dict[str, dict[str, Any]]:
+    return {name: outcome(name, compiled, ranks) for name in names}
 
 
 def sizes() -> list[int]:
@@ -114,17 +114,13 @@ def sizes() -> list[int]:
     return after
 
 
-def run(backend: str, folder: Path) -> dict[str, Any]:
-    """`main` in a process of its own: pytest's run-time shape checks (jaxtyping's import hook)
-    cannot be traced into one graph."""
-    path = folder / "outcomes.pt"
-    run_program("-W", "ignore", Path(__file__).resolve(), path, backend)
-    return torch.load(path)
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, Any]:
-    return run("aot_eager", tmp_path_factory.mktemp("compiled"))
+    """`main` in a process of its own: pytest's run-time shape checks (jaxtyping's import hook)
+    cannot be traced into one graph."""
+    path = tmp_path_factory.mktemp("compiled") / "outcomes.pt"
+    run_program("-W", "ignore", Path(__file__).resolve(), path)
+    return torch.load(path)
 
 
 def assert_as_eager(results: dict[str, Any], ranks: str) -> None:
@@ -161,21 +157,12 @@ def test_a_size_needs_two_graphs_whatever_the_depth(outcomes):
     assert again == [20] * 10
 
 
-@pytest.mark.long
-def test_inductor(tmp_path):
-    results = run("inductor", tmp_path)
-    for ranks in ("1 rank", "4 ranks"):
-        assert_as_eager(results, ranks)
-
-
 def main() -> None:
-    path, backend = sys.argv[1:]
-    names = list(MODES)
-    results: dict[str, Any] = {"eager": run_ranks(1, measured, ["none"], None, 1)[0]["none"]}
-    (results["1 rank"],) = run_ranks(1, measured, names, backend, 1)
-    (results["4 ranks"], *_) = run_ranks(4, measured, ["none", "op"], backend, 4)
-    results["sizes"] = sizes() if backend == "aot_eager" else []
-    torch.save(results, path)
+    results: dict[str, Any] = {"eager": run_ranks(1, measured, ["none"], False, 1)[0]["none"]}
+    (results["1 rank"],) = run_ranks(1, measured, list(MODES), True, 1)
+    (results["4 ranks"], *_) = run_ranks(4, measured, ["none", "op"], True, 4)
+    results["sizes"] = sizes()
+    torch.save(results, sys.argv[1])
 
 
 if __name__ == "__main__":
