@@ -157,7 +157,7 @@ def unreadable_rows(source: IndexedSource) -> tuple[list[str], Int[np.ndarray, "
 
 
 def _table(source: IndexedSource) -> pa.Table:
-    return pa.Table.from_batches(source.index.batches(), SCHEMA)
+    return pa.Table.from_batches(source.index.batches, SCHEMA)
 
 
 def _sizes(source: IndexedSource) -> Int64[np.ndarray, "2 rows"]:
