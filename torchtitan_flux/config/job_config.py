@@ -145,17 +145,11 @@ class Validation(torchtitan_config.Validation):
     all_timesteps: bool = False
     """All eight times for every sample, instead of one in turn"""
     enable_classifier_free_guidance: bool = False
-    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     eval_freq: int = 100
-    """Kept for torchtitan's files; validation.freq counts"""
     classifier_free_guidance_scale: float = 5.0
-    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     denoising_steps: int = 50
-    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     save_img_count: int = 1
-    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     save_img_folder: str = "img"
-    """Kept for torchtitan's files; pictures are drawn by [sampling]"""
     dataloader: DataLoader = field(default_factory=DataLoader)
 
 

@@ -7,21 +7,11 @@ from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text, type_name
 
 ABOUT = """\
-Usage: ./run_train.sh [--check | --print-config] [--section.key value …]
-
-  --check                   check the configuration, start nothing
-  --print-config            print the configuration as resolved, start nothing
-  --help                    this text
-
-  CONFIG_FILE               environment: TOML file (default train_configs/flux_digits.toml); also
-                            --job.config_file FILE
-  NGPU, LOG_RANK, NNODES, NODE_RANK, RDZV_ENDPOINT, GRACE
-                            environment: ranks, and what is shown of them; see the head of
-                            run_train.sh
-
-Every key below may stand in the TOML file and on the command line, which outranks it. Switches are
---section.key and --section.no-key; lists are several values, or one cut at its commas,
-except those before a space.
+# ./run_train.sh [--check | --print-config] [--section.key value …]
+# --check only checks the configuration, --print-config prints it as resolved; the environment
+# variables stand at the head of run_train.sh. Every key below may stand in CONFIG_FILE and on the
+# command line, which outranks it. Switches are --section.key and --section.no-key; lists are
+# several values, or one cut at its commas, except those before a space.
 """
 
 

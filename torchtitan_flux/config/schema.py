@@ -79,13 +79,7 @@ def put(config: object, key: str, value: object) -> None:
 def unknown_name(
     name: str, keys: Collection[str], given: str, section: bool = False
 ) -> tuple[Problem, list[str]]:
-    """What to say of a key or section that does not exist.
-
-    Args:
-        name: the dotted name that was given.
-        keys: all that exist.
-        given: how and where it was given.
-        section: whether it is a section.
+    """What to say of a key or `section` that does not exist, `given` in this way and place.
 
     Returns:
         the problem, and the key that was probably meant (then its value is in doubt), if any: a

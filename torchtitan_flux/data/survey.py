@@ -69,7 +69,7 @@ def survey(source: Source, size: ImageSize, cut: Callable | None = None) -> Surv
         return Survey(whole.name, len(whole), held_out)
     usable, index = whole.usable_rows, whole.index
     notes = list(index.notes)
-    table = pa.Table.from_batches(index.batches(), SCHEMA)
+    table = pa.Table.from_batches(index.batches, SCHEMA)
     width, height = (table[name].to_numpy().astype(np.int64) for name in ("width", "height"))
     if usable.any():
         at = np.flatnonzero(usable)[np.argsort((width * height)[usable], kind="stable")]

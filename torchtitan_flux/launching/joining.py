@@ -13,18 +13,14 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torchtitan_flux.launching.settings import Settings
 
 PERIOD = 0.5
-INTERVAL = 30.0
-"""Seconds between two lines about who is missing."""
 
 
 class NotJoined(Exception):
     """The machines did not meet; the message says why."""
 
 
-def join(
-    settings: Settings, timeout: float, say: Callable[[str], None], interval: float = INTERVAL
-) -> Store:
-    """Wait until a launcher runs on each machine; `say` gets a line every `interval` seconds.
+def join(settings: Settings, timeout: float, say: Callable[[str], None]) -> Store:
+    """Wait until a launcher runs on each machine; `say` is told who is missing, once.
 
     Returns:
         the store they met at, to be kept.
@@ -32,7 +28,7 @@ def join(
     Raises:
         NotJoined: after `timeout` seconds, or because two were started in different ways.
     """
-    s, begin, lines, store = settings, time.monotonic(), 0, None
+    s, end, said, store = settings, time.monotonic() + timeout, "", None
     mine, way = str(s.node_rank), f"NNODES = {s.nodes}, NGPU = {s.ranks_per_node}"
     me = f"{way}, {socket.gethostname()}:{os.getpid()}"
     try:
@@ -54,13 +50,12 @@ def join(
                 store = None
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 state = f"no launcher answers at {s.endpoint} ({reason})"
-            waited = time.monotonic() - begin
-            if waited >= timeout:
-                raise NotJoined(f"{state}; waited {waited:.0f} s (comm.init_timeout_seconds)")
-            if waited >= (lines + 1) * interval:
-                lines += 1
-                say(f"{state}; waiting, {timeout - waited:.0f} s more at most")
-            time.sleep(min(PERIOD, interval))
+            if time.monotonic() > end:
+                raise NotJoined(f"{state}; waited {timeout:.0f} s (comm.init_timeout_seconds)")
+            if state != said:
+                say(f"{state}; waiting, {timeout:.0f} s at most")
+            said = state
+            time.sleep(PERIOD)
     except BaseException:
         with contextlib.suppress(RuntimeError):  # started again, it may come with other settings
             if store is not None and store.get(mine).decode() == me:

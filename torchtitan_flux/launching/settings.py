@@ -57,15 +57,13 @@ class Settings:
         host, _, port = endpoint.rpartition(":")
         if nodes > 1 and not (host and port.isdecimal() and 0 < int(port) < 65536):
             found.append(
-                f"RDZV_ENDPOINT = {endpoint!r} must be host:port of the first node, e.g. "
-                f"node0:29500, the same on all {nodes}"
+                f"RDZV_ENDPOINT = {endpoint!r} must be host:port of the first node: node0:29500"
             )
         ranks = value.get("LOG_RANK", "0").split(",")
         shown = frozenset(int(rank) for rank in ranks if rank.strip().isdecimal())
         if len(shown) < len(set(ranks)) or max(shown) >= per_node * nodes:
             found.append(
-                f"LOG_RANK = {','.join(ranks)!r} must list ranks from 0 to {per_node * nodes - 1} "
-                f"(NGPU = {per_node}, NNODES = {nodes}), e.g. 0 or 0,1"
+                f"LOG_RANK = {','.join(ranks)!r} must list ranks from 0 to {per_node * nodes - 1}"
             )
         if found:
             raise ConfigError(found)

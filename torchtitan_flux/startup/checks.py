@@ -112,10 +112,9 @@ def _model_problems(
 
 def _feature_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """What does not exist here, or not on this machine."""
-    defaults, gpu, p = FluxJobConfig(), torch.cuda.is_available(), config.parallelism
+    defaults, gpu = FluxJobConfig(), torch.cuda.is_available()
     for key, reason in NOT_AVAILABLE.items():
-        without = key.startswith("parallelism.pipeline_") and p.pipeline_parallel_degree < 2
-        if get(config, key) != get(defaults, key) and not without:
+        if get(config, key) != get(defaults, key):
             yield Problem(key, f"is not available ({reason}); remove the key")
     yield from violated(
         *((get(config, key) and not gpu, key, "needs a GPU; set it to false") for key in ON_GPUS),

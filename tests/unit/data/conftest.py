@@ -69,7 +69,7 @@ def refused(monkeypatch) -> set[str]:
 
         return call
 
-    for owner, name in ((os, "scandir"), (os, "open"), (Path, "open"), (Path, "read_bytes")):
+    for owner, name in ((os, "scandir"), (Path, "open"), (Path, "read_bytes")):
         monkeypatch.setattr(owner, name, refusing(getattr(owner, name)))
     return names
 

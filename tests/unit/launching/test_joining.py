@@ -78,12 +78,11 @@ def test_a_machine_that_was_started_in_another_way_or_twice_is_not_joined(two, c
     assert said in last
 
 
-def test_who_is_missing_is_said_again_and_again_and_then_it_ends(two, tmp_path, capsys):
+def test_who_is_missing_is_said_and_then_it_ends(two, tmp_path, capsys):
     lines: list[str] = []
     with pytest.raises(NotJoined, match=r"no launcher answers .* \(comm\.init_timeout_seconds\)"):
-        join(replace(two, node_rank=1), 0.5, lines.append, interval=0.2)
-    assert len(lines) == 2
-    assert "s more at most" in lines[0]
+        join(replace(two, node_rank=1), 0.5, lines.append)
+    assert len(lines) == 1
     assert Job(two, "nothing", [], tmp_path, saves=True, join_timeout=1).run() == FAILED
     said = capsys.readouterr().err
-    assert said.startswith("torchtitan-flux: the ranks were not started: NODE_RANK 1 missing at")
+    assert "\ntorchtitan-flux: the ranks were not started: NODE_RANK 1 missing at" in said

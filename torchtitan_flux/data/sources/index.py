@@ -8,7 +8,7 @@ batch without rows.
 import json
 import secrets
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -119,8 +119,8 @@ class IndexWriter:
 class Index:
     """An index opened for reading; works after fork and can be pickled (it opens itself anew).
 
-    `identity` differs between any two indexes, `digest` where item ids or their order do. A file
-    that is no index, or not the whole of one, raises what Arrow or json do, or KeyError.
+    `identity` differs between any two indexes, `digest` where item ids or their order do; `batches`
+    are the rows. A file that is no whole index raises what Arrow or json do, or KeyError.
     """
 
     def __init__(self, path: Path):
@@ -134,8 +134,8 @@ class Index:
         numbers = range(reader.num_record_batches)
         *batches, (_, last) = map(reader.get_batch_with_custom_metadata, numbers)
         found = json.loads(last[_KEY])
-        self._batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
-        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self.batches: list[pa.RecordBatch] = [batch for batch, _ in batches]
+        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
         self.facts: dict[str, str] = stored["facts"]
         self.identity: str = stored["identity"]
         self.notes = [Note(text, count, tuple(names)) for text, count, names in found["notes"]]
@@ -149,12 +149,8 @@ class Index:
             raise IndexError(f"row {index} of an index of {len(self)}")
         number = bisect_right(self._ends, index)
         at = index - self._ends[number]  # from the end of its batch
-        row = Row._make(column[at].as_py() for column in self._batches[number].columns)
+        row = Row._make(column[at].as_py() for column in self.batches[number].columns)
         return row._replace(captions=tuple(row.captions))
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows, many at a time and in order."""
-        return iter(self._batches)
 
     def __reduce__(self):
         return _reopen, (self.path, self.identity)

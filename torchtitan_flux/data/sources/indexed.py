@@ -124,7 +124,7 @@ class IndexedSource(ABC):
     @cached_property
     def usable_rows(self) -> Bool[np.ndarray, " rows"]:
         """`usable` of the whole index."""
-        return np.concatenate([np.zeros(0, bool), *map(self.usable, self.index.batches())])
+        return np.concatenate([np.zeros(0, bool), *map(self.usable, self.index.batches)])
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "usable_rows"}

@@ -1,6 +1,5 @@
 """Finding data on disk: walking folders, expanding patterns, recognising foreign files."""
 
-import glob
 import itertools
 import os
 import re
@@ -113,14 +112,6 @@ def stamp(path: Path) -> str:
     except OSError:
         return ""
     return f"{found.st_size}:{found.st_mtime_ns}"
-
-
-def matches(pattern: str) -> list[Path]:
-    """Files that a shell pattern names; what braces spell out need not exist."""
-    found: list[str] = []
-    for name in expand_braces(pattern):
-        found += sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-    return [Path(name) for name in dict.fromkeys(found)]
 
 
 def expand_braces(pattern: str) -> list[str]:

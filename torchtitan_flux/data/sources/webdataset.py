@@ -5,6 +5,8 @@ import os
 import re
 import tarfile
 from collections import defaultdict
+from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,7 +98,11 @@ def _shards(given: str, without: Path | None) -> tuple[Path, list[str], list[str
         if not names:
             raise ValueError(f"{given} holds no .tar files")
         return path.absolute(), sorted(names), left_out
-    found = [path] if path.exists() else listing.matches(given)
+    found = [path]
+    if not path.exists():  # a pattern; what braces spell out has to exist
+        names = listing.expand_braces(given)
+        globbed = [sorted(glob(name)) if has_magic(name) else [name] for name in names]
+        found = [Path(name) for name in dict.fromkeys(chain.from_iterable(globbed))]
     if missing := next((file for file in found if not file.is_file()), None):
         remote = "; shards are read where they lie: download them" if "://" in given else ""
         raise ValueError(f"{missing} {listing.missing(missing)}{remote}")
