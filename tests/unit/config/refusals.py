@@ -212,7 +212,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             'model.flavor = "flux-tiny"\ntraining.img_size = 64\nencoder.autoencoder_path = "assets/tiny/t5/model.safetensors"',
-            "encoder.autoencoder_path: is a T5 text encoder",
+            "encoder.autoencoder_path: is not an autoencoder",
         ),
         refused(
             'encoder.t5_encoder = "assets/tiny/clip"',
@@ -240,17 +240,17 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             'encoder.t5_encoder = "int8"',
-            "encoder.t5_encoder: holds bitsandbytes int8 weights",
+            "encoder.t5_encoder: holds quantised weights",
             needs=("int8",),
         ),
         refused(
             'encoder.t5_encoder = "unscaled"',
-            "encoder.t5_encoder: holds no scales",
+            "encoder.t5_encoder: the scale of",
             needs=("unscaled",),
         ),
         refused(
             'encoder.t5_encoder = "quantised"',
-            "encoder.t5_encoder: bitsandbytes, 4 bits",
+            "encoder.t5_encoder: bitsandbytes",
             needs=("quantised",),
         ),
         refused(
