@@ -64,7 +64,7 @@ def test_every_folder_keeps_it(pipeline, tmp_path, format, config):
 
 def test_what_lies_in_a_pipeline_is_drawn_as_it(pipeline, tmp_path):
     with_scheduler(pipeline, SHIFT_3)
-    weights = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = next((pipeline / "transformer").glob("*.safetensors"))
     single = shutil.copy(weights, pipeline / "flux1-dev.safetensors")
     for path in (pipeline / "transformer", weights, Path(single)):
         assert schedule_of(path) == Schedule(3.0)
