@@ -1,7 +1,6 @@
 """Sizes in pixels, latents and packed tokens: the only home of downscale and patch arithmetic."""
 
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from einops import rearrange
@@ -72,21 +71,8 @@ class Geometry:
             if value < step or value % step:
                 raise ValueError(
                     f"image {name} {value} is not a positive multiple of {step} pixels "
-                    f"(codec downscale {self.downscale} x patch {self.patch}); nearest: "
-                    f"{', '.join(map(str, self.nearest(size)))}"
+                    f"(codec downscale {self.downscale} x patch {self.patch})"
                 )
-
-    def nearest(self, size: ImageSize) -> list[ImageSize]:
-        """The sizes around `size` that an image can have, one to four; `size` alone if it can."""
-        step = self.pixels_per_token
-
-        def sides(value: int) -> list[int]:
-            below = max(0, value) // step * step
-            if below == value > 0:
-                return [value]
-            return [side for side in (below, below + step) if side > 0]
-
-        return [ImageSize(*both) for both in product(sides(size.height), sides(size.width))]
 
     def latent_shape(self, size: ImageSize) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of an image of `size` pixels."""

@@ -41,15 +41,9 @@ LONG = {
     "GPipe 2": Case(pp=2, schedule="GPipe", pipelined=2, ac=("full",)),
     "ZBVZeroBubble 2 x DDP 2, accumulation": Case(
         pp=2, replicate=2, batch=8, microbatches=2, schedule="ZBVZeroBubble"),
-    "InterleavedZeroBubble 2": Case(pp=2, schedule="InterleavedZeroBubble", ac=("full",)),
     "GPipe 4": Case(pp=4, schedule="GPipe"),
     "1F1B 4": Case(pp=4, guidance=True),
     "Interleaved1F1B 4": Case(pp=4, schedule="Interleaved1F1B", batch=8, **DEEP),
-    "InterleavedZeroBubble 4": Case(pp=4, schedule="InterleavedZeroBubble", guidance=True, **DEEP),
-    "1F1B 4, parts that the user named": Case(
-        pp=4, more=("--parallelism.module_fqns_per_model_part",
-                    "img_in,txt_in,time_in,vector_in,double_blocks.0", "double_blocks.1",
-                    "single_blocks.0", "single_blocks.1,final_layer")),
     "ZBVZeroBubble 2 x FSDP 2": Case(pp=2, shard=2, schedule="ZBVZeroBubble", ac=("full",)),
     "Interleaved1F1B 2 x FSDP 2": Case(pp=2, shard=2, schedule="Interleaved1F1B"),
     "ZBVZeroBubble 2 x CP 2, uneven": Case(pp=2, cp=2, schedule="ZBVZeroBubble", **UNEVEN),

@@ -98,24 +98,3 @@ def test_image_size_is_written_in_several_ways():
     assert ImageSize.of((48, 112)) == ImageSize(height=48, width=112)
     assert ImageSize.of(ImageSize(1, 2)) == ImageSize(1, 2)
     assert str(ImageSize(48, 112)) == "48x112"
-
-
-@pytest.mark.parametrize(
-    ("size", "nearest"),
-    [
-        ((512, 768), ["512x768"]),
-        ((100, 768), ["96x768", "112x768"]),
-        ((100, 200), ["96x192", "96x208", "112x192", "112x208"]),
-        ((7, 16), ["16x16"]),
-        ((0, -5), ["16x16"]),
-    ],
-)
-def test_the_nearest_sizes_are_those_around(size, nearest):
-    asked = ImageSize(*size)
-    found = FLUX.nearest(asked)
-    assert [str(one) for one in found] == nearest
-    for one in found:
-        FLUX.check(one)
-    if found != [asked]:
-        with pytest.raises(ValueError, match=f"nearest: {', '.join(nearest)}$"):
-            FLUX.check(asked)

@@ -44,8 +44,10 @@ NOT_USED = {
 NOT_AVAILABLE = {
     "optimizer.early_step_in_backward": "gradients could not be clipped",
     "parallelism.enable_async_tensor_parallel": "it needs sequence parallel activations",
-    "parallelism.pipeline_parallel_first_stage_less_layers": "stages are cut by operations",
-    "parallelism.pipeline_parallel_last_stage_less_layers": "stages are cut by operations",
+    "parallelism.module_fqns_per_model_part": "stages have equally many blocks",
+    "parallelism.pipeline_parallel_layers_per_stage": "stages have equally many blocks",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "stages have equally many blocks",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "stages have equally many blocks",
     "parallelism.pipeline_parallel_schedule_csv": "schedules are not read from files",
     "parallelism.expert_parallel_degree": "FLUX has no experts",
     "checkpoint.initial_load_in_hf_quantized": "scaled float8 is read without it, else nothing",
@@ -86,12 +88,7 @@ USED = {
     "forward pass; default: where they are sharded or offloaded, except in a pipeline",
     "parallelism.tensor_parallel_degree": "Ranks that share the heads and the MLP of every block",
     "parallelism.pipeline_parallel_degree": "Ranks that hold the stages of the model",
-    "parallelism.module_fqns_per_model_part": "Modules of each stage by name, a list for each; "
-    "unset: cut by the number of operations",
-    "parallelism.pipeline_parallel_layers_per_stage": "Blocks of a stage; unset: the fewest stages "
-    "that the schedule takes",
-    "parallelism.pipeline_parallel_schedule": "GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble "
-    "or ZBVZeroBubble",
+    "parallelism.pipeline_parallel_schedule": "GPipe, 1F1B, Interleaved1F1B or ZBVZeroBubble",
     "parallelism.pipeline_parallel_microbatch_size": "Images of a microbatch of the pipeline; "
     "divides training.local_batch_size",
     "parallelism.context_parallel_degree": "Ranks that share the tokens of every sample (Ulysses)",

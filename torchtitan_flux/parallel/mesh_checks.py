@@ -59,13 +59,13 @@ def mesh_problems(config: FluxJobConfig, world: int) -> Iterator[Problem]:
 
 
 def model_problems(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Problem]:
-    """Degrees that this model cannot be cut by."""
-    tp, heads = config.parallelism.tensor_parallel_degree, args.num_heads
-    if tp > 1 and heads % tp:
-        fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+    """Degrees that this model cannot be cut by: tensor and context ranks share out the heads."""
+    p, heads = config.parallelism, args.num_heads
+    tp, cp = p.tensor_parallel_degree, p.context_parallel_degree
+    if min(tp, cp) > 0 and heads % (tp * cp):
         yield Problem(
             "parallelism.tensor_parallel_degree",
-            f"does not divide the {heads} heads of model.flavor = {config.model.flavor!r}; use one "
-            f"of {fitting}",
-            ("model.flavor",),
+            f"times parallelism.context_parallel_degree = {cp} does not divide the {heads} heads "
+            f"of model.flavor = {config.model.flavor!r}",
+            ("parallelism.context_parallel_degree", "model.flavor"),
         )

@@ -27,8 +27,7 @@ from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.context import tokens_per_rank
 from torchtitan_flux.parallel.parallelize import reshard
-from torchtitan_flux.parallel.pipeline_plan import Schedule, pipeline_schedule
-from torchtitan_flux.parallel.pipeline_split import split_model
+from torchtitan_flux.parallel.pipeline_plan import Schedule, pipeline_schedule, split_model
 from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, LaterStage
 
 
@@ -50,9 +49,7 @@ def pipeline_flux(
         the pipeline, this rank's stages, whether it has the first stage, and whether the last.
     """
     p, mesh = job_config.parallelism, parallel_dims.get_mesh("pp")
-    split = split_model(
-        p, model_args, job_config.training.image_size, job_config.encoder.max_t5_encoding_len
-    )
+    split = split_model(p, model_args)
     schedule = pipeline_schedule(p)
     stages = {
         index: parallelize(

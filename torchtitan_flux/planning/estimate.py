@@ -13,8 +13,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.optimizers import OPTIMIZERS
-from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule
-from torchtitan_flux.parallel.pipeline_split import split_model
+from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule, split_model
 from torchtitan_flux.planning.dry_run import KINDS, DryRun, blocks_of, dry_run, tokens_of
 from torchtitan_flux.planning.frozen import Frozen, frozen_parts
 from torchtitan_flux.planning.mesh import Mesh, with_mesh
@@ -198,7 +197,7 @@ def _bottleneck_stage(
     1F1B and its kin hold as many microbatches as ranks come after this one, GPipe all of them.
     """
     t, p, totals = config.training, config.parallelism, blocks_of(args)
-    split = split_model(p, args, t.image_size, config.encoder.max_t5_encoding_len)
+    split = split_model(p, args)
     schedule = pipeline_schedule(p)
     count = t.local_batch_size // p.pipeline_parallel_microbatch_size
     found = []

@@ -361,7 +361,7 @@ TABLE: dict[str, list[Refusal]] = {
         ),
         refused(
             "--parallelism.tensor_parallel_degree 3",
-            "parallelism.tensor_parallel_degree: does not divide the 4",
+            "parallelism.tensor_parallel_degree: times",
             ranks=3,
         ),
         refused(
