@@ -133,7 +133,7 @@ def _summary(config: "FluxJobConfig", ranks: int, ranks_per_machine: int) -> str
         ConfigError: it cannot fit this machine.
     """
     from torchtitan_flux.config.problems import ConfigError
-    from torchtitan_flux.planning.fits import fits
+    from torchtitan_flux.planning.estimate import fits
 
     if reason := fits(config, ranks, ranks_per_machine):
         raise ConfigError([reason])

@@ -12,10 +12,10 @@ from helpers import data_dims, model_inputs, nonzero_model, relative_l2
 from ranks import run_ranks
 from tiny_run import painted_and_measured
 
+from torchtitan_flux.collectives import all_gather_rows, shard_rows
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.parallel.parallelize import shard_model, shard_text_encoder
-from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 
 ARGS = FLAVORS["flux-tiny"]
 BATCH = 4

@@ -19,8 +19,7 @@ from twins import Case, assert_as_on_one_device, assert_mutant_is_seen, build, t
 from torchtitan_flux.inference.open_run import load_model, open_run
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.model.inputs import FluxInputs
-from torchtitan_flux.parallel import pipeline_stage
-from torchtitan_flux.parallel.pipeline import Pipeline
+from torchtitan_flux.parallel.pipeline import LaterStage, Pipeline
 from torchtitan_flux.startup.load_config import load_config
 from torchtitan_flux.training.losses import forward_backward
 from torchtitan_flux.training.trainer import FluxTrainer
@@ -76,11 +75,11 @@ def joined_the_other_way(self, img_ids, txt_ids):
 
 MUTANTS = {
     "vec's gradient stops at a stage": (
-        pipeline_stage.LaterStage, "forward", vec_without_gradient),
+        LaterStage, "forward", vec_without_gradient),
     "a loss is divided by the microbatches": (
         Pipeline, "_microbatch_loss", mean_of_microbatches),
     "later stages turn by other positions": (
-        pipeline_stage.LaterStage, "rotations", joined_the_other_way),
+        LaterStage, "rotations", joined_the_other_way),
 }  # fmt: skip
 
 

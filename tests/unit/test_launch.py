@@ -3,8 +3,8 @@
 import pytest
 
 from torchtitan_flux.launch import check, launch
-from torchtitan_flux.planning import fits as fits_module
-from torchtitan_flux.planning.fits import lower_bound
+from torchtitan_flux.planning import estimate as fits_module
+from torchtitan_flux.planning.estimate import lower_bound
 from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 CONFIG = ["--job.config_file", "train_configs/debug_model.toml"]

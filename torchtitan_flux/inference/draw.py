@@ -19,6 +19,7 @@ from torch import Tensor
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
+from torchtitan_flux.collectives import all_gather_rows, shard_rows
 from torchtitan_flux.image_file import save_picture
 from torchtitan_flux.inference.open_run import InferenceContext, load_model
 from torchtitan_flux.inference.picture import Picture
@@ -26,7 +27,6 @@ from torchtitan_flux.inference.stages import Stages, all_loaded, low_memory_stag
 from torchtitan_flux.inference.targets import unwritable
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.model.inputs import TextConditioning
-from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.sampling.euler import all_finite
 from torchtitan_flux.sampling.generate import denoise, displayable, initial_noise, to_pil
 from torchtitan_flux.training.conditioning import build_tokenizer

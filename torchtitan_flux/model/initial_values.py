@@ -8,6 +8,7 @@ xavier-uniform with zero bias; norm weights one.
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ def canonical_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def trainable(name: str, only: Sequence[str]) -> bool:
+    """Whether the parameter of that canonical name is trained; `only` is `training.train_only`."""
+    return not only or any(part in name for part in only)
 
 
 @torch.no_grad()

@@ -17,8 +17,7 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.model.args import EMBEDDERS
-from torchtitan_flux.model.initial_values import canonical_name, fill_initial_values
-from torchtitan_flux.model.trainable import trainable
+from torchtitan_flux.model.initial_values import canonical_name, fill_initial_values, trainable
 from torchtitan_flux.parallel.activation_checkpoint import (
     SavesByOperation,
     apply_activation_checkpoint,

@@ -9,7 +9,7 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 from torchtitan.config import Parallelism
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.config.problems import Problem, violated
+from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.args import EMBEDDERS
 
@@ -107,55 +107,28 @@ def _microbatch_problems(config: FluxJobConfig) -> Iterator[Problem]:
         yield Problem(key, f"does not divide training.local_batch_size = {batch}", related)
         return
     count = batch // size
-    rounds = max(1, count // ranks)
-    makes = (
-        f"makes {count} microbatches of training.local_batch_size = {batch}; {PREFIX}schedule = "
-        f"{schedule.name!r} needs"
-    )
-    yield from violated(
-        (
-            schedule.fills and count < ranks,
+    too_few = schedule.fills and count < ranks
+    if too_few or (schedule.in_rounds and count % max(1, count // ranks)):
+        yield Problem(
             key,
-            f"{makes} {ranks} or more, one for each rank: raise the batch, lower the microbatch, "
-            "or use 'GPipe'",
-            *related,
-        ),
-        (
-            schedule.in_rounds and count % rounds,
-            key,
-            f"{makes} a multiple of {rounds}: make it a multiple of {PREFIX}degree = {ranks}",
-            *related,
-        ),
-    )
+            f"makes {count} microbatches of training.local_batch_size = {batch}; {PREFIX}schedule "
+            f"= {schedule.name!r} needs a multiple of {PREFIX}degree = {ranks}",
+            related,
+        )
 
 
 def _split_backward_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """The backward pass of a stage is done in two parts, on a graph that is kept in between."""
-    key, ac = f"{PREFIX}schedule", config.activation_checkpoint
-    yield from violated(
-        (
-            config.compiles("model"),
-            key,
-            "takes the backward pass of blocks apart, which compiled blocks do not allow; set "
-            "compile.enable = false, or use 'Interleaved1F1B'",
-            "compile.enable",
-        ),
-        (
-            ac.mode == "selective" and ac.selective_ac_option == "op",
-            key,
-            "comes back to a block's graph for the weights, and what "
-            'activation_checkpoint.selective_ac_option = "op" kept is gone by then; set it to a '
-            "number in quotes, activation_checkpoint.mode = \"full\", or use 'Interleaved1F1B'",
-            "activation_checkpoint.mode",
-        ),
-        (
-            config.parallelism.fsdp_reshard_after_forward == "always",
-            key,
-            "needs a stage's weights from its forward to the end of its backward pass; set "
-            'parallelism.fsdp_reshard_after_forward = "default"',
-            "parallelism.fsdp_reshard_after_forward",
-        ),
-    )
+    ac, key = config.activation_checkpoint, "parallelism.fsdp_reshard_after_forward"
+    by_operation = ac.mode == "selective" and ac.selective_ac_option == "op"
+    for conflicts, related, remedy in (
+        (config.compiles("model"), "compile.enable", "false"),
+        (by_operation, "activation_checkpoint.mode", '"full"'),
+        (config.parallelism.fsdp_reshard_after_forward == "always", key, '"default"'),
+    ):
+        if conflicts:
+            message = f"comes back to a stage's weights and graph; set {related} = {remedy}"
+            yield Problem(f"{PREFIX}schedule", f"{message}, or use 'Interleaved1F1B'", (related,))
 
 
 def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Problem]:

@@ -10,6 +10,15 @@ from torchtitan.config import Parallelism
 from torchtitan_flux.config.job_config import FluxJobConfig, Training
 from torchtitan_flux.config.problems import ConfigError
 
+KEYS = {
+    "replicate": "data_parallel_replicate_degree",
+    "shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+}
+"""Degree -> key of [parallelism]."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -62,23 +71,13 @@ def parse_mesh(text: str) -> Mesh:
 
 def mesh_of(p: Parallelism, ranks: int) -> Mesh:
     """Degrees of section [parallelism]; -1 for the shard degree takes what is left."""
-    mesh = Mesh(
-        p.data_parallel_replicate_degree,
-        p.data_parallel_shard_degree,
-        p.context_parallel_degree,
-        p.tensor_parallel_degree,
-        p.pipeline_parallel_degree,
-    )
+    mesh = Mesh(**{name: getattr(p, key) for name, key in KEYS.items()})
     return mesh if mesh.shard > 0 else replace(mesh, shard=max(1, ranks // -mesh.ranks))
 
 
 def with_mesh(config: FluxJobConfig, mesh: Mesh) -> FluxJobConfig:
     """A copy of the configuration with these degrees."""
     config = copy.deepcopy(config)
-    p = config.parallelism
-    p.data_parallel_replicate_degree = mesh.replicate
-    p.data_parallel_shard_degree = mesh.shard
-    p.context_parallel_degree = mesh.cp
-    p.tensor_parallel_degree = mesh.tp
-    p.pipeline_parallel_degree = mesh.pp
+    for name, key in KEYS.items():
+        setattr(config.parallelism, key, getattr(mesh, name))
     return config

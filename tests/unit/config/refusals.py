@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchtitan_flux.config.problems import ConfigError, Problem
-from torchtitan_flux.parallel.card import Card
+from torchtitan_flux.parallel.low_precision_checks import Card
 from torchtitan_flux.startup import checks
 from torchtitan_flux.startup.load_config import load_config
 

@@ -202,7 +202,7 @@ OFFLOADED = "--activation_checkpoint.offload_inputs"
          "parallelism.tensor_parallel_degree = 1"),
         ((OFFLOADED,), "activation_checkpoint.offload_inputs"),
         ((OFFLOADED, *SELECTIVE, OPTION, "op"), "activation_checkpoint.offload_inputs"),
-        (("--activation_checkpoint.determinism_check", "strict"), 'determinism_check = "strict"'),
+        (("--activation_checkpoint.determinism_check", "strict"), "determinism_check strict"),
         ((*SELECTIVE, OPTION, "op", "--activation_checkpoint.debug"), "selective_ac_option"),
         (("--activation_checkpoint.visualize_memory_budget_pareto",), "remove the key"),
         (SELECTIVE, ""),
