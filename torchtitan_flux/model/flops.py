@@ -12,11 +12,7 @@ def flops_per_image(
     Every matrix weight counts 2 in the forward and 4 in the backward pass, once for each token
     that it sees (modulation and embedders of vectors: once an image); bidirectional attention
     counts 12 * hidden * length per token and layer. Norms, rope and activations are left out.
-
-    Args:
-        args: the model.
-        size: image size in pixels (one number: square).
-        text_tokens: length of the text sequence, padding included.
+    `size` is in pixels (one number: square); `text_tokens` counts padding.
     """
     img = args.geometry.grid(ImageSize.of(size)).tokens
     total = img + text_tokens

@@ -63,18 +63,10 @@ def apply_activation_checkpoint(
     offload_inputs: bool = False,
     **options: Any,
 ) -> None:
-    """Wrap the blocks that are to be recomputed, in place; their parameters are not touched.
+    """Wrap the blocks that are to be recomputed, in place; a wrapper's `state_dict` has the bare
+    names. Arguments are those of [activation_checkpoint], `options` those of torch's checkpoint.
 
     Blocks are counted from 1, double blocks first, so that "2" means the second, the fourth …
-
-    Args:
-        model: its blocks are replaced by wrappers; a wrapper's `state_dict` has the bare names.
-        mode: none, full, selective or memory_budget.
-        selective_ac_option: "op" or a number, for mode "selective".
-        memory_budget: share of activations that compiled blocks keep, for mode "memory_budget".
-        offload_inputs: where whole blocks are recomputed, keep their inputs in the CPU's memory.
-        options: of torch.utils.checkpoint: preserve_rng_state, early_stop, determinism_check and
-            debug.
     """
     # read by the compiler when it cuts a graph into forward and backward; 1 keeps what is fastest
     torch._functorch.config.activation_memory_budget = (

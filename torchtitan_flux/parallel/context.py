@@ -36,10 +36,7 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, gather: bool = Tr
     loss on it counts once, not once for each rank: a rank back-propagates its own tokens only, and
     the ranks' parameter gradients are to be summed.
 
-    Args:
-        model: FluxModel, or a part of it; arguments of its forward named in TOKENS are cut.
-        mesh: the ranks that share samples.
-        gather: whether the model's output is the velocity; inner pipeline stages pass tokens on.
+    `gather`: whether the model's output is the velocity; inner pipeline stages pass tokens on.
     """
     sequences = Sequences(mesh.get_group())
     for name, module in list(model.named_modules()):

@@ -126,13 +126,7 @@ def _mx(config: FluxJobConfig) -> Iterator[Problem]:
 def low_precision_fit(
     config: FluxJobConfig, args: FluxModelArgs, size: ImageSize
 ) -> Iterator[Problem]:
-    """Widths and numbers of tokens that 8-bit products cannot take.
-
-    Args:
-        config: one that `low_precision_problems` has nothing against.
-        args: the model as resolved.
-        size: image size in pixels.
-    """
+    """Widths and numbers of tokens that 8-bit products cannot take, for images of `size`."""
     if not config.model.converters:
         return
     p, f = config.parallelism, config.quantize.linear.float8

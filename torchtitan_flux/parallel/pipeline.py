@@ -119,10 +119,8 @@ def pipeline_flux(
     parallelize: Callable[[FluxStage, ParallelDims, FluxJobConfig], FluxStage],
     loss_fn: object = None,
 ) -> tuple["Pipeline", list[nn.Module], bool, bool]:
-    """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`.
-
-    `parallelize` (`parallelize_flux`) is applied to each stage of this rank. `loss_fn` is
-    torchtitan's; ours is given to each step.
+    """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`, whose `loss_fn` is
+    not used: ours is given to each step. `parallelize` is applied to each stage of this rank.
 
     Returns:
         the pipeline, this rank's stages, whether it has the first stage, and whether the last.
@@ -229,17 +227,9 @@ class Pipeline(nn.Module):
         losses: Errors,
         reduce: bool = True,
     ) -> Float[Tensor, " b"]:
-        """Forward and backward of one local batch.
-
-        Args:
-            inputs: the whole batch; a multiple of the microbatch.
-            target: velocities.
-            losses: loss of each sample of a microbatch.
-            reduce: whether data ranks reduce the gradients now, or more are added first.
-
-        Returns:
-            loss of each sample, on every rank, without gradient.
-        """
+        """Forward and backward of one local batch, a multiple of the microbatch: the loss of each
+        sample, on every rank, without gradient. `reduce`: whether data ranks reduce the gradients
+        now, or more are added first."""
         schedule, stages = self._schedule_for(inputs, training=True)
         for stage in stages:
             stage.reduces = reduce

@@ -10,9 +10,9 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.formatting import format_bytes
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
-from torchtitan_flux.parallel.mesh_checks import model_problems
+from torchtitan_flux.parallel.dims import model_problems
 from torchtitan_flux.parallel.pipeline_plan import pipeline_fit
-from torchtitan_flux.planning.dry_run import DryRun, dry_run
+from torchtitan_flux.planning.dry_run import DryRun, Mesh, dry_run, parse_mesh, with_mesh
 from torchtitan_flux.planning.estimate import (
     GIB,
     Estimate,
@@ -21,7 +21,6 @@ from torchtitan_flux.planning.estimate import (
     resharded,
     sent_bytes,
 )
-from torchtitan_flux.planning.mesh import Mesh, parse_mesh, with_mesh
 from torchtitan_flux.startup.load_config import (
     ConfigError,
     exit_on_config_error,
@@ -95,15 +94,8 @@ def model_args(config: FluxJobConfig) -> FluxModelArgs:
 def propose(
     config: FluxJobConfig, args: FluxModelArgs, ranks: int, memory: float, keep: int = 5
 ) -> list[Proposal]:
-    """Meshes that fit, by memory, then bytes sent.
-
-    Args:
-        config: its degrees are not looked at.
-        args: resolved model arguments.
-        ranks: cards.
-        memory: bytes of each.
-        keep: how many to return.
-    """
+    """The first meshes on which the configured batch fits cards of `memory` bytes, by memory, then
+    bytes sent."""
     runs: dict[tuple[int, Mesh], DryRun] = {}
     found: list[Proposal] = []
     microbatch = config.parallelism.pipeline_parallel_microbatch_size

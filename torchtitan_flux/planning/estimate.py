@@ -15,9 +15,17 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.optimizers import OPTIMIZERS
 from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule, split_model
-from torchtitan_flux.planning.dry_run import KINDS, DryRun, blocks_of, dry_run, tokens_of
+from torchtitan_flux.planning.dry_run import (
+    KINDS,
+    DryRun,
+    Mesh,
+    blocks_of,
+    dry_run,
+    mesh_of,
+    tokens_of,
+    with_mesh,
+)
 from torchtitan_flux.planning.frozen import Frozen, frozen_parts
-from torchtitan_flux.planning.mesh import Mesh, mesh_of, with_mesh
 from torchtitan_flux.planning.tracker import Segment, Timeline, ring_bytes
 from torchtitan_flux.startup.model_args import resolve_model_args
 from torchtitan_flux.training.out_of_memory import training_remedies
@@ -138,13 +146,7 @@ def sent_bytes(
 
 
 def estimate(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> tuple[Estimate, DryRun]:
-    """By a dry run on this mesh; with pipeline stages, of the one that needs most.
-
-    Args:
-        config: job configuration; its degrees are not looked at.
-        args: resolved model arguments.
-        mesh: the degrees.
-    """
+    """By a dry run on this mesh; with pipeline stages, of the one that needs most."""
     run = dry_run(config, args, mesh, mesh.microbatches(config.training))
     return estimate_of(run, config, args, mesh), run
 

@@ -66,14 +66,8 @@ class Frozen:
 def frozen_parts(
     config: FluxJobConfig, args: FluxModelArgs, shard: int, work: bool = True
 ) -> Frozen:
-    """Sizes of the configured encoders and codec.
-
-    Args:
-        config: job configuration.
-        args: resolved model arguments.
-        shard: ranks that T5 is sharded over; 1 keeps it whole.
-        work: whether to count what is needed beside the weights too.
-    """
+    """Sizes of the configured encoders and codec, T5 sharded over `shard` ranks; `work`: also what
+    is needed beside the weights."""
     encoder, sampling = config.encoder, config.sampling
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     size = dtype.itemsize

@@ -17,7 +17,7 @@ from torchtitan_flux.planning.command import (
     proposals_text,
     propose,
 )
-from torchtitan_flux.planning.dry_run import dry_run
+from torchtitan_flux.planning.dry_run import Mesh, dry_run, parse_mesh, with_mesh
 from torchtitan_flux.planning.estimate import (
     GIB,
     estimate,
@@ -27,7 +27,6 @@ from torchtitan_flux.planning.estimate import (
     resharded,
     sent_bytes,
 )
-from torchtitan_flux.planning.mesh import Mesh, parse_mesh, with_mesh
 from torchtitan_flux.startup.load_config import ConfigError, load_config, read_config
 
 ONE = Mesh()
