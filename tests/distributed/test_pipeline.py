@@ -41,7 +41,6 @@ LONG = {
     "ZBVZeroBubble 2 x DDP 2, accumulation": Case(
         pp=2, replicate=2, batch=8, microbatches=2, schedule="ZBVZeroBubble"),
     "GPipe 4": Case(pp=4, schedule="GPipe"),
-    "1F1B 4": Case(pp=4, guidance=True),
     "Interleaved1F1B 4": Case(pp=4, schedule="Interleaved1F1B", batch=8, **DEEP),
     "ZBVZeroBubble 2 x FSDP 2": Case(pp=2, shard=2, schedule="ZBVZeroBubble", ac=("full",)),
     "Interleaved1F1B 2 x FSDP 2": Case(pp=2, shard=2, schedule="Interleaved1F1B"),
