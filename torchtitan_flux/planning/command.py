@@ -73,7 +73,7 @@ def main() -> None:
         parser.exit(
             1,
             f"nothing fits {options.memory:g} GiB on {options.gpus} ranks with a local batch of "
-            f"{batch}: more ranks share more; --mesh shard={options.gpus} says what it takes\n",
+            f"{batch}: set --activation_checkpoint.mode full, or take more ranks\n",
         )
     print(proposals_text(found, batch))
 
