@@ -22,7 +22,7 @@ from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FLAVORS
 from torchtitan_flux.model.initial_values import canonical_name
 from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
-from torchtitan_flux.parallel.parallelize import shard_model
+from torchtitan_flux.parallel.parallelize import compile_blocks, shard_model
 
 ARGS = replace(FLAVORS["flux-tiny"], hidden_size=96, num_heads=4, guidance_embed=True)
 BATCH, ROWS, COLS, TEXT = 4, 8, 12, 17
