@@ -23,8 +23,7 @@ from torchtitan_flux.model import FLAVORS, FluxModel
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux
-from torchtitan_flux.planning.dry_run import model_inputs
-from torchtitan_flux.planning.mesh import Mesh, with_mesh
+from torchtitan_flux.planning.dry_run import Mesh, model_inputs, with_mesh
 from torchtitan_flux.startup.load_config import load_config
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))

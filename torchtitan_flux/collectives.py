@@ -1,11 +1,13 @@
-"""Objects exchanged by ranks; a process that joined none is one rank alone."""
+"""Objects and rows exchanged by ranks; a process that joined none is one rank alone."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -54,3 +56,26 @@ def patient_group() -> Iterator[dist.ProcessGroup | None]:
     assert isinstance(group, dist.ProcessGroup)
     yield group
     dist.destroy_process_group(group)
+
+
+def shard_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows [share, …] that this rank encodes, of those that all ranks of the group have, since
+    they work on the same samples (context, tensor and pipeline).
+
+    Every rank takes equally many, since sharded encoders communicate in each call; where the rows
+    do not divide, the last are taken several times. None: a rank with samples of its own.
+    """
+    if group is None:
+        return rows
+    share = -(-len(rows) // group.size())
+    first = group.rank() * share
+    return rows[torch.arange(first, first + share).clamp(max=len(rows) - 1)]
+
+
+def all_gather_rows(encoded: Tensor, count: int, group: dist.ProcessGroup | None) -> Tensor:
+    """What all ranks made of their rows, in the order of the `count` rows."""
+    if group is None:
+        return encoded
+    parts = [torch.empty_like(encoded) for _ in range(group.size())]
+    dist.all_gather(parts, encoded.contiguous(), group=group)
+    return torch.cat(parts)[:count]

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,12 +81,5 @@ def disk_full(error: BaseException, path: Path) -> DiskFull | None:
     if behind is None:
         return None
     disk = next(one for one in (path, *path.absolute().parents) if os.path.ismount(one))
-    if behind.errno == errno.EDQUOT:
-        return DiskFull(f"the quota on {disk} is used up")
-    found = os.statvfs(disk)
-    free, total = (
-        tqdm.format_sizeof(blocks * found.f_frsize, "B")
-        for blocks in (found.f_bavail, found.f_blocks)
-    )
-    files = ", and no inode is left" if found.f_files and not found.f_favail else ""
-    return DiskFull(f"no space left on {disk}: {free} of {total} are free{files}")
+    free = tqdm.format_sizeof(shutil.disk_usage(disk).free, "B")
+    return DiskFull(f"no space left on {disk}: {free} are free, quotas apart")

@@ -45,7 +45,7 @@ def launch(command: str, arguments: list[str]) -> int:
     from torchtitan_flux.config.reference import ABOUT, as_toml
     from torchtitan_flux.launching.job import Job
     from torchtitan_flux.launching.settings import Settings
-    from torchtitan_flux.planning.fits import fits
+    from torchtitan_flux.planning.estimate import fits
     from torchtitan_flux.startup.dump_config import resolved_toml
 
     training, (only_check, only_print) = command == "train", (o in arguments for o in ONLY)

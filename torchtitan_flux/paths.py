@@ -29,14 +29,8 @@ def resolved_path(path: str) -> str:
 
 def absence(path: str | Path) -> str:
     """What to say of a path that `locate` did not find: that it is a broken link, or not there."""
-    for place in _places(str(path)):
-        for one in (place, *place.parents):
-            if os.path.exists(one):
-                break
-            if os.path.islink(one):
-                link = "is a link" if one == place else f"lies below the link {one}"
-                return f"{link} to {os.readlink(one)}, which does not exist"
-    return _ABSENT
+    link = next((one for one in _places(str(path)) if os.path.islink(one)), None)
+    return f"is a link to {os.readlink(link)}, which does not exist" if link else _ABSENT
 
 
 def why_absent(path: str | Path) -> str:

@@ -70,7 +70,7 @@ def main() -> None:
     with exit_on_config_error(), exit_when_out_of_memory(lambda: training_remedies(config)):
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         device = int(os.environ.get("LOCAL_RANK", "0"))
-        from torchtitan_flux.planning.fits import fits  # which training does not need
+        from torchtitan_flux.planning.estimate import fits  # which training does not need
 
         if reason := fits(config, ranks, local_ranks(), device):
             raise ConfigError([reason])

@@ -25,8 +25,7 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan_flux.checkpoint.folder import step_folder
 from torchtitan_flux.checkpoint.storage import read_states
 from torchtitan_flux.model import FLAVORS, FluxModel
-from torchtitan_flux.model.initial_values import initial_rows
-from torchtitan_flux.parallel.initial_values import fill_initial_values
+from torchtitan_flux.model.initial_values import fill_initial_values, initial_rows
 from torchtitan_flux.parallel.low_precision_checks import FLOAT8
 from torchtitan_flux.parallel.parallelize import shard_model
 from torchtitan_flux.startup.load_config import read_config

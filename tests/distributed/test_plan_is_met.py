@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from measured_step import ARGS, configured
 
+from torchtitan_flux.planning.dry_run import Mesh
 from torchtitan_flux.planning.estimate import estimate
-from torchtitan_flux.planning.mesh import Mesh
 
 SCRIPT = Path(__file__).resolve().parents[1] / "measured_step.py"
 

@@ -48,7 +48,6 @@ CASES = {
     "CP 4": Case(cp=4),
     "CP 2, uneven": Case(cp=2, guidance=True, **UNEVEN),
     "CP 4, uneven": Case(cp=4, ac=("selective", "op"), **UNEVEN),
-    "CP 4 with 2 heads each": Case(cp=4, tp=4, batch=2, **UNEVEN),
     "TP 2": Case(tp=2, ac=("full",), guidance=True),
     "TP 4": Case(tp=4),
     "FSDP 2 x TP 2, accumulation": Case(shard=2, tp=2, microbatches=2, ac=("selective", "op")),
@@ -57,7 +56,7 @@ CASES = {
     "TP 2 x CP 2 x FSDP 2": Case(shard=2, tp=2, cp=2),
 }
 SLOW = ("TP 4", "HSDP 2x2 x CP 2")
-LONG = ("FSDP 4, accumulation", "HSDP 2x2, accumulation", "CP 4", "CP 4 with 2 heads each",
+LONG = ("FSDP 4, accumulation", "HSDP 2x2, accumulation", "CP 4",
         "TP 2 x CP 2 x FSDP 2")  # fmt: skip
 
 

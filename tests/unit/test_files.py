@@ -34,7 +34,6 @@ def test_behind_another_error_and_a_quota(tmp_path):
     except RuntimeError as error:
         full = disk_full(error, tmp_path)
     assert full is not None
-    assert "the quota on" in str(full)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from torchtitan_flux.flow_matching import (
     resolution_mu,
     shift_times,
     squared_errors,
-    standard_normal,
 )
 from torchtitan_flux.randomness import Stream, generator
 
@@ -101,10 +100,3 @@ def test_interpolation_is_in_float32(dtype):
 def test_squared_errors_are_summed_in_float32():
     predicted = torch.full((2, 3000), 1.0, dtype=torch.bfloat16)
     assert squared_errors(predicted, torch.zeros(2, 3000)).tolist() == [3000, 3000]
-
-
-def test_standard_normal_is_standard_normal():
-    values = standard_normal(generator(3, Stream.NOISE, 5), (16, 32, 32))
-    assert values.shape == (16, 32, 32)
-    assert values.dtype == torch.float32
-    assert ks(values.flatten().numpy(), stats.norm.cdf) > 0.01

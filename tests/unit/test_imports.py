@@ -163,7 +163,7 @@ def test_training_imports_what_it_uses():
     """Torch, torchtitan, and of our own dependencies only what a step needs."""
     unwanted = (
         "sklearn scipy matplotlib plotly diffusers accelerate torchao transformers.modeling_utils "
-        "torchtitan_flux.planning.fits "
+        "torchtitan_flux.planning.estimate "
         "torchtitan_flux.evaluation.digits torchtitan_flux.report.page"
     )
     found = run_python(

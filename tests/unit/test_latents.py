@@ -35,12 +35,6 @@ def test_pack_is_diffusers_pack():
     assert torch.equal(unpack(theirs, TokenGrid(7, 11), 2), unpacked)
 
 
-def test_a_token_is_a_square_of_the_picture():
-    latents = torch.arange(2 * 4 * 6).float().reshape(1, 2, 4, 6)
-    token = pack(latents, 2)[0, 1 * 3 + 2]  # row 1, column 2
-    assert torch.equal(token, latents[0, :, 2:4, 4:6].flatten())
-
-
 def test_ids_are_those_of_the_pipeline():
     ids = image_ids(TokenGrid(5, 7), batch=2)
     assert ids.shape == (2, 35, 3)
@@ -53,17 +47,6 @@ def test_ids_are_those_of_the_pipeline():
     assert text.shape == (2, 9, 3)
     assert text.dtype == torch.float32
     assert text.abs().max() == 0
-
-
-def test_ids_belong_to_the_packed_token():
-    """Coordinates written into the picture come back as the ids of the tokens they are in."""
-    rows, cols, patch = 5, 7, 2
-    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    grid = torch.stack([row, col]).float()[None]
-    picture = grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    tokens = pack(picture, patch).unflatten(-1, (2, patch * patch))
-    ids = image_ids(TokenGrid(rows, cols), 1)
-    assert torch.equal(tokens, ids[..., 1:, None].expand_as(tokens))
 
 
 def test_geometry_of_flux():

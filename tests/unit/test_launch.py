@@ -10,8 +10,8 @@ from PIL import Image
 from unit.config.refusals import TINY
 
 from torchtitan_flux.launch import check, launch
-from torchtitan_flux.planning import fits as fits_module
-from torchtitan_flux.planning.fits import lower_bound
+from torchtitan_flux.planning import estimate as fits_module
+from torchtitan_flux.planning.estimate import lower_bound
 from torchtitan_flux.startup.load_config import ConfigError, load_config
 
 REPO = Path(__file__).resolve().parents[2]

@@ -238,6 +238,8 @@ class ActivationCheckpoint(torchtitan_config.ActivationCheckpoint):
     """none keeps all activations; full recomputes every block; selective by selective_ac_option:
     "N" every N-th block, "op" all but matrix products, attention and what came from other ranks;
     memory_budget lets the compiler choose"""
+    determinism_check: Literal["default", "none"] = "default"
+    """Whether what is recomputed is compared by shape and type with the first time"""
     offload_inputs: bool = False
     """Keep the inputs of recomputed blocks in the CPU's memory (mode full, or selective "N")"""
 
@@ -252,6 +254,10 @@ class Float8Linear(torchtitan_config.Float8Linear):
 class MXLinear(torchtitan_config.MXLinear):
     filter_fqns: list[str] = field(default_factory=lambda: list(KEPT))
     """Linears whose name contains one of these are not computed in MXFP8"""
+    recipe_name: Literal["mxfp8_cublas", "mxfp8_cublas_rceil"] = "mxfp8_cublas"
+    """How scales are rounded"""
+    mxfp8_dim1_cast_kernel_choice: Literal["triton", "torch"] = "triton"
+    """Kernel of the cast along columns"""
 
 
 @dataclass

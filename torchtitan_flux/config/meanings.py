@@ -33,8 +33,10 @@ NOT_USED = {key: reason for reason, keys in _NOT_USED.items() for key in keys.sp
 NOT_AVAILABLE = {
     "optimizer.early_step_in_backward": "gradients could not be clipped",
     "parallelism.enable_async_tensor_parallel": "it needs sequence parallel activations",
-    "parallelism.pipeline_parallel_first_stage_less_layers": "stages are cut by operations",
-    "parallelism.pipeline_parallel_last_stage_less_layers": "stages are cut by operations",
+    "parallelism.module_fqns_per_model_part": "stages have equally many blocks",
+    "parallelism.pipeline_parallel_layers_per_stage": "stages have equally many blocks",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "stages have equally many blocks",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "stages have equally many blocks",
     "parallelism.pipeline_parallel_schedule_csv": "schedules are not read from files",
     "parallelism.expert_parallel_degree": "FLUX has no experts",
     "checkpoint.initial_load_in_hf_quantized": "scaled float8 is read without it, else nothing",
@@ -67,10 +69,7 @@ USED = {
     "optimizer are sharded over (FSDP); -1 takes the ranks that are left",
     "parallelism.fsdp_reshard_after_forward": "Whether gathered parameters are given up after the "
     "forward pass; default: where they are sharded or offloaded, except in a pipeline",
-    "parallelism.module_fqns_per_model_part": "Modules of each stage by name, a list for each; "
-    "unset: cut by the number of operations",
-    "parallelism.pipeline_parallel_schedule": "GPipe, 1F1B, Interleaved1F1B, InterleavedZeroBubble "
-    "or ZBVZeroBubble",
+    "parallelism.pipeline_parallel_schedule": "GPipe, 1F1B, Interleaved1F1B or ZBVZeroBubble",
     "checkpoint.enable": "Save checkpoints, and continue from the newest one that is complete",
     "checkpoint.initial_load_path": "Checkpoint that a new run begins from",
     "checkpoint.initial_load_model_only": "Take weights alone from it; false continues its run, "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
+from torchtitan_flux.collectives import all_gather_rows, shard_rows
 from torchtitan_flux.encoders.codec import Codec
 from torchtitan_flux.encoders.text import ClipEncoder, T5Encoder
 from torchtitan_flux.image_file import save_picture
@@ -28,7 +29,6 @@ from torchtitan_flux.inference.picture import Picture, unwritable
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.model.inputs import TextConditioning
-from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.sampling.generate import (
     TextEncoding,

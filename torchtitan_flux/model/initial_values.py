@@ -8,12 +8,14 @@ xavier-uniform with zero bias; norm weights one.
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtitan_flux.randomness import Stream, generator
+from torchtitan_flux.shards import box, local
 
 BLOCK = 2**20
 
@@ -28,6 +30,33 @@ def canonical_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def trainable(name: str, only: Sequence[str]) -> bool:
+    """Whether the parameter of that canonical name is trained; `only` is `training.train_only`."""
+    return not only or any(part in name for part in only)
+
+
+@torch.no_grad()
+def fill_initial_values(
+    model: nn.Module, seed: int, buffer_device: torch.device | None = None
+) -> None:
+    """Give every parameter its initial value, each rank only its own shards (contract 3).
+
+    Parameters may be DTensors, sharded in any dimensions; `buffer_device` is torchtitan's.
+    """
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        shard, slices = local(parameter), box(parameter)
+        if shard.numel() == 0:
+            continue
+        first, rows = slices[0].start, shard.shape[0]
+        # a slab of rows at a time: a 3072 x 12288 weight needs no second copy in memory
+        rows_at_once = max(1, 8 * BLOCK // max(1, shape[-1]))
+        for row in range(0, rows, rows_at_once):
+            count = min(rows_at_once, rows - row)
+            values = initial_rows(seed, canonical_name(name), shape, first + row, count)
+            shard[row : row + count].copy_(values[(slice(None), *slices[1:])])
 
 
 def initial_rows(seed: int, name: str, shape: tuple[int, ...], first_row: int, rows: int) -> Tensor:

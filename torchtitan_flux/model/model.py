@@ -5,7 +5,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from torchtitan_flux.model.args import FluxModelArgs
-from torchtitan_flux.model.initial_values import canonical_name, initial_rows
+from torchtitan_flux.model.initial_values import fill_initial_values
 from torchtitan_flux.model.layers import (
     CastingLinear,
     DoubleStreamBlock,
@@ -52,17 +52,9 @@ class FluxModel(nn.Module):
         if self.img_in.weight.device.type != "meta":
             self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw initial values (model/initial_values.py); the model has no buffers.
-
-        `parallelize_flux` replaces this method by one that knows the run's seed and fills each
-        rank's shards.
-        """
-        seed = int(torch.randint(2**62, ()))
-        for name, parameter in self.named_parameters():
-            shape = tuple(parameter.shape)
-            parameter.copy_(initial_rows(seed, canonical_name(name), shape, 0, shape[0]))
+        """Draw initial values; `parallelize_flux` puts one in its place that knows the seed."""
+        fill_initial_values(self, int(torch.randint(2**62, ())))
 
     def forward(
         self,

@@ -8,7 +8,10 @@ memory_budget   the compiler chooses what to keep in each block's graph.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
+
+import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 import torch._functorch.config
@@ -20,6 +23,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.problems import Problem, violated
 from torchtitan_flux.model import FluxModel
 
 _aten, _collective = torch.ops.aten, torch.ops._c10d_functional
@@ -43,6 +48,9 @@ SAVED_OPS = [
 ]
 
 
+COMPILED = ("model", "loss")
+
+
 class SavesByOperation(CheckpointWrapper):
     """A block that keeps the results of some operations: a compiler has to see the choice."""
 
@@ -55,18 +63,10 @@ def apply_activation_checkpoint(
     offload_inputs: bool = False,
     **options: Any,
 ) -> None:
-    """Wrap the blocks that are to be recomputed, in place; their parameters are not touched.
+    """Wrap the blocks that are to be recomputed, in place; a wrapper's `state_dict` has the bare
+    names. Arguments are those of [activation_checkpoint], `options` those of torch's checkpoint.
 
     Blocks are counted from 1, double blocks first, so that "2" means the second, the fourth …
-
-    Args:
-        model: its blocks are replaced by wrappers; a wrapper's `state_dict` has the bare names.
-        mode: none, full, selective or memory_budget.
-        selective_ac_option: "op" or a number, for mode "selective".
-        memory_budget: share of activations that compiled blocks keep, for mode "memory_budget".
-        offload_inputs: where whole blocks are recomputed, keep their inputs in the CPU's memory.
-        options: of torch.utils.checkpoint: preserve_rng_state, early_stop, determinism_check and
-            debug.
     """
     # read by the compiler when it cuts a graph into forward and backward; 1 keeps what is fastest
     torch._functorch.config.activation_memory_budget = (
@@ -95,3 +95,55 @@ def _checkpoint_with_inputs_on_cpu(block: nn.Module, *inputs: Any, **options: An
     """
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(block, *inputs, use_reentrant=False, **options)
+
+
+def recomputation_problems(config: FluxJobConfig) -> Iterator[Problem]:
+    """What cannot work in the sections [activation_checkpoint] and [compile]."""
+    ac, compiling = config.activation_checkpoint, config.compile
+    section, option, budget = "activation_checkpoint.", ac.selective_ac_option, "memory_budget"
+    by_number = option.isdecimal() and int(option) > 0
+    whole_blocks = ac.mode == "full" or (ac.mode == "selective" and by_number)
+    unknown = ", ".join(name for name in compiling.components if name not in COMPILED)
+    yield from violated(
+        (
+            ac.mode == "selective" and option != "op" and not by_number,
+            section + "selective_ac_option",
+            'must be "op", or a number N >= 1 in quotes to recompute every N-th block',
+        ),
+        (
+            ac.mode == budget and not config.compiles("model"),
+            section + "mode",
+            'is a choice of the compiler: set compile.enable = true with "model" in '
+            "compile.components, or use another mode",
+            "compile.enable",
+        ),
+        (
+            ac.mode == budget and config.parallelism.tensor_parallel_degree > 1,
+            section + "mode",
+            'the compiler cannot size the graphs of tensor parallelism; use mode = "selective", or '
+            "set parallelism.tensor_parallel_degree = 1",
+            "parallelism.tensor_parallel_degree",
+        ),
+        (
+            ac.offload_inputs and not whole_blocks,
+            section + "offload_inputs",
+            'needs blocks that are recomputed as a whole: set activation_checkpoint.mode = "full", '
+            'or "selective" with a number, or offload_inputs = false',
+            section + "mode",
+        ),
+        (
+            ac.debug and ac.mode == "selective" and option == "op",
+            section + "debug",
+            'does not go with selective_ac_option = "op"; set one of them otherwise',
+        ),
+        (
+            compiling.enable and unknown,
+            "compile.components",
+            f"{unknown} is unknown; known: {', '.join(COMPILED)}",
+        ),
+        (
+            compiling.enable and compiling.backend not in torch.compiler.list_backends(()),
+            "compile.backend",
+            f"is not available; torch has {', '.join(torch.compiler.list_backends())}",
+        ),
+    )

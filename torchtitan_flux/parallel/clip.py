@@ -23,10 +23,7 @@ def clip_gradients(
     Works on the shards themselves: through DTensor, torch 2.13 takes 8 s at the first step of a
     small model on two ranks, and a dispatch for each gradient afterwards.
 
-    Args:
-        parameters: of this rank's part of the model; DTensors, sharded or replicated.
-        max_norm: of all gradients, as one vector.
-        pp_mesh: the pipeline ranks, which hold different parameters.
+    `pp_mesh` are the pipeline ranks, which hold different parameters.
 
     Returns:
         the norm before clipping, a scalar on the device of the gradients, the same on all ranks.

@@ -25,12 +25,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_flux.model.layers import Attention
 from torchtitan_flux.model.rope import apply_rope
 
-all_gather_autograd = getattr(
-    collectives,
-    "all_gather_single_autograd",
-    collectives.all_gather_tensor_autograd,  # its name before torch 2.13
-)
-
 TOKENS = ("img", "img_ids", "txt", "txt_ids")
 """Arguments of the model that are cut along their second dimension."""
 
@@ -42,10 +36,7 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, gather: bool = Tr
     loss on it counts once, not once for each rank: a rank back-propagates its own tokens only, and
     the ranks' parameter gradients are to be summed.
 
-    Args:
-        model: FluxModel, or a part of it; arguments of its forward named in TOKENS are cut.
-        mesh: the ranks that share samples.
-        gather: whether the model's output is the velocity; inner pipeline stages pass tokens on.
+    `gather`: whether the model's output is the velocity; inner pipeline stages pass tokens on.
     """
     sequences = Sequences(mesh.get_group())
     for name, module in list(model.named_modules()):
@@ -124,12 +115,6 @@ class ContextAttention(Attention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         q, k = apply_rope(q, table), apply_rope(k, table)
-        if q.shape[1] % self.sequences.ranks == 0:
-            return self._ulysses(q, k, v)
-        return self._all_gather_kv(q, k, v)
-
-    def _ulysses(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Some heads over all tokens."""
         ranks, valid = self.sequences.ranks, self.sequences.valid
         b, heads, tokens, dim = q.shape
         # [to rank, q k v, b, heads of that rank, tokens, dim] -> [.., tokens of all ranks, dim]
@@ -145,16 +130,6 @@ class ContextAttention(Attention):
         # [to rank, b, heads, tokens of that rank, dim] -> [b, heads of all ranks, tokens, dim]
         returned = attended.unflatten(2, (ranks, tokens)).movedim(2, 0)
         return self._exchange(returned).movedim(0, 1).flatten(1, 2)
-
-    def _all_gather_kv(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Where the heads do not divide: own queries over the keys and values of all tokens."""
-        # tokens first, the dimension that is gathered
-        own = torch.stack([k, v]).movedim(3, 0).contiguous()
-        whole = all_gather_autograd(own, 0, self.sequences.group).movedim(0, 3)
-        if self.sequences.valid is not None:
-            whole = whole[:, :, :, self.sequences.valid]
-        k, v = whole.unbind(0)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=False)
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Slice i of dimension 0 goes to rank i; slice i of the result came from rank i."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -16,19 +17,23 @@ from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.encoders.text import T5Encoder
 from torchtitan_flux.model import FluxModel
 from torchtitan_flux.model.args import EMBEDDERS
-from torchtitan_flux.model.initial_values import canonical_name
-from torchtitan_flux.model.trainable import trainable
-from torchtitan_flux.parallel.activation_checkpoint import apply_activation_checkpoint
-from torchtitan_flux.parallel.compile import compile_blocks
+from torchtitan_flux.model.initial_values import canonical_name, fill_initial_values, trainable
+from torchtitan_flux.parallel.activation_checkpoint import (
+    SavesByOperation,
+    apply_activation_checkpoint,
+)
 from torchtitan_flux.parallel.context import apply_context_parallel
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.initial_values import fill_initial_values
 from torchtitan_flux.parallel.tensor import apply_tensor_parallel
 
 OTHER_TRAINER = (
     "FLUX is trained by FluxTrainer: start with ./run_train.sh or "
     "`torchrun … -m torchtitan_flux.train`, not torchtitan.train"
 )
+
+
+GRAPHS_PER_BLOCK = 256
+"""Sizes that a run may meet; torch's own limit of 8 would end a run that trains on ten."""
 
 
 def parallelize_flux(
@@ -69,7 +74,6 @@ def parallelize_flux(
         debug=ac.debug,
     )
 
-    # Compile each block: two graphs serve 57 layers.
     if job_config.compiles("model"):
         compile_blocks(model, job_config.compile.backend)
 
@@ -90,6 +94,20 @@ def parallelize_flux(
     if not (reshards or parallel_dims.pp_enabled):  # a pipeline does it after all microbatches
         model.register_forward_hook(_reshard_unless_training)
     return model
+
+
+def compile_blocks(model: FluxModel, backend: str) -> None:
+    """Compile each block, in place; after activation checkpointing and before fully_shard.
+
+    Two graphs serve all 57 layers of FLUX.1, made for each size, with the sizes as constants
+    (docs/decisions.md). What cannot be one graph is an error, never silently slow. A checkpoint of
+    a whole block goes around the compiled block; a choice among operations is a part of the graph.
+    """
+    torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK
+    for block in (*model.double_blocks.values(), *model.single_blocks.values()):
+        if not isinstance(block, SavesByOperation):
+            block = getattr(block, "_checkpoint_wrapped_module", block)
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 def _reshards_after_forward(config: FluxJobConfig, dims: FluxParallelDims) -> bool:

@@ -4,7 +4,7 @@ The schedules are those of torch.distributed.pipelining. Sizes of what stages se
 schedule first runs, so there is one schedule for each batch and size, around the same stages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,87 @@ from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.parallel.context import tokens_per_rank
 from torchtitan_flux.parallel.parallelize import reshard
-from torchtitan_flux.parallel.pipeline_plan import Schedule, pipeline_schedule
-from torchtitan_flux.parallel.pipeline_split import split_model
-from torchtitan_flux.parallel.pipeline_stage import FirstStage, FluxStage, LaterStage
+from torchtitan_flux.parallel.pipeline_plan import Schedule, pipeline_schedule, split_model
+
+
+class FluxStage(FluxModel):
+    """Some modules of a FluxModel, under the names that they have there.
+
+    Stages pass on (img, txt, vec) while double blocks are to come, then (x, vec), x the joint
+    sequence. vec travels with the tokens, so that only the first stage embeds; rope is cheap and
+    made again by each stage from the position ids, which every rank has.
+
+    Args:
+        model: what they are taken from; a block belongs to one stage only.
+        modules: their names: embedders, `double_blocks.0` …, `final_layer`.
+    """
+
+    def __init__(self, model: FluxModel, modules: Sequence[str]):
+        nn.Module.__init__(self)  # FluxModel's would build a whole one
+        self.args = model.args
+        for name, child in model.named_children():
+            if isinstance(child, nn.ModuleDict):
+                kept = {key: block for key, block in child.items() if f"{name}.{key}" in modules}
+                setattr(self, name, nn.ModuleDict(kept))
+            elif name in modules:
+                setattr(self, name, child)
+        self.joins = f"double_blocks.{self.args.depth - 1}" in modules or not self.args.depth
+        """Whether no double block comes after this stage."""
+
+    def run(
+        self, streams: Sequence[Tensor], vec: Tensor, img_ids: Tensor, txt_ids: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Through this stage's blocks: what the next stage takes, or of the last the velocity.
+
+        `streams` are image and text tokens, or both joined, each [b, tokens, hidden].
+        """
+        table = self.rotations(img_ids, txt_ids)
+        if len(streams) == 2:
+            img, txt = streams
+            for block in self.double_blocks.values():
+                img, txt = block(img, txt, vec, table)
+            if not self.joins:
+                return img, txt, vec
+            x = torch.cat([txt, img], dim=1)
+        else:
+            (x,) = streams
+        for block in self.single_blocks.values():
+            x = block(x, vec, table)
+        if hasattr(self, "final_layer"):
+            return self.final_layer(x[:, txt_ids.shape[1] :], vec)
+        return x, vec
+
+
+class FirstStage(FluxStage):
+    """The embedders, and blocks."""
+
+    def forward(  # type: ignore[override]
+        self,
+        img: Tensor,
+        txt: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        *,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """FluxModel's arguments; those that other stages take as well by keyword."""
+        self._check(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        img, txt, vec = self.embed(img, txt, timesteps, y, guidance)
+        return self.run((img, txt), vec, img_ids, txt_ids)
+
+
+class LaterStage(FluxStage):
+    """Blocks, and on the last stage the final layer."""
+
+    def forward(  # type: ignore[override]
+        self, *hidden: Tensor, img_ids: Tensor, txt_ids: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        """What the stage before returned, and the position ids."""
+        *streams, vec = hidden
+        # a copy: torch detaches what a stage returns, in place, and vec came from another
+        return self.run(streams, vec.clone(), img_ids, txt_ids)
 
 
 def pipeline_flux(
@@ -41,18 +119,14 @@ def pipeline_flux(
     parallelize: Callable[[FluxStage, ParallelDims, FluxJobConfig], FluxStage],
     loss_fn: object = None,
 ) -> tuple["Pipeline", list[nn.Module], bool, bool]:
-    """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`.
-
-    `parallelize` (`parallelize_flux`) is applied to each stage of this rank. `loss_fn` is
-    torchtitan's; ours is given to each step.
+    """Cut a model on the meta device into stages; torchtitan's `pipelining_fn`, whose `loss_fn` is
+    not used: ours is given to each step. `parallelize` is applied to each stage of this rank.
 
     Returns:
         the pipeline, this rank's stages, whether it has the first stage, and whether the last.
     """
     p, mesh = job_config.parallelism, parallel_dims.get_mesh("pp")
-    split = split_model(
-        p, model_args, job_config.training.image_size, job_config.encoder.max_t5_encoding_len
-    )
+    split = split_model(p, model_args)
     schedule = pipeline_schedule(p)
     stages = {
         index: parallelize(
@@ -62,13 +136,6 @@ def pipeline_flux(
     }
     for index, names in enumerate(split):
         logger.info(f"pipeline stage {index}: {names[0]} to {names[-1]}")
-    microbatches = job_config.training.local_batch_size // p.pipeline_parallel_microbatch_size
-    if microbatches < len(split):
-        logger.warning(
-            f"{microbatches} microbatches for {len(split)} pipeline stages: ranks wait for each "
-            "other; raise training.local_batch_size, or lower "
-            "parallelism.pipeline_parallel_microbatch_size"
-        )
     layout = Layout(
         args=model_args,
         stages=len(split),
@@ -160,17 +227,9 @@ class Pipeline(nn.Module):
         losses: Errors,
         reduce: bool = True,
     ) -> Float[Tensor, " b"]:
-        """Forward and backward of one local batch.
-
-        Args:
-            inputs: the whole batch; a multiple of the microbatch.
-            target: velocities.
-            losses: loss of each sample of a microbatch.
-            reduce: whether data ranks reduce the gradients now, or more are added first.
-
-        Returns:
-            loss of each sample, on every rank, without gradient.
-        """
+        """Forward and backward of one local batch, a multiple of the microbatch: the loss of each
+        sample, on every rank, without gradient. `reduce`: whether data ranks reduce the gradients
+        now, or more are added first."""
         schedule, stages = self._schedule_for(inputs, training=True)
         for stage in stages:
             stage.reduces = reduce

@@ -1,19 +1,19 @@
-"""Pipeline parallelism: its schedules, how many stages they make, and what does not fit."""
+"""Pipeline parallelism: its schedules, where a model is cut into stages, and what does not fit."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan.config import Parallelism
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.config.problems import ConfigError, Problem, violated
+from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.model import FluxModelArgs
+from torchtitan_flux.model.args import EMBEDDERS
 
-SECTION = "parallelism."
-PREFIX = SECTION + "pipeline_parallel_"
+PREFIX = "parallelism.pipeline_parallel_"
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Schedule:
 
     Attributes:
         name: how torch calls it.
-        several: whether a rank has several stages.
+        several: whether a rank has two stages.
         v_shaped: whether its two stages lie as a V: the first rank has the first and the last.
-        splits_backward: whether gradients of weights wait until a rank has nothing else to do.
+            Gradients of weights then wait until a rank has nothing else to do.
         fills: whether torch wants as many microbatches as there are stages.
         evaluation: the schedule that runs the same stages forward only.
     """
@@ -32,7 +32,6 @@ class Schedule:
     name: str
     several: bool = False
     v_shaped: bool = False
-    splits_backward: bool = False
     fills: bool = False
     evaluation: str = "GPipe"
 
@@ -54,19 +53,7 @@ SCHEDULES = {
         Schedule("GPipe"),
         Schedule("1F1B", fills=True),
         Schedule("Interleaved1F1B", several=True, evaluation="Interleaved1F1B"),
-        Schedule(
-            "InterleavedZeroBubble",
-            several=True,
-            splits_backward=True,
-            evaluation="Interleaved1F1B",
-        ),
-        Schedule(
-            "ZBVZeroBubble",
-            several=True,
-            v_shaped=True,
-            splits_backward=True,
-            evaluation="ZBVZeroBubble",
-        ),
+        Schedule("ZBVZeroBubble", several=True, v_shaped=True, evaluation="ZBVZeroBubble"),
     )
 }
 
@@ -76,84 +63,24 @@ def pipeline_schedule(parallelism: Parallelism) -> Schedule:
     return SCHEDULES[parallelism.pipeline_parallel_schedule.lower()]
 
 
-def stage_count(parallelism: Parallelism, args: FluxModelArgs) -> int:
-    """Stages over all ranks: of the named parts, of so many blocks each, or the fewest there are.
-
-    Raises:
-        ConfigError: the key that gives the ranks a number of stages which the schedule does not
-            take.
+def split_model(parallelism: Parallelism, args: FluxModelArgs) -> list[list[str]]:
+    """Names of the modules of each stage: equally many blocks, the first stages one less where they
+    do not divide, since the first embeds. A double block has twice the weights of a single one and
+    costs the same: a token meets one half of them.
     """
-    ranks = parallelism.pipeline_parallel_degree
-    schedule = pipeline_schedule(parallelism)
-    blocks = args.depth + args.depth_single_blocks
-    parts = parallelism.module_fqns_per_model_part
-    per_stage = parallelism.pipeline_parallel_layers_per_stage
-    stages, key = ranks * (2 if schedule.several else 1), f"{PREFIX}degree"
-    if parts:
-        stages, key = len(parts), f"{SECTION}module_fqns_per_model_part"
-    elif per_stage is not None:
-        key = f"{PREFIX}layers_per_stage"
-        stages = math.ceil(blocks / per_stage) if per_stage > 0 else 0
-    per_rank = stages // ranks
-    wanted = "two" if schedule.v_shaped else "two or more" if schedule.several else "one"
-    fits = per_rank == 2 if schedule.v_shaped else (per_rank > 1) == schedule.several
-    makes = f"makes {stages} stages of {blocks} blocks; {PREFIX}schedule = {schedule.name!r} needs"
-    misfit = stages % ranks or not per_rank or not fits
-    rules = violated(
-        (misfit, key, f"{makes} {wanted} for each of the {ranks} ranks of {PREFIX}degree"),
-        (not misfit and stages > blocks, key, f"{makes} a block for each: choose fewer stages"),
-    )
-    if problems := list(rules):
-        raise ConfigError(problems)
-    return stages
+    embedders = [name for name in EMBEDDERS if args.guidance_embed or name != "guidance_in"]
+    blocks = [f"double_blocks.{i}" for i in range(args.depth)]
+    blocks += [f"single_blocks.{i}" for i in range(args.depth_single_blocks)]
+    stages, count = _stage_count(parallelism), len(blocks)
+    ends = [count * stage // stages for stage in range(stages + 1)]
+    split = [blocks[begin:end] for begin, end in pairwise(ends)]
+    return [[*embedders, *split[0]], *split[1:-1], [*split[-1], "final_layer"]]
 
 
-def module_names(args: FluxModelArgs) -> list[str]:
-    """The model's modules that a stage can hold, in the order in which they run."""
-    return [
-        "img_in",
-        "txt_in",
-        "time_in",
-        "vector_in",
-        *(["guidance_in"] if args.guidance_embed else []),
-        *(f"double_blocks.{i}" for i in range(args.depth)),
-        *(f"single_blocks.{i}" for i in range(args.depth_single_blocks)),
-        "final_layer",
-    ]
-
-
-def check_parts(parts: list[list[str]], args: FluxModelArgs) -> None:
-    """Whether named parts are the whole model, in order, each with a block.
-
-    Raises:
-        ConfigError: naming the module that is unknown, missing or out of place.
-    """
-    if problem := _parts_problem(parts, args):
-        raise ConfigError([Problem(f"{SECTION}module_fqns_per_model_part", problem)])
-
-
-def _parts_problem(parts: list[list[str]], args: FluxModelArgs) -> str:
-    known = module_names(args)
-    named = [name for part in parts for name in part]
-    for what, names in (
-        ("does not know", [name for name in named if name not in known]),
-        ("misses", [name for name in known if name not in named]),
-        ("names twice", sorted({name for name in named if named.count(name) > 1})),
-    ):
-        if names:
-            return f"{what} {', '.join(names)}; the modules are {', '.join(known)}"
-    # embedders may be named in any order: they run side by side
-    embedders = [name for name in known if name.endswith("_in")]
-    if outside := [name for name in embedders if name not in parts[0]]:
-        return f"{', '.join(outside)} must be in the first part"
-    blocks = [name for name in named if name not in embedders]
-    for name, expected in zip(blocks, (n for n in known if n not in embedders), strict=True):
-        if name != expected:
-            return f"is out of order: {name} stands where {expected} runs"
-    for number, part in enumerate(parts):
-        if not any("_blocks." in name for name in part):
-            return f"part {number} has no block"
-    return ""
+def _stage_count(parallelism: Parallelism) -> int:
+    """Over all ranks."""
+    several = pipeline_schedule(parallelism).several
+    return parallelism.pipeline_parallel_degree * (2 if several else 1)
 
 
 def pipeline_problems(config: FluxJobConfig) -> Iterator[Problem]:
@@ -166,7 +93,7 @@ def pipeline_problems(config: FluxJobConfig) -> Iterator[Problem]:
         yield Problem(f"{PREFIX}schedule", f"is not available; use one of {known}")
     else:
         yield from _microbatch_problems(config)
-        if pipeline_schedule(p).splits_backward:
+        if pipeline_schedule(p).v_shaped:
             yield from _split_backward_problems(config)
 
 
@@ -180,66 +107,35 @@ def _microbatch_problems(config: FluxJobConfig) -> Iterator[Problem]:
         yield Problem(key, f"does not divide training.local_batch_size = {batch}", related)
         return
     count = batch // size
-    rounds = max(1, count // ranks)
-    makes = (
-        f"makes {count} microbatches of training.local_batch_size = {batch}; {PREFIX}schedule = "
-        f"{schedule.name!r} needs"
-    )
-    yield from violated(
-        (
-            schedule.fills and count < ranks,
+    too_few = schedule.fills and count < ranks
+    if too_few or (schedule.in_rounds and count % max(1, count // ranks)):
+        yield Problem(
             key,
-            f"{makes} {ranks} or more, one for each rank: raise the batch, lower the microbatch, "
-            "or use 'GPipe'",
-            *related,
-        ),
-        (
-            schedule.in_rounds and count % rounds,
-            key,
-            f"{makes} a multiple of {rounds}: make it a multiple of {PREFIX}degree = {ranks}",
-            *related,
-        ),
-    )
+            f"makes {count} microbatches of training.local_batch_size = {batch}; {PREFIX}schedule "
+            f"= {schedule.name!r} needs a multiple of {PREFIX}degree = {ranks}",
+            related,
+        )
 
 
 def _split_backward_problems(config: FluxJobConfig) -> Iterator[Problem]:
     """The backward pass of a stage is done in two parts, on a graph that is kept in between."""
-    key, ac = f"{PREFIX}schedule", config.activation_checkpoint
-    yield from violated(
-        (
-            config.compiles("model"),
-            key,
-            "takes the backward pass of blocks apart, which compiled blocks do not allow; set "
-            "compile.enable = false, or use 'Interleaved1F1B'",
-            "compile.enable",
-        ),
-        (
-            ac.mode == "selective" and ac.selective_ac_option == "op",
-            key,
-            "comes back to a block's graph for the weights, and what "
-            'activation_checkpoint.selective_ac_option = "op" kept is gone by then; set it to a '
-            "number in quotes, activation_checkpoint.mode = \"full\", or use 'Interleaved1F1B'",
-            "activation_checkpoint.mode",
-        ),
-        (
-            config.parallelism.fsdp_reshard_after_forward == "always",
-            key,
-            "needs a stage's weights from its forward to the end of its backward pass; set "
-            'parallelism.fsdp_reshard_after_forward = "default"',
-            "parallelism.fsdp_reshard_after_forward",
-        ),
-    )
+    ac, key = config.activation_checkpoint, "parallelism.fsdp_reshard_after_forward"
+    by_operation = ac.mode == "selective" and ac.selective_ac_option == "op"
+    for conflicts, related, remedy in (
+        (config.compiles("model"), "compile.enable", "false"),
+        (by_operation, "activation_checkpoint.mode", '"full"'),
+        (config.parallelism.fsdp_reshard_after_forward == "always", key, '"default"'),
+    ):
+        if conflicts:
+            message = f"comes back to a stage's weights and graph; set {related} = {remedy}"
+            yield Problem(f"{PREFIX}schedule", f"{message}, or use 'Interleaved1F1B'", (related,))
 
 
-def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> list[Problem]:
+def pipeline_fit(config: FluxJobConfig, args: FluxModelArgs) -> Iterator[Problem]:
     """Stages that this model cannot be cut into."""
-    p = config.parallelism
+    p, blocks = config.parallelism, args.depth + args.depth_single_blocks
     if p.pipeline_parallel_degree < 2 or p.pipeline_parallel_schedule.lower() not in SCHEDULES:
-        return []
-    try:
-        stage_count(p, args)
-        if p.module_fqns_per_model_part:
-            check_parts(p.module_fqns_per_model_part, args)
-    except ConfigError as error:
-        return error.problems
-    return []
+        return
+    if (stages := _stage_count(p)) > blocks:
+        makes = f"makes {stages} stages of {blocks} blocks"
+        yield Problem(f"{PREFIX}degree", f"{makes}; each needs one", (f"{PREFIX}schedule",))

@@ -2,19 +2,25 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 from torchtitan_flux.config.job_config import FluxJobConfig
-from torchtitan_flux.config.problems import Problem
 from torchtitan_flux.formatting import format_bytes
-from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs, flops_per_image
-from torchtitan_flux.parallel.mesh_checks import model_problems
-from torchtitan_flux.planning.dry_run import DryRun, tokens_of
-from torchtitan_flux.planning.estimate import GIB, Estimate, estimate, sent_bytes
-from torchtitan_flux.planning.mesh import Mesh, parse_mesh, with_mesh
-from torchtitan_flux.planning.propose import USABLE, Proposal, propose
+from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModelArgs
+from torchtitan_flux.parallel.dims import model_problems
+from torchtitan_flux.parallel.pipeline_plan import pipeline_fit
+from torchtitan_flux.planning.dry_run import DryRun, Mesh, dry_run, parse_mesh, with_mesh
+from torchtitan_flux.planning.estimate import (
+    GIB,
+    Estimate,
+    estimate,
+    estimate_of,
+    resharded,
+    sent_bytes,
+)
 from torchtitan_flux.startup.load_config import (
     ConfigError,
     exit_on_config_error,
@@ -22,6 +28,20 @@ from torchtitan_flux.startup.load_config import (
     read_config,
 )
 from torchtitan_flux.startup.model_args import resolve_model_args, with_configured_blocks
+
+NODE = 8
+"""Cards that tensor parallelism may join."""
+USABLE = 0.95
+"""Share of a card's memory that torch's allocator may take; the rest is the driver's."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A mesh that fits; `sent` are bytes of a rank in a step."""
+
+    mesh: Mesh
+    estimate: Estimate
+    sent: int
 
 
 def main() -> None:
@@ -33,7 +53,6 @@ def main() -> None:
     parser.add_argument("--mesh", help="degrees, such as replicate=8,shard=8,cp=1,tp=1,pp=1")
     parser.add_argument("--gpus", type=int, help="list the meshes of N cards that fit")
     parser.add_argument("--memory", type=float, default=80, help="GiB of a card (80)")
-    parser.add_argument("--keep", type=int, default=5, help="how many proposals (5)")
     options, argv = parser.parse_known_args()
     with exit_on_config_error():
         config = read_config(argv)
@@ -44,18 +63,19 @@ def main() -> None:
         if options.mesh:
             mesh = parse_mesh(options.mesh)
             config = with_mesh(config, mesh)
-            check_mesh(config, args, mesh)
+            if problems := [*model_problems(config, args), *pipeline_fit(config, args)]:
+                raise ConfigError(located(problems, config))
             print(plan_text(config, args, mesh, *estimate(config, args, mesh), memory))
             return
     batch = config.training.local_batch_size
-    found = propose(config, args, options.gpus, memory, keep=options.keep)
+    found = propose(config, args, options.gpus, memory)
     if not found:
         parser.exit(
             1,
             f"nothing fits {options.memory:g} GiB on {options.gpus} ranks with a local batch of "
-            f"{batch}: more ranks share more; --mesh shard={options.gpus} says what it takes\n",
+            f"{batch}: set --activation_checkpoint.mode full, or take more ranks\n",
         )
-    print(proposals_text(found, options.gpus, memory, batch))
+    print(proposals_text(found, batch))
 
 
 def model_args(config: FluxJobConfig) -> FluxModelArgs:
@@ -71,15 +91,44 @@ def model_args(config: FluxJobConfig) -> FluxModelArgs:
     return resolve_model_args(config)
 
 
-def check_mesh(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> None:
-    """Raises ConfigError where the model or the global batch cannot be cut by these degrees."""
-    t = config.training
-    step = t.local_batch_size * mesh.data * mesh.microbatches(t)
-    problems = list(model_problems(config, args))
-    if t.global_batch_size > 0 and t.global_batch_size != step:
-        problems.append(Problem("training.global_batch_size", f"is not a multiple of {step}"))
-    if problems:
-        raise ConfigError(located(problems, config))
+def propose(
+    config: FluxJobConfig, args: FluxModelArgs, ranks: int, memory: float, keep: int = 5
+) -> list[Proposal]:
+    """The first meshes on which the configured batch fits cards of `memory` bytes, by memory, then
+    bytes sent."""
+    runs: dict[tuple[int, Mesh], DryRun] = {}
+    found: list[Proposal] = []
+    microbatch = config.parallelism.pipeline_parallel_microbatch_size
+    for mesh in meshes(args, ranks):
+        if config.training.local_batch_size % microbatch and mesh.pp > 1:
+            continue
+        # replicas and shards follow from one run, whatever their numbers
+        probe = replace(mesh, replicate=2, shard=2, pp=min(mesh.pp, 2))
+        key = min(2, mesh.microbatches(config.training)), probe
+        if key not in runs:
+            runs[key] = dry_run(config, args, probe, key[0])
+        run = resharded(runs[key], probe.fsdp / mesh.fsdp, args)
+        need = estimate_of(run, config, args, mesh)
+        if need.reserved <= memory * USABLE:
+            sent = sum(sent_bytes(run, config, args, mesh).values())
+            found.append(Proposal(mesh, need, sent))
+    return sorted(found, key=lambda one: (one.estimate.reserved, one.sent))[:keep]
+
+
+def meshes(args: FluxModelArgs, ranks: int) -> Iterator[Mesh]:
+    """Meshes of `ranks` ranks that the model can be split over, tensor groups within a node."""
+    for pp in _divisors(ranks, min(8, args.depth + args.depth_single_blocks)):
+        for tp in _divisors(ranks // pp, NODE):
+            for cp in _divisors(ranks // pp // tp, args.num_heads):
+                # the heads of a rank are shared out among its context group
+                if args.num_heads % (tp * cp) == 0:
+                    rest = ranks // pp // tp // cp
+                    for shard in _divisors(rest, rest):
+                        yield Mesh(rest // shard, shard, cp, tp, pp)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def plan_text(
@@ -91,60 +140,42 @@ def plan_text(
     memory: float,
 ) -> str:
     """Memory and messages of one mesh, on cards with `memory` bytes."""
-    t, ac, frozen = config.training, config.activation_checkpoint, found.frozen
-    img, text = tokens_of(config, args)
-    option = f" {ac.selective_ac_option}" if ac.mode == "selective" else ""
-    summed = mesh.microbatches(t)
     rows = {
         "parameters": found.parameters,
         "optimizer": found.optimizer,
         "averages": found.averages,
-        "T5": frozen.t5,
-        "CLIP": frozen.clip,
-        "autoencoder": frozen.autoencoder,
-        **{f"while {name}": size for name, size in found.phases.items() if size},
+        "T5": found.frozen.t5,
+        "CLIP": found.frozen.clip,
+        "autoencoder": found.frozen.autoencoder,
+        **{f"while {name}": size for name, size in found.phases.items()},
         "  of which activations": found.activations,
         "  of which gradients": found.gradients,
         "peak": found.peak,
         "reserved by torch": found.reserved,
     }
-    lines = [
-        f"{config.model.flavor} at {t.image_size}: {img} image and {text} text tokens",
-        f"{mesh.ranks} ranks, {mesh}; local batch {t.local_batch_size}, {summed} microbatch(es), "
-        f"{t.local_batch_size * mesh.data} images each; activation checkpointing "
-        f"{ac.mode}{option}; {t.mixed_precision_param}",
-        "",
-        "memory of a rank",
-        *(f"  {name:42}{format_bytes(size):>12}" for name, size in rows.items() if size),
-    ]
-    if frozen.published:
-        lines.append(f"(not found here, sizes as published: {', '.join(frozen.published)})")
+    messages = sent_bytes(run, config, args, mesh)
+    sent = {f"{kind} over {dimension}": size for (kind, dimension), size in messages.items()}
     verdict = "fits" if found.reserved <= memory * USABLE else "DOES NOT FIT"
-    lines += [f"{verdict}: {format_bytes(memory)}, of which {USABLE:.0%} are planned with", ""]
-    sent = sent_bytes(run, config, args, mesh)
-    lines.append("a rank sends in a step" if sent else "a rank sends nothing")
-    lines += [
-        f"  {f'{kind} over {dimension}':42}{format_bytes(size):>12}"
-        for (kind, dimension), size in sorted(sent.items(), key=lambda item: -item[1])
-    ]
-    flops = flops_per_image(args, t.image_size, text) * t.local_batch_size * summed
-    flops /= mesh.cp * mesh.tp * mesh.pp
-    return "\n".join([*lines, f"operations of a rank in a step: {flops / 1e12:.0f} TFLOP"])
-
-
-def proposals_text(
-    proposals: Sequence[Proposal], ranks: int, memory: float, local_batch: int
-) -> str:
-    """The meshes that fit, one a line."""
     return "\n".join(
         [
-            f"{ranks} ranks, {format_bytes(memory)} each, {USABLE:.0%} to plan with; least memory "
-            "first",
-            f"{'mesh':34}{'checkpointing':14}{'images':>7}{'reserved':>12}{'sent a step':>14}",
-            *(
-                f"{p.mesh!s:34}{p.checkpointing:14}{local_batch * p.mesh.data:7}"
-                f"{format_bytes(p.estimate.reserved):>12}{format_bytes(p.sent):>14}"
-                for p in proposals
-            ),
+            f"{config.model.flavor} at {config.training.image_size}, {mesh.ranks} ranks, {mesh}",
+            "memory of a rank",
+            *_table(rows),
+            f"{verdict}: {format_bytes(memory)}, of which {USABLE:.0%} are planned with",
+            "a rank sends in a step",
+            *_table(sent),
         ]
     )
+
+
+def _table(rows: Mapping[str, int]) -> list[str]:
+    return [f"  {name:42}{format_bytes(size):>12}" for name, size in rows.items() if size]
+
+
+def proposals_text(proposals: Sequence[Proposal], local_batch: int) -> str:
+    """The meshes that fit, one a line."""
+    lines = [f"{'mesh':34}{'images':>7}{'reserved':>12}{'sent a step':>14}"]
+    for p in proposals:
+        reserved, sent = format_bytes(p.estimate.reserved), format_bytes(p.sent)
+        lines.append(f"{p.mesh!s:34}{local_batch * p.mesh.data:7}{reserved:>12}{sent:>14}")
+    return "\n".join(lines)

@@ -4,11 +4,12 @@ Nothing is allocated and nothing is sent: one process stands for rank 0 of any n
 Blocks of a kind do the same, so three of each are run, and the middle one stands for the others.
 """
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
@@ -21,23 +22,95 @@ from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
-from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.config import TORCH_DTYPE_MAP, Parallelism
 
-from torchtitan_flux.config.job_config import FluxJobConfig
+from torchtitan_flux.config.job_config import FluxJobConfig, Training
+from torchtitan_flux.config.problems import ConfigError
 from torchtitan_flux.flow_matching import squared_errors
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs, TextConditioning, flux_inputs
 from torchtitan_flux.parallel import context
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import parallelize_flux, sync_gradients
-from torchtitan_flux.planning.mesh import Mesh, with_mesh
 from torchtitan_flux.planning.tracker import MemoryTracker, Timeline
 from torchtitan_flux.shards import local
+
+KEYS = {
+    "replicate": "data_parallel_replicate_degree",
+    "shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+}
+"""Degree -> key of [parallelism]."""
 
 KINDS = ("double_blocks", "single_blocks")
 
 PROBE_BLOCKS = 3
 """Blocks of a kind that are run: the first, one for all between, the last."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Degrees of [parallelism]; the ranks of a context group also share the weights' shards."""
+
+    replicate: int = 1
+    shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.replicate * self.shard * self.cp * self.tp * self.pp
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different samples."""
+        return self.replicate * self.shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that a weight is sharded over."""
+        return self.shard * self.cp
+
+    def microbatches(self, t: Training) -> int:
+        """Whose gradients are summed before they are communicated."""
+        return max(1, t.global_batch_size // (t.local_batch_size * self.data))
+
+    def __str__(self) -> str:
+        return ",".join(f"{n}={d}" for n, d in asdict(self).items() if d > 1) or "shard=1"
+
+
+def parse_mesh(text: str) -> Mesh:
+    """`replicate=8,shard=8`; what is not named is 1.
+
+    Raises:
+        ConfigError: a degree that does not exist, or is no number.
+    """
+    try:
+        mesh = Mesh(**{name: int(value) for name, value in (d.split("=") for d in text.split(","))})
+    except (ValueError, TypeError):
+        mesh = Mesh(0)
+    if min(asdict(mesh).values()) < 1:
+        raise ConfigError(
+            [f"--mesh {text}: write replicate=8,shard=8,cp=1,tp=1,pp=1, or some of these"]
+        )
+    return mesh
+
+
+def mesh_of(p: Parallelism, ranks: int) -> Mesh:
+    """Degrees of section [parallelism]; -1 for the shard degree takes what is left."""
+    mesh = Mesh(**{name: getattr(p, key) for name, key in KEYS.items()})
+    return mesh if mesh.shard > 0 else replace(mesh, shard=max(1, ranks // -mesh.ranks))
+
+
+def with_mesh(config: FluxJobConfig, mesh: Mesh) -> FluxJobConfig:
+    """A copy of the configuration with these degrees."""
+    config = copy.deepcopy(config)
+    for name, key in KEYS.items():
+        setattr(config.parallelism, key, getattr(mesh, name))
+    return config
 
 
 @dataclass(frozen=True)
@@ -63,9 +136,7 @@ def dry_run(
     """One step on a mesh, of a model that is not cut into pipeline stages.
 
     Args:
-        config: job configuration; its degrees are not looked at.
-        args: of the model.
-        mesh: the degrees; for a pipeline one of its microbatches is run.
+        mesh: degrees in place of the configuration's; for a pipeline one microbatch is run.
         microbatches: whose gradients are summed; two show what more of them do.
         all_blocks: run all of them, instead of three of each kind where that tells the same.
     """

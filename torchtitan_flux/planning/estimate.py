@@ -9,16 +9,26 @@ import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.tools import utils
 
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.optimizers import OPTIMIZERS
-from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule
-from torchtitan_flux.parallel.pipeline_split import split_model
-from torchtitan_flux.planning.dry_run import KINDS, DryRun, blocks_of, dry_run, tokens_of
+from torchtitan_flux.parallel.pipeline_plan import pipeline_schedule, split_model
+from torchtitan_flux.planning.dry_run import (
+    KINDS,
+    DryRun,
+    Mesh,
+    blocks_of,
+    dry_run,
+    mesh_of,
+    tokens_of,
+    with_mesh,
+)
 from torchtitan_flux.planning.frozen import Frozen, frozen_parts
-from torchtitan_flux.planning.mesh import Mesh, with_mesh
 from torchtitan_flux.planning.tracker import Segment, Timeline, ring_bytes
+from torchtitan_flux.startup.model_args import resolve_model_args
+from torchtitan_flux.training.out_of_memory import training_remedies
 
 GIB = 2**30
 
@@ -136,13 +146,7 @@ def sent_bytes(
 
 
 def estimate(config: FluxJobConfig, args: FluxModelArgs, mesh: Mesh) -> tuple[Estimate, DryRun]:
-    """By a dry run on this mesh; with pipeline stages, of the one that needs most.
-
-    Args:
-        config: job configuration; its degrees are not looked at.
-        args: resolved model arguments.
-        mesh: the degrees.
-    """
+    """By a dry run on this mesh; with pipeline stages, of the one that needs most."""
     run = dry_run(config, args, mesh, mesh.microbatches(config.training))
     return estimate_of(run, config, args, mesh), run
 
@@ -198,7 +202,7 @@ def _bottleneck_stage(
     1F1B and its kin hold as many microbatches as ranks come after this one, GPipe all of them.
     """
     t, p, totals = config.training, config.parallelism, blocks_of(args)
-    split = split_model(p, args, t.image_size, config.encoder.max_t5_encoding_len)
+    split = split_model(p, args)
     schedule = pipeline_schedule(p)
     count = t.local_batch_size // p.pipeline_parallel_microbatch_size
     found = []
@@ -230,3 +234,45 @@ def _stage(segments: Sequence[Segment], phase: str, blocks: dict[str, int]) -> l
         if of_kind:
             found += [of_kind[len(of_kind) // 2]] * blocks[kind]
     return found
+
+
+def fits(config: FluxJobConfig, ranks: int, ranks_per_machine: int, device: int = 0) -> str | None:
+    """Why the configured run cannot fit this machine, with the keys to change; None if it may.
+
+    Args:
+        config: a checked configuration.
+        ranks: of the whole run.
+        ranks_per_machine: how many share this machine, and its memory where there is no GPU.
+        device: number of the GPU that is looked at.
+    """
+    memory = utils.device_module.get_device_properties(device).total_memory
+    if utils.device_type == "cpu":
+        memory //= ranks_per_machine
+    need = lower_bound(config, ranks)
+    if sum(need.values()) <= memory:
+        return None
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in need.items() if size)
+    return (
+        f"the run needs at least {sum(need.values()) / GIB:.1f} GiB on each rank ({parts}); there "
+        f"are {memory / GIB:.1f}. What helps: {'; '.join(training_remedies(config))}"
+    )
+
+
+def lower_bound(config: FluxJobConfig, ranks: int) -> dict[str, int]:
+    """Bytes that a rank holds at once at the very least, by what they are: shards of parameters,
+    gradients and optimizer, and encoders. A plan adds activations."""
+    args = resolve_model_args(config)
+    t, mesh = config.training, mesh_of(config.parallelism, ranks)
+    elements = parameters_of(args) // mesh.tp // mesh.pp
+    count = 0 if t.enable_cpu_offload else elements // mesh.fsdp
+    states = state_bytes(config, count)
+    whole = 0
+    if mesh.microbatches(t) > 1 and mesh.fsdp > 1:
+        # FSDP2 sums gradients that it does not communicate yet in whole tensors
+        whole = elements * TORCH_DTYPE_MAP[t.mixed_precision_reduce].itemsize
+    return {
+        **states,
+        "gradients of microbatches": whole,
+        "gradients": states["parameters"],
+        "encoders": frozen_parts(config, args, mesh.fsdp, work=False).weights,
+    }

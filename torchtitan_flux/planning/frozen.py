@@ -8,8 +8,10 @@ that FLUX.1 was published with: T5-XXL v1.1 (config.json of google/t5-v1_1-xxl),
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torchtitan_flux.torchtitan_shim  # noqa: F401  (before torchtitan)
 
@@ -27,6 +29,8 @@ from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.planning.tracker import MemoryTracker
+
+T = TypeVar("T")
 
 T5_XXL = T5Config(
     d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
@@ -46,7 +50,6 @@ class Frozen:
         t5, clip, autoencoder: weights, T5's of this rank's shard.
         encoding: most that is needed beside the weights while a batch is encoded.
         sampling: the same while samples are decoded; 0 where none are made.
-        published: names of the parts that are not here and count as FLUX.1's own.
     """
 
     t5: int
@@ -54,7 +57,6 @@ class Frozen:
     autoencoder: int
     encoding: int = 0
     sampling: int = 0
-    published: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -64,34 +66,16 @@ class Frozen:
 def frozen_parts(
     config: FluxJobConfig, args: FluxModelArgs, shard: int, work: bool = True
 ) -> Frozen:
-    """Sizes of the configured encoders and codec.
-
-    Args:
-        config: job configuration.
-        args: resolved model arguments.
-        shard: ranks that T5 is sharded over; 1 keeps it whole.
-        work: whether to count what is needed beside the weights too.
-    """
-    encoder, sampling, published = config.encoder, config.sampling, []
+    """Sizes of the configured encoders and codec, T5 sharded over `shard` ranks; `work`: also what
+    is needed beside the weights."""
+    encoder, sampling = config.encoder, config.sampling
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param]
     size = dtype.itemsize
-    try:
-        t5 = read_t5_config(resolved_path(encoder.t5_encoder))
-    except (OSError, ValueError):
-        t5 = T5_XXL
-        published.append("T5-XXL")
-    try:
-        clip = read_clip_config(resolved_path(encoder.clip_encoder))
-    except (OSError, ValueError):
-        clip = CLIP_L
-        published.append("CLIP-L")
+    t5 = _configured(read_t5_config, encoder.t5_encoder, T5_XXL)
+    clip = _configured(read_clip_config, encoder.clip_encoder, CLIP_L)
     codec = None
     if not args.pixel_space:
-        try:
-            codec = StoredAutoencoder(Path(resolved_path(encoder.autoencoder_path))).args
-        except (OSError, ValueError):
-            codec = AutoencoderArgs()
-            published.append("autoencoder")
+        codec = _configured(_codec_args, encoder.autoencoder_path, AutoencoderArgs())
     t5_all, t5_block = _t5_parameters(t5.to_json_string())
     encoding = decoding = codec_size = 0
     if work:
@@ -114,8 +98,18 @@ def frozen_parts(
         autoencoder=codec_size,
         encoding=encoding,
         sampling=decoding,
-        published=tuple(published),
     )
+
+
+def _configured(read: Callable[[str], T], path: str, published: T) -> T:
+    try:
+        return read(resolved_path(path))
+    except (OSError, ValueError):
+        return published
+
+
+def _codec_args(path: str) -> AutoencoderArgs:
+    return StoredAutoencoder(Path(path)).args
 
 
 @functools.lru_cache

@@ -15,12 +15,12 @@ from torchtitan_flux.config.schema import get
 from torchtitan_flux.data.checks import data_key_problems
 from torchtitan_flux.encoders.checks import encoder_problems
 from torchtitan_flux.model import FLAVORS, FluxModel, FluxModelArgs
-from torchtitan_flux.model.trainable import trainable
+from torchtitan_flux.model.initial_values import trainable
 from torchtitan_flux.optimizers import OPTIMIZERS, WITH_BF16
+from torchtitan_flux.parallel.activation_checkpoint import recomputation_problems
+from torchtitan_flux.parallel.dims import mesh_problems, model_problems
 from torchtitan_flux.parallel.low_precision_checks import low_precision_fit, low_precision_problems
-from torchtitan_flux.parallel.mesh_checks import mesh_problems, model_problems
 from torchtitan_flux.parallel.pipeline_plan import pipeline_fit, pipeline_problems
-from torchtitan_flux.parallel.recomputation_checks import recomputation_problems
 from torchtitan_flux.startup.model_args import (
     AUTO,
     configured_schedule,

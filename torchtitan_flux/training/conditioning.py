@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from torchtitan_flux.collectives import all_gather_rows, shard_rows
 from torchtitan_flux.config.job_config import FluxJobConfig
 from torchtitan_flux.data.batch import Batch, Pixels, Tokens
 from torchtitan_flux.encoders.autoencoder import load_autoencoder
@@ -20,7 +21,6 @@ from torchtitan_flux.model import FluxModelArgs
 from torchtitan_flux.model.inputs import TextConditioning
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.parallelize import OTHER_TRAINER, shard_text_encoder
-from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.training.transfer import sent
 

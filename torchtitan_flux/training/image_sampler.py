@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchtitan.tools.logging import logger
 
+from torchtitan_flux.collectives import all_gather_rows, shard_rows
 from torchtitan_flux.latents import Geometry
 from torchtitan_flux.parallel.dims import FluxParallelDims
-from torchtitan_flux.parallel.replicated_rows import all_gather_rows, shard_rows
 from torchtitan_flux.sampling.generate import SampleSettings, generate
 from torchtitan_flux.training.conditioning import FrozenEncoders
 

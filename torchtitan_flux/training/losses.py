@@ -32,7 +32,7 @@ def sample_losses(
     Args:
         model: FluxModel, sharded or not, or `Pipeline` (then without gradient).
         inputs, target: from `flow_inputs`.
-        errors: `squared_errors`, or the same compiled (parallel/compile.py).
+        errors: `squared_errors`, or the same compiled.
     """
     return errors(model(*inputs), target)
 

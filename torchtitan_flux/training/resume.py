@@ -28,7 +28,7 @@ from torchtitan_flux.config.schema import get, keys_of
 from torchtitan_flux.config.values import toml_text
 from torchtitan_flux.formatting import listed
 from torchtitan_flux.model import FluxModelArgs
-from torchtitan_flux.parallel.mesh_checks import peer_degree
+from torchtitan_flux.parallel.dims import peer_degree
 from torchtitan_flux.paths import resolved_path
 from torchtitan_flux.randomness import draw_seed
 from torchtitan_flux.startup.model_args import resolve_model_args

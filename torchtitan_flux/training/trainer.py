@@ -26,7 +26,6 @@ from torchtitan_flux.model import FluxModel, FluxModelArgs
 from torchtitan_flux.model.inputs import FluxInputs
 from torchtitan_flux.optimizers import FluxOptimizers
 from torchtitan_flux.parallel.clip import clip_gradients
-from torchtitan_flux.parallel.compile import compiled_squared_errors
 from torchtitan_flux.parallel.dims import FluxParallelDims
 from torchtitan_flux.parallel.pipeline import Pipeline
 from torchtitan_flux.randomness import Stream, digest
@@ -117,7 +116,9 @@ class FluxTrainer(Trainer):
         self.encoders: Encoders = frozen
         self._flags = FlagExchange(device, late=device.type == "cuda")
         self._errors = (
-            compiled_squared_errors(config.compile.backend)
+            torch.compile(
+                squared_errors, backend=config.compile.backend, fullgraph=True, dynamic=False
+            )
             if config.compiles("loss")
             else squared_errors
         )

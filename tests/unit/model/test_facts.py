@@ -8,7 +8,7 @@ from helpers import model_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchtitan_flux.latents import Geometry, ImageSize
+from torchtitan_flux.latents import ImageSize
 from torchtitan_flux.model import FIXED_WIDTH_FLAVORS, FLAVORS, FluxModel, FluxModelArgs
 from torchtitan_flux.model.flops import flops_per_image
 
@@ -23,15 +23,6 @@ def test_parameter_counts():
     assert parameters(FLAVORS["flux-schnell"]) == 11_891_178_560
     assert 50e6 < parameters(FLAVORS["flux-mnist"]) < 52e6
     assert 1.8e6 < parameters(FLAVORS["flux-digits"]) < 2.6e6
-
-
-def test_geometry_of_the_flavors():
-    assert set(FIXED_WIDTH_FLAVORS) == {"flux-dev", "flux-schnell"}
-    for name in FIXED_WIDTH_FLAVORS:
-        assert FLAVORS[name].geometry == Geometry(channels=16, downscale=8, patch=2)
-        assert not FLAVORS[name].pixel_space
-    assert FLAVORS["flux-digits"].geometry == Geometry(channels=1, downscale=1, patch=2)
-    assert FLAVORS["flux-digits"].pixel_space
 
 
 @pytest.mark.parametrize("flavor", FIXED_WIDTH_FLAVORS)
