@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from torchtitan_flux.files import replacing
-from torchtitan_flux.report.run import NotARun, read_run
+from torchtitan_flux.report.run import read_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as unfinished:
             unfinished.write_text(page(run, time.time()), encoding="utf-8")
-    except (ImportError, NotARun, OSError) as error:
+    except (ImportError, OSError) as error:
         message = str(error)
         if isinstance(error, ImportError):
             message += ': pip install "torchtitan-flux[report]"'

@@ -30,10 +30,6 @@ Series = dict[int, float]
 """Step -> value."""
 
 
-class NotARun(Exception):
-    """The folder holds nothing that a run leaves; the message says what was looked for."""
-
-
 @dataclass(frozen=True)
 class Grid:
     """Pictures of one step: its prompts, one for each row, its other metadata, a data URI."""
@@ -78,7 +74,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a dump folder; NotARun where there is nothing of a run in it."""
+    """Read a dump folder; FileNotFoundError where there is nothing of a run in it."""
     flat = _flat(asdict(FluxJobConfig())).items()
     defaults = {key: "None" if value is None else value for key, value in flat}  # as it is stored
     config = _read_config(folder)
@@ -91,7 +87,7 @@ def read_run(folder: Path) -> Run:
     saved, complete = list_steps(checkpoints), complete_steps(checkpoints)
     if not (config or scalars or files or saved):
         reason = "holds nothing that a run leaves" if folder.exists() else "does not exist"
-        raise NotARun(
+        raise FileNotFoundError(
             f"{folder} {reason} (no config.toml, tb/, samples/step-N.png, checkpoint/step-N): "
             "give the job.dump_folder of a run"
         )
