@@ -101,6 +101,12 @@ def _float8(config: FluxJobConfig) -> Iterator[Problem]:
             "recipe_name (one scale a tensor is the default), or set it to false",
             f"{FLOAT8}.recipe_name",
         ),
+        (
+            f.precompute_float8_dynamic_scale_for_fsdp and not f.enable_fsdp_float8_all_gather,
+            f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
+            "does nothing without enable_fsdp_float8_all_gather = true",
+            f"{FLOAT8}.enable_fsdp_float8_all_gather",
+        ),
     )
 
 

@@ -161,6 +161,8 @@ ALL_GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
     (None, {**EMULATED, **COMPILED}, "compile.enable = false"),
     (None, {**EMULATED, ALL_GATHER: True, f"{FLOAT8}.recipe_name": "rowwise"},
      "recipe_name = 'rowwise'"),
+    (None, {**EMULATED, f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp": True},
+     "without enable_fsdp_float8_all_gather"),
     (None, {"model.converters": [FLOAT8, MX]}, "choose one"),
     (None, {"model.converters": ["quantize.grouped_mm.float8"]},
      "quantize.grouped_mm.float8 is unknown"),
