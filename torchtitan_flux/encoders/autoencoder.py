@@ -226,8 +226,9 @@ def _args_of_folder(folder: Path) -> AutoencoderArgs:
             out_ch=config["out_channels"],
         )
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        why = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(
-            f"{folder} does not describe a FLUX autoencoder ({error!r}); give a diffusers vae "
+            f"{folder} does not describe a FLUX autoencoder ({why}); give a diffusers vae "
             "folder with its config.json, or the file ae.safetensors itself"
         ) from None
 

@@ -21,6 +21,7 @@ from torchtitan_flux.encoders.pretrained import (
 from torchtitan_flux.encoders.text import TextWeights
 from torchtitan_flux.paths import resolved_path
 
+_ASSETS = {CLIP_KEY: "text_encoder tokenizer", T5_KEY: "text_encoder_2 tokenizer_2"}
 _DOWNLOADED = re.compile(r"(?:\./)?(assets/hf/(FLUX\.1-(?:dev|schnell)))/")
 
 
@@ -34,7 +35,7 @@ def encoder_problems(config: FluxJobConfig, pixel_space: bool) -> Iterator[Probl
         pixel_space: whether the model needs no autoencoder.
     """
     keys = [T5_KEY, CLIP_KEY, *([] if pixel_space else ["encoder.autoencoder_path"])]
-    downloads: dict[str, str] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for key in keys:
         given = getattr(config.encoder, key.removeprefix("encoder."))
         try:
@@ -43,14 +44,15 @@ def encoder_problems(config: FluxJobConfig, pixel_space: bool) -> Iterator[Probl
         except ConfigError as error:
             yield from error.problems
             if found := _DOWNLOADED.match(given):
-                downloads[found[1]] = found[2]
-    for folder, name in downloads.items():
-        yield Problem(
-            folder,
-            "is downloaded by `python scripts/download_hf_assets.py --repo_id "
-            f"black-forest-labs/{name} --assets text_encoder text_encoder_2 tokenizer tokenizer_2 "
-            "--additional_patterns ae.safetensors --hf_token <token>`",
-        )
+                missing.setdefault((found[1], found[2]), []).append(key)
+    for (folder, name), of in missing.items():
+        options = f"--repo_id black-forest-labs/{name}"
+        if assets := [_ASSETS[key] for key in (CLIP_KEY, T5_KEY) if key in of]:
+            options += f" --assets {' '.join(assets)}"
+        if not {*of} <= {*_ASSETS}:
+            options += " --additional_patterns ae.safetensors"
+        command = f"`python scripts/download_hf_assets.py {options} --hf_token <token>`"
+        yield Problem(folder, f"is downloaded by {command}")
 
 
 def _check(key: str, path: str) -> None:

@@ -35,12 +35,14 @@ def join(settings: Settings, timeout: float, say: Callable[[str], None]) -> Stor
         while True:
             try:
                 store = store or _connect(s)
-                there = {mine: store.compare_set(mine, "", me).decode()}
                 names = [str(number) for number in range(s.nodes)]
-                there |= {name: store.get(name).decode() for name in names if store.check([name])}
+                there = {name: store.get(name).decode() for name in names if store.check([name])}
                 other = [text for text in there.values() if not text.startswith(f"{way}, ")]
-                if other or there[mine] != me:
-                    other = other or [f"NODE_RANK = {mine}, {there[mine]}"]
+                if not other:  # else nobody need see this one, which leaves
+                    there[mine] = store.compare_set(mine, "", me).decode()
+                    if there[mine] != me:
+                        other = [f"NODE_RANK = {mine}, {there[mine]}"]
+                if other:
                     raise NotJoined(f"{s.endpoint}: {me} here, but there is {other[0]}")
                 absent = [name for name in names if name not in there]
                 if not absent:
@@ -58,7 +60,7 @@ def join(settings: Settings, timeout: float, say: Callable[[str], None]) -> Stor
             time.sleep(PERIOD)
     except BaseException:
         with contextlib.suppress(RuntimeError):  # started again, it may come with other settings
-            if store is not None and store.get(mine).decode() == me:
+            if store and store.check([mine]) and store.get(mine).decode() == me:
                 store.delete_key(mine)
         raise
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from torch.distributed import Store
 
 from torchtitan_flux.launching import joining
 from torchtitan_flux.launching.job import FAILED, Job
@@ -23,15 +24,18 @@ def two(monkeypatch) -> Settings:
         return Settings(nodes=2, endpoint=f"localhost:{free.getsockname()[1]}")
 
 
+STORES: list[Store] = []
+"""Kept: the first machine's serves those that look once more."""
+
+
 def together(*machines: Settings, timeout: float = 10.0) -> list[str]:
     """How each of them fared, started one after the other: "" or what NotJoined said."""
     found = ["?"] * len(machines)
-    stores = []
 
     def one(index: int) -> None:
         time.sleep(index * 0.2)
         try:
-            stores.append(join(machines[index], timeout, lambda line: None))
+            STORES.append(join(machines[index], timeout, lambda line: None))
             found[index] = ""
         except NotJoined as error:
             found[index] = str(error)
