@@ -114,6 +114,8 @@ def download(options: argparse.Namespace) -> None:
         if not is_right(path, file):
             path.unlink()
             raise OSError(f"{file.rfilename}: its checksum is wrong; it was deleted")
+    for leftover in (folder / ".cache").rglob("*.incomplete"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
     print(f"{len(chosen)} files, {format_bytes(sum(f.size or 0 for f in chosen))}: {folder}")
 
 

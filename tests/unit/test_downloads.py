@@ -64,7 +64,11 @@ def test_what_is_meant_arrives_and_only_what_is_wrong_is_fetched_again(hub, tmp_
     assert "c0ffee" in capsys.readouterr().out
     hub.fetched.clear()
     (tmp_path / "FLUX/ae.safetensors").write_text("AE.safetensors")  # of the same size
+    leftover = tmp_path / "FLUX/.cache/huggingface/download/a.b.incomplete"  # of a killed run
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
     hub.run(*argv)
+    assert not leftover.exists()
     assert hub.fetched == ["ae.safetensors"]
     assert (tmp_path / "FLUX/ae.safetensors").read_text() == "ae.safetensors"
 
